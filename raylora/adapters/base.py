@@ -1,0 +1,130 @@
+"""Adapters as data: what a member is made of, where it is attached, and the seam every kind fills.
+
+Shapes: K members in a pack, N tokens of one member (batch x time), I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from raylora.errors import BaseError, suggest
+from raylora.spec import AdapterSpec
+
+Tensors = dict[str, Tensor]
+"""A member: named float32 tensors. Adapter names start with the site, head names with ``head:``."""
+
+HEAD = "head:"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear layer of the base that carries an adapter."""
+
+    name: str
+    in_features: int
+    out_features: int
+    block: int | None
+    """Index of the transformer block it stands in, if any."""
+    transposed: bool = False
+    """The weight is stored I x O (the Conv1D layers of GPT-2), as PEFT's ``fan_in_fan_out``."""
+
+
+class Adapter(Protocol):
+    """A kind of low-rank change. Stateless: all state is in the tensors."""
+
+    spec: AdapterSpec
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise BaseError if the spec does not fit these layers."""
+
+    def build(self, sites: Sequence[Site], generator: torch.Generator) -> Tensors:
+        """Return a fresh member's float32 tensors, drawn from the generator only."""
+
+    def decay_group(self, name: str) -> str:
+        """Return ``a`` or ``b``: which of the two decays a tensor takes (arXiv 2310.00035, section 3)."""
+
+    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Any]:
+        """Return per site what ``packed_delta`` needs, computed once per step from tensors stacked over K."""
+
+    def packed_delta(self, x_KNI: Tensor, at_site: Any) -> Tensor:
+        """Return y_KNO, each member's own change of its own inputs."""
+
+    def delta_weight(self, tensors: Mapping[str, Tensor], site: Site) -> Tensor:
+        """Return the change as a weight, O x I, in float32."""
+
+
+def find_sites(model: nn.Module, spec: AdapterSpec, defaults: Sequence[str], heads: Sequence[str]) -> list[Site]:
+    """Return the layers that a spec's ``target_modules`` and ``layers`` select, in the model's order.
+
+    Args:
+        defaults: what ``auto`` means for this architecture.
+        heads: names of the task head's linears, which are trained whole and never adapted.
+
+    Raises:
+        BaseError: a target that matches nothing, or more layers than the model has.
+    """
+    linears = {n: m for n, m in model.named_modules() if is_linear(m) and n not in heads}
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inner = {n: m for n, m in linears.items() if m is not output}
+    if spec.target_modules == "all-linear":
+        chosen = list(inner)
+    else:
+        targets = list(defaults) if spec.target_modules == "auto" else spec.target_modules
+        targets = [targets] if isinstance(targets, str) else list(targets)
+        chosen = _match(targets, linears)
+    sites = [_site(name, linears[name]) for name in linears if name in set(chosen)]
+    return _select_blocks(sites, spec.layers, [_block(n) for n in inner])
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module multiplies by one weight: torch's, bitsandbytes' or GPT-2's linear layer."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _match(targets: Sequence[str], linears: Mapping[str, nn.Module]) -> list[str]:
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    endings = {".".join(name.split(".")[-n:]) for name in linears for n in (1, 2, 3)}
+    chosen: list[str] = []
+    for target in targets:
+        found = [n for n in linears if n == target or n.endswith("." + target)]
+        if not found:
+            hint = suggest(target, endings) if target else ""
+            raise BaseError(
+                f"adapter.target_modules: {target!r} matches no linear layer of this model",
+                f"its linear layers are called: {', '.join(kinds)}" + (f"; {hint}" if "did you" in hint else ""),
+            )
+        chosen += found
+    if not chosen:
+        raise BaseError(
+            "adapter.target_modules: no default is known for this architecture",
+            f"name some of its linear layers: {', '.join(kinds)}, or use 'all-linear'",
+        )
+    return chosen
+
+
+def _site(name: str, module: nn.Module) -> Site:
+    if isinstance(module, nn.Linear):
+        return Site(name, module.in_features, module.out_features, _block(name))
+    in_features, out_features = module.weight.shape  # type: ignore[union-attr]
+    return Site(name, int(in_features), int(out_features), _block(name), transposed=True)
+
+
+def _block(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _select_blocks(sites: list[Site], layers: str | Mapping[str, int], blocks: Sequence[int | None]) -> list[Site]:
+    if layers == "all":
+        return sites
+    if not isinstance(layers, Mapping) or set(layers) != {"last"} or layers["last"] < 1:
+        raise BaseError(f"adapter.layers: {layers!r} is neither 'all' nor {{last: k}} with k >= 1")
+    depth = 1 + max((b for b in blocks if b is not None), default=-1)
+    last = layers["last"]
+    if last > depth:
+        raise BaseError(f"adapter.layers: last {last} of only {depth} blocks", f"use at most {depth}, or 'all'")
+    return [s for s in sites if s.block is not None and s.block >= depth - last]

@@ -1,0 +1,79 @@
+"""Members in PEFT's format: a folder that ``PeftModel.from_pretrained`` and vLLM load without raylora.
+
+What raylora keeps per member maps onto PEFT's names one to one; nothing is merged or rounded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from raylora.adapters.base import HEAD, Site, Tensors
+from raylora.adapters.lora import Spec as LoraSpec
+from raylora.spec import AdapterSpec
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class PeftFiles:
+    """The tensors of ``adapter_model.safetensors`` and the content of ``adapter_config.json``."""
+
+    tensors: Tensors
+    config: dict[str, Any]
+
+    def config_bytes(self) -> bytes:
+        """Return the configuration as a file."""
+        return json.dumps(self.config, indent=2, sort_keys=True).encode()
+
+
+def to_peft(
+    tensors: Mapping[str, Tensor], spec: AdapterSpec, sites: Sequence[Site], target_modules: Sequence[str],
+    task_type: str, base_name: str,
+) -> PeftFiles:
+    """Return a member as a PEFT LoRA adapter.
+
+    Args:
+        target_modules: names or endings that select exactly the sites.
+        task_type: ``SEQ_CLS`` or ``CAUSAL_LM``.
+        base_name: the hub id or relative name that the adapter remembers its base by.
+    """
+    heads = sorted({name.removeprefix(HEAD).rpartition(".")[0] for name in tensors if name.startswith(HEAD)})
+    is_lora = isinstance(spec, LoraSpec)
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": spec.rank if is_lora else 1,
+        "lora_alpha": spec.alpha if is_lora else 1,
+        "lora_dropout": spec.dropout,
+        "bias": "none",
+        "fan_in_fan_out": any(site.transposed for site in sites),
+        "target_modules": list(target_modules),
+        "modules_to_save": heads or None,
+    }
+    return PeftFiles({_to_peft_name(name): tensor for name, tensor in tensors.items()}, config)
+
+
+def from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensors:
+    """Return a member from what :func:`to_peft` wrote."""
+    heads = config.get("modules_to_save") or []
+    return {_from_peft_name(name, heads): tensor for name, tensor in tensors.items()}
+
+
+def _to_peft_name(name: str) -> str:
+    if name.startswith(HEAD):
+        return _PREFIX + name.removeprefix(HEAD)
+    return f"{_PREFIX}{name}.weight"
+
+
+def _from_peft_name(name: str, heads: Sequence[str]) -> str:
+    inner = name.removeprefix(_PREFIX)
+    if any(inner.startswith(head + ".") for head in heads):
+        return HEAD + inner
+    return inner.removesuffix(".weight")

@@ -1,0 +1,85 @@
+"""LoRA: ``y = W x + (alpha / R) B A x`` with A random and B zero (Hu et al., arXiv 2106.09685).
+
+Shapes: K members, N tokens, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from raylora.adapters.base import Site, Tensors
+from raylora.errors import BaseError
+from raylora.spec import AdapterSpec
+
+
+class Spec(AdapterSpec):
+    """One pair of low-rank matrices per adapted layer."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class Lora:
+    """The LoRA adapter; a member holds ``<site>.lora_A`` (R x I) and ``<site>.lora_B`` (O x R)."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.scale = spec.alpha / spec.rank
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise BaseError for a rank beyond a layer's smaller side: more rank than a full matrix has."""
+        for site in sites:
+            most = min(site.in_features, site.out_features)
+            if self.spec.rank > most:
+                raise BaseError(
+                    f"adapter.rank: {self.spec.rank} is more than {site.name} "
+                    f"({site.out_features} x {site.in_features}) can have",
+                    f"use a rank of at most {most}",
+                )
+
+    def build(self, sites: Sequence[Site], generator: torch.Generator) -> Tensors:
+        """Return A ~ U(-1/sqrt I, 1/sqrt I) (Kaiming-uniform with a = sqrt 5) and B = 0 for every site."""
+        tensors: Tensors = {}
+        for site in sites:
+            bound = site.in_features**-0.5
+            a_RI = torch.empty(self.spec.rank, site.in_features).uniform_(-bound, bound, generator=generator)
+            tensors[f"{site.name}.lora_A"] = a_RI
+            tensors[f"{site.name}.lora_B"] = torch.zeros(site.out_features, self.spec.rank)
+        return tensors
+
+    def decay_group(self, name: str) -> str:
+        """Return which decay a tensor takes, by its name."""
+        return "a" if name.endswith(".lora_A") else "b"
+
+    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return per site (A_KIR, B_KRO) as views; the scale is folded into the smaller product, not here."""
+        return {
+            site.name: (
+                stacked[f"{site.name}.lora_A"].transpose(1, 2),
+                stacked[f"{site.name}.lora_B"].transpose(1, 2),
+            )
+            for site in sites
+        }
+
+    def packed_delta(self, x_KNI: Tensor, at_site: tuple[Tensor, Tensor]) -> Tensor:
+        """Return (alpha / R) * x A^T B^T per member, in x's type."""
+        a_KIR, b_KRO = at_site
+        h_KNR = torch.bmm(x_KNI, a_KIR.to(x_KNI.dtype)) * self.scale
+        return torch.bmm(h_KNR, b_KRO.to(x_KNI.dtype))
+
+    def delta_weight(self, tensors: Mapping[str, Tensor], site: Site) -> Tensor:
+        """Return (alpha / R) * B A, O x I."""
+        a_RI, b_OR = tensors[f"{site.name}.lora_A"], tensors[f"{site.name}.lora_B"]
+        return self.scale * (b_OR.float() @ a_RI.float())
+
+
+def build(spec: Spec) -> Lora:
+    """Return the adapter for a spec."""
+    return Lora(spec)

@@ -1,0 +1,54 @@
+"""No adapter: only the task's head is trained. Members of this kind are a last-layer ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raylora.adapters.base import Site, Tensors
+from raylora.spec import AdapterSpec
+
+
+class Spec(AdapterSpec):
+    """Train the head on the untouched base."""
+
+    kind: Literal["none"] = "none"
+    dropout: Literal[0.0] = 0.0
+
+
+class NoAdapter:
+    """Changes nothing; all of a member's tensors belong to its head."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Accept every model."""
+
+    def build(self, sites: Sequence[Site], generator: torch.Generator) -> Tensors:
+        """Return no tensors."""
+        return {}
+
+    def decay_group(self, name: str) -> str:
+        """Never asked: there are no adapter tensors."""
+        raise KeyError(name)
+
+    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, None]:
+        """Return nothing for any site, which leaves the base's own output."""
+        return {}
+
+    def packed_delta(self, x_KNI: Tensor, at_site: None) -> Tensor:
+        """Never called: no site has anything materialised."""
+        raise AssertionError("a member without an adapter has no delta")
+
+    def delta_weight(self, tensors: Mapping[str, Tensor], site: Site) -> Tensor:
+        """Return zeros, O x I."""
+        return torch.zeros(site.out_features, site.in_features)
+
+
+def build(spec: Spec) -> NoAdapter:
+    """Return the adapter for a spec."""
+    return NoAdapter(spec)

@@ -1,0 +1,179 @@
+"""K members in one forward: the base runs once over all their rows, each row meets its own member's tensors.
+
+The rows of member k are rows k*B .. (k+1)*B-1 of the batch. What a row meets is decided by its position
+alone, so no gradient can reach another member.
+
+Shapes: K members, B rows of one member, T time, N = B*T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raylora.adapters.base import HEAD, Adapter, Site, Tensors
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Adapter-input dropout that gives a member the same masks alone and in a pack.
+
+    Each member draws its mask over its own unpadded (B, T_k) rows from a generator seeded by its own seed,
+    the step and the site; what other members pad the pack to does not matter.
+    """
+
+    probability: float
+    seeds_K: Sequence[int]
+    lengths_K: Sequence[int]
+    left_padded: bool
+
+    def apply(self, x_KBTI: Tensor, site_index: int) -> Tensor:
+        """Return x with each member's own inputs dropped and the rest scaled up by 1 / (1 - p)."""
+        keep = 1.0 - self.probability
+        time = x_KBTI.shape[2]
+        mask = torch.zeros_like(x_KBTI)
+        for k, (seed, length) in enumerate(zip(self.seeds_K, self.lengths_K, strict=True)):
+            generator = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (site_index + 1)) % 2**63)
+            shape = (x_KBTI.shape[1], length, x_KBTI.shape[3])
+            kept = torch.rand(shape, generator=generator) < keep
+            start = time - length if self.left_padded else 0
+            mask[k, :, start : start + length] = kept.to(mask)
+        return x_KBTI * mask / keep
+
+
+@dataclass
+class Pack:
+    """What the adapted layers read during one forward: the members' tensors, ready to use."""
+
+    adapter: Adapter
+    members: int
+    at_site: Mapping[str, Any]
+    """Per adapted layer what :meth:`Adapter.packed_delta` takes; empty turns every adapter off."""
+    heads: Mapping[str, Tensor]
+    """Stacked head tensors, ``<module>.weight`` K x O x I and ``<module>.bias`` K x O."""
+    dropout: Dropout | None = None
+
+
+class Slot:
+    """The one mutable thing in an adapted base: which pack, if any, the current forward reads."""
+
+    def __init__(self) -> None:
+        self.pack: Pack | None = None
+
+    @contextmanager
+    def use(self, pack: Pack) -> Iterator[None]:
+        """Run forwards with a pack; the base is itself again afterwards, also after an error."""
+        self.pack = pack
+        try:
+            yield
+        finally:
+            self.pack = None
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer plus the change of whichever members are in the slot."""
+
+    def __init__(self, base: nn.Module, site: Site, index: int, slot: Slot) -> None:
+        super().__init__()
+        self.base, self.site, self.index, self.slot = base, site, index, slot
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight; some architectures look at a layer's weight for its type."""
+        return self.base.weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return base(x), plus each member's delta for its own rows."""
+        y = self.base(x)
+        pack = self.slot.pack
+        if pack is None or self.site.name not in pack.at_site:
+            return y
+        x_KNI = _by_member(x, pack.members, pack.dropout, self.index)
+        delta_KNO = pack.adapter.packed_delta(x_KNI, pack.at_site[self.site.name])
+        return y + delta_KNO.view_as(y).to(y.dtype)
+
+
+class MemberLinear(nn.Module):
+    """A linear layer of the task head: each member has its own; without a pack it is the base's."""
+
+    def __init__(self, base: nn.Linear, name: str, slot: Slot) -> None:
+        super().__init__()
+        self.base, self.name, self.slot = base, name, slot
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x times the member's own weight, in float32: logits are never rounded to bfloat16."""
+        pack = self.slot.pack
+        if pack is None:
+            return self.base(x)
+        weight_KOI = pack.heads[f"{self.name}.weight"]
+        x_KNI = x.float().reshape(pack.members, -1, x.shape[-1])
+        y_KNO = torch.bmm(x_KNI, weight_KOI.transpose(1, 2))
+        bias_KO = pack.heads.get(f"{self.name}.bias")
+        if bias_KO is not None:
+            y_KNO = y_KNO + bias_KO[:, None]
+        return y_KNO.view(*x.shape[:-1], -1)
+
+
+def _by_member(x: Tensor, members: int, dropout: Dropout | None, index: int) -> Tensor:
+    rows = x.reshape(members, -1, *x.shape[1:])
+    if dropout is not None:
+        timed = rows if rows.dim() == 4 else rows.unsqueeze(2)
+        if rows.dim() != 4:  # a pooled position has no time: every member's length is one
+            dropout = Dropout(dropout.probability, dropout.seeds_K, [1] * members, dropout.left_padded)
+        rows = dropout.apply(timed, index)
+    return rows.reshape(members, -1, x.shape[-1])
+
+
+def attach(model: nn.Module, sites: Sequence[Site], heads: Sequence[str]) -> Slot:
+    """Replace the sites and the head's linears by layers that read one shared slot.
+
+    Returns:
+        The slot; with nothing in it the model computes what it computed before.
+    """
+    slot = Slot()
+    for index, site in enumerate(sites):
+        _replace(model, site.name, AdaptedLinear(model.get_submodule(site.name), site, index, slot))
+    for name in heads:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        _replace(model, name, MemberLinear(linear, name, slot))
+    return slot
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def stack(members: Sequence[Mapping[str, Tensor]]) -> Tensors:
+    """Stack the tensors of K members along a new first axis.
+
+    Raises:
+        ValueError: the members do not have the same names, so they cannot share a forward.
+    """
+    names = list(members[0])
+    if any(list(m) != names for m in members):
+        raise ValueError("members of one pack must have the same tensors")
+    return {name: torch.stack([m[name] for m in members]) for name in names}
+
+
+def make_pack(
+    adapter: Adapter, sites: Sequence[Site], stacked: Mapping[str, Tensor], dropout: Dropout | None = None,
+    adapters_on: bool = True,
+) -> Pack:
+    """Split stacked tensors into adapters and heads and materialise the adapters once.
+
+    Args:
+        adapters_on: ``False`` keeps the heads and leaves the base as it was before any training, the
+            reference of the KL regulariser.
+    """
+    heads = {n.removeprefix(HEAD): t for n, t in stacked.items() if n.startswith(HEAD)}
+    inner = {n: t for n, t in stacked.items() if not n.startswith(HEAD)}
+    members = len(next(iter(stacked.values())))
+    at_site = adapter.materialise(inner, sites) if adapters_on and inner else {}
+    return Pack(adapter, members, at_site, heads, dropout if adapters_on else None)

@@ -1,0 +1,347 @@
+"""A run as a state machine: ``transition(state, event) -> (state, commands)`` decides, others carry out.
+
+Pure: no clock, no files, no Ray, no torch. The event log is durable, and replaying it is recovery.
+An event names the job and the attempt it speaks of, so a stale report changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+
+class Phase(str, Enum):
+    """Where a run stands; the last four are terminal."""
+
+    PENDING = "pending"
+    TRAINING = "training"
+    AGGREGATING = "aggregating"
+    SUCCEEDED = "succeeded"
+    DEGRADED = "degraded"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing more will happen without a resume."""
+        return self in (Phase.SUCCEEDED, Phase.DEGRADED, Phase.FAILED, Phase.INTERRUPTED)
+
+
+# --- events: what happened ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class RunStarted:
+    """A driver began the run, or took it up again after it was interrupted or lost."""
+
+    jobs: dict[str, list[str]]
+    """Job -> its units (members and baselines), trained together in one pack."""
+    workers: list[str]
+    required: list[str]
+    """Units that the ensemble is made of; the others are baselines."""
+    min_members: int
+    max_failures: int
+
+
+@dataclass(frozen=True)
+class WorkerReady:
+    """A worker has loaded the base and waits for a job."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class WorkerLost:
+    """A worker died or could not start."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class JobFinished:
+    """A job's units are trained, evaluated and committed; those in ``failed`` are not."""
+
+    job: str
+    attempt: int
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JobFailed:
+    """A job stopped with an error; ``fatal`` ones would fail again the same way."""
+
+    job: str
+    attempt: int
+    reason: str
+    fatal: bool = False
+
+
+@dataclass(frozen=True)
+class InterruptRequested:
+    """A signal asked the run to stop after the current step."""
+
+    signal_number: int
+
+
+@dataclass(frozen=True)
+class JobInterrupted:
+    """A job committed its state and stopped because it was asked to."""
+
+    job: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """Metrics and report are written."""
+
+
+@dataclass(frozen=True)
+class AggregationFailed:
+    """Metrics or report could not be written."""
+
+    reason: str
+
+
+Event = (
+    RunStarted | WorkerReady | WorkerLost | JobFinished | JobFailed | InterruptRequested | JobInterrupted
+    | Aggregated | AggregationFailed
+)
+_EVENTS: dict[str, type] = {c.__name__: c for c in Event.__args__}  # type: ignore[attr-defined]
+
+
+# --- commands: what to do -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class StartWorker:
+    """Start a worker; it answers WorkerReady or WorkerLost."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """Train, evaluate and commit a job's units on a worker."""
+
+    job: str
+    attempt: int
+    worker: str
+    units: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StopJobs:
+    """Ask every running job to commit and stop after its step."""
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Compute metrics and report from the finished units, on a worker."""
+
+    worker: str
+    units: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Stop the workers and end with this phase."""
+
+    phase: Phase
+    reason: str = ""
+
+
+Command = StartWorker | RunJob | StopJobs | Aggregate | Finish
+
+
+# --- state ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Job:
+    """A pack of units and how far it is."""
+
+    units: tuple[str, ...]
+    status: str = "pending"  # pending | running | finished | failed
+    attempt: int = 0
+    failures: int = 0
+    worker: str = ""
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything the coordinator knows; rebuilt from the event log at any time."""
+
+    phase: Phase = Phase.PENDING
+    jobs: dict[str, Job] = field(default_factory=dict)
+    workers: dict[str, str] = field(default_factory=dict)  # starting | idle | busy | lost
+    required: tuple[str, ...] = ()
+    min_members: int = 1
+    max_failures: int = 0
+    failed_units: dict[str, str] = field(default_factory=dict)
+    signal_number: int = 0
+    reason: str = ""
+
+    def finished_units(self) -> tuple[str, ...]:
+        """Units whose results are committed, in job order."""
+        done = (u for job in self.jobs.values() if job.status == "finished" for u in job.units)
+        return tuple(u for u in done if u not in self.failed_units)
+
+
+def transition(state: State, event: Event) -> tuple[State, list[Command]]:
+    """Fold one event into the state and say what to do about it."""
+    if isinstance(event, RunStarted):
+        return _start(state, event)
+    if state.phase.terminal:
+        return state, []
+    if isinstance(event, WorkerReady):
+        return _assign(replace(state, workers={**state.workers, event.worker: "idle"}))
+    if isinstance(event, WorkerLost):
+        return _lose_worker(state, event)
+    if isinstance(event, JobFinished | JobFailed | JobInterrupted):
+        return _end_job(state, event)
+    if isinstance(event, InterruptRequested):
+        return _interrupt(state, event)
+    if isinstance(event, Aggregated):
+        short = [u for u in state.required if u not in state.finished_units()]
+        phase = Phase.DEGRADED if short else Phase.SUCCEEDED
+        reason = f"{len(short)} of {len(state.required)} members failed: {', '.join(short)}" if short else ""
+        return _finish(state, phase, reason)
+    return _finish(state, Phase.FAILED, f"aggregation failed: {event.reason}")
+
+
+def replay(events: Iterable[Event]) -> State:
+    """Return the state after a log of events; the commands were carried out when it was written."""
+    state = State()
+    for event in events:
+        state, _ = transition(state, event)
+    return state
+
+
+def to_record(event: Event) -> dict[str, Any]:
+    """Return an event as a JSON-able record."""
+    return {"event": type(event).__name__, **asdict(event)}
+
+
+def from_record(record: Mapping[str, Any]) -> Event:
+    """Return the event of a record; unknown keys such as the time of writing are ignored."""
+    event_class = _EVENTS[record["event"]]
+    names = event_class.__dataclass_fields__  # type: ignore[attr-defined]
+    return event_class(**{key: value for key, value in record.items() if key in names})
+
+
+def _start(state: State, event: RunStarted) -> tuple[State, list[Command]]:
+    """Begin, or begin again: what is finished stays finished, everything else is pending, no worker is left."""
+    jobs = {}
+    for name, units in event.jobs.items():
+        old = state.jobs.get(name)
+        done = old is not None and old.status == "finished" and old.units == tuple(units)
+        attempt = old.attempt if old else 0
+        jobs[name] = Job(tuple(units), "finished" if done else "pending", attempt)
+    kept = {u for job in jobs.values() if job.status == "finished" for u in job.units}
+    fresh = State(
+        phase=Phase.TRAINING,
+        jobs=jobs,
+        workers={worker: "starting" for worker in event.workers},
+        required=tuple(event.required),
+        min_members=event.min_members,
+        max_failures=event.max_failures,
+        failed_units={u: why for u, why in state.failed_units.items() if u in kept},
+    )
+    return fresh, [StartWorker(worker) for worker in event.workers]
+
+
+def _assign(state: State) -> tuple[State, list[Command]]:
+    """Give pending jobs to idle workers; with none left to do, aggregate."""
+    if state.signal_number:
+        return _settle_interrupt(state)
+    jobs, workers = dict(state.jobs), dict(state.workers)
+    commands: list[Command] = []
+    for name, job in state.jobs.items():
+        idle = next((w for w, status in workers.items() if status == "idle"), None)
+        if idle is None:
+            break
+        if job.status == "pending":
+            jobs[name] = replace(job, status="running", attempt=job.attempt + 1, worker=idle)
+            workers[idle] = "busy"
+            commands.append(RunJob(name, jobs[name].attempt, idle, job.units))
+    state = replace(state, jobs=jobs, workers=workers)
+    open_jobs = [j for j in jobs.values() if j.status in ("pending", "running")]
+    idle = next((w for w, status in workers.items() if status == "idle"), None)
+    if state.phase is Phase.TRAINING and not open_jobs and idle is not None:
+        alive = [u for u in state.required if u in state.finished_units()]
+        if len(alive) < state.min_members:
+            return _too_few(state, len(alive))
+        workers[idle] = "busy"
+        commands.append(Aggregate(idle, state.finished_units()))
+        state = replace(state, phase=Phase.AGGREGATING, workers=workers)
+    return state, commands
+
+
+def _end_job(state: State, event: JobFinished | JobFailed | JobInterrupted) -> tuple[State, list[Command]]:
+    job = state.jobs.get(event.job)
+    if job is None or job.status != "running" or job.attempt != event.attempt:
+        return state, []  # a report of an attempt that is no longer the current one
+    workers = {**state.workers, job.worker: "idle"} if state.workers.get(job.worker) == "busy" else state.workers
+    if isinstance(event, JobFinished):
+        ended, failed = replace(job, status="finished"), {**state.failed_units, **event.failed}
+    elif isinstance(event, JobInterrupted):
+        ended, failed = replace(job, status="pending"), dict(state.failed_units)
+    else:
+        ended, failed = _retry(state, job, event.reason, event.fatal)
+    state = replace(state, jobs={**state.jobs, event.job: ended}, workers=dict(workers), failed_units=failed)
+    return _stop_if_hopeless(state)
+
+
+def _retry(state: State, job: Job, reason: str, fatal: bool) -> tuple[Job, dict[str, str]]:
+    failures = job.failures + 1
+    if fatal or failures > state.max_failures:
+        return replace(job, status="failed", failures=failures), {
+            **state.failed_units, **{unit: reason for unit in job.units}
+        }
+    return replace(job, status="pending", failures=failures), dict(state.failed_units)
+
+
+def _lose_worker(state: State, event: WorkerLost) -> tuple[State, list[Command]]:
+    """Put the worker's job back and start the worker again, as often as jobs may fail."""
+    if state.workers.get(event.worker) in (None, "lost"):
+        return state, []
+    started = state.workers[event.worker] == "starting"
+    jobs, failed = dict(state.jobs), dict(state.failed_units)
+    for name, job in state.jobs.items():
+        if job.status == "running" and job.worker == event.worker:
+            jobs[name], failed = _retry(replace(state, failed_units=failed), job, event.reason, fatal=False)
+    status = "lost" if started or state.signal_number else "starting"
+    phase = Phase.TRAINING if state.phase is Phase.AGGREGATING else state.phase
+    state = replace(
+        state, jobs=jobs, failed_units=failed, phase=phase, workers={**state.workers, event.worker: status}
+    )
+    if all(s == "lost" for s in state.workers.values()) and not state.signal_number:
+        return _finish(state, Phase.FAILED, f"no worker is left: {event.reason}")
+    state, commands = _stop_if_hopeless(state)
+    restart = [StartWorker(event.worker)] if status == "starting" and not state.phase.terminal else []
+    return state, [*restart, *commands]
+
+
+def _stop_if_hopeless(state: State) -> tuple[State, list[Command]]:
+    possible = [u for u in state.required if u not in state.failed_units]
+    if len(possible) < state.min_members:
+        return _too_few(state, len(possible))
+    return _assign(state)
+
+
+def _too_few(state: State, alive: int) -> tuple[State, list[Command]]:
+    why = "; ".join(f"{unit}: {reason}" for unit, reason in state.failed_units.items())
+    return _finish(state, Phase.FAILED, f"{alive} members can finish, {state.min_members} are needed ({why})")
+
+
+def _interrupt(state: State, event: InterruptRequested) -> tuple[State, list[Command]]:
+    state, commands = _settle_interrupt(replace(state, signal_number=event.signal_number))
+    return state, [StopJobs(), *commands]
+
+
+def _settle_interrupt(state: State) -> tuple[State, list[Command]]:
+    if any(job.status == "running" for job in state.jobs.values()):
+        return state, []
+    return _finish(state, Phase.INTERRUPTED, f"signal {state.signal_number}")
+
+
+def _finish(state: State, phase: Phase, reason: str = "") -> tuple[State, list[Command]]:
+    return replace(state, phase=phase, reason=reason), [Finish(phase, reason)]

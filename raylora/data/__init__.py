@@ -1,0 +1,1 @@
+"""Rows of text, from their sources to padded batches, and what a task makes of a model's logits."""

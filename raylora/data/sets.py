@@ -1,0 +1,184 @@
+"""All sets of a run: read, split without leakage, tokenised, counted and described."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from raylora.data.splits import Pool, divide, fresh, judge, read_pool
+from raylora.data.task import BadRow, Example, Task
+from raylora.errors import DataError
+from raylora.spec import DataSpec, EvaluationSpec, SetSpec
+
+
+@dataclass(frozen=True)
+class LoadedSet:
+    """The examples of one set, and what was done to its rows."""
+
+    name: str
+    origin: str
+    examples: list[Example]
+    labelled: bool
+    truncated: int
+    """Rows cut to ``task.max_length``."""
+    skipped: int
+    """Bad rows left out under ``on_bad_row: skip``."""
+    duplicates: int
+    """Rows left out because their text was already used, in this set or in an earlier one."""
+    content_hash: str
+    """SHA-256 of ids, tokens and labels: what the model will see."""
+
+    def describe(self, label_names: Sequence[str]) -> str:
+        """Return one line for people."""
+        counts = Counter(example.label for example in self.examples if example.label is not None)
+        shares = ", ".join(f"{label_names[label]} {counts[label]:,}" for label in sorted(counts))
+        longest = max(len(sequence) for example in self.examples for sequence in example.sequences)
+        parts = [f"{self.name}: {len(self.examples):,} examples from {self.origin}"]
+        if shares or not self.labelled:
+            parts.append(f"labels {shares}" if shares else "unlabelled")
+        parts.append(f"longest {longest} tokens")
+        for count, what in ((self.truncated, "truncated"), (self.skipped, "skipped"), (self.duplicates, "duplicates")):
+            if count:
+                parts.append(f"{count:,} {what}")
+        return "; ".join(parts)
+
+    def preview(self, count: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Return the first examples as id, label and decoded tokens, one line each."""
+        return [
+            f"{example.id} [{len(sequence)} tokens, label {example.label}] {tokenizer.decode(list(sequence))!r}"
+            for example in self.examples[:count]
+            for sequence in example.sequences
+        ]
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """Every set of a run."""
+
+    train: LoadedSet
+    validation: LoadedSet
+    test: LoadedSet
+    in_distribution: dict[str, LoadedSet]
+    out_of_distribution: dict[str, LoadedSet]
+    label_names: list[str]
+
+    def all(self) -> list[LoadedSet]:
+        """Return the sets in reading order."""
+        named = [*self.in_distribution.values(), *self.out_of_distribution.values()]
+        return [self.train, self.validation, self.test, *named]
+
+    def describe(self) -> list[str]:
+        """Return one line per set."""
+        return [loaded.describe(self.label_names) for loaded in self.all()]
+
+    def preview(self, count: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Return the first tokenised training examples, for people to check the format."""
+        return self.train.preview(count, tokenizer)
+
+    def content_hash(self) -> str:
+        """Return one SHA-256 over all sets: a resumed run must find the same."""
+        text = json.dumps([[loaded.name, loaded.content_hash] for loaded in self.all()])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_sets(
+    data: DataSpec,
+    evaluation: EvaluationSpec,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    base_dir: Path | None = None,
+) -> DataSets:
+    """Read, check, split and tokenise every set of a run; relative file paths start at ``base_dir``.
+
+    ``validation_rows`` and ``test_rows`` size the sets that are split off the training set; sets of their own
+    are used whole, or as far as their ``rows`` say.
+
+    Raises:
+        DataError: a set is missing, too small, has bad rows, or does not fit the task or the tokenizer.
+    """
+    task.check(tokenizer)
+    own = {name: spec for name, spec in (("validation", data.validation), ("test", data.test)) if spec is not None}
+    sizes = {"test": data.test_rows, "validation": data.validation_rows}
+    pool = read_pool("train", data.train, data, task, True, base_dir)
+    train, parts = divide(pool, {name: size for name, size in sizes.items() if name not in own}, data)
+    used = train.keys().union(*(part.keys() for part in parts.values()))
+    for name, spec in own.items():
+        parts[name] = fresh(read_pool(name, spec, data, task, True, base_dir), used)
+        used |= parts[name].keys()
+    known = train.keys() | parts["validation"].keys()
+
+    def named(specs: Mapping[str, SetSpec], labelled: bool) -> dict[str, LoadedSet]:
+        pools = {name: read_pool(name, spec, data, task, labelled, base_dir) for name, spec in specs.items()}
+        return {name: _tokenised(fresh(pool, known), data, task, tokenizer) for name, pool in pools.items()}
+
+    loaded = _tokenised(train, data, task, tokenizer)
+    _check_classes(loaded, task)
+    return DataSets(
+        train=loaded,
+        validation=_tokenised(parts["validation"], data, task, tokenizer),
+        test=_tokenised(parts["test"], data, task, tokenizer),
+        in_distribution=named(evaluation.in_distribution, labelled=True),
+        out_of_distribution=named(evaluation.out_of_distribution, labelled=False),
+        label_names=list(task.label_names),
+    )
+
+
+def load_set(
+    name: str,
+    spec: SetSpec,
+    data: DataSpec,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    labelled: bool,
+    base_dir: Path | None = None,
+) -> LoadedSet:
+    """Read and tokenise one set on its own, as for a prediction; nothing is dropped as a duplicate.
+
+    Raises:
+        DataError: as :func:`load_sets`.
+    """
+    task.check(tokenizer)
+    return _tokenised(read_pool(name, spec, data, task, labelled, base_dir), data, task, tokenizer)
+
+
+def _tokenised(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -> LoadedSet:
+    examples: list[Example] = []
+    bad: list[str] = []
+    truncated = 0
+    for good in pool.rows:
+        try:
+            example, cut = task.tokenise(good.row.values, good.id, tokenizer)
+        except BadRow as error:
+            bad.append(f"{good.row.place}: {error}")
+            continue
+        truncated += cut
+        examples += task.blocks(example)
+    judge(pool.name, bad, len(pool.rows), data)
+    if not examples:
+        raise DataError(f"{pool.name}: {pool.origin} has no usable row", "check its columns and its text")
+    skipped, digest = pool.skipped + len(bad), _digest(examples)
+    return LoadedSet(pool.name, pool.origin, examples, pool.labelled, truncated, skipped, pool.duplicates, digest)
+
+
+def _check_classes(train: LoadedSet, task: Task) -> None:
+    classes = {example.label for example in train.examples}
+    if task.label_column is not None and len(classes) == 1:
+        (only,) = classes
+        name = task.label_names[only] if only is not None else only
+        raise DataError(
+            f"all {len(train.examples):,} training rows of {train.origin} have one label, {name!r}",
+            "check the label column and how the file is sorted: there is nothing to learn",
+        )
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.id, example.sequences, example.label]).encode())
+    return digest.hexdigest()

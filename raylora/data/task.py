@@ -1,0 +1,252 @@
+"""The seam between rows of text and a model: what a row becomes, and what the model's output means.
+
+Shapes: N examples of P options each, B = N * P model rows (P is 1 but for option scoring), T tokens,
+K positions whose logits the model returned (the last K of T), V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from raylora.errors import DataError
+from raylora.spec import TaskSpec
+
+PaddingSide = Literal["left", "right"]
+
+
+class BadRow(ValueError):
+    """One row does not fit the task; the message says why, the reader adds where."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row: a token sequence, or one per option."""
+
+    id: str
+    sequences: tuple[tuple[int, ...], ...]
+    label: int | None
+    spans: tuple[int, ...] = ()
+    """Per sequence, the first token whose probability counts; empty where only classes are scored."""
+    token_types: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded examples, ready for one forward pass."""
+
+    ids: list[str]
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    labels_N: Tensor | None
+    """int64, or None where the examples have no labels."""
+    position_ids_BT: Tensor | None = None
+    """Given with left padding only: absolute positions must count from the first real token."""
+    token_type_ids_BT: Tensor | None = None
+    target_mask_BT: Tensor | None = None
+    """True where a token's own probability is part of the score."""
+    keep: int | None = None
+    """How many last positions hold every logit that the score needs; None is all of them."""
+    answer_ids_C: Tensor | None = None
+    """The token of each answer letter."""
+    rows_per_example: int = 1
+
+    def __len__(self) -> int:
+        """Return the number of examples, N."""
+        return len(self.ids)
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Return the keyword arguments of the model's forward."""
+        inputs = {
+            "input_ids": self.input_ids_BT,
+            "attention_mask": self.attention_mask_BT,
+            "position_ids": self.position_ids_BT,
+            "token_type_ids": self.token_type_ids_BT,
+        }
+        return {name: tensor for name, tensor in inputs.items() if tensor is not None}
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with every tensor on a device."""
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+
+
+class Task(Protocol):
+    """What a row means, what the model is asked for, and how its logits become scores and losses."""
+
+    spec: Any
+    auto_class: str
+    """``AutoModelForSequenceClassification`` or ``AutoModelForCausalLM``."""
+    num_classes: int | None
+    """None where the task is not a choice among classes."""
+    label_names: list[str]
+    columns: tuple[str, ...]
+    """Columns that every set must have, the label's apart."""
+    optional_columns: tuple[str, ...]
+    label_column: str | None
+    """None where the text is its own label."""
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Return what ``auto_class.from_pretrained`` needs beyond the model's name."""
+
+    def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
+        """Return what the forward pass needs beyond ``batch.model_inputs()``."""
+
+    def padding_side(self, is_decoder: bool) -> PaddingSide:
+        """Return where the tokenizer must pad."""
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer that cannot serve the task. Raises: DataError."""
+
+    def content(self, row: Mapping[str, Any]) -> str:
+        """Return the row's text, by which duplicates are found. Raises: BadRow."""
+
+    def label(self, row: Mapping[str, Any]) -> int | None:
+        """Return the row's class, or None where it has no label column. Raises: BadRow."""
+
+    def tokenise(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
+        """Return the example and whether it was truncated. Raises: BadRow."""
+
+    def blocks(self, example: Example) -> list[Example]:
+        """Return the pieces of an example that are batched on their own; all but language modelling have one."""
+
+    def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Batch:
+        """Pad examples on the tokenizer's padding side."""
+
+    def scores(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return float32 scores_NC whose softmax over C is the model's prediction."""
+
+    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Return the float32 loss_N of each example. Raises: DataError without labels."""
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the padding token, or the end token of a decoder that has none; the mask hides it either way."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise DataError("the tokenizer has neither a padding nor an end token", "set its pad_token and save it again")
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that the tokenizer puts before any text: a start token, or nothing."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    starts = (n for n in range(len(full)) if full[n : n + len(bare)] == bare)
+    return list(full[: next(starts, 0)])
+
+
+def check_length(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse more tokens per row than the model has positions.
+
+    Raises:
+        DataError: naming both lengths.
+    """
+    if spec.max_length > tokenizer.model_max_length:
+        limit = int(tokenizer.model_max_length)
+        raise DataError(f"task.max_length is {spec.max_length}, but the model takes {limit} tokens", f"use {limit}")
+
+
+def require_text(row: Mapping[str, Any], column: str) -> str:
+    """Return a text column's value. Raises: BadRow when it is absent, empty or not text."""
+    value = row.get(column)
+    if value is None:
+        raise BadRow(f"no {column!r}")
+    if not isinstance(value, str):
+        raise BadRow(f"{column!r} is a {type(value).__name__}, not text")
+    if not value.strip():
+        raise BadRow(f"{column!r} is empty")
+    return value
+
+
+def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """Pad examples to the longest; left padding brings position ids that start at the first real token."""
+    side: PaddingSide = "left" if tokenizer.padding_side == "left" else "right"
+    rows = [sequence for example in examples for sequence in example.sequences]
+    longest = max(map(len, rows))
+    types = [row for example in examples for row in example.token_types or ()]
+    spans = [span for example in examples for span in example.spans]
+    labels = [example.label for example in examples if example.label is not None]
+    mask_BT = torch.stack([_fit(torch.ones(len(row), dtype=torch.int64), longest, 0, side) for row in rows])
+    targets = [torch.arange(len(row)) >= span for row, span in zip(rows, spans, strict=False)]
+    return Batch(
+        ids=[example.id for example in examples],
+        input_ids_BT=torch.stack([_fit(torch.tensor(row), longest, pad_id(tokenizer), side) for row in rows]),
+        attention_mask_BT=mask_BT,
+        labels_N=torch.tensor(labels) if len(labels) == len(examples) else None,
+        position_ids_BT=_positions(mask_BT) if side == "left" else None,
+        token_type_ids_BT=torch.stack([_fit(torch.tensor(t), longest, 0, side) for t in types]) if types else None,
+        target_mask_BT=torch.stack([_fit(t, longest, 0, side) for t in targets]) if spans else None,
+        rows_per_example=len(examples[0].sequences),
+    )
+
+
+def join(batches: Sequence[Batch], pad_id: int, padding_side: PaddingSide) -> Batch:
+    """Put several members' batches below each other along B, padded to the longest of them.
+
+    Raises:
+        ValueError: the batches come from different tasks (some lack a tensor that others have).
+    """
+    first, longest = batches[0], max(batch.input_ids_BT.shape[1] for batch in batches)
+
+    def joined(name: str, value: int = 0) -> Tensor | None:
+        parts = [getattr(batch, name) for batch in batches]
+        if all(part is None for part in parts):
+            return None
+        if any(part is None for part in parts):
+            raise ValueError(f"only some of the batches have {name}")
+        if name.endswith("_BT"):
+            parts = [_fit(part, longest, value, padding_side) for part in parts]
+        return torch.cat(parts)
+
+    input_ids_BT, mask_BT = joined("input_ids_BT", pad_id), joined("attention_mask_BT")
+    assert input_ids_BT is not None and mask_BT is not None
+    keeps = [batch.keep for batch in batches if batch.keep is not None]
+    return replace(
+        first,
+        ids=[example_id for batch in batches for example_id in batch.ids],
+        input_ids_BT=input_ids_BT,
+        attention_mask_BT=mask_BT,
+        labels_N=joined("labels_N"),
+        position_ids_BT=joined("position_ids_BT"),
+        token_type_ids_BT=joined("token_type_ids_BT"),
+        target_mask_BT=joined("target_mask_BT"),
+        keep=max(keeps) if keeps else None,
+    )
+
+
+def token_logprobs(logits_BKV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return logp_BK float32, the log-probability of each token given those before it, and mask_BK.
+
+    Column k belongs to the token at position T - K + k, so that with K = T the columns are the tokens. The
+    first column has nothing before it and, like all that is not a target, is 0 and masked.
+    """
+    assert batch.target_mask_BT is not None
+    kept = logits_BKV.shape[1]
+    tokens_BK, mask_BK = batch.input_ids_BT[:, -kept:], batch.target_mask_BT[:, -kept:].clone()
+    mask_BK[:, 0] = False
+    nll = F.cross_entropy(logits_BKV[:, :-1].flatten(0, 1).float(), tokens_BK[:, 1:].flatten(), reduction="none")
+    logp_BK = F.pad(-nll.view(len(tokens_BK), kept - 1), (1, 0))
+    return logp_BK.masked_fill(~mask_BK, 0.0), mask_BK
+
+
+def require_labels(batch: Batch) -> Tensor:
+    """Return labels_N. Raises: DataError when the batch has none."""
+    if batch.labels_N is None:
+        raise DataError(f"examples {batch.ids[0]} ... have no labels", "a loss needs a labelled set")
+    return batch.labels_N
+
+
+def _fit(x: Tensor, length: int, value: int, side: PaddingSide) -> Tensor:
+    missing = length - x.shape[-1]
+    return F.pad(x, (missing, 0) if side == "left" else (0, missing), value=value)
+
+
+def _positions(mask_BT: Tensor) -> Tensor:
+    return (mask_BT.cumsum(-1) - 1).clamp(min=0)

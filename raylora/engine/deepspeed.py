@@ -1,0 +1,195 @@
+"""DeepSpeed as the optimiser driver: one engine per member, fed with the gradient that member received.
+
+A pack of members shares one backward pass through the base, so no engine can run that pass itself.
+Instead the gradients G of the packed forward are handed over as the surrogate loss <P, G>, whose
+gradient in the parameters P is exactly G: everything after it (accumulation, ZeRO, clipping, the step)
+is DeepSpeed's ordinary work, and it is per member because the engine is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raylora.adapters.base import HEAD, Adapter, Tensors
+from raylora.engine.schedule import learning_rate_factor
+from raylora.spec import OptimisationSpec, RegularisersSpec
+
+_STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+
+
+def start_deepspeed(device: torch.device) -> None:
+    """Join a process group of this worker alone, once per process, without compiling anything.
+
+    DeepSpeed's shared-memory collective would be built by a C++ compiler on the first start, for minutes;
+    a group of one has no use for it.
+    """
+    os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(key, value)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # An in-process store: no port to choose, so any number of workers start on one machine.
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+class MemberOptimiser:
+    """One member's parameters and the DeepSpeed engine that updates them."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        adapter: Adapter,
+        optimisation: OptimisationSpec,
+        regularisers: RegularisersSpec,
+        total_steps: int,
+        device: torch.device,
+    ) -> None:
+        """Build the engine; every matrix is its own parameter group, so that A and B decay on their own."""
+        import deepspeed
+
+        self.names = list(tensors)
+        self.optimisation = optimisation
+        self.total_steps = total_steps
+        self.steps_done = 0
+        self.grad_norm = 0.0
+        container = nn.Module()
+        container.matrices = nn.ParameterList([nn.Parameter(tensors[n].detach().float().clone()) for n in self.names])
+        container.to(device)
+        self.parameters = dict(zip(self.names, container.matrices, strict=True))
+        groups = [
+            {"params": [p], "weight_decay": _decay(name, adapter, regularisers), "name": name}
+            for name, p in self.parameters.items()
+        ]
+        self.engine, self._optimizer, *_ = deepspeed.initialize(
+            model=container, optimizer=_optimizer(groups, optimisation), config=_config(optimisation)
+        )
+
+    def tensors(self) -> Tensors:
+        """Return the live parameters, detached; read them, do not write them."""
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    def backward(self, gradients: Mapping[str, Tensor]) -> None:
+        """Hand one micro-batch's gradient to the engine, which averages it over the accumulation."""
+        terms = [(p * gradients[name].to(p.dtype)).sum() for name, p in self.parameters.items()]
+        self.engine.backward(torch.stack(terms).sum())
+
+    def step(self) -> bool:
+        """Count a micro-batch; at the accumulation's boundary clip, update and return True."""
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        if boundary:
+            factor = learning_rate_factor(self.optimisation, self.steps_done, self.total_steps)
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.optimisation.lr * factor
+            if self.optimisation.zero_stage == 0:
+                self.grad_norm = _norm([p.grad for p in self.parameters.values()])
+        self.engine.step()
+        if boundary:
+            self.steps_done += 1
+            if self.optimisation.zero_stage > 0:
+                self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0) 
+        return bool(boundary)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the latest update."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def state(self) -> Tensors:
+        """Return the optimiser's moments as ``<name>|<moment>``, whole whatever the ZeRO stage."""
+        return {
+            f"{name}|{key}": self._read(p, key).detach().float().cpu().clone()
+            for name, p in self.parameters.items()
+            for key in _STATE_KEYS[self.optimisation.optimizer]
+            if self.steps_done
+        }
+
+    def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
+        """Continue from saved moments; the parameters were given to the constructor."""
+        self.steps_done = steps_done
+        if not steps_done or not state:
+            return
+        for name, p in self.parameters.items():
+            for key in _STATE_KEYS[self.optimisation.optimizer]:
+                self._write(p, key, state[f"{name}|{key}"].to(p.device))
+        self._set_update_count(steps_done)
+
+    def _read(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if self.optimisation.zero_stage == 0:
+            return self._torch_optimizer.state[parameter][key]
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def _write(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        if self.optimisation.zero_stage == 0:
+            self._torch_optimizer.state[parameter][key] = value.clone()
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self._initialise_partitions()
+        safe_set_full_optimizer_state(parameter, value, key)
+
+    def _set_update_count(self, steps_done: int) -> None:
+        """AdamW's bias correction depends on how many updates there were."""
+        if self.optimisation.zero_stage == 0:
+            for parameter in self.parameters.values():
+                self._torch_optimizer.state[parameter]["step"] = torch.tensor(float(steps_done))
+        else:
+            for state in self._torch_optimizer.state.values():
+                state["step"] = torch.tensor(float(steps_done))
+
+    def _initialise_partitions(self) -> None:
+        """ZeRO makes its moments on the first update; a resumed member needs them before it."""
+        optimizer = self._torch_optimizer
+        for group in optimizer.param_groups:
+            for partition in group["params"]:
+                state = optimizer.state[partition]
+                for key in _STATE_KEYS[self.optimisation.optimizer]:
+                    if key not in state:
+                        state[key] = torch.zeros_like(partition)
+
+    @property
+    def _torch_optimizer(self) -> Any:
+        return self._optimizer if self.optimisation.zero_stage == 0 else self._optimizer.optimizer
+
+
+def _decay(name: str, adapter: Adapter, rules: RegularisersSpec) -> float:
+    if name.startswith(HEAD):
+        return rules.decay_head
+    return rules.decay_a if adapter.decay_group(name) == "a" else rules.decay_b
+
+
+def _optimizer(groups: list[dict[str, Any]], spec: OptimisationSpec) -> torch.optim.Optimizer:
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=spec.lr)
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
+
+
+def _config(spec: OptimisationSpec) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": spec.micro_batch,
+        "gradient_accumulation_steps": spec.accumulation,
+        "gradient_clipping": spec.clip_norm or 0.0,
+        "zero_optimization": {"stage": spec.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _norm(gradients: list[Tensor | None]) -> float:
+    norms = [g.detach().float().norm() for g in gradients if g is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0

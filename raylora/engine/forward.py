@@ -1,0 +1,146 @@
+"""One packed forward: K members' batches through one base, to scores and losses of each member.
+
+Shapes: K members, N examples of one member, B model rows (K * N * rows per example), T time, C classes,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raylora.adapters.base import HEAD, Adapter, Tensors
+from raylora.adapters.packed import Dropout, make_pack
+from raylora.data.task import Batch, Task, join, pad_id
+from raylora.engine.base import Base
+from raylora.spec.run import KLSpec
+
+
+@dataclass(frozen=True)
+class PackLoss:
+    """What one packed micro-batch gave each of its members."""
+
+    losses_K: list[float]
+    gradients: list[Tensors]
+    """Per member, by tensor name: the gradient of its own loss and of nothing else."""
+    tokens: int
+
+
+def pack_gradients(
+    base: Base,
+    adapter: Adapter,
+    task: Task,
+    stacked: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    dropout_seeds_K: Sequence[int],
+    kl: KLSpec | None = None,
+    reference_heads: Mapping[str, Tensor] | None = None,
+) -> PackLoss:
+    """Run K members forward and backward once and return each one's loss and gradient.
+
+    The losses are summed, not averaged: a member's gradient is what it would get alone.
+
+    Args:
+        stacked: the members' tensors, stacked over K.
+        batches: one batch per member, each its own rows.
+        dropout_seeds_K: seeds of this step's adapter dropout.
+        kl: adds ``beta * KL`` to the base with its adapters off (arXiv 2310.00035, section 3).
+        reference_heads: the members' initial heads, which the reference predicts with.
+    """
+    leaves = {name: tensor.detach().clone().requires_grad_(True) for name, tensor in stacked.items()}
+    batch = _join(base, task, batches)
+    dropout = _dropout(base, adapter, task, batches, dropout_seeds_K)
+    logits = _forward(base, adapter, task, leaves, batch, dropout)
+    scores = task.scores(logits, batch)
+    losses_KN = task.loss(scores, batch).view(len(batches), -1)
+    if kl is not None:
+        with torch.no_grad():
+            reference = {**stacked, **(reference_heads or {})}
+            reference_logits = _forward(base, adapter, task, reference, batch, None, adapters_on=False)
+        divergence = _divergence(task, batch, logits, reference_logits, kl)
+        losses_KN = losses_KN + kl.beta * divergence.view(len(batches), -1)
+    losses_K = losses_KN.mean(dim=1)
+    losses_K.sum().backward()
+    names = list(leaves)
+    gradients = [
+        {n: g[k] if (g := leaves[n].grad) is not None else torch.zeros_like(leaves[n][k]) for n in names}
+        for k in range(len(batches))
+    ]
+    tokens = int(sum(int(b.attention_mask_BT.sum()) for b in batches))
+    return PackLoss(losses_K.detach().tolist(), gradients, tokens)
+
+
+@torch.no_grad()
+def pack_scores(
+    base: Base, adapter: Adapter, task: Task, stacked: Mapping[str, Tensor], batch: Batch,
+    dropout_seeds_K: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Batch]:
+    """Return (logits, scores, joined batch) of K members that all read the same batch, member by member."""
+    members = len(next(iter(stacked.values())))
+    batches = [batch] * members
+    joined = _join(base, task, batches)
+    dropout = _dropout(base, adapter, task, batches, dropout_seeds_K) if dropout_seeds_K is not None else None
+    logits = _forward(base, adapter, task, stacked, joined, dropout)
+    return logits, task.scores(logits, joined), joined
+
+
+def _forward(
+    base: Base, adapter: Adapter, task: Task, stacked: Mapping[str, Tensor], batch: Batch,
+    dropout: Dropout | None, adapters_on: bool = True,
+) -> Tensor:
+    pack = make_pack(adapter, base.sites, stacked, dropout, adapters_on)
+    with base.slot.use(pack):
+        return base.model(**batch.model_inputs(), **task.forward_kwargs(batch), use_cache=False).logits \
+            if base.is_decoder else base.model(**batch.model_inputs(), **task.forward_kwargs(batch)).logits
+
+
+def _join(base: Base, task: Task, batches: Sequence[Batch]) -> Batch:
+    return join(batches, pad_id(base.tokenizer), task.padding_side(base.is_decoder)).to(base.device)
+
+
+def _dropout(
+    base: Base, adapter: Adapter, task: Task, batches: Sequence[Batch], seeds_K: Sequence[int]
+) -> Dropout | None:
+    if adapter.spec.dropout == 0.0:
+        return None
+    lengths = [batch.input_ids_BT.shape[1] for batch in batches]
+    return Dropout(adapter.spec.dropout, list(seeds_K), lengths, task.padding_side(base.is_decoder) == "left")
+
+
+def _divergence(task: Task, batch: Batch, logits: Tensor, reference: Tensor, kl: KLSpec) -> Tensor:
+    """Return KL per example, over the classes, or over the vocabulary as a mean of the target tokens."""
+    if task.num_classes is not None:
+        return _kl(task.scores(logits, batch), task.scores(reference, batch), kl)
+    assert batch.target_mask_BT is not None
+    # The logits at position t predict token t + 1, so the mask moves one to the left.
+    mask_BT = batch.target_mask_BT[:, 1:].float()
+    kl_BT = _kl(logits[:, :-1].float(), reference[:, :-1].float(), kl)
+    return (kl_BT * mask_BT).sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+
+
+def _kl(scores: Tensor, reference: Tensor, kl: KLSpec) -> Tensor:
+    logp, logq = F.log_softmax(scores, dim=-1), F.log_softmax(reference, dim=-1)
+    if kl.direction == "reverse":
+        logp, logq = logq, logp
+    return (logp.exp() * (logp - logq)).sum(dim=-1)
+
+
+def initial_member(base: Base, adapter: Adapter, head: Mapping[str, Tensor], seed: int) -> Tensors:
+    """Return a fresh member: the adapter's tensors, and a head drawn anew where the checkpoint has none.
+
+    Everything comes from one generator seeded by the member, so equal seeds give equal members.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = adapter.build(base.sites, generator) if base.sites else {}
+    for name, value in head.items():
+        module, _, key = name.rpartition(".")
+        if module in base.fresh_heads:
+            value = torch.zeros_like(value)
+            if key == "weight":
+                value.normal_(0.0, base.initializer_range, generator=generator)
+        tensors[HEAD + name] = value.clone()
+    return tensors

@@ -1,0 +1,152 @@
+"""Drive a run in this process: the same state machine and the same workbench as on a cluster, without Ray."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from raylora import control
+from raylora.engine.aggregate import aggregate
+from raylora.engine.prepare import Prepared
+from raylora.engine.trainer import Progress
+from raylora.engine.workbench import Workbench
+from raylora.errors import Interrupted, RayloraError, TrainingError, UsageError
+
+OnProgress = Callable[[str, Progress], None]
+
+
+def run_in_process(prepared: Prepared, on_progress: OnProgress = lambda job, progress: None) -> dict[str, Any]:
+    """Train, evaluate and aggregate a prepared run, job after job, and return its metrics.
+
+    The plan's packs and threads are those that a cluster would use, so the members are equal to Ray's.
+
+    Raises:
+        Interrupted: a signal came; everything is committed and the run can be resumed.
+        TrainingError: the run failed.
+    """
+    store = prepared.store
+    store.lock()
+    try:
+        prepared.begin()
+        return _Driver(prepared, on_progress).run()
+    finally:
+        store.unlock()
+
+
+class _Driver:
+    """Folds events through the transition and carries the commands out, one at a time."""
+
+    def __init__(self, prepared: Prepared, on_progress: OnProgress) -> None:
+        self.prepared, self.store, self.on_progress = prepared, prepared.store, on_progress
+        self.started_at = time.time()
+        self.signal_number = 0
+        self.bench: Workbench | None = None
+        self.metrics: dict[str, Any] = {}
+        self.error: BaseException | None = None
+        self.state = control.replay(control.from_record(r) for r in self.store.read_events())
+
+    def run(self) -> dict[str, Any]:
+        with _signals(self._interrupted):
+            queue: list[control.Event] = [start_event(self.prepared, ["worker-0"])]
+            while queue:
+                event = queue.pop(0)
+                self.store.append_event({**control.to_record(event), "at": time.time()})
+                self.state, commands = control.transition(self.state, event)
+                for command in commands:
+                    queue += self._carry_out(command)
+        return conclude(self.state, self.metrics, self.store.uri, self.error)
+
+    def _carry_out(self, command: control.Command) -> list[control.Event]:
+        if isinstance(command, control.StartWorker):
+            return [self._start_worker(command.worker)]
+        if isinstance(command, control.RunJob):
+            return self._run_job(command)
+        if isinstance(command, control.Aggregate):
+            try:
+                self.metrics = aggregate(self.prepared.spec, self.store, command.units, self.started_at)
+            except RayloraError as error:
+                self.error = error
+                return [control.AggregationFailed(str(error))]
+            return [control.Aggregated()]
+        return []
+
+    def _start_worker(self, worker: str) -> control.Event:
+        plan = self.prepared.plan
+        self.bench = Workbench(self.prepared.spec, self.store, plan.cpus_per_worker, plan.gpus_per_worker)
+        try:
+            self.bench.load()
+        except RayloraError as error:
+            self.error = error
+            return control.WorkerLost(worker, str(error))
+        return control.WorkerReady(worker)
+
+    def _run_job(self, command: control.RunJob) -> list[control.Event]:
+        assert self.bench is not None
+        try:
+            failed = self.bench.run_job(
+                command.job, command.units, lambda p: self.on_progress(command.job, p), lambda: self.signal_number
+            )
+        except Interrupted:
+            stop = control.InterruptRequested(self.signal_number)
+            return [stop, control.JobInterrupted(command.job, command.attempt)]
+        except RayloraError as error:
+            self.error = error
+            return [control.JobFailed(command.job, command.attempt, str(error), fatal=True)]
+        events: list[control.Event] = [control.JobFinished(command.job, command.attempt, failed)]
+        return events if not self.signal_number else [control.InterruptRequested(self.signal_number), *events]
+
+    def _interrupted(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+
+
+def start_event(prepared: Prepared, workers: list[str]) -> control.RunStarted:
+    """Return the event that begins a prepared run, or takes it up again."""
+    ensemble = prepared.spec.ensemble
+    return control.RunStarted(
+        jobs=prepared.plan.jobs(),
+        workers=workers,
+        required=[unit.name for unit in prepared.units if unit.role == "member"],
+        min_members=ensemble.min_members or ensemble.members,
+        max_failures=prepared.spec.checkpointing.max_failures,
+    )
+
+
+def conclude(
+    state: control.State, metrics: dict[str, Any], uri: str, error: BaseException | None = None
+) -> dict[str, Any]:
+    """Return the metrics of a run that ended well, and raise what a run that did not ends with.
+
+    Raises:
+        Interrupted: it can be resumed.
+        UsageError: it could not start because of its input.
+        TrainingError: it failed.
+    """
+    if state.phase is control.Phase.INTERRUPTED:
+        raise Interrupted(
+            f"run stopped by signal {state.signal_number}; all members are committed",
+            f"raylora resume {uri}", state.signal_number,
+        )
+    if state.phase is control.Phase.FAILED:
+        if isinstance(error, UsageError):
+            raise error
+        raise TrainingError(f"run failed: {state.reason}", f"after mending the cause: raylora resume {uri}") from error
+    return metrics
+
+
+@contextmanager
+def _signals(handler: Callable[[int], None]) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into a request to stop after the step; elsewhere than in the main thread, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda n, frame: handler(n)) for number in caught}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

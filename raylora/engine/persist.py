@@ -1,0 +1,92 @@
+"""Members as bytes: checkpoints, finished members in PEFT's format, and predictions.
+
+Only safetensors and JSON are written, and whatever is read back is checked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from raylora.adapters.base import Tensors
+from raylora.ensemble.predictions import Predictions
+from raylora.errors import StoreError
+
+
+def pack_state(sections: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the files of a checkpoint: named sections of tensors and a JSON of plain facts.
+
+    Raises:
+        StoreError: a tensor is not finite; such a state is never saved.
+    """
+    flat = {f"{section}/{name}": t for section, tensors in sections.items() for name, t in tensors.items()}
+    for name, tensor in flat.items():
+        if not torch.isfinite(tensor).all():
+            raise StoreError(f"{name} is not finite and is not saved")
+    return {"state.safetensors": to_bytes(flat), "state.json": json.dumps(facts, sort_keys=True).encode()}
+
+
+def unpack_state(files: Mapping[str, bytes]) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """Return the sections and facts of a checkpoint."""
+    sections: dict[str, Tensors] = {}
+    for key, tensor in safetensors.torch.load(files["state.safetensors"]).items():
+        section, _, name = key.partition("/")
+        sections.setdefault(section, {})[name] = tensor
+    return sections, json.loads(files["state.json"])
+
+
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return tensors as safetensors bytes; each is copied out of whatever it shares."""
+    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    return safetensors.torch.save(own, metadata=dict(metadata or {"format": "pt"}))
+
+
+def pack_predictions(sets: Sequence[Predictions]) -> dict[str, bytes]:
+    """Return the files that hold one group's predictions for every set."""
+    tensors: Tensors = {}
+    listing = []
+    for item in sets:
+        tensors[f"{item.name}/values"] = item.values
+        if item.labels_N is not None:
+            tensors[f"{item.name}/labels"] = item.labels_N
+        listing.append({"name": item.name, "role": item.role, "ids": item.ids, "is_language": item.is_language})
+    return {"predictions.safetensors": to_bytes(tensors), "sets.json": json.dumps(listing).encode()}
+
+
+def unpack_predictions(files: Mapping[str, bytes]) -> list[Predictions]:
+    """Return what :func:`pack_predictions` was given."""
+    tensors = safetensors.torch.load(files["predictions.safetensors"])
+    return [
+        Predictions(
+            name=item["name"],
+            role=item["role"],
+            ids=item["ids"],
+            labels_N=tensors.get(f"{item['name']}/labels"),
+            **{"token_logprobs_MN" if item["is_language"] else "logits_MNC": tensors[f"{item['name']}/values"]},
+        )
+        for item in json.loads(files["sets.json"])
+    ]
+
+
+def join_members(parts: Sequence[Sequence[Predictions]]) -> list[Predictions]:
+    """Return one group from the predictions of single members, set by set.
+
+    Raises:
+        StoreError: two members were evaluated on different rows.
+    """
+    joined = []
+    for same_set in zip(*parts, strict=True):
+        first = same_set[0]
+        if any(p.name != first.name or p.ids != first.ids for p in same_set):
+            raise StoreError(f"members were evaluated on different rows of set {first.name!r}")
+        values = torch.cat([p.values for p in same_set])
+        key = "token_logprobs_MN" if first.is_language else "logits_MNC"
+        joined.append(Predictions(
+            name=first.name, role=first.role, ids=first.ids, labels_N=first.labels_N, **{key: values}
+        ))
+    return joined

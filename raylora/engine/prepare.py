@@ -1,0 +1,133 @@
+"""Everything that can be wrong is found here: before an actor starts and before a byte is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from raylora import registry
+from raylora.adapters.base import Adapter, is_linear
+from raylora.data.sets import DataSets, load_sets
+from raylora.engine.base import adapter_sites, find_heads, load_config, load_tokenizer, shell_model
+from raylora.engine.schedule import total_steps
+from raylora.engine.units import Unit, check_baselines, packable_groups, units_of
+from raylora.placement.plan import Demand, Inventory, Plan, make_plan
+from raylora.spec import RunSpec
+from raylora.store.run_store import RunStore
+
+_BITS = {"nf4": 4.5, "int8": 8.0}
+"""Bits per weight of a quantised linear, scales included."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run: what it needs, where it goes, and who trains what."""
+
+    spec: RunSpec
+    store: RunStore
+    units: list[Unit]
+    plan: Plan
+    demand: Demand
+    sets: DataSets
+    total_steps: int
+    is_resume: bool
+    member_parameters: int
+
+    def begin(self) -> None:
+        """Write what a run begins with; the first thing that touches the disk."""
+        if not self.is_resume:
+            self.store.write_spec(self.spec)
+            self.store.write_json("data.json", data_record(self.sets))
+
+
+def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
+    """Check a spec against its data, its base, the machines and the run directory.
+
+    Raises:
+        UsageError: with what is wrong and how to mend it; nothing was started or written.
+    """
+    store = RunStore.for_spec(spec)
+    is_resume = store.check_spec(spec)
+    task = registry.load("task", spec.task.kind).build(spec.task)
+    shell = shell_model(spec.base, task)
+    heads = list(find_heads(shell, []))
+    check_baselines(spec, bool(heads))
+    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+    members = _member_parameters(shell, adapter, heads)
+    tokenizer = load_tokenizer(spec.base, task)
+    sets = load_sets(spec.data, spec.evaluation, task, tokenizer)
+    units = units_of(spec)
+    demand = Demand(
+        groups=tuple(tuple(group) for group in packable_groups(units)),
+        base_bytes=_base_bytes(shell, spec, heads),
+        member_bytes=16 * members,
+        activation_bytes=_activation_bytes(spec, sets),
+    )
+    plan = make_plan(demand, inventory or local_inventory(), spec.placement)
+    steps = total_steps(len(sets.train.examples), spec.optimisation)
+    return Prepared(spec, store, units, plan, demand, sets, steps, is_resume, members)
+
+
+def local_inventory() -> Inventory:
+    """Return what this machine has; a container's CPU share counts, not the host's."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = torch.cuda.device_count()
+    memory = torch.cuda.get_device_properties(0).total_memory if gpus else psutil.virtual_memory().available
+    return Inventory(cpus=cpus, gpus=gpus, memory_bytes=int(memory))
+
+
+def data_record(sets: DataSets) -> dict[str, Any]:
+    """Return what is remembered of the data: its hash, to refuse other data on resume, and the counts."""
+    roles = {name: "in_distribution" for name in sets.in_distribution}
+    roles |= {name: "out_of_distribution" for name in sets.out_of_distribution}
+    return {
+        "content_hash": sets.content_hash(),
+        "sets": [
+            {
+                "name": loaded.name,
+                "role": roles.get(loaded.name, loaded.name),
+                "origin": loaded.origin,
+                "rows": len(loaded.examples),
+                "truncated": loaded.truncated,
+                "skipped": loaded.skipped,
+                "duplicates": loaded.duplicates,
+                "content_hash": loaded.content_hash,
+            }
+            for loaded in sets.all()
+        ],
+    }
+
+
+def _member_parameters(shell: Any, adapter: Adapter, heads: Sequence[str]) -> int:
+    sites = adapter_sites(shell, adapter, heads)
+    with torch.device("meta"):
+        tensors = adapter.build(sites, torch.Generator("cpu"))
+    head = sum(p.numel() for name in heads for p in shell.get_submodule(name).parameters())
+    return sum(t.numel() for t in tensors.values()) + head
+
+
+def _base_bytes(shell: Any, spec: RunSpec, heads: Sequence[str]) -> int:
+    bits = _BITS.get(spec.base.quantization.kind, 16.0)
+    linear = sum(
+        m.weight.numel() for n, m in shell.named_modules() if is_linear(m) and n not in heads and n != "lm_head"
+    )
+    rest = sum(p.numel() for p in shell.parameters()) - linear
+    return int(linear * bits / 8 + rest * 2)
+
+
+def _activation_bytes(spec: RunSpec, sets: DataSets) -> int:
+    """Estimate what one member's micro-batch keeps for its backward pass: about 34 values per token and width
+    in each layer, and attention's heads x T x T (Korthikanti et al., arXiv 2205.05198, equation 1)."""
+    config = load_config(spec.base)
+    config = getattr(config, "text_config", config)
+    width, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    time = min(spec.task.max_length, max(len(s) for e in sets.train.examples for s in e.sequences))
+    rows = spec.optimisation.micro_batch * max(len(e.sequences) for e in sets.train.examples)
+    per_layer = rows * time * (34 * width + 5 * int(config.num_attention_heads) * time)
+    vocabulary = rows * time * int(config.vocab_size) * 8 if sets.train.examples[0].spans else 0
+    return layers * per_layer + vocabulary

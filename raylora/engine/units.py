@@ -1,0 +1,67 @@
+"""What a run trains: its members, and the baselines that are trained beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raylora import registry
+from raylora.data.order import derive_seed
+from raylora.errors import BaseError
+from raylora.spec import AdapterSpec, RunSpec
+
+MEMBER, MC_DROPOUT, LAST_LAYER = "member", "mc_dropout", "last_layer"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing to train: a seed and an adapter. Units of one role have equal adapters and can be packed."""
+
+    name: str
+    role: str
+    seed: int
+    adapter: AdapterSpec
+
+    def stream(self, purpose: str, *parts: int | str) -> int:
+        """Return the seed of one of this unit's random streams: ``init``, ``order``, ``dropout``."""
+        return derive_seed(self.seed, purpose, *parts)
+
+
+def units_of(spec: RunSpec) -> list[Unit]:
+    """Return every unit of a run, members first."""
+    seeds = spec.ensemble.member_seeds()
+    units = [Unit(f"member-{m:03d}", MEMBER, seed, spec.adapter) for m, seed in enumerate(seeds)]
+    if spec.baselines.mc_dropout is not None:
+        dropped = spec.adapter.model_copy(update={"dropout": spec.baselines.mc_dropout.dropout})
+        units.append(Unit("mc-dropout", MC_DROPOUT, seeds[0], dropped))
+    none = registry.load("adapter", "none").Spec()
+    for m in range(spec.baselines.last_layer):
+        seed = seeds[m] if m < len(seeds) else derive_seed(seeds[0], "last-layer", m)
+        units.append(Unit(f"last-layer-{m:03d}", LAST_LAYER, seed, none))
+    return units
+
+
+def order_seed(unit: Unit, spec: RunSpec) -> int:
+    """Return the seed of a unit's data order; with ``shared`` order all units see the same batches."""
+    if spec.ensemble.data_order == "shared":
+        return derive_seed(spec.ensemble.seed, "order")
+    return unit.stream("order")
+
+
+def packable_groups(units: Sequence[Unit]) -> list[list[str]]:
+    """Return the units' names grouped by what can share one forward."""
+    roles = dict.fromkeys(unit.role for unit in units)
+    return [[unit.name for unit in units if unit.role == role] for role in roles]
+
+
+def check_baselines(spec: RunSpec, has_head: bool) -> None:
+    """Refuse baselines that the task cannot have.
+
+    Raises:
+        BaseError: a last-layer ensemble where there is no head to train.
+    """
+    if not has_head and (spec.baselines.last_layer or spec.adapter.kind == "none"):
+        raise BaseError(
+            f"baselines.last_layer: a {spec.task.kind} run has no head of its own to train",
+            "leave it out, or use task.kind: classification",
+        )

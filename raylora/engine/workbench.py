@@ -1,0 +1,249 @@
+"""One worker's bench: the base and the data, loaded once, and the jobs that are done on it.
+
+The Ray actor and the in-process driver both work here; neither knows anything about training.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from raylora import registry
+from raylora.adapters.base import Tensors
+from raylora.adapters.export import to_peft
+from raylora.adapters.packed import stack
+from raylora.data.sets import DataSets, load_sets
+from raylora.engine import persist
+from raylora.engine.base import Base, compute_device, load_base
+from raylora.engine.deepspeed import start_deepspeed
+from raylora.engine.predict import predict_set
+from raylora.engine.trainer import PackTrainer, Progress, Trainee
+from raylora.engine.units import LAST_LAYER, MC_DROPOUT, MEMBER, Unit, units_of
+from raylora.ensemble.predictions import Predictions, Role
+from raylora.errors import RunDirectoryError, StoreError
+from raylora.spec import RunSpec
+from raylora.store.run_store import RunStore
+
+Report = Callable[[Progress], None]
+StopSignal = Callable[[], int]
+
+
+class Workbench:
+    """Trains, evaluates and commits packs of units over one base."""
+
+    def __init__(self, spec: RunSpec, store: RunStore, cpus: int, gpus: int) -> None:
+        """Remember what to load; :meth:`load` does the work."""
+        self.spec, self.store, self.cpus = spec, store, cpus
+        self.device = compute_device(gpus)
+        self.task = registry.load("task", spec.task.kind).build(spec.task)
+        self.units = {unit.name: unit for unit in units_of(spec)}
+        self.base: Base
+        self.sets: DataSets
+
+    def load(self) -> None:
+        """Load the base and the data.
+
+        Raises:
+            RunDirectoryError: the data is not what the run was begun with.
+        """
+        # The thread count decides the order of float additions: equal members need equal threads.
+        torch.set_num_threads(self.cpus)
+        torch.use_deterministic_algorithms(self.device.type == "cpu")
+        start_deepspeed(self.device)
+        self.base = load_base(self.spec.base, self.spec.adapter, self.task, self.device)
+        self.sets = load_sets(self.spec.data, self.spec.evaluation, self.task, self.base.tokenizer)
+        recorded = self.store.read_json("data.json")
+        if recorded and recorded["content_hash"] != self.sets.content_hash():
+            raise RunDirectoryError(
+                f"{self.store.uri}: the data has changed since the run was begun", "restore it, or start a new run"
+            )
+
+    # --- a job --------------------------------------------------------------------------------------
+    def run_job(self, job: str, unit_names: Sequence[str], report: Report, should_stop: StopSignal) -> dict[str, str]:
+        """Train and evaluate units in one pack, commit each, and return those that failed with the reason.
+
+        Raises:
+            Interrupted: the units' state is committed; the job can be run again and continues.
+        """
+        units = [self.units[name] for name in unit_names]
+        units = [unit for unit in units if not self.store.has_result(folder_of(unit))]
+        if not units:
+            return {}
+        adapter = registry.load("adapter", units[0].adapter.kind).build(units[0].adapter)
+        trainer = PackTrainer(
+            self.base, adapter, self.task, self.spec, units, self.sets.train.examples, self.sets.validation.examples
+        )
+        resumed_at = self._resume(trainer)
+        meter = _Meter(report)
+        trainer.run(self._save, meter, should_stop, self._epoch_end)
+        trained_s = time.perf_counter() - meter.started
+        done = [trainee for trainee in trainer.trainees if not trainee.failure]
+        evaluate_s = self._evaluate(adapter, done)
+        self.store.write_json(f"timing/{job}.json", {
+            "units": [t.unit.name for t in done],
+            "train_s": trained_s,
+            "evaluate_s": evaluate_s,
+            "steps": trainer.step - resumed_at,
+            "resumed_at_step": resumed_at,
+            "tokens": meter.tokens,
+            "peak_rss_bytes": peak_memory_bytes(),
+            "peak_device_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
+            "base_bytes": self.base.size_bytes,
+            "base_parameters": self.base.parameters,
+            "member_parameters": sum(t.numel() for t in done[0].result().values()) if done else 0,
+            "compute_dtype": str(self.base.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "pid": os.getpid(),
+        })
+        return {t.unit.name: t.failure for t in trainer.trainees if t.failure}
+
+    # --- checkpoints --------------------------------------------------------------------------------
+    def _save(self, trainer: PackTrainer) -> None:
+        for trainee in trainer.trainees:
+            if not trainee.failure:
+                files = persist.pack_state(*trainer.state_of(trainee))
+                keep = self.spec.checkpointing.num_to_keep
+                self.store.commit_checkpoint(trainee.unit.name, trainer.step, files, keep)
+
+    def _resume(self, trainer: PackTrainer) -> int:
+        """Continue from the newest step that every unit of the pack has committed; return that step."""
+        steps = [set(self.store.checkpoint_steps(t.unit.name)) for t in trainer.trainees]
+        common = set.intersection(*steps)
+        if common:
+            newest = max(common)
+            trainer.restore({
+                t.unit.name: persist.unpack_state(self.store.load_checkpoint(t.unit.name, newest).files)
+                for t in trainer.trainees
+            })
+        return trainer.step
+
+    def _epoch_end(self, trainer: PackTrainer, epoch: int) -> None:
+        """Keep the last epoch ends of member 0, for the ensemble of checkpoints."""
+        wanted = self.spec.baselines.checkpoints
+        first = next((t for t in trainer.trainees if t.unit.name == "member-000"), None)
+        epochs = -(-trainer.total // trainer.epoch_steps)
+        if wanted and first is not None and first.training and epoch > epochs - wanted:
+            content = persist.to_bytes(first.optimiser.tensors())
+            self.store.commit_result(f"snapshots/epoch-{epoch:03d}", {"member.safetensors": content})
+
+    # --- results ------------------------------------------------------------------------------------
+    def _evaluate(self, adapter: Any, done: Sequence[Trainee]) -> float:
+        started = time.perf_counter()
+        if not done:
+            return 0.0
+        members = [trainee.result() for trainee in done]
+        if done[0].unit.role == MC_DROPOUT:
+            assert self.spec.baselines.mc_dropout is not None
+            passes = self.spec.baselines.mc_dropout.passes
+            seeds = [done[0].unit.stream("pass", number) for number in range(passes)]
+            self._commit(done[0], members[0], self._predict(adapter, members * passes, seeds))
+        else:
+            sets = self._predict(adapter, members)
+            for index, (trainee, tensors) in enumerate(zip(done, members, strict=True)):
+                self._commit(trainee, tensors, [one.member(index) for one in sets])
+        if any(t.unit.name == "member-000" for t in done) and self.spec.baselines.checkpoints:
+            self._evaluate_snapshots(adapter)
+        return time.perf_counter() - started
+
+    def _evaluate_snapshots(self, adapter: Any) -> None:
+        snapshots = [
+            persist.safetensors.torch.load(self.store.load_result(f"snapshots/{name}")["member.safetensors"])
+            for name in self.store.storage.list("snapshots")
+        ]
+        if snapshots:
+            predictions = self._predict(adapter, snapshots)
+            self.store.commit_result("predictions/checkpoints", persist.pack_predictions(predictions))
+
+    def _predict(
+        self, adapter: Any, members: Sequence[Tensors], dropout_seeds: Sequence[int] | None = None
+    ) -> list[Predictions]:
+        stacked = {n: t.to(self.base.device) for n, t in stack(members).items()}
+        return [
+            predict_set(
+                self.base, adapter, self.task, stacked, loaded.examples, loaded.name, role,
+                self.spec.evaluation.batch, dropout_seeds,
+            )
+            for loaded, role in evaluated_sets(self.sets)
+        ]
+
+    def _commit(self, trainee: Trainee, tensors: Tensors, predictions: Sequence[Predictions]) -> None:
+        """Publish predictions first: a member's folder is what marks the unit as done."""
+        unit = trainee.unit
+        self.store.commit_result(f"predictions/{unit.name}", persist.pack_predictions(predictions))
+        facts = {
+            "name": unit.name,
+            "role": unit.role,
+            "seed": unit.seed,
+            "run_digest": self.spec.digest(),
+            "adapter": unit.adapter.model_dump(mode="json"),
+            "base": self.spec.base.model_dump(mode="json"),
+            "labels": self.task.label_names,
+            "history": trainee.history,
+            "stopped_at": trainee.stopped_at,
+        }
+        task_type = "SEQ_CLS" if self.task.auto_class == "AutoModelForSequenceClassification" else "CAUSAL_LM"
+        peft = to_peft(
+            tensors, unit.adapter, self.base.sites, self.base.target_modules, task_type, self.base.export_name
+        )
+        check_finite(peft.tensors, unit)
+        self.store.commit_result(folder_of(unit), {
+            "adapter_model.safetensors": persist.to_bytes(peft.tensors),
+            "adapter_config.json": peft.config_bytes(),
+            "member.json": persist.json.dumps(facts, indent=1, sort_keys=True).encode(),
+            "README.md": _readme(unit, self.spec, self.base.export_name).encode(),
+        })
+
+
+class _Meter:
+    """Counts tokens and time on the way to whoever listens to progress."""
+
+    def __init__(self, report: Report) -> None:
+        self.report, self.tokens, self.started = report, 0, time.perf_counter()
+
+    def __call__(self, progress: Progress) -> None:
+        self.tokens += progress.tokens
+        self.report(progress)
+
+
+def folder_of(unit: Unit) -> str:
+    """Return where a unit's result lies in the run directory."""
+    return f"members/{unit.name}" if unit.role == MEMBER else f"baselines/{unit.name}"
+
+
+def evaluated_sets(sets: DataSets) -> list[tuple[Any, Role]]:
+    """Return every set that members are evaluated on, with its role."""
+    return [
+        (sets.validation, "validation"),
+        (sets.test, "test"),
+        *((loaded, "in_distribution") for loaded in sets.in_distribution.values()),
+        *((loaded, "out_of_distribution") for loaded in sets.out_of_distribution.values()),
+    ]
+
+
+def check_finite(tensors: Tensors, unit: Unit) -> None:
+    """Raise StoreError rather than save a member that is not a number."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise StoreError(f"{unit.name}: {bad[0]} is not finite and is not saved")
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _readme(unit: Unit, spec: RunSpec, base_name: str) -> str:
+    kind = "last-layer head" if unit.role == LAST_LAYER else f"{unit.adapter.kind} adapter"
+    return (
+        f"---\nbase_model: {base_name}\nlibrary_name: peft\ntags: [raylora, {unit.adapter.kind}]\n---\n\n"
+        f"# {unit.name}\n\nOne {kind} of an ensemble, seed {unit.seed}, task {spec.task.kind}.\n"
+        f"Load it with `PeftModel.from_pretrained(base, folder)` on `{base_name}`.\n"
+    )

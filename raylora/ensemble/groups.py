@@ -1,0 +1,103 @@
+"""A group: the predictions of one ensemble-like thing over all sets, and the checks that make groups comparable."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raylora.ensemble.predictions import Predictions
+from raylora.errors import DataError, RayloraError
+from raylora.spec.run import EvaluationSpec
+
+Group = Sequence[Predictions]
+SUBSETS = 10
+"""How many subsets of each size the M-curve averages; small ensembles are enumerated completely."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a summary is made."""
+
+    evaluation: EvaluationSpec
+    rule: str
+    seed: int
+
+    @property
+    def samples(self) -> int:
+        """Return the number of bootstrap resamples; 0 is no intervals."""
+        return self.evaluation.bootstrap_samples
+
+
+def one_member(group: Group, index: int) -> list[Predictions]:
+    """Return the group as predicted by one of its members alone."""
+    return [part.member(index) for part in group]
+
+
+def with_role(group: Group, *roles: str) -> list[Predictions]:
+    """Return the group's sets that play one of the roles, in order."""
+    return [part for part in group if part.role in roles]
+
+
+def check_groups(groups: Mapping[str, Group]) -> None:
+    """Raise DataError unless there is an ensemble and every group saw the same rows of the sets it shares with it."""
+    ensemble = groups.get("ensemble")
+    if not ensemble:
+        raise DataError("there are no predictions of the ensemble", "pass them under the name 'ensemble'")
+    if not with_role(ensemble, "test"):
+        raise DataError("the ensemble has no test set", "one set must have the role 'test'")
+    known = {part.name: part for part in ensemble}
+    for name, group in groups.items():
+        if len({part.name for part in group}) != len(group):
+            raise DataError(f"group {name!r} names a set twice", "set names must be distinct")
+        if len({part.members for part in group}) > 1:
+            raise DataError(f"group {name!r} has sets with different numbers of members", "evaluate all on every set")
+        for part in group:
+            _check_same(part, known.get(part.name), name)
+
+
+def _check_same(part: Predictions, reference: Predictions | None, group: str) -> None:
+    if reference is None:
+        raise DataError(f"set {part.name!r} of group {group!r} was not predicted by the ensemble", "evaluate it too")
+    if part.role != reference.role or part.is_language != reference.is_language:
+        raise DataError(f"set {part.name!r} differs in role or task between {group!r} and the ensemble", "use one")
+    same_labels = (part.labels_N is None) == (reference.labels_N is None) and (
+        part.labels_N is None or reference.labels_N is None or torch.equal(part.labels_N, reference.labels_N)
+    )
+    if part.ids != reference.ids or not same_labels:
+        raise DataError(
+            f"set {part.name!r}: group {group!r} saw other rows than the ensemble",
+            "evaluate every group on the same rows in the same order",
+        )
+
+
+def check_jensen(pooled: float, members: Sequence[float], metric: str, name: str) -> None:
+    """Raise RayloraError if an ensemble scores worse than its mean member where convexity forbids it."""
+    mean = statistics.fmean(members)
+    if pooled > mean + 1e-9 * max(1.0, abs(mean)):
+        raise RayloraError(
+            f"set {name!r}: the ensemble's {metric} {pooled!r} exceeds its mean member's {mean!r}",
+            "Jensen's inequality forbids it: this is a bug in raylora, report it",
+        )
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, float | None]:
+    """Return the mean and its standard error over members (None for one member, who has none)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "standard_error": error}
+
+
+def member_subsets(members: int, size: int, seed: int) -> list[tuple[int, ...]]:
+    """Return all subsets of a size if there are at most ten, else ten distinct random ones."""
+    if math.comb(members, size) <= SUBSETS:
+        return list(itertools.combinations(range(members), size))
+    generator = np.random.default_rng([seed, members, size])
+    found: set[tuple[int, ...]] = set()
+    while len(found) < SUBSETS:
+        found.add(tuple(sorted(generator.choice(members, size, replace=False).tolist())))
+    return sorted(found)

@@ -1,0 +1,81 @@
+"""One picklable tree of errors whose messages say what was wrong, where, and what to do.
+
+The exit code is a property of the error, so that the command line, a Ray job and a script agree on it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class RayloraError(Exception):
+    """Base of every error raised on purpose; ``hint`` says what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)  # both in args, so that the error survives pickling between actors
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  -> {self.hint}" if self.hint else self.message
+
+
+class UsageError(RayloraError):
+    """Bad input found before anything started: nothing ran and nothing was written."""
+
+    exit_code = 2
+
+
+class SpecError(UsageError):
+    """The run's specification is not valid."""
+
+
+class DataError(UsageError):
+    """A data set is missing, empty, or does not fit the task."""
+
+
+class BaseError(UsageError):
+    """The base model cannot be found, loaded or adapted as asked."""
+
+
+class PlacementError(UsageError):
+    """The cluster cannot hold what the spec asks for."""
+
+
+class StoreError(RayloraError):
+    """The run directory is damaged or cannot be written."""
+
+
+class RunDirectoryError(UsageError):
+    """The run directory belongs to something else, or does not exist."""
+
+
+class TrainingError(RayloraError):
+    """A member could not be trained."""
+
+
+class Interrupted(RayloraError):
+    """A signal stopped the run; it can be resumed. 128 + the signal's number is the exit code."""
+
+    def __init__(self, message: str, hint: str = "", signal_number: int = 2) -> None:
+        super().__init__(message, hint)
+        self.args = (message, hint, signal_number)
+        self.exit_code = 128 + signal_number
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return ``did you mean 'x'?`` for the closest known word, or the list of known words."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(names)}" if names else ""
+
+
+def combine(errors: Sequence[str], what: str) -> str:
+    """Join several findings into one message, one per line, so that a person fixes them in one go."""
+    head = f"{what}: {len(errors)} problem{'s' if len(errors) != 1 else ''}"
+    return "\n".join([head, *(f"  - {error}" for error in errors)])

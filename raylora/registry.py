@@ -1,0 +1,47 @@
+"""Kinds and where they live: adding an adapter, a quantiser or a task is one new file and one line here.
+
+Modules are named, not imported: reading a spec must not import torch before it has to, and the layers
+above stay unknown to this one. Each named module exposes ``Spec`` (a pydantic model) and ``build``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from raylora.errors import SpecError, suggest
+
+REGISTRY: dict[str, dict[str, str]] = {
+    "adapter": {
+        "lora": "raylora.adapters.lora",
+        "none": "raylora.adapters.none",
+    },
+    "quantization": {
+        "none": "raylora.quant.none",
+        "nf4": "raylora.quant.nf4",
+        "int8": "raylora.quant.int8",
+    },
+    "task": {
+        "classification": "raylora.data.classification",
+        "multiple_choice": "raylora.data.multiple_choice",
+        "language_modelling": "raylora.data.language_modelling",
+    },
+}
+
+
+def kinds(seam: str) -> list[str]:
+    """Return the registered kinds of a seam, sorted."""
+    return sorted(REGISTRY[seam])
+
+
+def load(seam: str, kind: str) -> ModuleType:
+    """Import the module behind a kind.
+
+    Raises:
+        SpecError: the kind is unknown; the message lists the known ones.
+    """
+    try:
+        name = REGISTRY[seam][kind]
+    except KeyError:
+        raise SpecError(f"unknown {seam} kind {kind!r}", suggest(kind, REGISTRY[seam])) from None
+    return importlib.import_module(name)

@@ -1,0 +1,98 @@
+"""The rows that every table and figure compares: the ensemble, its mean member, a single LoRA and the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raylora.report.formatting import HIGHER_IS_BETTER
+
+BASELINE_LABELS = {
+    "single": "Single LoRA (member 0)",
+    "mc_dropout": "MC dropout ({n} passes)",
+    "last_layer": "Last-layer ensemble ({n} heads)",
+    "checkpoints": "Checkpoints of one run ({n})",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table, with its bootstrap interval or its standard error over members."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    error: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: what it is called and what summarise() said of it."""
+
+    key: str
+    label: str
+    content: dict[str, Any]
+
+    def cell(self, part: str, name: str, metric: str, scaled: bool = False) -> Cell | None:
+        """Return the number of a metric on set ``name`` in ``part`` (``eval`` or ``ood``), if there is one."""
+        found = self.content.get(part, {}).get(name, {})
+        if scaled:
+            found = found.get("temperature_scaled", {})
+        value = found.get(metric)
+        if isinstance(value, dict):
+            return Cell(value["mean"], error=value.get("standard_error"))
+        if value is None:
+            return None
+        low, high = (None, None) if scaled else found.get("intervals", {}).get(metric, (None, None))
+        return Cell(value, low, high)
+
+
+def entries(metrics: dict[str, Any]) -> list[Entry]:
+    """Return the rows of the comparison in reading order; absent parts are left out."""
+    found = []
+    if metrics.get("ensemble"):
+        members = metrics["ensemble"].get("members", len(metrics.get("members", [])))
+        found.append(Entry("ensemble", f"Ensemble of {members}", metrics["ensemble"]))
+    if metrics.get("mean_member"):
+        found.append(Entry("mean_member", "Mean member", metrics["mean_member"]))
+    return found + [
+        Entry(name, BASELINE_LABELS.get(name, name).format(n=content.get("members", "?")), content)
+        for name, content in metrics.get("baselines", {}).items()
+    ]
+
+
+def member_entries(metrics: dict[str, Any]) -> list[Entry]:
+    """Return one row per member."""
+    members = metrics.get("members", [])
+    return [Entry(f"member-{one['index']:03d}", f"Member {one['index']}", one) for one in members]
+
+
+def set_names(metrics: dict[str, Any], role: str) -> list[str]:
+    """Return the names of the sets with a role."""
+    return [name for name, one in metrics.get("sets", {}).items() if one.get("role") == role]
+
+
+def scored_sets(metrics: dict[str, Any]) -> list[str]:
+    """Return the labelled sets, the test set first."""
+    known = metrics.get("ensemble", {}).get("eval", {})
+    ordered = [name for role in ("test", "in_distribution", "out_of_distribution") for name in set_names(metrics, role)]
+    return [name for name in ordered if name in known]
+
+
+def columns(
+    rows: Sequence[Entry], keys: Sequence[tuple[str, str]], cell: Callable[[Entry, str, str], Cell | None]
+) -> list[list[Cell | None]]:
+    """Return cells by row and column, the best of each column marked; ``keys`` are pairs of set and metric."""
+    table = [[cell(row, name, metric) for name, metric in keys] for row in rows]
+    for index, (_, metric) in enumerate(keys):
+        values = [line[index].value for line in table if line[index] is not None]  # type: ignore[union-attr]
+        if len(values) < 2:
+            continue
+        best = max(values) if metric in HIGHER_IS_BETTER else min(values)
+        for line in table:
+            found = line[index]
+            if found is not None and abs(found.value - best) <= 1e-9 * max(1.0, abs(best)):
+                line[index] = replace(found, best=True)
+    return table

@@ -1,0 +1,89 @@
+"""Numbers as a reader wants them: percent, seconds, bytes, and units read off a field's name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+PERCENT = frozenset({"accuracy"})
+HIGHER_IS_BETTER = frozenset({"accuracy", "max_probability", "predictive_entropy", "mutual_information"})
+"""Accuracy, and the three detection scores, whose AUROC is what a table shows under their names."""
+NAMES = {
+    "accuracy": "Accuracy",
+    "nll": "NLL",
+    "brier": "Brier",
+    "ece": "ECE",
+    "adaptive_ece": "Adaptive ECE",
+    "aurc": "AURC",
+    "perplexity": "Perplexity",
+    "max_probability": "Max probability",
+    "predictive_entropy": "Predictive entropy",
+    "mutual_information": "Mutual information",
+}
+
+
+def number(value: float, metric: str = "") -> str:
+    """Return a metric with as many digits as it deserves; accuracy as percent."""
+    if not math.isfinite(value):
+        return str(value)
+    if metric in PERCENT:
+        return f"{100 * value:.1f} %"
+    if metric == "perplexity" or abs(value) >= 100:
+        return f"{value:,.2f}"
+    return f"{value:.3f}"
+
+
+def difference(value: float, metric: str) -> str:
+    """Return a signed difference of two metrics; of accuracies in percentage points."""
+    return f"{100 * value:+.1f} pts" if metric in PERCENT else f"{value:+.3f}"
+
+
+def size(value_bytes: float) -> str:
+    """Return bytes in the largest binary unit that keeps the number above one."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value_bytes) < 1024:
+            return f"{value_bytes:.0f} B" if unit == "B" else f"{value_bytes:.1f} {unit}"
+        value_bytes /= 1024
+    return f"{value_bytes:.2f} GiB"
+
+
+def duration(value_s: float) -> str:
+    """Return seconds as seconds, minutes or hours."""
+    if value_s < 90:
+        return f"{value_s:.1f} s"
+    minutes, seconds = divmod(round(value_s), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def quantity(name: str, value: Any) -> str:
+    """Return a value with the unit that its field's name ends in."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(quantity(name, one) for one in value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if "bytes" in name:
+        return size(value)
+    if name.endswith("_per_s"):
+        return f"{value:,.1f} / s"
+    if name.endswith("_s"):
+        return duration(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def label(name: str) -> str:
+    """Return a field's name as words, without the unit that ``quantity`` shows."""
+    for unit in ("_bytes", "_per_s", "_s"):
+        name = name.removesuffix(unit)
+    words = name.replace("_bytes_", " ").replace("_", " ").strip()
+    return words[:1].upper() + words[1:]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return a nested mapping as rows of label and formatted value, leaving out what is unknown."""
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += flat(value, f"{prefix}{label(name)}: ")
+        elif value is not None and value != []:
+            rows.append((prefix + label(name), quantity(name, value)))
+    return rows

@@ -1,0 +1,88 @@
+"""What a run showed, in plain words, and honest where it showed nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raylora.report.entries import scored_sets, set_names
+from raylora.report.formatting import PERCENT, difference, number
+
+OTHERS = {"over_mean_member": "its average member", "over_single": "a single LoRA"}
+LOUD_TERMS = {
+    "nll": "negative log-likelihood (NLL, lower is better)",
+    "accuracy": "accuracy",
+    "brier": "Brier score (lower is better)",
+    "ece": "calibration error (ECE, lower is better)",
+}
+
+
+def headline(metrics: dict[str, Any]) -> list[str]:
+    """Return sentences, the most important first; empty where nothing was evaluated."""
+    sets = scored_sets(metrics)
+    if not sets:
+        return []
+    members = metrics["ensemble"].get("members", 0)
+    if members < 2:
+        return ["One member was trained, so there is no ensemble to compare with it.", *_degraded(metrics)]
+    sentences = [_comparison(metrics, sets[0], "nll")]
+    sentences += [_comparison(metrics, sets[0], metric) for metric in ("accuracy", "ece", "brier")]
+    sentences += [_comparison(metrics, name, "nll") for name in sets[1:]]
+    sentences += [_detection(metrics, name) for name in set_names(metrics, "out_of_distribution")]
+    return [*[sentence for sentence in sentences if sentence], *_degraded(metrics)]
+
+
+def _comparison(metrics: dict[str, Any], name: str, metric: str) -> str:
+    value = metrics["ensemble"]["eval"][name].get(metric)
+    gains = metrics.get("gains", {}).get(name, {})
+    if value is None or not gains:
+        return ""
+    parts = [
+        _verdict(gains[key][metric], metric, other) for key, other in OTHERS.items() if metric in gains.get(key, {})
+    ]
+    members = metrics["ensemble"].get("members", 0)
+    return (
+        f"On {name}, the ensemble of {members} has {_article(metric)} {LOUD_TERMS[metric]} "
+        f"of {number(value, metric)}: {'; '.join(parts)}."
+    )
+
+
+def _article(metric: str) -> str:
+    return "an" if metric in PERCENT else "a"
+
+
+def _verdict(gain: dict[str, Any], metric: str, other: str) -> str:
+    """Say better or worse only where the interval leaves zero out."""
+    amount = difference(abs(gain["gain"]), metric).lstrip("+")
+    if "interval" not in gain:
+        direction = "better" if gain["gain"] > 0 else "worse"
+        return f"{amount} {direction} than {other} (no interval was asked for)"
+    low, high = gain["interval"]
+    within = f"{difference(low, metric)} to {difference(high, metric)}"
+    if low > 0:
+        return f"{amount} better than {other} ({within})"
+    if high < 0:
+        return f"{amount} worse than {other} ({within})"
+    return f"not measurably different from {other} ({within} includes zero)"
+
+
+def _detection(metrics: dict[str, Any], name: str) -> str:
+    """Compare by predictive entropy alone: picking the best of several scores afterwards would flatter."""
+    value = metrics["ensemble"].get("ood", {}).get(name, {}).get("predictive_entropy")
+    if value is None:
+        return ""
+    single = metrics.get("baselines", {}).get("single", {}).get("ood", {}).get(name, {}).get("predictive_entropy")
+    against = f", that of a single LoRA with {number(single)}" if single is not None else ""
+    return (
+        f"The ensemble's predictive entropy tells inputs from {name} from test inputs with an AUROC of "
+        f"{number(value)}{against} (1 is perfect, 0.5 is guessing)."
+    )
+
+
+def _degraded(metrics: dict[str, Any]) -> list[str]:
+    run = metrics.get("run", {})
+    if not run.get("degraded"):
+        return []
+    return [
+        f"Degraded: {run.get('members_done', '?')} of {run.get('members_asked', '?')} members finished; "
+        "every number here is of those that did."
+    ]

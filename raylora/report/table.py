@@ -1,0 +1,47 @@
+"""The result of a run as one compact table for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from raylora.report.entries import Cell, columns, entries, scored_sets, set_names
+from raylora.report.formatting import NAMES, number
+
+
+def console_table(metrics: dict[str, Any]) -> Table:
+    """Return one row per contender: test metrics, NLL under shift, AUROC of detection; the best of a column is bold."""
+    rows = entries(metrics)
+    language = metrics.get("kind") == "language_modelling"
+    keys = _keys(metrics, language)
+    table = Table(title=metrics.get("run", {}).get("name"), header_style="bold")
+    table.add_column("")
+    for part, name, metric in keys:
+        # AUROC is named by the set: which score it comes from stands in the report.
+        head = "AUROC" if part == "ood" else NAMES[metric]
+        table.add_column(f"{name}\n{head}", justify="right")
+    parts = {(name, metric): part for part, name, metric in keys}
+    cells = columns(rows, list(parts), lambda row, name, metric: row.cell(parts[name, metric], name, metric))
+    for row, line in zip(rows, cells, strict=True):
+        table.add_row(row.label, *[_text(one, keys[index][2]) for index, one in enumerate(line)])
+    return table
+
+
+def _keys(metrics: dict[str, Any], language: bool) -> list[tuple[str, str, str]]:
+    test, *shifted = scored_sets(metrics) or ["test"]
+    first = ("nll", "perplexity") if language else ("accuracy", "nll", "brier", "ece")
+    keys = [("eval", test, metric) for metric in first] + [("eval", name, "nll") for name in shifted]
+    if not language:
+        foreign = set_names(metrics, "out_of_distribution")
+        keys += [("ood", name, "predictive_entropy") for name in foreign]
+    return keys
+
+
+def _text(cell: Cell | None, metric: str) -> str:
+    if cell is None:
+        return "-"
+    text = number(cell.value, metric)
+    if cell.error is not None:
+        text += f" ±{number(cell.error, metric)}"
+    return f"[bold]{text}[/bold]" if cell.best else text

@@ -1,0 +1,169 @@
+"""The tables of the page, as plain rows that the template prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raylora.report.entries import Cell, Entry, columns, entries, member_entries, scored_sets, set_names
+from raylora.report.formatting import NAMES, difference, flat, number
+
+MISSING = "n/a"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A table cell: a number, what stands small below it, and whether it is the best of its column."""
+
+    main: str
+    small: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Two heading rows (groups that span columns, then columns) and labelled rows."""
+
+    groups: list[tuple[str, int]]
+    heads: list[str]
+    rows: list[tuple[str, list[Text]]]
+
+
+def comparison(metrics: dict[str, Any]) -> Table | None:
+    """Everyone on every labelled set."""
+    return _grouped(
+        entries(metrics),
+        scored_sets(metrics),
+        ("nll", "perplexity") if _language(metrics) else ("accuracy", "nll", "brier", "ece"),
+        lambda row, name, metric: row.cell("eval", name, metric),
+    )
+
+
+def scaled(metrics: dict[str, Any]) -> Table | None:
+    """The same after temperature scaling, for those that have a temperature."""
+    return _grouped(
+        entries(metrics),
+        scored_sets(metrics),
+        ("nll", "brier", "ece"),
+        lambda row, name, metric: row.cell("eval", name, metric, scaled=True),
+    )
+
+
+def members(metrics: dict[str, Any]) -> Table | None:
+    """Each member on every labelled set."""
+    shown = ("nll", "perplexity") if _language(metrics) else ("accuracy", "nll", "ece", "aurc")
+    return _grouped(
+        member_entries(metrics), scored_sets(metrics), shown, lambda row, name, metric: row.cell("eval", name, metric)
+    )
+
+
+def selective(metrics: dict[str, Any]) -> Table | None:
+    """The two metrics that the comparison leaves out."""
+    if _language(metrics):
+        return None
+    return _grouped(
+        entries(metrics),
+        scored_sets(metrics),
+        ("adaptive_ece", "aurc"),
+        lambda row, name, metric: row.cell("eval", name, metric),
+    )
+
+
+def detection(metrics: dict[str, Any]) -> Table | None:
+    """The AUROC of each score on each foreign set."""
+    foreign = [
+        name for name in set_names(metrics, "out_of_distribution") if name in metrics.get("ensemble", {}).get("ood", {})
+    ]
+    scores = ("max_probability", "predictive_entropy", "mutual_information")
+    return _grouped(entries(metrics), foreign, scores, lambda row, name, metric: row.cell("ood", name, metric))
+
+
+def shift(metrics: dict[str, Any]) -> Table | None:
+    """How much each contender loses from the test set to each other labelled set."""
+    test, *others = scored_sets(metrics) or [""]
+    shown = ("nll",) if _language(metrics) else ("accuracy", "nll", "ece")
+    if not others:
+        return None
+    keys = [(name, metric) for name in others for metric in shown]
+    rows = [
+        (row.label, [_change(row.cell("eval", test, m), row.cell("eval", name, m), m) for name, m in keys])
+        for row in entries(metrics)
+    ]
+    groups = [(f"{test} → {name}", len(shown)) for name in others]
+    return Table(groups, [NAMES[metric] for _, metric in keys], rows)
+
+
+def _language(metrics: dict[str, Any]) -> bool:
+    return metrics.get("kind") == "language_modelling"
+
+
+def _change(before: Cell | None, after: Cell | None, metric: str) -> Text:
+    if before is None or after is None:
+        return Text(MISSING)
+    path = f"{number(before.value, metric)} → {number(after.value, metric)}"
+    return Text(difference(after.value - before.value, metric), path)
+
+
+def temperatures(metrics: dict[str, Any]) -> list[str]:
+    """Return one phrase per contender that has a fitted temperature."""
+    phrases = []
+    for row in entries(metrics):
+        if "temperature" in row.content:
+            told = not row.content.get("temperature_fit", {}).get("degenerate", False)
+            note = "" if told else " (the validation split could not tell, so it stays 1)"
+            phrases.append(f"{row.label}: T = {row.content['temperature']:.2f}{note}")
+    return phrases
+
+
+def facts(metrics: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Return the two-column tables: what a run cost and where it ran."""
+    titles = {"timing": "Time", "memory": "Memory", "parameters": "Parameters", "machine": "Machine"}
+    found = {title: flat(metrics.get(key) or {}) for key, title in titles.items()}
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def data(metrics: dict[str, Any]) -> Table | None:
+    """One row per data set; a column for every count that any set reports."""
+    sets = metrics.get("data", [])
+    known = [key for one in sets for key in one if key != "name"]
+    heads = list(dict.fromkeys(known))
+    if not sets:
+        return None
+
+    def text(value: Any) -> Text:
+        return Text(
+            f"{value:,}" if isinstance(value, int) else str(value if value is not None else MISSING).replace("_", " ")
+        )
+
+    rows = [(str(one.get("name", "?")), [text(one.get(head)) for head in heads]) for one in sets]
+    return Table([], [head.capitalize().replace("_", " ") for head in heads], rows)
+
+
+def _grouped(
+    rows: Sequence[Entry],
+    names: Sequence[str],
+    shown: Sequence[str],
+    cell: Callable[[Entry, str, str], Cell | None],
+) -> Table | None:
+    keys = [(name, metric) for name in names for metric in shown]
+    cells = columns(rows, keys, cell)
+    lines = [
+        (row.label, [_text(one, metric) for one, (_, metric) in zip(line, keys, strict=True)])
+        for row, line in zip(rows, cells, strict=True)
+        if any(one is not None for one in line)
+    ]
+    if not lines:
+        return None
+    return Table([(name, len(shown)) for name in names], [NAMES[metric] for _, metric in keys], lines)
+
+
+def _text(cell: Cell | None, metric: str) -> Text:
+    if cell is None:
+        return Text(MISSING)
+    small = ""
+    if cell.low is not None and cell.high is not None:
+        small = f"{number(cell.low, metric).removesuffix(' %')} to {number(cell.high, metric)}"
+    elif cell.error is not None:
+        small = f"± {number(cell.error, metric)}"
+    return Text(number(cell.value, metric), small, cell.best)

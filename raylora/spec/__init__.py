@@ -1,0 +1,42 @@
+"""What a run is: frozen values, read from YAML or built in Python."""
+
+from raylora.spec.base import AdapterSpec, Frozen, KindSpec, QuantizationSpec, TaskSpec
+from raylora.spec.reading import build_spec, diff_specs, dump_spec, json_schema, parse_spec, read_spec
+from raylora.spec.run import (
+    BaselinesSpec,
+    BaseSpec,
+    CheckpointingSpec,
+    DataSpec,
+    EnsembleSpec,
+    EvaluationSpec,
+    OptimisationSpec,
+    PlacementSpec,
+    RegularisersSpec,
+    RunSpec,
+    SetSpec,
+)
+
+__all__ = [
+    "AdapterSpec",
+    "BaseSpec",
+    "BaselinesSpec",
+    "CheckpointingSpec",
+    "DataSpec",
+    "EnsembleSpec",
+    "EvaluationSpec",
+    "Frozen",
+    "KindSpec",
+    "OptimisationSpec",
+    "PlacementSpec",
+    "QuantizationSpec",
+    "RegularisersSpec",
+    "RunSpec",
+    "SetSpec",
+    "TaskSpec",
+    "build_spec",
+    "diff_specs",
+    "dump_spec",
+    "json_schema",
+    "parse_spec",
+    "read_spec",
+]

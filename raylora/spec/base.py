@@ -1,0 +1,80 @@
+"""The pydantic foundation of every spec: frozen, strict about unknown keys, and open to registered kinds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, SerializeAsAny, ValidationInfo
+from pydantic.functional_validators import BeforeValidator
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from raylora import registry
+from raylora.errors import SpecError
+
+
+class Frozen(BaseModel):
+    """A spec is a value: it cannot change after it was read, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class KindSpec(Frozen):
+    """A spec chosen by its ``kind``; subclasses live beside what they build and are found by the registry."""
+
+    kind: str
+
+
+class AdapterSpec(KindSpec):
+    """What every adapter kind shares: where it is attached, and how much is dropped on the way in."""
+
+    target_modules: str | list[str] = "auto"
+    """``auto`` (the architecture's attention projections), ``all-linear``, or names / name endings."""
+    layers: str | dict[str, int] = "all"
+    """``all``, or ``{last: k}`` to adapt only the k blocks nearest the output."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, per member, in [0, 1)."""
+
+
+class QuantizationSpec(KindSpec):
+    """How the frozen base's weights are stored."""
+
+
+class TaskSpec(KindSpec):
+    """What a row means and what the model is asked for."""
+
+    max_length: int = 128
+    """Tokens kept per row; longer rows are truncated, counted and reported."""
+
+
+class _Kind:
+    """Pydantic hook: resolve a mapping to the registered spec class of its ``kind``."""
+
+    def __init__(self, seam: str, default: str) -> None:
+        self.seam, self.default = seam, default
+
+    def resolve(self, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, KindSpec):
+            return value
+        if isinstance(value, str):  # `quantization: nf4` reads better than a mapping of one key
+            value = {"kind": value}
+        if not isinstance(value, dict):
+            raise PydanticCustomError("kind_type", "expected a mapping with a 'kind', or the kind's name")
+        try:
+            spec_class = registry.load(self.seam, value.get("kind", self.default)).Spec
+        except SpecError as error:
+            raise PydanticCustomError("unknown_kind", str(error).replace("{", "(").replace("}", ")")) from None
+        return spec_class.model_validate({"kind": self.default, **value}, context=info.context)
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict:
+        variants = [registry.load(self.seam, kind).Spec for kind in registry.kinds(self.seam)]
+        return {"anyOf": [v.model_json_schema(ref_template="#/$defs/{model}") for v in variants]}
+
+
+def _field(base: type[KindSpec], seam: str, default: str) -> Any:
+    hook = _Kind(seam, default)
+    return Annotated[SerializeAsAny[base], BeforeValidator(hook.resolve), hook]
+
+
+AnyAdapter = _field(AdapterSpec, "adapter", "lora")
+AnyQuantization = _field(QuantizationSpec, "quantization", "none")
+AnyTask = _field(TaskSpec, "task", "classification")

@@ -1,0 +1,197 @@
+"""Specs in and out: YAML with line numbers, overrides, every error at once, and a JSON schema."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raylora.errors import SpecError, combine, suggest
+from raylora.spec.base import KindSpec
+from raylora.spec.run import RunSpec
+
+KeyPath = tuple[str | int, ...]
+_SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+
+
+def read_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
+    """Read a YAML spec, apply ``a.b=c`` overrides and validate it.
+
+    Raises:
+        SpecError: with every problem found, each as ``file:line: key.path: what is wrong``.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(f"{path}: there is no such file", "write one with `raylora init`") from None
+    except IsADirectoryError:
+        raise SpecError(f"{path}: is a folder, not a spec file") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: not UTF-8 at byte {error.start}", "save the file as UTF-8") from None
+    return parse_spec(text, overrides, where=str(path))
+
+
+def parse_spec(text: str, overrides: Sequence[str] = (), where: str = "<spec>") -> RunSpec:
+    """Validate a YAML text; see :func:`read_spec`."""
+    try:
+        content = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise SpecError(f"{where}: not valid YAML: {error}") from None
+    if content is None:
+        raise SpecError(f"{where}: the file is empty", "write a spec with `raylora init`")
+    if not isinstance(content, dict):
+        raise SpecError(f"{where}: expected keys and values, found a {type(content).__name__}")
+    for override in overrides:
+        _apply(content, override)
+    lines = dict(_lines(node)) if node is not None else {}
+    return build_spec(content, where, lines)
+
+
+def build_spec(content: dict, where: str = "<spec>", lines: dict[KeyPath, int] | None = None) -> RunSpec:
+    """Validate a mapping; every problem is reported at once, with a suggestion where one is near."""
+    lines = lines or {}
+    problems = [
+        f"{_place(where, key, lines)}: looks like a secret; keep it out of specs, set it in the worker's environment"
+        for key in _secret_keys(content)
+    ]
+    try:
+        spec = RunSpec.model_validate(content)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            key = _strip_tags(item["loc"], content)
+            problems.append(f"{_place(where, key, lines)}: {_say(item, key, content)}")
+    if problems:
+        raise SpecError(combine(sorted(set(problems)), f"{where} is not a valid run spec"))
+    return spec
+
+
+def dump_spec(spec: RunSpec) -> str:
+    """Return the spec as YAML that reads back to an equal spec."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a run spec, with every registered kind."""
+    schema = RunSpec.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+def diff_specs(old: RunSpec, new: RunSpec) -> list[str]:
+    """Return ``key: old -> new`` for every leaf that differs, apart from the name and the place."""
+    before = dict(_leaves(old.model_dump(mode="json", exclude={"name", "storage_path"})))
+    after = dict(_leaves(new.model_dump(mode="json", exclude={"name", "storage_path"})))
+    return [
+        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _apply(content: dict, override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise SpecError(f"override {override!r} is not of the form a.b=c")
+    *parents, last = key.split(".")
+    node = content
+    for parent in parents:
+        if isinstance(node.get(parent), str):  # `quantization: nf4` grows into a mapping
+            node[parent] = {"kind": node[parent]}
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise SpecError(f"override {override!r}: {parent!r} is a value, not a section")
+    node[last] = yaml.safe_load(value)
+
+
+def _lines(node: yaml.Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    yield path, node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from _lines(value, (*path, key.value))
+            yield (*path, key.value), key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield from _lines(value, (*path, index))
+
+
+def _place(where: str, key: KeyPath, lines: dict[KeyPath, int]) -> str:
+    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    location = f"{where}:{line}" if line else where
+    return f"{location}: {'.'.join(map(str, key))}" if key else location
+
+
+def _strip_tags(location: Sequence[str | int], content: Any) -> KeyPath:
+    """Drop what pydantic adds to a location (names of union branches) and keep the keys a person wrote."""
+    key: list[str | int] = []
+    for index, part in enumerate(location):
+        follows = isinstance(content, dict) and part in content
+        if follows or index == len(location) - 1 and re.fullmatch(r"[a-z_0-9]+", str(part)):
+            key.append(part)
+            content = content[part] if follows else None
+        elif isinstance(content, list) and isinstance(part, int) and part < len(content):
+            key.append(part)
+            content = content[part]
+    if len(key) > 1 and key[-1] in {"int", "str", "float", "bool"}:
+        key.pop()
+    return tuple(key)
+
+
+def _say(item: Any, key: KeyPath, content: dict) -> str:
+    kind = item["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key; {suggest(str(key[-1]), _known_keys(key[:-1], content))}"
+    if kind == "missing":
+        return "this key is required"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    given = item.get("input")
+    return message if isinstance(given, dict | BaseModel) or kind == "value_error" else f"{message} (got {given!r})"
+
+
+def _known_keys(path: KeyPath, content: dict) -> list[str]:
+    """Return the field names of the model that stands at a key path."""
+    from raylora import registry
+
+    model: Any = RunSpec
+    node: Any = content
+    for part in path:
+        node = node.get(part, {}) if isinstance(node, dict) else {}
+        field = getattr(model, "model_fields", {}).get(part)
+        model = _model_of(field.annotation) if field else model
+        if isinstance(model, type) and issubclass(model, KindSpec):
+            seam = {"adapter": "adapter", "task": "task", "quantization": "quantization"}.get(str(part), "")
+            default = {"adapter": "lora", "task": "classification", "quantization": "none"}.get(seam, "")
+            if seam:
+                model = registry.load(seam, (node or {}).get("kind", default)).Spec
+    return sorted(getattr(model, "model_fields", {}))
+
+
+def _model_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        found = _model_of(part)
+        if found is not None:
+            return found
+    return None
+
+
+def _secret_keys(content: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if isinstance(key, str) and _SECRET_KEY.search(key):
+                yield (*path, key)
+            yield from _secret_keys(value, (*path, key))
+
+
+def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(content, dict) and content:
+        for key, value in content.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, content

