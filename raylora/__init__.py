@@ -1,3 +1,44 @@
-"""raylora: ensembles of low-rank adapters over one frozen, quantised base, on Ray."""
+"""raylora: ensembles of low-rank adapters over one frozen, quantised base, on Ray.
+
+    >>> import raylora
+    >>> spec = raylora.read_spec("examples/quickstart.yaml")
+    >>> metrics = raylora.launch(spec).wait()
+    >>> raylora.load_ensemble("runs/quickstart").predict(["A film to remember."])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from raylora.client import RunHandle, attach, launch, resume, run_local
+    from raylora.errors import RayloraError
+    from raylora.serve.predictor import LoadedEnsemble, Prediction, load_ensemble
+    from raylora.spec import RunSpec, build_spec, read_spec
+
+_HOMES = {
+    "RunSpec": "raylora.spec",
+    "build_spec": "raylora.spec",
+    "read_spec": "raylora.spec",
+    "RayloraError": "raylora.errors",
+    "RunHandle": "raylora.client",
+    "attach": "raylora.client",
+    "launch": "raylora.client",
+    "resume": "raylora.client",
+    "run_local": "raylora.client",
+    "LoadedEnsemble": "raylora.serve.predictor",
+    "Prediction": "raylora.serve.predictor",
+    "load_ensemble": "raylora.serve.predictor",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `raylora --help` must not wait for torch and Ray."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'raylora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

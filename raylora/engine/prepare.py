@@ -52,6 +52,7 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
         UsageError: with what is wrong and how to mend it; nothing was started or written.
     """
     store = RunStore.for_spec(spec)
+    store.check_unlocked()
     is_resume = store.check_spec(spec)
     task = registry.load("task", spec.task.kind).build(spec.task)
     shell = shell_model(spec.base, task)

@@ -88,7 +88,7 @@ def columns(
     table = [[cell(row, name, metric) for name, metric in keys] for row in rows]
     for index, (_, metric) in enumerate(keys):
         values = [line[index].value for line in table if line[index] is not None]  # type: ignore[union-attr]
-        if len(values) < 2:
+        if not values or max(values) - min(values) <= 1e-9 * max(map(abs, values)):  # nobody is best where all tie
             continue
         best = max(values) if metric in HIGHER_IS_BETTER else min(values)
         for line in table:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -61,7 +62,7 @@ class Drawn:
 @contextmanager
 def style() -> Iterator[None]:
     """Draw with the page's fonts and lines, whatever the user's matplotlibrc says."""
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **STYLE}):
+    with matplotlib.style.context(["default", STYLE]):
         yield
 
 
@@ -156,7 +157,7 @@ def member_curve(metrics: dict[str, Any]) -> list[Drawn]:
             continue
         shown = [metric for metric in ("nll", "accuracy", "brier", "ece") if metric in curve[0]] or ["nll"]
         rows, wide = (2, 2) if len(shown) > 2 else (1, len(shown))
-        figure = Figure(figsize=(2.7 * wide + 0.2, 2.2 * rows + 0.3), layout="constrained")
+        figure = Figure(figsize=(5.6, 2.2 * rows + 0.3 if rows > 1 else 3.6), layout="constrained")
         panels = figure.subplots(rows, wide, squeeze=False).flat
         for axes, metric in zip(panels, shown, strict=True):
             _curve_panel(axes, curve, metric)

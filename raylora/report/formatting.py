@@ -35,7 +35,9 @@ def number(value: float, metric: str = "") -> str:
 
 def difference(value: float, metric: str) -> str:
     """Return a signed difference of two metrics; of accuracies in percentage points."""
-    return f"{100 * value:+.1f} pts" if metric in PERCENT else f"{value:+.3f}"
+    if metric in PERCENT:
+        return f"{round(100 * value, 1) + 0.0:+.1f} pts"  # adding zero turns -0.0 into 0.0
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def size(value_bytes: float) -> str:

@@ -53,6 +53,8 @@ def _article(metric: str) -> str:
 def _verdict(gain: dict[str, Any], metric: str, other: str) -> str:
     """Say better or worse only where the interval leaves zero out."""
     amount = difference(abs(gain["gain"]), metric).lstrip("+")
+    if amount == difference(0.0, metric).lstrip("+"):
+        return f"the same as {other} to the digits shown"
     if "interval" not in gain:
         direction = "better" if gain["gain"] > 0 else "worse"
         return f"{amount} {direction} than {other} (no interval was asked for)"

@@ -161,10 +161,14 @@ class RunStore:
         Raises:
             RunDirectoryError: another living process holds it; the message names it.
         """
+        self.check_unlocked()
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": time.time(), "heartbeat": time.time()}
         content = json.dumps(mine).encode()
-        if self.storage.create(_LOCK, content):
-            return
+        if not self.storage.create(_LOCK, content):
+            self.storage.write(_LOCK, content)  # what is left of a holder that died
+
+    def check_unlocked(self) -> None:
+        """Raise RunDirectoryError if another living process holds the directory; the message names it."""
         try:
             holder = self.read_json(_LOCK) or {}
         except ValueError:
@@ -175,7 +179,6 @@ class RunStore:
                 f"{self.uri}: is in use by process {holder['pid']} on {holder['host']}, started {started}",
                 "wait for it, or stop it",
             )
-        self.storage.write(_LOCK, content)
 
     def beat(self) -> None:
         """Show that the holder is alive; call it more often than once a minute."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,13 @@ def test_summary_is_json_and_has_every_part(summary):
         "adaptive_ece",
         "aurc",
     }
+
+
+def test_every_field_is_documented(summary):
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    described = summary["ensemble"]
+    fields = {*summary, *described, *described["eval"]["test"], *described["ood"]["foreign"], *summary["plots"]}
+    assert [field for field in sorted(fields) if f"`{field}" not in text and f" {field}`" not in text] == []
 
 
 def test_numbers_are_those_of_the_plain_functions(summary):

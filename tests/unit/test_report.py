@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -14,7 +15,8 @@ from rich.console import Console
 
 from raylora.ensemble import summarise
 from raylora.report import console_table, write_report
-from raylora.report.formatting import duration, flat, number, size
+from raylora.report.entries import columns, entries
+from raylora.report.formatting import difference, duration, flat, number, size
 from raylora.report.headline import headline
 from raylora.spec.run import EvaluationSpec
 
@@ -235,6 +237,17 @@ def test_headline_says_better_worse_or_neither(metrics):
     assert "0.050 better than its average member" in told(0.02, 0.08)
     assert "0.050 worse than a single LoRA" in told(-0.08, -0.02)
     assert "not measurably different" in told(-0.01, 0.03) and "better" not in told(-0.01, 0.03).split(":")[1]
+
+
+def test_a_tie_is_called_a_tie(tmp_path):
+    one = fake_group(1)
+    copies = [replace(part, logits_MNC=part.logits().expand(3, -1, -1)) for part in one]
+    found = summarise({"ensemble": copies}, FEW)
+    assert "the same as its average member to the digits shown" in headline(found)[0]
+    rows = entries(found)
+    cells = columns(rows, [("test", "nll")], lambda row, name, metric: row.cell("eval", name, metric))
+    assert not any(cell.best for line in cells for cell in line)
+    assert (difference(-1e-9, "nll"), difference(-1e-9, "accuracy")) == ("+0.000", "+0.0 pts")
 
 
 def test_a_degraded_run_is_marked(metrics, tmp_path):

@@ -1,0 +1,5 @@
+"""``python -m raylora``."""
+
+from raylora.cli import main
+
+main()

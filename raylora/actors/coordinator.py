@@ -1,0 +1,230 @@
+"""The coordinator actor: folds events through ``control.transition`` and carries the commands out.
+
+It decides nothing and keeps nothing that the event log does not hold: if it dies, a new one replays the
+log. Tensors never pass through it; workers read and write the store themselves.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raylora import control
+from raylora.actors.worker import Worker
+from raylora.errors import Interrupted, PlacementError, RayloraError
+from raylora.placement.plan import Plan
+from raylora.spec import RunSpec
+from raylora.store.run_store import RunStore
+
+NAMESPACE = "raylora"
+_POLL_S = 0.2
+_BEAT_S = 10.0
+_STATUS_S = 2.0
+
+
+def coordinator_name(run_name: str) -> str:
+    """Return the name under which a run's coordinator is found in the namespace."""
+    return f"coordinator-{run_name}"
+
+
+@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=8)
+class Coordinator:
+    """One per run. :meth:`run` is called once; the other methods answer while it runs."""
+
+    def __init__(self, spec: RunSpec, store_uri: str, plan: Plan) -> None:
+        self.spec, self.store, self.plan = spec, RunStore(store_uri), plan
+        self.events: queue.Queue[control.Event] = queue.Queue()
+        self.state = control.State()
+        self.workers: dict[str, Any] = {}
+        self.pending: dict[Any, tuple[str, control.Command]] = {}
+        self.progress: dict[str, dict[str, Any]] = {}
+        self.started_at = time.time()
+        self.group: Any = None
+        self.starts = 0
+
+    # --- the loop -----------------------------------------------------------------------------------
+    def run(self, start: control.RunStarted) -> control.State:
+        """Drive the run to a terminal phase and return the final state.
+
+        Raises:
+            RunDirectoryError: another process holds the run directory.
+            PlacementError: the cluster did not provide the workers in time.
+        """
+        self.store.lock()
+        try:
+            self._place()
+            self.state = control.replay(control.from_record(r) for r in self.store.read_events())
+            self.events.put(start)
+            beat = status = 0.0
+            while not self.state.phase.terminal or not self.events.empty():
+                self._fold_events()
+                self._collect()
+                now = time.monotonic()
+                if now - beat > _BEAT_S:
+                    beat = now
+                    self.store.beat()
+                if now - status > _STATUS_S:
+                    status = now
+                    self.store.write_json("status.json", self.status())
+            self.store.write_json("status.json", self.status())
+            return self.state
+        finally:
+            self._stop_workers()
+            self.store.unlock()
+
+    def _fold_events(self) -> None:
+        while not self.events.empty():
+            event = self.events.get()
+            if self.state.phase.terminal and not isinstance(event, control.RunStarted):
+                continue
+            self.store.append_event({**control.to_record(event), "at": time.time()})
+            self.state, commands = control.transition(self.state, event)
+            for command in commands:
+                self._carry_out(command)
+
+    def _collect(self) -> None:
+        """Turn finished calls into events."""
+        if not self.pending:
+            time.sleep(_POLL_S)
+            return
+        done, _ = ray.wait(list(self.pending), num_returns=1, timeout=_POLL_S)
+        for reference in done:
+            worker, command = self.pending.pop(reference)
+            self.events.put(_outcome(reference, worker, command))
+
+    # --- commands -----------------------------------------------------------------------------------
+    def _carry_out(self, command: control.Command) -> None:
+        if isinstance(command, control.StartWorker):
+            self._start_worker(command)
+        elif isinstance(command, control.RunJob):
+            me = ray.get_runtime_context().current_actor
+            worker = self.workers[command.worker]
+            self.pending[worker.run_job.remote(command.job, command.units, me)] = (command.worker, command)
+        elif isinstance(command, control.StopJobs):
+            for worker in self.workers.values():
+                worker.stop.remote(self.state.signal_number)
+        elif isinstance(command, control.Aggregate):
+            worker = self.workers[command.worker]
+            self.pending[worker.aggregate.remote(command.units, self.started_at)] = (command.worker, command)
+
+    def _place(self) -> None:
+        plan = self.plan
+        bundle = {"CPU": plan.cpus_per_worker, **({"GPU": plan.gpus_per_worker} if plan.gpus_per_worker else {})}
+        name = f"raylora-{self.spec.run_name()}"
+        self.group = placement_group([bundle] * plan.workers, strategy=self.spec.placement.scheduling, name=name)
+        timeout_s = self.spec.placement.start_timeout_s
+        if not self.group.wait(timeout_s):
+            remove_placement_group(self.group)
+            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+            raise PlacementError(
+                f"placement: {plan.workers} x {bundle} did not become free in {timeout_s:.0f} s; free now: {free}",
+                "wait for other work to end, ask for less, or raise placement.start_timeout_s",
+            )
+
+    def _start_worker(self, command: control.StartWorker) -> None:
+        plan, self.starts = self.plan, self.starts + 1
+        index = int(command.worker.rpartition("-")[2])
+        self.workers[command.worker] = Worker.options(  # type: ignore[attr-defined]
+            name=f"{self.spec.run_name()}-{command.worker}-{self.starts}",
+            namespace=NAMESPACE,
+            num_cpus=plan.cpus_per_worker,
+            num_gpus=plan.gpus_per_worker,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, index),
+            # Equal threads are equal float sums: without this every worker would use all cores.
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(plan.cpus_per_worker)}},
+        ).remote(self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker)
+        self.pending[self.workers[command.worker].load.remote()] = (command.worker, command)
+
+    def _stop_workers(self) -> None:
+        for worker in self.workers.values():
+            ray.kill(worker)
+        if self.group is not None:
+            remove_placement_group(self.group)
+
+    # --- answered while running ---------------------------------------------------------------------
+    def report(self, job: str, progress: dict[str, Any]) -> None:
+        """Take a worker's progress; the latest per job is kept."""
+        self.progress[job] = progress
+
+    def interrupt(self, signal_number: int) -> None:
+        """Ask the run to commit and stop."""
+        self.events.put(control.InterruptRequested(signal_number))
+
+    def status(self) -> dict[str, Any]:
+        """Return phase, workers, progress per job and an estimate of the time left, JSON-able."""
+        state = self.state
+        return {
+            "run": self.spec.run_name(),
+            "phase": state.phase.value,
+            "reason": state.reason,
+            "started_at": self.started_at,
+            "updated_at": time.time(),
+            "workers": dict(state.workers),
+            "jobs": {
+                name: {"units": list(job.units), "status": job.status, "attempt": job.attempt,
+                       "failures": job.failures, **self.progress.get(name, {})}
+                for name, job in state.jobs.items()
+            },
+            "failed": dict(state.failed_units),
+            "eta_s": _eta_s(state, self.progress),
+        }
+
+    def uri(self) -> str:
+        """Return where the run directory is."""
+        return self.store.uri
+
+
+def _outcome(reference: Any, worker: str, command: control.Command) -> control.Event:
+    """Return the event that a finished call means."""
+    try:
+        result = ray.get(reference)
+    except Interrupted:
+        assert isinstance(command, control.RunJob)
+        return control.JobInterrupted(command.job, command.attempt)
+    except RayActorError as error:
+        return control.WorkerLost(worker, _first_line(error))
+    except RayTaskError as error:
+        return _failure(error, worker, command)
+    if isinstance(command, control.StartWorker):
+        return control.WorkerReady(worker)
+    if isinstance(command, control.Aggregate):
+        return control.Aggregated()
+    assert isinstance(command, control.RunJob)
+    return control.JobFinished(command.job, command.attempt, result)
+
+
+def _failure(error: RayTaskError, worker: str, command: control.Command) -> control.Event:
+    """Errors raised on purpose would be raised again; anything else may be the machine's and is retried."""
+    reason = str(error.cause) if isinstance(error.cause, RayloraError) else f"{_first_line(error.cause)}\n{error}"
+    if isinstance(command, control.RunJob):
+        return control.JobFailed(command.job, command.attempt, reason, fatal=isinstance(error.cause, RayloraError))
+    if isinstance(command, control.Aggregate):
+        return control.AggregationFailed(reason)
+    return control.WorkerLost(worker, reason)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _eta_s(state: control.State, progress: dict[str, dict[str, Any]]) -> float | None:
+    """Estimate the training time left: the steps still to take, at the pace seen, over the busy workers."""
+    seen = [p for p in progress.values() if "step_s" in p]
+    if not seen:
+        return None
+    pace_s = sum(p["step_s"] for p in seen) / len(seen)
+    total = max(p["total_steps"] for p in seen)
+    left = sum(
+        total - progress.get(name, {}).get("step", 0)
+        for name, job in state.jobs.items()
+        if job.status in ("pending", "running")
+    )
+    busy = max(1, sum(status == "busy" for status in state.workers.values()))
+    return left * pace_s / busy

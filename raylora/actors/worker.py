@@ -1,0 +1,60 @@
+"""The worker actor: owns one GPU, or a share of the CPUs, and does jobs on its workbench."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from raylora.actors.telemetry import Telemetry, Throttle
+from raylora.spec import RunSpec
+from raylora.store.run_store import RunStore
+
+
+@ray.remote(max_restarts=0, concurrency_groups={"control": 1})
+class Worker:
+    """Loads the base once and trains packs on it.
+
+    It is never restarted by Ray: the coordinator starts a new one, which loads the last commit.
+    """
+
+    def __init__(self, spec: RunSpec, store_uri: str, cpus: int, gpus: int) -> None:
+        self.spec, self.store = spec, RunStore(store_uri)
+        self.cpus, self.gpus = cpus, gpus
+        self.signal_number = 0
+
+    def load(self) -> None:
+        """Import the libraries and load base and data; the slow part of a start."""
+        from raylora.engine.workbench import Workbench
+
+        self.telemetry = Telemetry(self.spec.run_name())
+        self.bench = Workbench(self.spec, self.store, self.cpus, self.gpus)
+        self.bench.load()
+
+    def run_job(self, job: str, units: Sequence[str], coordinator: Any) -> dict[str, str]:
+        """Train, evaluate and commit a pack; return the units that failed with their reasons.
+
+        Raises:
+            Interrupted: the pack's state is committed.
+        """
+        throttle = Throttle()
+
+        def report(progress: Any) -> None:
+            self.telemetry.record(progress)
+            summary = throttle.summary(progress)
+            if summary is not None:
+                coordinator.report.remote(job, summary)
+
+        return self.bench.run_job(job, units, report, lambda: self.signal_number)
+
+    def aggregate(self, units: Sequence[str], started_at: float) -> None:
+        """Write the run's metrics from the committed predictions."""
+        from raylora.engine.aggregate import aggregate
+
+        aggregate(self.spec, self.store, units, started_at)
+
+    @ray.method(concurrency_group="control")
+    def stop(self, signal_number: int) -> None:
+        """Ask the running job to commit and stop after its step."""
+        self.signal_number = signal_number

@@ -1,0 +1,336 @@
+"""The command line: one verb per thing a person does with a run.
+
+Exit codes: 0 ok, 1 the run failed, 2 usage or configuration, 3 finished with fewer members than asked,
+130 and 143 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import raylora
+from raylora.errors import RayloraError, UsageError
+
+DEGRADED = 3
+_LINE_EVERY_S = 5.0
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=raylora.__doc__)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+SpecFile = Annotated[Path, typer.Argument(help="A run spec in YAML; `raylora init` writes one.")]
+RunPath = Annotated[str, typer.Argument(help="A run directory.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set ensemble.members=3")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
+
+
+def _command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn raylora's errors into one message and their exit code."""
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except RayloraError as error:
+            if kwargs.get("as_json"):
+                print(json.dumps({"error": error.message, "hint": error.hint, "exit_code": error.exit_code}))
+            err.print(f"error: {error}", style="red", markup=False)
+            raise typer.Exit(error.exit_code) from None
+
+    return guarded
+
+
+@app.command()
+@_command
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write the spec.")] = Path("raylora.yaml"),
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented spec to start from."""
+    from importlib.resources import files
+
+    if path.exists():
+        raise UsageError(f"{path}: is there already", "choose another name, or delete it")
+    path.write_text((files("raylora") / "spec" / "template.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    _say(as_json, {"spec": str(path)}, f"wrote {path}; next: raylora validate {path}")
+
+
+@app.command()
+@_command
+def validate(
+    spec_file: SpecFile,
+    overrides: Overrides = None,
+    preview: Annotated[int, typer.Option(help="Show this many tokenised training rows.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Check a spec, its data and its base, without starting or writing anything."""
+    from raylora.engine.base import load_tokenizer
+    from raylora.engine.prepare import prepare
+    from raylora.registry import load
+
+    spec = raylora.read_spec(spec_file, overrides or [])
+    prepared = prepare(spec)
+    task = load("task", spec.task.kind).build(spec.task)
+    samples = prepared.sets.preview(preview, load_tokenizer(spec.base, task)) if preview else []
+    lines = [*prepared.sets.describe(), *samples, f"{spec_file} is valid; digest {spec.digest()[:12]}"]
+    _say(as_json, {"valid": True, "digest": spec.digest(), "sets": prepared.sets.describe(), "preview": samples},
+         "\n".join(lines))
+
+
+@app.command()
+@_command
+def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say who would train what, where, with how much memory, and why."""
+    from raylora.engine.prepare import prepare
+
+    prepared = prepare(raylora.read_spec(spec_file, overrides or []))
+    found = prepared.plan
+    if as_json:
+        print(json.dumps({**vars(found), "jobs": found.jobs(), "member_parameters": prepared.member_parameters,
+                          "total_steps": prepared.total_steps}))
+        return
+    table = Table("job", "units trained in one forward", title=f"{found.strategy}: {found.workers} worker(s)")
+    for job, units in found.jobs().items():
+        table.add_row(job, ", ".join(units))
+    out.print(table)
+    for reason in found.reasons:
+        out.print(f"  {reason}")
+    out.print(f"  {prepared.member_parameters:,} trainable parameters per member, {prepared.total_steps} steps")
+
+
+@app.command()
+@_command
+def run(
+    spec_file: SpecFile,
+    overrides: Overrides = None,
+    local: Annotated[bool, typer.Option(help="Run in this process, without Ray.")] = False,
+    dashboard: Annotated[bool, typer.Option(help="Start the Ray dashboard with a local cluster.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train, evaluate and report; run again to continue after an interruption."""
+    _run(raylora.read_spec(spec_file, overrides or []), local, dashboard, as_json)
+
+
+@app.command()
+@_command
+def resume(
+    run_path: RunPath,
+    local: Annotated[bool, typer.Option(help="Run in this process, without Ray.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a run from its last commits."""
+    from raylora.store.run_store import RunStore
+
+    store = RunStore(run_path)
+    parent, _, name = store.uri.rpartition("/")
+    spec = store.read_spec().model_copy(update={"storage_path": parent, "name": name})
+    _run(spec, local, False, as_json)
+
+
+@app.command()
+@_command
+def status(run_path: RunPath, as_json: AsJson = False) -> None:
+    """Say how far a run is, from its directory."""
+    from raylora import control
+    from raylora.store.run_store import RunStore
+
+    store = RunStore(run_path)
+    store.read_spec()
+    state = control.replay(control.from_record(record) for record in store.read_events())
+    found = {**(store.read_json("status.json") or {}), "phase": state.phase.value, "reason": state.reason,
+             "finished": list(state.finished_units()), "failed": dict(state.failed_units)}
+    if as_json:
+        print(json.dumps(found))
+        return
+    out.print(_status_table(found))
+    out.print(f"{store.uri}: {state.phase.value}" + (f" ({state.reason})" if state.reason else ""))
+
+
+@app.command()
+@_command
+def predict(
+    run_path: RunPath,
+    text: Annotated[list[str] | None, typer.Option("--text", help="A text; may be repeated.")] = None,
+    file: Annotated[str | None, typer.Option("--file", help="Rows as jsonl, csv, parquet or arrow.")] = None,
+    output: Annotated[str | None, typer.Option("--out", help="Write JSON lines here instead of printing.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the ensemble, and how sure it is."""
+    from raylora.serve.predictor import load_ensemble, read_rows, write_rows
+
+    if bool(text) == bool(file):
+        raise UsageError("give either --text or --file")
+    rows: Sequence[Any] = text or read_rows(str(file))
+    ensemble = load_ensemble(run_path)
+    predictions = ensemble.predict(rows)
+    if output:
+        write_rows(output, predictions)
+        _say(as_json, {"out": output, "rows": len(predictions)}, f"wrote {len(predictions)} predictions to {output}")
+    elif as_json:
+        for prediction in predictions:
+            print(json.dumps(prediction.record(), ensure_ascii=False))
+    else:
+        table = Table("row", "label", "probability", "entropy (nats)", "mutual information")
+        for prediction in predictions:
+            table.add_row(prediction.id, prediction.label, f"{prediction.probabilities[prediction.label]:.3f}",
+                          f"{prediction.entropy:.3f}", f"{prediction.mutual_information:.4f}")
+        out.print(table)
+
+
+@app.command()
+@_command
+def report(run_path: RunPath, as_json: AsJson = False) -> None:
+    """Write the report of a finished run again and print its table."""
+    from raylora.client import publish_report
+    from raylora.store.run_store import RunStore
+
+    store = RunStore(run_path)
+    store.read_spec()
+    publish_report(store)
+    _show_result(store, store.read_json("metrics.json"), as_json)
+
+
+@app.command()
+@_command
+def schema() -> None:
+    """Print the JSON schema of a run spec, for editors."""
+    from raylora.spec import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
+@_command
+def doctor(as_json: AsJson = False) -> None:
+    """Look at this machine: what would be used, and what would get in the way."""
+    from raylora.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([vars(finding) for finding in findings]))
+    for finding in [] if as_json else findings:
+        mark, style = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "bad": ("bad ", "red")}[finding.level]
+        out.print(f"[{style}]{mark}[/] {finding.what}" + (f"\n     -> {finding.hint}" if finding.hint else ""))
+    if any(finding.level == "bad" for finding in findings):
+        raise typer.Exit(UsageError.exit_code)
+
+
+# --- how a run looks while it goes on ---------------------------------------------------------------------
+def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
+    from raylora.client import launch, run_local
+    from raylora.store.run_store import RunStore
+
+    store = RunStore.for_spec(spec)
+    err.print(f"run {spec.run_name()} in {store.uri}; checking spec, data and base ...", markup=False)
+    if local:
+        metrics = run_local(spec, _LocalLines())
+    else:
+        handle = launch(spec, dashboard)
+        err.print("checked; starting workers (they import torch and load the base, this takes a while) ...")
+        with _progress() as show:
+            metrics = handle.wait(show)
+    _show_result(store, metrics, as_json)
+    if metrics["run"]["degraded"]:
+        raise typer.Exit(DEGRADED)
+
+
+def _show_result(store: Any, metrics: dict[str, Any], as_json: bool) -> None:
+    from raylora.report.table import console_table
+
+    report_path = f"{store.uri}/report.html"
+    if as_json:
+        print(json.dumps({"run": store.uri, "metrics": f"{store.uri}/metrics.json", "report": report_path,
+                          "phase": metrics["run"]["phase"]}))
+        return
+    out.print(console_table(metrics))
+    out.print(f"report: {report_path}")
+
+
+class _LocalLines:
+    """Plain progress lines of a run in this process."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, job: str, progress: Any) -> None:
+        if time.monotonic() - self._last < _LINE_EVERY_S and progress.step < progress.total_steps:
+            return
+        self._last = time.monotonic()
+        left_s = (progress.total_steps - progress.step) * progress.step_s
+        for unit, loss in progress.losses.items():
+            err.print(f"{job} {unit} step {progress.step}/{progress.total_steps} loss {loss:.3f} eta {left_s:.0f} s")
+
+
+class _progress:
+    """A live table on a terminal; elsewhere one plain line per job every few seconds."""
+
+    def __init__(self) -> None:
+        self._live: Any = None
+        self._last = 0.0
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        if err.is_terminal:
+            from rich.live import Live
+
+            self._live = Live(console=err, refresh_per_second=2, transient=True)
+            self._live.__enter__()
+            return lambda found: self._live.update(_status_table(found))
+        return self._lines
+
+    def __exit__(self, *details: Any) -> None:
+        if self._live is not None:
+            with suppress(Exception):
+                self._live.__exit__(*details)
+
+    def _lines(self, found: dict[str, Any]) -> None:
+        if time.monotonic() - self._last < _LINE_EVERY_S:
+            return
+        self._last = time.monotonic()
+        for job in found["jobs"].values():
+            for unit, loss in job.get("losses", {}).items():
+                if job["status"] == "running":
+                    err.print(f"{unit} step {job['step']}/{job['total_steps']} loss {loss:.3f} "
+                              f"{job['tokens_per_s']:.0f} tokens/s", markup=False)
+        eta = found.get("eta_s")
+        err.print(f"{found['phase']}; workers {', '.join(found['workers'].values()) or 'starting'}"
+                  + (f"; training ends in about {eta:.0f} s" if eta else ""), markup=False)
+
+
+def _status_table(found: dict[str, Any]) -> Table:
+    eta = found.get("eta_s")
+    title = f"{found.get('run', '')} {found['phase']}" + (f", about {eta:.0f} s of training left" if eta else "")
+    table = Table("member", "state", "step", "loss", "tokens/s", title=title)
+    for job in found.get("jobs", {}).values():
+        for unit in job["units"]:
+            state = "failed" if unit in found.get("failed", {}) else job["status"]
+            losses = job.get("losses", {})
+            table.add_row(
+                unit, state,
+                f"{job['step']}/{job['total_steps']}" if "step" in job else "",
+                f"{losses[unit]:.3f}" if unit in losses else "",
+                f"{job['tokens_per_s']:.0f}" if "tokens_per_s" in job else "",
+            )
+    return table
+
+
+def _say(as_json: bool, record: dict[str, Any], text: str) -> None:
+    if as_json:
+        print(json.dumps(record))
+    else:
+        out.print(text, markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; the console script and ``python -m raylora`` start here."""
+    app(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="raylora")

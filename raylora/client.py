@@ -1,0 +1,225 @@
+"""From a driver's side: start a run on Ray or in this process, follow it, take it up again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from raylora import control
+from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
+from raylora.engine.local import OnProgress, conclude, run_in_process, start_event
+from raylora.engine.prepare import Prepared, local_inventory, prepare
+from raylora.errors import RayloraError, RunDirectoryError, TrainingError
+from raylora.placement.plan import Inventory
+from raylora.report.page import write_report
+from raylora.spec import RunSpec
+from raylora.store.run_store import RunStore
+
+OnStatus = Callable[[dict[str, Any]], None]
+_POLL_S = 0.5
+
+
+def run_local(spec: RunSpec, on_progress: OnProgress = lambda job, progress: None) -> dict[str, Any]:
+    """Run a spec in this process, without Ray, and return its metrics; the members equal Ray's.
+
+    Raises:
+        UsageError: bad input; nothing was written.
+        Interrupted: a signal came; run again to continue.
+        TrainingError: the run failed.
+    """
+    prepared = prepare(spec)
+    metrics = run_in_process(prepared, on_progress)
+    publish_report(prepared.store)
+    return metrics
+
+
+class RunHandle:
+    """A run that is going on in a Ray cluster."""
+
+    def __init__(self, coordinator: Any, store: RunStore, outcome: Any = None) -> None:
+        self.store = store
+        self._coordinator, self._outcome = coordinator, outcome
+
+    @property
+    def uri(self) -> str:
+        """Where the run directory is."""
+        return self.store.uri
+
+    def status(self) -> dict[str, Any]:
+        """Return phase, workers, progress per job and an estimate of the time left."""
+        return ray.get(self._coordinator.status.remote())
+
+    def interrupt(self, signal_number: int = signal.SIGINT) -> None:
+        """Ask the run to commit and stop after the current step."""
+        self._coordinator.interrupt.remote(int(signal_number))
+
+    def wait(self, on_status: OnStatus = lambda status: None) -> dict[str, Any]:
+        """Follow the run to its end, write the report and return the metrics.
+
+        A SIGINT or SIGTERM meanwhile lets the workers commit before this returns.
+
+        Raises:
+            Interrupted: the run was stopped and can be resumed.
+            TrainingError: it failed, or its coordinator was lost.
+            UsageError: it could not start.
+        """
+        with _forward_signals(self.interrupt):
+            state = self._final_state(on_status)
+        metrics = conclude(state, self.store.read_json("metrics.json") or {}, self.uri)
+        publish_report(self.store)
+        return metrics
+
+    def _final_state(self, on_status: OnStatus) -> control.State:
+        try:
+            while self._outcome is None or not ray.wait([self._outcome], timeout=_POLL_S)[0]:
+                status = self.status()
+                on_status(status)
+                if self._outcome is None:
+                    if control.Phase(status["phase"]).terminal:
+                        return control.replay(control.from_record(r) for r in self.store.read_events())
+                    time.sleep(_POLL_S)
+            with contextlib.suppress(RayActorError):
+                on_status(self.status())
+            return ray.get(self._outcome)
+        except RayTaskError as error:
+            if isinstance(error.cause, RayloraError):
+                raise error.cause from None
+            raise
+        except RayActorError as error:
+            raise TrainingError(
+                "the run's coordinator was lost", f"nothing committed is lost: raylora resume {self.uri}"
+            ) from error
+
+
+def launch(spec: RunSpec, dashboard: bool = False) -> RunHandle:
+    """Start a run on the cluster that ``RAY_ADDRESS`` names or this process is connected to, else on a local one.
+
+    Everything is checked first: with bad input no cluster is started and no actor.
+
+    Raises:
+        UsageError: bad input, or more workers than the cluster has.
+    """
+    if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        connect()
+        prepared = prepare(spec, cluster_inventory())
+    else:
+        prepared = prepare(spec)
+        connect(dashboard)
+    return _start(prepared)
+
+
+def resume(run: str, dashboard: bool = False) -> RunHandle:
+    """Continue the run in a directory from its last commits.
+
+    Raises:
+        RunDirectoryError: there is no run there.
+    """
+    store = RunStore(run)
+    spec = store.read_spec()
+    parent, _, name = store.uri.rpartition("/")
+    return launch(spec.model_copy(update={"storage_path": parent, "name": name}), dashboard)
+
+
+def attach(run: str) -> RunHandle:
+    """Return a handle on a run that another driver started, by its directory or name.
+
+    Raises:
+        RunDirectoryError: no such run is going on in this cluster.
+    """
+    connect()
+    name = run.rstrip("/").rpartition("/")[2]
+    try:
+        coordinator = ray.get_actor(coordinator_name(name), namespace=NAMESPACE)
+        uri = ray.get(coordinator.uri.remote())
+    except (ValueError, RayActorError):
+        raise RunDirectoryError(
+            f"no run {name!r} is going on in this cluster", "see its directory with `raylora status RUN`"
+        ) from None
+    return RunHandle(coordinator, RunStore(uri))
+
+
+def connect(dashboard: bool = False) -> None:
+    """Join the cluster of ``RAY_ADDRESS``, or start a local one; do nothing if already connected."""
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    if address:
+        ray.init(address=address, **options)
+        return
+    inventory = local_inventory()
+    ray.init(
+        address="local", num_cpus=inventory.cpus, num_gpus=inventory.gpus, include_dashboard=dashboard, **options
+    )
+
+
+def cluster_inventory() -> Inventory:
+    """Return what the connected cluster has in all, whoever uses it now."""
+    total = ray.cluster_resources()
+    gpus = int(total.get("GPU", 0))
+    memory = ray.get(_device_memory.remote()) if gpus else total.get("memory", 0)
+    return Inventory(int(total.get("CPU", 0)), gpus, int(memory), "the cluster")
+
+
+@ray.remote(num_cpus=0, num_gpus=1)
+def _device_memory() -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def publish_report(store: RunStore) -> None:
+    """Write ``report.html`` and its pictures from the run's metrics, wherever the run directory is.
+
+    Raises:
+        RunDirectoryError: the run has no metrics yet.
+    """
+    metrics = store.read_json("metrics.json")
+    if metrics is None:
+        raise RunDirectoryError(f"{store.uri}: has no metrics yet", "let the run finish: raylora resume")
+    if store.storage.is_local:
+        write_report(metrics, Path(store.storage.root))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for path in write_report(metrics, Path(folder)):
+            store.storage.write(path.relative_to(folder).as_posix(), path.read_bytes())
+
+
+def _start(prepared: Prepared) -> RunHandle:
+    name = coordinator_name(prepared.spec.run_name())
+    with contextlib.suppress(ValueError):
+        ray.get_actor(name, namespace=NAMESPACE)
+        raise RunDirectoryError(
+            f"run {prepared.spec.run_name()!r} is already going on in this cluster", "follow it: raylora status"
+        )
+    prepared.begin()
+    coordinator = Coordinator.options(name=name, namespace=NAMESPACE).remote(  # type: ignore[attr-defined]
+        prepared.spec, prepared.store.uri, prepared.plan
+    )
+    workers = [f"worker-{index}" for index in range(prepared.plan.workers)]
+    return RunHandle(coordinator, prepared.store, coordinator.run.remote(start_event(prepared, workers)))
+
+
+@contextlib.contextmanager
+def _forward_signals(interrupt: Callable[[int], None]) -> Iterator[None]:
+    """Pass SIGINT and SIGTERM on to the run; in a thread other than the main one there are none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda n, frame: interrupt(n)) for number in caught}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
