@@ -26,7 +26,8 @@ DEGRADED = 3
 _LINE_EVERY_S = 5.0
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=raylora.__doc__)
-out = Console(highlight=False, soft_wrap=True)
+_PIPE_WIDTH = 160  # a log has no width of its own; eighty columns would break every table
+out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 SpecFile = Annotated[Path, typer.Argument(help="A run spec in YAML; `raylora init` writes one.")]
@@ -278,6 +279,7 @@ class _progress:
     def __init__(self) -> None:
         self._live: Any = None
         self._last = 0.0
+        self._said = ""
 
     def __enter__(self) -> Callable[[dict[str, Any]], None]:
         if err.is_terminal:
@@ -297,14 +299,25 @@ class _progress:
         if time.monotonic() - self._last < _LINE_EVERY_S:
             return
         self._last = time.monotonic()
-        for job in found["jobs"].values():
-            for unit, loss in job.get("losses", {}).items():
-                if job["status"] == "running":
-                    err.print(f"{unit} step {job['step']}/{job['total_steps']} loss {loss:.3f} "
-                              f"{job['tokens_per_s']:.0f} tokens/s", markup=False)
+        lines = [
+            f"{unit} step {job['step']}/{job['total_steps']} loss {loss:.3f} {job['tokens_per_s']:.0f} tokens/s"
+            for job in found["jobs"].values()
+            if job["status"] == "running" and job.get("step", 0) < job.get("total_steps", 0)
+            for unit, loss in job["losses"].items()
+        ]
+        training = bool(lines)
+        activity = found["phase"] if training or found["phase"] != "training" else _activity(found)
         eta = found.get("eta_s")
-        err.print(f"{found['phase']}; workers {', '.join(found['workers'].values()) or 'starting'}"
-                  + (f"; training ends in about {eta:.0f} s" if eta else ""), markup=False)
+        lines.append(activity + (f"; training ends in about {eta:.0f} s" if training and eta else ""))
+        if "\n".join(lines) != self._said:  # a long wait is said once
+            self._said = "\n".join(lines)
+            err.print(self._said, markup=False)
+
+
+def _activity(found: dict[str, Any]) -> str:
+    if "starting" in found["workers"].values():
+        return "loading the base in " + ", ".join(w for w, s in found["workers"].items() if s == "starting")
+    return "evaluating"
 
 
 def _status_table(found: dict[str, Any]) -> Table:

@@ -176,6 +176,8 @@ class State:
     min_members: int = 1
     max_failures: int = 0
     failed_units: dict[str, str] = field(default_factory=dict)
+    worker_failures: dict[str, int] = field(default_factory=dict)
+    """How often a worker died without a job; deaths with a job count against the job."""
     signal_number: int = 0
     reason: str = ""
 
@@ -192,6 +194,8 @@ def transition(state: State, event: Event) -> tuple[State, list[Command]]:
     if state.phase.terminal:
         return state, []
     if isinstance(event, WorkerReady):
+        if state.workers.get(event.worker) != "starting":
+            return state, []  # said twice, or by a worker that was given up
         return _assign(replace(state, workers={**state.workers, event.worker: "idle"}))
     if isinstance(event, WorkerLost):
         return _lose_worker(state, event)
@@ -199,6 +203,8 @@ def transition(state: State, event: Event) -> tuple[State, list[Command]]:
         return _end_job(state, event)
     if isinstance(event, InterruptRequested):
         return _interrupt(state, event)
+    if state.phase is not Phase.AGGREGATING:
+        return state, []
     if isinstance(event, Aggregated):
         short = [u for u in state.required if u not in state.finished_units()]
         phase = Phase.DEGRADED if short else Phase.SUCCEEDED
@@ -228,14 +234,14 @@ def from_record(record: Mapping[str, Any]) -> Event:
 
 
 def _start(state: State, event: RunStarted) -> tuple[State, list[Command]]:
-    """Begin, or begin again: what is finished stays finished, everything else is pending, no worker is left."""
+    """Begin, or begin again: what is finished stays finished, all else is pending, failed units too."""
     jobs = {}
     for name, units in event.jobs.items():
         old = state.jobs.get(name)
         done = old is not None and old.status == "finished" and old.units == tuple(units)
+        done = done and not any(unit in state.failed_units for unit in units)
         attempt = old.attempt if old else 0
         jobs[name] = Job(tuple(units), "finished" if done else "pending", attempt)
-    kept = {u for job in jobs.values() if job.status == "finished" for u in job.units}
     fresh = State(
         phase=Phase.TRAINING,
         jobs=jobs,
@@ -243,7 +249,6 @@ def _start(state: State, event: RunStarted) -> tuple[State, list[Command]]:
         required=tuple(event.required),
         min_members=event.min_members,
         max_failures=event.max_failures,
-        failed_units={u: why for u, why in state.failed_units.items() if u in kept},
     )
     return fresh, [StartWorker(worker) for worker in event.workers]
 
@@ -301,22 +306,30 @@ def _retry(state: State, job: Job, reason: str, fatal: bool) -> tuple[Job, dict[
 
 def _lose_worker(state: State, event: WorkerLost) -> tuple[State, list[Command]]:
     """Put the worker's job back and start the worker again, as often as jobs may fail."""
-    if state.workers.get(event.worker) in (None, "lost"):
+    before = state.workers.get(event.worker, "lost")
+    if before == "lost":
         return state, []
-    started = state.workers[event.worker] == "starting"
     jobs, failed = dict(state.jobs), dict(state.failed_units)
     for name, job in state.jobs.items():
         if job.status == "running" and job.worker == event.worker:
             jobs[name], failed = _retry(replace(state, failed_units=failed), job, event.reason, fatal=False)
-    status = "lost" if started or state.signal_number else "starting"
-    phase = Phase.TRAINING if state.phase is Phase.AGGREGATING else state.phase
+    deaths = dict(state.worker_failures)
+    if jobs == state.jobs:
+        deaths[event.worker] = deaths.get(event.worker, 0) + 1
+    given_up = before == "starting" or state.signal_number or deaths.get(event.worker, 0) > state.max_failures
+    aggregating = state.phase is Phase.AGGREGATING and before != "busy"  # the only busy worker aggregates
     state = replace(
-        state, jobs=jobs, failed_units=failed, phase=phase, workers={**state.workers, event.worker: status}
+        state,
+        jobs=jobs,
+        failed_units=failed,
+        worker_failures=deaths,
+        phase=Phase.AGGREGATING if aggregating else Phase.TRAINING,
+        workers={**state.workers, event.worker: "lost" if given_up else "starting"},
     )
     if all(s == "lost" for s in state.workers.values()) and not state.signal_number:
         return _finish(state, Phase.FAILED, f"no worker is left: {event.reason}")
     state, commands = _stop_if_hopeless(state)
-    restart = [StartWorker(event.worker)] if status == "starting" and not state.phase.terminal else []
+    restart = [] if given_up or state.phase.terminal else [StartWorker(event.worker)]
     return state, [*restart, *commands]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +24,18 @@ class Order:
 
     With ``bootstrap`` the seed also draws one sample of the rows with replacement, which stays the same in
     every epoch (Breiman, 1996); only its order changes.
+
+    With ``lengths`` the rows of a batch have like lengths, so that little is padding: the shuffled epoch is cut
+    into stretches of a few batches and each is sorted. Which rank of a stretch comes when is the same for every
+    seed, so that members that step together have like lengths too; which rows those are is the seed's own.
     """
 
     rows: int
     batch: int
     seed: int
     bootstrap: bool = False
+    lengths: tuple[int, ...] | None = None
+    _grouped: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.batch < 1:
@@ -43,6 +50,10 @@ class Order:
         """Return the rows of global micro-batch ``step`` (0 is the first of the first epoch), at most ``batch``."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _epoch_order(self.rows, self.seed, epoch, self.bootstrap)
+        if self.lengths is not None:
+            if self._grouped.get("epoch") != epoch:  # sorting an epoch once is enough
+                self._grouped.update(epoch=epoch, order=_by_length(order, np.asarray(self.lengths), self.batch, epoch))
+            order = self._grouped["order"]
         return order[position * self.batch : (position + 1) * self.batch]
 
 
@@ -53,3 +64,19 @@ def _epoch_order(rows: int, seed: int, epoch: int, bootstrap: bool) -> NDArray[n
         order = np.random.default_rng(derive_seed("bootstrap", seed)).integers(rows, size=rows)[order]
     order.setflags(write=False)  # the array is shared by every step of the epoch
     return order
+
+
+_STRETCH = 16
+"""Batches sorted together: enough that their lengths are alike, few enough that the order stays random."""
+
+
+def _by_length(order: NDArray[np.int64], length_N: NDArray[np.int64], batch: int, epoch: int) -> NDArray[np.int64]:
+    batches = []
+    for start in range(0, len(order), _STRETCH * batch):
+        stretch = order[start : start + _STRETCH * batch]
+        stretch = stretch[np.argsort(length_N[stretch], kind="stable")]
+        batches += [stretch[i : i + batch] for i in range(0, len(stretch), batch)]
+    full, short = [b for b in batches if len(b) == batch], [b for b in batches if len(b) < batch]
+    # Seeded by the epoch alone: every member meets long and short batches at the same steps.
+    ranks = np.random.default_rng(derive_seed("lengths", epoch)).permutation(len(full))
+    return np.concatenate([*(full[rank] for rank in ranks), *short])

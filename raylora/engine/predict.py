@@ -95,4 +95,4 @@ def _row(scores_M: Tensor, mask_BT: Tensor | None, position: int, example_id: st
         return scores_M, [example_id]
     kept_T = mask_BT[position].clone()
     kept_T[0] = False  # nothing stands before the first token, so nothing predicts it
-    return scores_M[:, kept_T], [example_id.partition("#")[0]] * int(kept_T.sum())
+    return scores_M[:, kept_T], [example_id.rpartition("#")[0]] * int(kept_T.sum())

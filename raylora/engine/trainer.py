@@ -200,7 +200,9 @@ class PackTrainer:
 
     # --- state --------------------------------------------------------------------------------------
     def state_of(self, trainee: Trainee) -> tuple[dict[str, Tensors], dict[str, Any]]:
-        """Return a trainee's tensors by section, and the plain facts beside them."""
+        """Return a trainee's tensors by section, and the plain facts beside them; a failed one has no tensors."""
+        if trainee.failure:
+            return {}, {"step": self.step, "failure": trainee.failure}
         sections = {"member": trainee.optimiser.tensors(), "optimiser": trainee.optimiser.state()}
         if trainee.best_tensors is not None:
             sections["best"] = trainee.best_tensors
@@ -218,19 +220,25 @@ class PackTrainer:
         """Continue from states of one step; every unit of the pack must be among them."""
         for index, trainee in enumerate(self.trainees):
             sections, facts = states[trainee.unit.name]
-            optimiser = self._optimiser(sections["member"])
+            self.step = facts["step"]
+            if "failure" in facts:
+                trainee.failure = facts["failure"]
+                continue
+            names = trainee.optimiser.names  # a file has its own order, and sums depend on it
+            best = {n: sections["best"][n] for n in names} if "best" in sections else None
+            optimiser = self._optimiser({n: sections["member"][n] for n in names})
             optimiser.load_state(sections.get("optimiser", {}), facts["updates"])
             self.trainees[index] = Trainee(
                 trainee.unit, optimiser, trainee.order, trainee.initial_head, facts["history"],
-                facts["best_value"], sections.get("best"), facts["bad_epochs"], facts["stopped_at"],
+                facts["best_value"], best, facts["bad_epochs"], facts["stopped_at"],
             )
-            self.step = facts["step"]
 
     def _new(self, unit: Unit, head: Mapping[str, Tensor]) -> Trainee:
         tensors = initial_member(self.base, self.adapter, head, unit.stream("init"))
+        lengths = tuple(max(map(len, example.sequences)) for example in self.train)
         order = Order(
             len(self.train), self.spec.optimisation.micro_batch, order_seed(unit, self.spec),
-            self.spec.ensemble.bootstrap,
+            self.spec.ensemble.bootstrap, lengths if self.spec.optimisation.group_by_length else None,
         )
         initial_head = {n: t.to(self.base.device) for n, t in tensors.items() if n.startswith(HEAD)}
         return Trainee(unit, self._optimiser(tensors), order, initial_head)

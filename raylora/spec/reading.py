@@ -43,6 +43,8 @@ def parse_spec(text: str, overrides: Sequence[str] = (), where: str = "<spec>") 
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise SpecError(f"{where}: not valid YAML: {error}") from None
+    for key, line in _repeated(node) if node is not None else ():
+        raise SpecError(f"{where}:{line}: {'.'.join(map(str, key))}: is given twice", "keep one of them")
     if content is None:
         raise SpecError(f"{where}: the file is empty", "write a spec with `raylora init`")
     if not isinstance(content, dict):
@@ -106,7 +108,10 @@ def _apply(content: dict, override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise SpecError(f"override {override!r}: {parent!r} is a value, not a section")
-    node[last] = yaml.safe_load(value)
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SpecError(f"override {override!r}: not valid YAML: {error}") from None
 
 
 def _lines(node: yaml.Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
@@ -118,6 +123,17 @@ def _lines(node: yaml.Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             yield from _lines(value, (*path, index))
+
+
+def _repeated(node: yaml.Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    """Yield the keys that a mapping has twice: YAML silently keeps the last."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield (*path, key.value), key.start_mark.line + 1
+            seen.add(str(key.value))
+            yield from _repeated(value, (*path, key.value))
 
 
 def _place(where: str, key: KeyPath, lines: dict[KeyPath, int]) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from raylora.spec.base import AnyAdapter, AnyQuantization, AnyTask, Frozen
 
-NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?$")
+NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?\Z")
 """Run names: short enough for a Kubernetes label and safe as a folder name."""
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class BaseSpec(Frozen):
@@ -151,7 +154,7 @@ class OptimisationSpec(Frozen):
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(default=5e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(default=0.06, ge=0, lt=1)
@@ -160,6 +163,8 @@ class OptimisationSpec(Frozen):
     steps: int | None = Field(default=None, ge=1)
     micro_batch: int = Field(default=16, ge=1)
     accumulation: int = Field(default=1, ge=1)
+    group_by_length: bool = False
+    """Batch rows of like length: less padding, a data order that is a little less random."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Each member's own gradient norm is clipped to this."""
     zero_stage: Literal[0, 1, 2] = 0

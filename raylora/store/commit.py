@@ -67,5 +67,5 @@ def sweep(storage: Storage, parent: str) -> list[str]:
     """Delete what an interrupted commit left behind and return the names."""
     leftovers = [name for name in storage.list(parent) if ".tmp-" in name]
     for name in leftovers:
-        storage.delete(f"{parent}/{name}")
+        storage.delete(f"{parent}/{name}".lstrip("/"))
     return leftovers

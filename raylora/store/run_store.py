@@ -17,6 +17,7 @@ from raylora.store.storage import Storage
 
 _LOCK = "run.lock"
 _STALE_LOCK_S = 60.0
+_FOLDERS = ("members", "baselines", "predictions", "snapshots", "timing", "targets")
 
 
 @dataclass(frozen=True)
@@ -91,24 +92,25 @@ class RunStore:
         """Return the events in order; a last line torn by a crash is left out."""
         if not self.storage.exists("events.jsonl"):
             return []
-        lines = self.storage.read("events.jsonl").split(b"\n")
+        lines = self.storage.read("events.jsonl").split(b"\n")[:-1]  # what follows the last line end is torn
         events = []
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
                 events.append(json.loads(line))
             except ValueError:
-                if number >= len(lines) - 1:
-                    break
                 raise StoreError(f"{self.uri}/events.jsonl:{number}: is not an event") from None
         return events
 
     # --- checkpoints --------------------------------------------------------------------------------
-    def commit_checkpoint(self, unit: str, step: int, files: Mapping[str, bytes], num_to_keep: int) -> None:
-        """Commit a member's state after a step and prune the oldest ones."""
+    def commit_checkpoint(self, unit: str, step: int, files: Mapping[str, bytes]) -> None:
+        """Commit a member's state after a step."""
         commit.commit(self.storage, f"checkpoints/{unit}/step-{step:06d}", files)
-        for name in self._steps(unit)[:-num_to_keep]:
+
+    def prune_checkpoints(self, unit: str, step: int, num_to_keep: int) -> None:
+        """Delete what is newer than the current step, from a run that went on and was taken back, and the oldest."""
+        names = self._steps(unit)
+        current = [name for name in names if name <= f"step-{step:06d}"]
+        for name in set(names) - set(current[-num_to_keep:]):
             self.storage.delete(f"checkpoints/{unit}/{name}")
 
     def checkpoint_steps(self, unit: str) -> list[int]:
@@ -156,7 +158,7 @@ class RunStore:
 
     # --- one writer ---------------------------------------------------------------------------------
     def lock(self) -> None:
-        """Claim the directory for this process.
+        """Claim the directory for this process and sweep what a killed one left half written.
 
         Raises:
             RunDirectoryError: another living process holds it; the message names it.
@@ -165,7 +167,10 @@ class RunStore:
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": time.time(), "heartbeat": time.time()}
         content = json.dumps(mine).encode()
         if not self.storage.create(_LOCK, content):
+            self.check_unlocked()  # another process may have been faster by a moment
             self.storage.write(_LOCK, content)  # what is left of a holder that died
+        for parent in ("", *_FOLDERS, *(f"checkpoints/{unit}" for unit in self.storage.list("checkpoints"))):
+            commit.sweep(self.storage, parent)
 
     def check_unlocked(self) -> None:
         """Raise RunDirectoryError if another living process holds the directory; the message names it."""

@@ -6,7 +6,7 @@ import errno
 import os
 import posixpath
 import uuid
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 
@@ -73,7 +73,7 @@ class Storage:
             raise _explain(error, target, len(content)) from error
 
     def append(self, relative: str, line: bytes) -> None:
-        """Add a line durably; a torn last line is possible after a crash and readers skip it."""
+        """Add a line durably; what a crash left of an unfinished last line is dropped first."""
         target = self.path(relative)
         if not self.is_local:
             before = self.read(relative) if self.exists(relative) else b""
@@ -81,7 +81,8 @@ class Storage:
             return
         try:
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            with open(target, "ab") as file:
+            with open(target, "ab+") as file:
+                _drop_torn_line(file)
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
@@ -97,12 +98,17 @@ class Storage:
             self.fs.pipe_file(target, content)
             return True
         os.makedirs(os.path.dirname(target), exist_ok=True)
+        temporary = f"{target}.tmp-{uuid.uuid4().hex[:8]}"
         try:
-            with open(target, "xb") as file:
+            with open(temporary, "xb") as file:
                 file.write(content)
+            os.link(temporary, target)  # appears whole, and fails if there is one
             return True
         except FileExistsError:
             return False
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
 
     def list(self, relative: str = "") -> list[str]:
         """Return the names directly inside a folder, sorted; none if it is not there."""
@@ -124,6 +130,13 @@ class Storage:
             sync_folder(os.path.dirname(self.path(target)))
         else:
             self.fs.mv(self.path(source), self.path(target), recursive=True)
+
+
+def _drop_torn_line(file: IO[bytes]) -> None:
+    file.seek(0)
+    content = file.read()
+    if content and not content.endswith(b"\n"):
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def sync_folder(path: str) -> None:

