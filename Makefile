@@ -39,7 +39,7 @@ test: lint  ## lint, then every test in one pytest process (PYTEST_ARGS="-m 'not
 
 lint: install  ## ruff, mypy and the layers, fastest first
 	$(BIN)/ruff check
-	$(BIN)/lint-imports --no-timings
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 bench: install  ## measure raylora against its peers on this machine

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util import list_named_actors
 
 from raylora import control
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
@@ -75,6 +76,8 @@ class RunHandle:
         """
         with _forward_signals(self.interrupt):
             state = self._final_state(on_status)
+        if self._outcome is not None:
+            _put_away(self._coordinator, coordinator_name(self.uri))
         metrics = conclude(state, self.store.read_json("metrics.json") or {}, self.uri)
         publish_report(self.store)
         return metrics
@@ -137,15 +140,16 @@ def attach(run: str) -> RunHandle:
         RunDirectoryError: no such run is going on in this cluster.
     """
     connect()
-    name = run.rstrip("/").rpartition("/")[2]
-    try:
-        coordinator = ray.get_actor(coordinator_name(name), namespace=NAMESPACE)
-        uri = ray.get(coordinator.uri.remote())
-    except (ValueError, RayActorError):
+    wanted = {coordinator_name(run), coordinator_name(RunStore(run).uri)}
+    going_on = [a["name"] for a in list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
+    found = [n for n in going_on if n in wanted or n.rpartition("-")[0] == f"coordinator-{run}"]
+    if len(found) != 1:
         raise RunDirectoryError(
-            f"no run {name!r} is going on in this cluster", "see its directory with `raylora status RUN`"
-        ) from None
-    return RunHandle(coordinator, RunStore(uri))
+            f"no run {run!r} is going on in this cluster" if not found else f"{len(found)} runs are called {run!r}",
+            "give its directory; `raylora status RUN` reads what it has written",
+        )
+    coordinator = ray.get_actor(found[0], namespace=NAMESPACE)
+    return RunHandle(coordinator, RunStore(ray.get(coordinator.uri.remote())))
 
 
 def connect(dashboard: bool = False) -> None:
@@ -196,18 +200,32 @@ def publish_report(store: RunStore) -> None:
 
 
 def _start(prepared: Prepared) -> RunHandle:
-    name = coordinator_name(prepared.spec.run_name())
-    with contextlib.suppress(ValueError):
-        ray.get_actor(name, namespace=NAMESPACE)
-        raise RunDirectoryError(
-            f"run {prepared.spec.run_name()!r} is already going on in this cluster", "follow it: raylora status"
-        )
+    name = coordinator_name(prepared.store.uri)
+    _clear_name(name, prepared.spec.run_name())
     prepared.begin()
     coordinator = Coordinator.options(name=name, namespace=NAMESPACE).remote(  # type: ignore[attr-defined]
         prepared.spec, prepared.store.uri, prepared.plan
     )
     workers = [f"worker-{index}" for index in range(prepared.plan.workers)]
     return RunHandle(coordinator, prepared.store, coordinator.run.remote(start_event(prepared, workers)))
+
+
+def _clear_name(name: str, run: str) -> None:
+    """Make sure no coordinator of that name is at work; one that has finished is put away."""
+    with contextlib.suppress(ValueError, RayActorError):  # no such actor, or it is just going
+        coordinator = ray.get_actor(name, namespace=NAMESPACE)
+        if not control.Phase(ray.get(coordinator.status.remote())["phase"]).terminal:
+            raise RunDirectoryError(f"run {run!r} is already going on in this cluster", "follow it: raylora status")
+        _put_away(coordinator, name)
+
+
+def _put_away(coordinator: Any, name: str) -> None:
+    """Kill a finished coordinator and wait until its name is free."""
+    ray.kill(coordinator)
+    with contextlib.suppress(ValueError):
+        for _ in range(100):
+            ray.get_actor(name, namespace=NAMESPACE)
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager

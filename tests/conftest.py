@@ -16,6 +16,8 @@ TINY = ("bert", "bert_without_pooler", "roberta", "gpt2", "llama")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than about 15 seconds")
+    # DeepSpeed's ZeRO optimiser still scripts a helper.
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +110,77 @@ def _global_state_is_restored() -> Iterator[None]:
     import torch
 
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)  # tiny models: threads would only wait for each other
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+
+
+class Parts:
+    """What a worker works with: a loaded base, the task, the adapter, the data and the units of a spec."""
+
+    def __init__(self, spec: Any, folder: Path | None = None) -> None:
+        import torch
+
+        from raylora import registry
+        from raylora.data.sets import load_sets
+        from raylora.engine.base import load_base
+        from raylora.engine.deepspeed import start_deepspeed
+        from raylora.engine.units import units_of
+
+        device = torch.device("cpu")
+        start_deepspeed(device)
+        self.spec = spec
+        self.task = registry.load("task", spec.task.kind).build(spec.task)
+        self.adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+        self.base = load_base(spec.base, spec.adapter, self.task, device)
+        self.sets = load_sets(spec.data, spec.evaluation, self.task, self.base.tokenizer)
+        self.units = units_of(spec)
+
+    def trainer(self, units: Any = None, train: Any = None) -> Any:
+        """Return a pack trainer of these units (all by default)."""
+        from raylora.engine.trainer import PackTrainer
+
+        return PackTrainer(
+            self.base, self.adapter, self.task, self.spec, self.units if units is None else units,
+            self.sets.train.examples if train is None else train, self.sets.validation.examples,
+        )
+
+    def member(self, unit: Any, trained: float = 0.0) -> dict[str, Any]:
+        """Return a fresh member; ``trained`` adds that much noise to every tensor, B too."""
+        import torch
+
+        from raylora.engine.base import head_tensors
+        from raylora.engine.forward import initial_member
+
+        tensors = initial_member(self.base, self.adapter, head_tensors(self.base), unit.stream("init"))
+        generator = torch.Generator().manual_seed(unit.seed)
+        return {n: t + trained * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
+
+    def batch(self, start: int = 0, rows: int = 4) -> Any:
+        """Return some training examples as one batch."""
+        return self.task.collate(self.sets.train.examples[start : start + rows], self.base.tokenizer)
+
+
+@pytest.fixture
+def make_parts(make_spec: Callable[..., Any]) -> Callable[..., Parts]:
+    """Return a function from changes of the small spec to its loaded parts."""
+    return lambda **changes: Parts(make_spec(**changes))
+
+
+def trajectory(trainer: Any) -> list[dict[str, dict[str, Any]]]:
+    """Train to the end and return, after every optimiser step, unit -> tensors."""
+    steps: list[dict[str, dict[str, Any]]] = []
+
+    def note(progress: Any) -> None:
+        steps.append({
+            t.unit.name: {n: p.clone() for n, p in t.optimiser.tensors().items()} for t in trainer.trainees
+        })
+
+    trainer.run(lambda trainer: None, note, lambda: 0)
+    return steps
+
+
+@pytest.fixture(name="trajectory")
+def _trajectory() -> Callable[[Any], list[dict[str, dict[str, Any]]]]:
+    return trajectory

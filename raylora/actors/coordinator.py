@@ -6,6 +6,7 @@ log. Tensors never pass through it; workers read and write the store themselves.
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import time
 from typing import Any
@@ -28,9 +29,13 @@ _BEAT_S = 10.0
 _STATUS_S = 2.0
 
 
-def coordinator_name(run_name: str) -> str:
-    """Return the name under which a run's coordinator is found in the namespace."""
-    return f"coordinator-{run_name}"
+def coordinator_name(uri: str) -> str:
+    """Return the name under which a run's coordinator is found in the namespace.
+
+    It ends in a hash of the directory: two people on one cluster may both have a run called ``quickstart``.
+    """
+    run_name = uri.rstrip("/").rpartition("/")[2]
+    return f"coordinator-{run_name}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
 
 
 @ray.remote(num_cpus=0, max_restarts=0, max_concurrency=8)
@@ -116,7 +121,7 @@ class Coordinator:
     def _place(self) -> None:
         plan = self.plan
         bundle = {"CPU": plan.cpus_per_worker, **({"GPU": plan.gpus_per_worker} if plan.gpus_per_worker else {})}
-        name = f"raylora-{self.spec.run_name()}"
+        name = coordinator_name(self.store.uri).replace("coordinator", "raylora", 1)
         self.group = placement_group([bundle] * plan.workers, strategy=self.spec.placement.scheduling, name=name)
         timeout_s = self.spec.placement.start_timeout_s
         if not self.group.wait(timeout_s):
@@ -131,7 +136,7 @@ class Coordinator:
         plan, self.starts = self.plan, self.starts + 1
         index = int(command.worker.rpartition("-")[2])
         self.workers[command.worker] = Worker.options(  # type: ignore[attr-defined]
-            name=f"{self.spec.run_name()}-{command.worker}-{self.starts}",
+            name=f"{coordinator_name(self.store.uri)}-{command.worker}-{self.starts}".removeprefix("coordinator-"),
             namespace=NAMESPACE,
             num_cpus=plan.cpus_per_worker,
             num_gpus=plan.gpus_per_worker,

@@ -156,10 +156,9 @@ def stack(members: Sequence[Mapping[str, Tensor]]) -> Tensors:
     Raises:
         ValueError: the members do not have the same names, so they cannot share a forward.
     """
-    names = list(members[0])
-    if any(list(m) != names for m in members):
+    if any(m.keys() != members[0].keys() for m in members):
         raise ValueError("members of one pack must have the same tensors")
-    return {name: torch.stack([m[name] for m in members]) for name in names}
+    return {name: torch.stack([m[name] for m in members]) for name in members[0]}
 
 
 def make_pack(

@@ -249,6 +249,12 @@ def shell_model(spec: BaseSpec, task: Task) -> nn.Module:
     import transformers
 
     config = load_config(spec)
+    if task.auto_class == "AutoModelForCausalLM" and not is_decoder(config):
+        # transformers would build it, with every token seeing the ones that it is to predict
+        raise BaseError(
+            f"base.source: {spec.source} ({config.model_type}) reads both ways and cannot do task.kind {task.spec.kind}",
+            "choose a causal language model, such as pypi:smollm2-135m",
+        )
     for key, value in task.model_kwargs().items():
         setattr(config, key, value)
     with _quiet(), torch.device("meta"):

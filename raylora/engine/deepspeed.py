@@ -98,7 +98,7 @@ class MemberOptimiser:
         if boundary:
             self.steps_done += 1
             if self.optimisation.zero_stage > 0:
-                self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0) 
+                self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         return bool(boundary)
 
     @property
@@ -107,12 +107,13 @@ class MemberOptimiser:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def state(self) -> Tensors:
-        """Return the optimiser's moments as ``<name>|<moment>``, whole whatever the ZeRO stage."""
+        """Return the optimiser's moments as ``<name>|<moment>``, in the parameters' shapes whatever the ZeRO stage."""
+        if not self.steps_done:
+            return {}
         return {
-            f"{name}|{key}": self._read(p, key).detach().float().cpu().clone()
-            for name, p in self.parameters.items()
+            f"{name}|{key}": self._state_of(index)[key].flatten()[: p.numel()].view_as(p).detach().float().cpu().clone()
+            for index, (name, p) in enumerate(self.parameters.items())
             for key in _STATE_KEYS[self.optimisation.optimizer]
-            if self.steps_done
         }
 
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
@@ -120,45 +121,22 @@ class MemberOptimiser:
         self.steps_done = steps_done
         if not steps_done or not state:
             return
-        for name, p in self.parameters.items():
+        for index, (name, p) in enumerate(self.parameters.items()):
+            updated, own = self._updated(index), self._state_of(index)
             for key in _STATE_KEYS[self.optimisation.optimizer]:
-                self._write(p, key, state[f"{name}|{key}"].to(p.device))
-        self._set_update_count(steps_done)
+                own[key] = torch.zeros_like(updated)
+                own[key].flatten()[: p.numel()].copy_(state[f"{name}|{key}"].flatten())
+            own["step"] = torch.tensor(float(steps_done))  # bias correction depends on how many updates there were
 
-    def _read(self, parameter: nn.Parameter, key: str) -> Tensor:
-        if self.optimisation.zero_stage == 0:
-            return self._torch_optimizer.state[parameter][key]
-        from deepspeed.utils import safe_get_full_optimizer_state
+    def _updated(self, index: int) -> Tensor:
+        """Return what torch's optimiser updates: the matrix, or ZeRO's flat (and padded) partition of it.
 
-        return safe_get_full_optimizer_state(parameter, key)
+        Every matrix is its own group and a worker is a group of one, so a partition holds one whole matrix.
+        """
+        return self._torch_optimizer.param_groups[index]["params"][0]
 
-    def _write(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        if self.optimisation.zero_stage == 0:
-            self._torch_optimizer.state[parameter][key] = value.clone()
-            return
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        self._initialise_partitions()
-        safe_set_full_optimizer_state(parameter, value, key)
-
-    def _set_update_count(self, steps_done: int) -> None:
-        """AdamW's bias correction depends on how many updates there were."""
-        if self.optimisation.zero_stage == 0:
-            for parameter in self.parameters.values():
-                self._torch_optimizer.state[parameter]["step"] = torch.tensor(float(steps_done))
-        else:
-            for state in self._torch_optimizer.state.values():
-                state["step"] = torch.tensor(float(steps_done))
-
-    def _initialise_partitions(self) -> None:
-        """ZeRO makes its moments on the first update; a resumed member needs them before it."""
-        optimizer = self._torch_optimizer
-        for group in optimizer.param_groups:
-            for partition in group["params"]:
-                state = optimizer.state[partition]
-                for key in _STATE_KEYS[self.optimisation.optimizer]:
-                    if key not in state:
-                        state[key] = torch.zeros_like(partition)
+    def _state_of(self, index: int) -> dict[str, Tensor]:
+        return self._torch_optimizer.state[self._updated(index)]
 
     @property
     def _torch_optimizer(self) -> Any:

@@ -13,9 +13,11 @@ import torch
 from raylora import registry
 from raylora.adapters.base import Adapter, is_linear
 from raylora.data.sets import DataSets, load_sets
+from raylora.data.task import Task
 from raylora.engine.base import adapter_sites, find_heads, load_config, load_tokenizer, shell_model
 from raylora.engine.schedule import total_steps
 from raylora.engine.units import Unit, check_baselines, packable_groups, units_of
+from raylora.errors import SpecError
 from raylora.placement.plan import Demand, Inventory, Plan, make_plan
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
@@ -58,6 +60,7 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     shell = shell_model(spec.base, task)
     heads = list(find_heads(shell, []))
     check_baselines(spec, bool(heads))
+    _check_early_stopping(spec, task)
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
     members = _member_parameters(shell, adapter, heads)
     tokenizer = load_tokenizer(spec.base, task)
@@ -102,6 +105,14 @@ def data_record(sets: DataSets) -> dict[str, Any]:
             for loaded in sets.all()
         ],
     }
+
+
+def _check_early_stopping(spec: RunSpec, task: Task) -> None:
+    rule = spec.ensemble.regularisers.early_stopping
+    if rule is not None and rule.metric != "nll" and task.num_classes is None:
+        raise SpecError(
+            f"ensemble.regularisers.early_stopping.metric: {spec.task.kind} has no {rule.metric}", "use nll"
+        )
 
 
 def _member_parameters(shell: Any, adapter: Adapter, heads: Sequence[str]) -> int:

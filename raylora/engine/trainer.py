@@ -158,6 +158,10 @@ class PackTrainer:
                 continue
             trainee.optimiser.backward(gradients)
             trainee.optimiser.step()
+            if not math.isfinite(trainee.optimiser.grad_norm):
+                ids = ", ".join(batch.ids[:8])
+                trainee.failure = f"the gradient is not finite at step {self.step + 1}, after examples {ids}"
+                continue
             sums[trainee.unit.name] += loss / accumulation
         return outcome.tokens
 
@@ -174,6 +178,9 @@ class PackTrainer:
     # --- epochs and early stopping ------------------------------------------------------------------
     def _validate(self) -> None:
         rule = self.spec.ensemble.regularisers.early_stopping
+        for trainee in self.trainees:  # the last update may have left numbers that no loss has seen yet
+            if trainee.training and not all(p.isfinite().all() for p in trainee.optimiser.tensors().values()):
+                trainee.failure = f"its weights are not finite after step {self.step}"
         active = [t for t in self.trainees if t.training]
         if not active:
             return

@@ -143,6 +143,9 @@ class Workbench:
         started = time.perf_counter()
         if not done:
             return 0.0
+        # Before member 0 is committed: it is not taken up again afterwards.
+        if any(t.unit.name == "member-000" for t in done) and self.spec.baselines.checkpoints:
+            self._evaluate_snapshots(adapter)
         members = [trainee.result() for trainee in done]
         if done[0].unit.role == MC_DROPOUT:
             assert self.spec.baselines.mc_dropout is not None
@@ -153,8 +156,6 @@ class Workbench:
             sets = self._predict(adapter, members)
             for index, (trainee, tensors) in enumerate(zip(done, members, strict=True)):
                 self._commit(trainee, tensors, [one.member(index) for one in sets])
-        if any(t.unit.name == "member-000" for t in done) and self.spec.baselines.checkpoints:
-            self._evaluate_snapshots(adapter)
         return time.perf_counter() - started
 
     def _evaluate_snapshots(self, adapter: Any) -> None:

@@ -64,7 +64,8 @@ class _Kind:
         try:
             spec_class = registry.load(self.seam, value.get("kind", self.default)).Spec
         except SpecError as error:
-            raise PydanticCustomError("unknown_kind", str(error).replace("{", "(").replace("}", ")")) from None
+            says = f"{error.message}; {error.hint}"
+            raise PydanticCustomError("unknown_kind", says.replace("{", "(").replace("}", ")")) from None
         return spec_class.model_validate({"kind": self.default, **value}, context=info.context)
 
     def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict:

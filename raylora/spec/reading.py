@@ -65,9 +65,11 @@ def build_spec(content: dict, where: str = "<spec>", lines: dict[KeyPath, int] |
     try:
         spec = RunSpec.model_validate(content)
     except ValidationError as error:
+        found: dict[str, list[str]] = {}  # by place: each type that a key may have complains on its own
         for item in error.errors(include_url=False):
             key = _strip_tags(item["loc"], content)
-            problems.append(f"{_place(where, key, lines)}: {_say(item, key, content)}")
+            found.setdefault(_place(where, key, lines), []).append(_say(item, key, content))
+        problems += [f"{place}: {'; or: '.join(dict.fromkeys(says))}" for place, says in found.items()]
     if problems:
         raise SpecError(combine(sorted(set(problems)), f"{where} is not a valid run spec"))
     return spec

@@ -150,7 +150,7 @@ class RunStore:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file."""
-        self.storage.write(name, json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode())
+        self.storage.write(name, json.dumps(content, indent=1, allow_nan=False).encode())
 
     def read_json(self, name: str) -> Any:
         """Return a JSON file's content, or None if there is none."""

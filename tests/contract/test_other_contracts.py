@@ -1,0 +1,68 @@
+"""What every registered quantisation and task promises; a new kind is tested by being registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from raylora import registry
+from raylora.adapters.packed import stack
+from raylora.engine.forward import pack_gradients
+from raylora.spec import TaskSpec
+
+TASKS: dict[str, dict[str, Any]] = {"classification": {"num_labels": 2}, "multiple_choice": {"options": 2}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", registry.kinds("quantization"))
+def test_a_base_loads_on_a_cpu_and_gradients_reach_the_adapters(
+    kind: str, dtype: str, make_parts: Callable[..., Any]
+) -> None:
+    parts = make_parts(base__quantization=kind, base__dtype=dtype, adapter__target_modules="all-linear")
+    before = {n: p.detach().clone() for n, p in parts.base.model.named_parameters()}
+    members = [parts.member(unit, trained=0.05) for unit in parts.units]
+    outcome = pack_gradients(
+        parts.base, parts.adapter, parts.task, stack(members), [parts.batch(0), parts.batch(4)], [1, 2]
+    )
+    assert all(0.1 < loss < 5 for loss in outcome.losses_K)
+    for gradients in outcome.gradients:
+        for name, gradient in gradients.items():
+            assert torch.isfinite(gradient).all() and gradient.dtype == torch.float32, name
+            assert gradient.any(), name
+    after = dict(parts.base.model.named_parameters())
+    assert all(torch.equal(before[n], after[n]) and not after[n].requires_grad for n in before)
+
+
+@pytest.mark.parametrize("kind", registry.kinds("quantization"))
+def test_a_quantised_base_predicts_nearly_what_the_base_predicts(kind: str, make_parts: Callable[..., Any]) -> None:
+    plain, quantised = make_parts(), make_parts(base__quantization=kind)
+    batch = plain.batch(0, 16)
+    with torch.no_grad():
+        one, two = (
+            parts.base.model.bert(**batch.model_inputs()).last_hidden_state for parts in (plain, quantised)
+        )
+    assert float((one - two).norm() / one.norm()) < 0.25
+    assert torch.nn.functional.cosine_similarity(one.flatten(), two.flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("kind", registry.kinds("quantization"))
+def test_its_spec_reads_back_equal(kind: str) -> None:
+    spec = registry.load("quantization", kind).Spec()
+    assert type(spec).model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize("kind", registry.kinds("task"))
+def test_a_task_spec_reads_back_equal_and_builds_the_whole_seam(kind: str) -> None:
+    module = registry.load("task", kind)
+    spec = module.Spec(**TASKS.get(kind, {}))
+    assert isinstance(spec, TaskSpec) and spec.kind == kind
+    assert type(spec).model_validate_json(spec.model_dump_json()) == spec
+    task = module.build(spec)
+    assert task.auto_class.startswith("AutoModelFor") and task.columns
+    assert task.num_classes is None or task.num_classes == len(task.label_names) >= 2
+    for method in ("model_kwargs", "forward_kwargs", "padding_side", "check", "content", "label", "tokenise",
+                   "blocks", "collate", "scores", "loss"):
+        assert callable(getattr(task, method))

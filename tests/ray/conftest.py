@@ -1,0 +1,47 @@
+"""One Ray cluster for the whole session, with its dashboard, since jobs are submitted through it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_TRIES = 3
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.ray)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start Ray once and return the dashboard's address.
+
+    HOME is a temporary folder: Ray writes an authentication token into it. The model cache stays where it is.
+    """
+    import ray
+
+    from raylora.actors.coordinator import NAMESPACE
+    from raylora.data.assets import cache_folder
+
+    os.environ["RAYLORA_CACHE"] = str(cache_folder())
+    before, os.environ["HOME"] = os.environ["HOME"], str(tmp_path_factory.mktemp("home"))
+    for attempt in range(_TRIES):
+        try:
+            context = ray.init(
+                address="local", num_cpus=2, num_gpus=0, include_dashboard=True, dashboard_port=0,
+                namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR",
+            )
+            break
+        except Exception:  # a busy machine can start Ray too slowly for its own time limits
+            ray.shutdown()
+            if attempt == _TRIES - 1:
+                raise
+    yield f"http://{context.dashboard_url}"
+    ray.shutdown()
+    os.environ["HOME"] = before

@@ -1,0 +1,135 @@
+"""Runs on a real Ray cluster: equal to a run without it, and not stopped by lost workers or signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from raylora.client import RunHandle, attach, launch, resume, run_local
+from raylora.errors import Interrupted, PlacementError, RunDirectoryError
+from raylora.spec import RunSpec
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+MakeSpec = Callable[..., RunSpec]
+
+
+def members_of(uri: str) -> dict[str, dict[str, torch.Tensor]]:
+    folders = sorted(Path(uri, "members").iterdir())
+    return {f.name: safetensors.torch.load_file(f / "adapter_model.safetensors") for f in folders}
+
+
+def assert_bit_equal(left: str, right: str) -> None:
+    ours, theirs = members_of(left), members_of(right)
+    assert list(ours) == list(theirs)
+    for name, tensors in ours.items():
+        assert tensors.keys() == theirs[name].keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, theirs[name][key]), f"{name} {key}"
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def step_of(handle: RunHandle) -> int:
+    return max((job.get("step", 0) for job in handle.status()["jobs"].values()), default=0)
+
+
+def worker_pids() -> list[int]:
+    """Return the processes that train, found by what Ray calls them."""
+    import psutil
+
+    titles = {p.pid: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
+    return [pid for pid, title in titles.items() if "ray::Worker.run_job" in title]
+
+
+def test_members_trained_on_ray_equal_members_trained_in_process(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec(ensemble__members=3, placement__workers=2)
+    handle = launch(spec.model_copy(update={"storage_path": str(tmp_path / "ray")}))
+    on_ray = handle.wait()
+    in_process = run_local(spec.model_copy(update={"storage_path": str(tmp_path / "local")}))
+    assert_bit_equal(handle.uri, str(tmp_path / "local" / "demo"))
+    assert on_ray["ensemble"]["eval"] == in_process["ensemble"]["eval"]
+    assert len(on_ray["members"]) == 3
+    for name in ("report.html", "metrics.json", "spec.yaml", "events.jsonl"):
+        assert Path(handle.uri, name).stat().st_size > 0
+
+
+def test_a_killed_worker_costs_nothing_but_time(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec(optimisation__steps=60, checkpointing__every_steps=5, ensemble__members=2, placement__workers=1)
+    unbroken = spec.model_copy(update={"storage_path": str(tmp_path / "unbroken")})
+    run_local(unbroken)
+    handle = launch(spec.model_copy(update={"storage_path": str(tmp_path / "broken")}))
+    wait_until(lambda: step_of(handle) >= 12)
+    (pid,) = worker_pids()
+    os.kill(pid, signal.SIGKILL)
+    handle.wait()
+    assert_bit_equal(handle.uri, str(tmp_path / "unbroken" / "demo"))
+    events = [record["event"] for record in handle.store.read_events()]
+    assert "WorkerLost" in events
+    timing = handle.store.read_json("timing/job-00.json")
+    assert timing["resumed_at_step"] >= 5, "it began again from nothing instead of from a commit"
+
+
+def test_an_interrupted_run_commits_and_resumes_bit_equal(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec(optimisation__steps=60, ensemble__members=2, placement__workers=1)
+    run_local(spec.model_copy(update={"storage_path": str(tmp_path / "unbroken")}))
+    handle = launch(spec.model_copy(update={"storage_path": str(tmp_path / "broken")}))
+
+    def stop_soon() -> None:
+        wait_until(lambda: step_of(handle) >= 5)
+        attach("demo").interrupt(signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop_soon)
+    stopper.start()
+    with pytest.raises(Interrupted) as caught:
+        handle.wait()
+    stopper.join()
+    assert caught.value.exit_code == 143
+    assert f"raylora resume {handle.uri}" in str(caught.value)
+    (step,) = {max(handle.store.checkpoint_steps(f"member-00{m}")) for m in range(2)}
+    assert 5 <= step < 60
+    resume(handle.uri).wait()
+    assert_bit_equal(handle.uri, str(tmp_path / "unbroken" / "demo"))
+
+
+def test_more_workers_than_the_cluster_has_are_refused_before_anything_starts(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = make_spec(placement__workers=7)
+    with pytest.raises(PlacementError, match=r"7 worker\(s\) of 1 CPU\(s\).*the cluster has 2 CPU\(s\)") as caught:
+        launch(spec)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_second_run_on_one_directory_is_refused_naming_the_holder(make_spec: MakeSpec) -> None:
+    spec = make_spec(optimisation__steps=200)
+    handle = launch(spec)
+    wait_until(lambda: handle.store.storage.exists("run.lock"))
+    with pytest.raises(RunDirectoryError, match=r"in use by process \d+ on "):
+        launch(spec)
+    handle.interrupt()
+    with pytest.raises(Interrupted):
+        handle.wait()
+    assert not handle.store.storage.exists("run.lock")
+
+
+def test_a_finished_run_is_not_trained_again(make_spec: MakeSpec) -> None:
+    handle = launch(make_spec())
+    handle.wait()
+    before = {path: path.stat().st_mtime_ns for path in Path(handle.uri, "members").rglob("*.safetensors")}
+    resume(handle.uri).wait()
+    after = {path: path.stat().st_mtime_ns for path in Path(handle.uri, "members").rglob("*.safetensors")}
+    assert before == after and len(before) == 2

