@@ -50,7 +50,7 @@ def load_rows(set_spec: SetSpec, base_dir: Path | None = None) -> Table:
         path = dataset_file(set_spec.source)
         table = _from_lines(set_spec.source, [(set_spec.source, _jsonl(path, set_spec.source))])
     else:
-        table = _from_hub(str(set_spec.source), set_spec.split)
+        table = _from_hub(set_spec)
     if not table.rows and not table.bad:
         raise DataError(f"{table.origin} has no rows", "check that the file is complete")
     return _renamed(table, set_spec.columns)
@@ -189,11 +189,12 @@ def _arrow_table(source: Any) -> Any:
         return pa.ipc.open_stream(source).read_all()
 
 
-def _from_hub(source: str, split: str | None) -> Table:
+def _from_hub(spec: SetSpec) -> Table:
     import datasets
 
+    source = str(spec.source)
     try:
-        found = datasets.load_dataset(source, split=split)
+        found = datasets.load_dataset(source, spec.subset, split=spec.split, revision=spec.revision)
     except Exception as error:  # the library raises a dozen kinds, from its own, requests' and fsspec's trees
         raise DataError(
             f"cannot load the data set {source!r} from the hub: {type(error).__name__}: {str(error).splitlines()[0]}",

@@ -46,8 +46,12 @@ class SetSpec(Frozen):
     """A hub data set id, or ``pypi:NAME``."""
     files: str | list[str] | None = None
     """Paths of jsonl, csv, parquet or arrow files (one format)."""
+    subset: str | None = None
+    """Which configuration of a hub data set, such as ``sst2`` of GLUE."""
     split: str | None = None
     """Which split of a hub data set."""
+    revision: str | None = None
+    """Pins a hub data set to a commit, tag or branch."""
     rows: int | None = Field(default=None, ge=1)
     """Use at most this many rows, drawn with the data seed."""
     columns: dict[str, str] = {}

@@ -23,6 +23,8 @@ from raylora.errors import BaseError
 
 Make = Callable[..., Any]
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+
 
 def names(parts: Any) -> list[str]:
     return [site.name for site in parts.base.sites]

@@ -148,9 +148,9 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_hub_sets_need_a_split_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
     part = datasets.Dataset.from_list(ROWS)
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: datasets.DatasetDict(train=part, test=part))
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, subset, split, revision: datasets.DatasetDict(train=part, test=part))
     with pytest.raises(DataError, match="has the splits train, test"):
         load_rows(SetSpec(source="org/set"))
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: part)
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, subset, split, revision: part)
     table = load_rows(SetSpec(source="org/set", split="train"))
     assert re.fullmatch(r"org/set\[1\]", table.rows[1].place) and table.rows[1].values == ROWS[1]

@@ -1,0 +1,56 @@
+"""The same promises on a GPU; the CPU tests are the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from raylora import registry
+from raylora.client import run_local
+from raylora.engine.trainer import PackTrainer
+from raylora.engine.workbench import Workbench
+from raylora.spec import RunSpec
+from raylora.store.run_store import RunStore
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+MakeSpec = Callable[..., RunSpec]
+
+
+def trainers(spec: RunSpec) -> tuple[PackTrainer, list[PackTrainer]]:
+    bench = Workbench(spec, RunStore.for_spec(spec), cpus=1, gpus=1)
+    bench.load()
+    adapter = registry.load("adapter", "lora").build(spec.adapter)
+    units, sets = list(bench.units.values()), bench.sets
+
+    def new(chosen: list) -> PackTrainer:
+        return PackTrainer(
+            bench.base, adapter, bench.task, spec, chosen, sets.train.examples, sets.validation.examples
+        )
+
+    return new(units), [new([unit]) for unit in units]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_packed_equals_alone_on_a_gpu(make_spec: MakeSpec, quantization: str) -> None:
+    spec = make_spec(ensemble__members=4, base__quantization=quantization, placement={"gpus_per_worker": 1})
+    packed, alone = trainers(spec)
+    for _ in range(3):
+        packed._take_step()
+        for one in alone:
+            one._take_step()
+        for in_pack, one in zip(packed.trainees, alone, strict=True):
+            assert in_pack.optimiser.parameters["head:classifier.weight"].is_cuda
+            for name, tensor in in_pack.optimiser.tensors().items():
+                torch.testing.assert_close(tensor, one.trainees[0].optimiser.tensors()[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_whole_run_on_a_gpu_agrees_with_the_cpu(make_spec: MakeSpec) -> None:
+    on_gpu = run_local(make_spec(name="gpu", placement={"gpus_per_worker": 1}))
+    on_cpu = run_local(make_spec(name="cpu", placement={"gpus_per_worker": 0}))
+    assert on_gpu["compute"]["device"].startswith("cuda")
+    assert on_gpu["ensemble"]["eval"]["test"]["nll"] == pytest.approx(on_cpu["ensemble"]["eval"]["test"]["nll"], abs=1e-3)
