@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the uploaded folder, where raylora is not installed
 
-from raylora.cli import main  # noqa: E402
+from raylora.cli import main
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]

@@ -42,7 +42,7 @@ def to_peft(
         task_type: ``SEQ_CLS`` or ``CAUSAL_LM``.
         base_name: the hub id or relative name that the adapter remembers its base by.
     """
-    heads = sorted({name.removeprefix(HEAD).rpartition(".")[0] for name in tensors if name.startswith(HEAD)})
+    heads = sorted({_saved_module(name.removeprefix(HEAD)) for name in tensors if name.startswith(HEAD)})
     is_lora = isinstance(spec, LoraSpec)
     config = {
         "peft_type": "LORA",
@@ -64,6 +64,16 @@ def from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tenso
     """Return a member from what :func:`to_peft` wrote."""
     heads = config.get("modules_to_save") or []
     return {_from_peft_name(name, heads): tensor for name, tensor in tensors.items()}
+
+
+def _saved_module(name: str) -> str:
+    """Return the module that PEFT saves for a head's tensor.
+
+    For SEQ_CLS it always saves a whole ``classifier`` or ``score``, so that a linear inside one must not be named.
+    """
+    parts = name.split(".")[:-1]
+    whole = next((n for n, part in enumerate(parts, 1) if part in ("classifier", "score")), len(parts))
+    return ".".join(parts[:whole])
 
 
 def _to_peft_name(name: str) -> str:

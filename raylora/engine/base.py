@@ -82,7 +82,7 @@ def source_folder(spec: BaseSpec) -> str:
         if not (path / "config.json").exists():
             raise BaseError(f"base.source: {spec.source} has no config.json", "point at a folder saved by transformers")
         if not list(path.glob("*.safetensors")):
-            raise BaseError(f"base.source: {spec.source} has no safetensors", "convert it: pickled weights are not read")
+            raise BaseError(f"base.source: {spec.source} has no safetensors", "convert it: pickles are not read")
         return str(path)
     if spec.source.startswith((".", "/", "~")):
         raise BaseError(f"base.source: there is no folder {spec.source}", "give a folder, a hub id or pypi:NAME")
@@ -143,7 +143,8 @@ def load_base(spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: tor
         size_bytes=size_bytes,
         is_decoder=is_decoder(model.config),
         initializer_range=float(getattr(model.config, "initializer_range", 0.02)),
-        target_modules=_target_modules(sites, names),
+        # PEFT refuses an adapter without any target; one with no tensors for it changes nothing there.
+        target_modules=_target_modules(sites, names) or [name for name in names if name not in heads][:1],
         export_name=export_name(spec),
     )
 
@@ -252,7 +253,8 @@ def shell_model(spec: BaseSpec, task: Task) -> nn.Module:
     if task.auto_class == "AutoModelForCausalLM" and not is_decoder(config):
         # transformers would build it, with every token seeing the ones that it is to predict
         raise BaseError(
-            f"base.source: {spec.source} ({config.model_type}) reads both ways and cannot do task.kind {task.spec.kind}",
+            f"base.source: {spec.source} ({config.model_type}) reads both ways "
+            f"and cannot do task.kind {task.spec.kind}",
             "choose a causal language model, such as pypi:smollm2-135m",
         )
     for key, value in task.model_kwargs().items():

@@ -45,7 +45,8 @@ def predict(
             base, adapter, task, stacked, task.collate(chosen, base.tokenizer), seeds
         )
         scores_MN = scores.float().cpu().view(members, len(chosen), *scores.shape[1:])
-        mask_BT = joined.target_mask_BT.cpu() if task.num_classes is None and joined.target_mask_BT is not None else None
+        mask_BT = joined.target_mask_BT
+        mask_BT = mask_BT.cpu() if task.num_classes is None and mask_BT is not None else None
         for position, index in enumerate(indices):
             found[index] = _row(scores_MN[:, position], mask_BT, position, chosen[position].id)
         report(len(found), len(examples))

@@ -134,7 +134,8 @@ def _base_bytes(shell: Any, spec: RunSpec, heads: Sequence[str]) -> int:
 
 def _activation_bytes(spec: RunSpec, sets: DataSets) -> int:
     """Estimate what one member's micro-batch keeps for its backward pass: about 34 values per token and width
-    in each layer, and attention's heads x T x T (Korthikanti et al., arXiv 2205.05198, equation 1)."""
+    in each layer, and attention's heads x T x T (Korthikanti et al., arXiv 2205.05198, equation 1).
+    """
     config = load_config(spec.base)
     config = getattr(config, "text_config", config)
     width, layers = int(config.hidden_size), int(config.num_hidden_layers)

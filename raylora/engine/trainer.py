@@ -109,9 +109,9 @@ class PackTrainer:
                 self._validate()
                 epoch_end(self, math.ceil(self.step / self.epoch_steps))
             signal_number = should_stop()
-            if signal_number or self.step % every == 0 and self.step < self.total:
+            if signal_number or self.step % every == 0 or self.step == self.total:
                 save(self)
-            if signal_number and self.step < self.total:
+            if signal_number:
                 raise Interrupted(f"stopped after step {self.step}", signal_number=signal_number)
         if all(t.failure for t in self.trainees):
             raise TrainingError("; ".join(f"{t.unit.name}: {t.failure}" for t in self.trainees))

@@ -26,7 +26,7 @@ from raylora.engine.predict import predict_set
 from raylora.engine.trainer import PackTrainer, Progress, Trainee
 from raylora.engine.units import LAST_LAYER, MC_DROPOUT, MEMBER, Unit, units_of
 from raylora.ensemble.predictions import Predictions, Role
-from raylora.errors import RunDirectoryError, StoreError
+from raylora.errors import Interrupted, RunDirectoryError, StoreError
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
@@ -85,7 +85,7 @@ class Workbench:
         trainer.run(self._save, meter, should_stop, self._epoch_end)
         trained_s = time.perf_counter() - meter.started
         done = [trainee for trainee in trainer.trainees if not trainee.failure]
-        evaluate_s = self._evaluate(adapter, done)
+        evaluate_s = self._evaluate(adapter, done, should_stop)
         self.store.write_json(f"timing/{job}.json", {
             "units": [t.unit.name for t in done],
             "train_s": trained_s,
@@ -139,45 +139,50 @@ class Workbench:
             self.store.commit_result(f"snapshots/epoch-{epoch:03d}", {"member.safetensors": content})
 
     # --- results ------------------------------------------------------------------------------------
-    def _evaluate(self, adapter: Any, done: Sequence[Trainee]) -> float:
+    def _evaluate(self, adapter: Any, done: Sequence[Trainee], should_stop: StopSignal) -> float:
         started = time.perf_counter()
         if not done:
             return 0.0
         # Before member 0 is committed: it is not taken up again afterwards.
         if any(t.unit.name == "member-000" for t in done) and self.spec.baselines.checkpoints:
-            self._evaluate_snapshots(adapter)
+            self._evaluate_snapshots(adapter, should_stop)
         members = [trainee.result() for trainee in done]
         if done[0].unit.role == MC_DROPOUT:
             assert self.spec.baselines.mc_dropout is not None
             passes = self.spec.baselines.mc_dropout.passes
             seeds = [done[0].unit.stream("pass", number) for number in range(passes)]
-            self._commit(done[0], members[0], self._predict(adapter, members * passes, seeds))
+            self._commit(done[0], members[0], self._predict(adapter, members * passes, should_stop, seeds))
         else:
-            sets = self._predict(adapter, members)
+            sets = self._predict(adapter, members, should_stop)
             for index, (trainee, tensors) in enumerate(zip(done, members, strict=True)):
                 self._commit(trainee, tensors, [one.member(index) for one in sets])
         return time.perf_counter() - started
 
-    def _evaluate_snapshots(self, adapter: Any) -> None:
+    def _evaluate_snapshots(self, adapter: Any, should_stop: StopSignal) -> None:
         snapshots = [
             persist.safetensors.torch.load(self.store.load_result(f"snapshots/{name}")["member.safetensors"])
             for name in self.store.storage.list("snapshots")
+            if self.store.has_result(f"snapshots/{name}")
         ]
         if snapshots:
-            predictions = self._predict(adapter, snapshots)
+            predictions = self._predict(adapter, snapshots, should_stop)
             self.store.commit_result("predictions/checkpoints", persist.pack_predictions(predictions))
 
     def _predict(
-        self, adapter: Any, members: Sequence[Tensors], dropout_seeds: Sequence[int] | None = None
+        self, adapter: Any, members: Sequence[Tensors], should_stop: StopSignal,
+        dropout_seeds: Sequence[int] | None = None,
     ) -> list[Predictions]:
         stacked = {n: t.to(self.base.device) for n, t in stack(members).items()}
-        return [
-            predict_set(
+        found = []
+        for loaded, role in evaluated_sets(self.sets):
+            found.append(predict_set(
                 self.base, adapter, self.task, stacked, loaded.examples, loaded.name, role,
                 self.spec.evaluation.batch, dropout_seeds,
-            )
-            for loaded, role in evaluated_sets(self.sets)
-        ]
+            ))
+            if should_stop():
+                raise Interrupted("stopped while evaluating; the trained state is committed",
+                                  signal_number=should_stop())
+        return found
 
     def _commit(self, trainee: Trainee, tensors: Tensors, predictions: Sequence[Predictions]) -> None:
         """Publish predictions first: a member's folder is what marks the unit as done."""
@@ -205,6 +210,7 @@ class Workbench:
             "member.json": persist.json.dumps(facts, indent=1, sort_keys=True).encode(),
             "README.md": _readme(unit, self.spec, self.base.export_name).encode(),
         })
+        self.store.discard_checkpoints(unit.name)
 
 
 class _Meter:

@@ -127,6 +127,10 @@ class RunStore:
         """
         return Checkpoint(step, commit.load(self.storage, f"checkpoints/{unit}/step-{step:06d}"))
 
+    def discard_checkpoints(self, unit: str) -> None:
+        """Free the space of a unit that is finished; its result is committed and nothing is left to resume."""
+        self.storage.delete(f"checkpoints/{unit}")
+
     def _steps(self, unit: str) -> list[str]:
         names = self.storage.list(f"checkpoints/{unit}")
         return [n for n in names if n.startswith("step-") and ".tmp-" not in n]

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from raylora.adapters import lora
+from raylora.adapters import lora, none
 from raylora.adapters.base import find_sites
 from raylora.adapters.export import from_peft, to_peft
 from raylora.adapters.packed import stack
@@ -32,7 +32,8 @@ def names(parts: Any) -> list[str]:
 
 # --- sites -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("kind", "expected"), [
-    ("bert", ["query", "value"]), ("roberta", ["query", "value"]), ("gpt2", ["c_attn"]), ("llama", ["q_proj", "v_proj"]),
+    ("bert", ["query", "value"]), ("roberta", ["query", "value"]), ("gpt2", ["c_attn"]),
+    ("llama", ["q_proj", "v_proj"]),
 ])
 def test_auto_is_the_attention_projections_of_every_block(
     kind: str, expected: list[str], make_parts: Make, tiny_model: Any
@@ -88,7 +89,7 @@ def test_the_last_blocks_only(make_parts: Make) -> None:
 
 
 @pytest.mark.parametrize(("changes", "says"), [
-    ({"adapter__target_modules": ["qurey"]}, ["'qurey' matches no linear layer", "dense, key, query, value", "'query'"]),
+    ({"adapter__target_modules": ["qurey"]}, ["'qurey' matches no linear", "dense, key, query, value", "'query'"]),
     ({"adapter__target_modules": ["embeddings"]}, ["matches no linear layer", "query"]),
     ({"adapter__rank": 40}, ["40 is more than bert.encoder.layer.0", "(32 x 32)", "at most 32"]),
     ({"adapter__layers": {"last": 3}}, ["last 3 of only 2 blocks", "at most 2"]),
@@ -185,17 +186,32 @@ def check_round_trip(parts: Any, source: str, folder: Path, atol: float) -> None
         expected = loaded(**batch.model_inputs()).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=atol)
     assert (before - expected).abs().max() > 0.01  # the member does change something
-    loaded.save_pretrained(folder / "again")
+    loaded.save_pretrained(folder / "again", save_embedding_layers=False)
     saved = safetensors.torch.load_file(folder / "again" / "adapter_model.safetensors")
     assert saved.keys() == files.tensors.keys()
     assert all(torch.equal(saved[n], files.tensors[n]) for n in saved)
 
 
-def test_a_member_without_adapter_loads_as_a_head(make_parts: Make, tiny_model: Any, tmp_path: Path) -> None:
-    parts = make_parts(adapter={"kind": "none"})
-    assert parts.base.sites == []
-    member = parts.member(parts.units[0], trained=0.2)
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # true: there is only a head
+@pytest.mark.parametrize("beside_lora", [True, False])
+def test_a_head_without_adapter_loads_too(
+    beside_lora: bool, make_parts: Make, tiny_model: Any, tmp_path: Path
+) -> None:
+    parts = make_parts(**({} if beside_lora else {"adapter": {"kind": "none"}}))
+    assert bool(parts.base.sites) == beside_lora
+    parts.adapter = none.build(none.Spec())
+    member = {n: t for n, t in parts.member(parts.units[0], trained=0.2).items() if n.startswith("head:")}
     assert sorted(member) == ["head:classifier.bias", "head:classifier.weight"]
+    batch = parts.batch()
+    logits = pack_scores(parts.base, parts.adapter, parts.task, stack([member]), batch)[0]
+    files = to_peft(member, none.Spec(), parts.base.sites, parts.base.target_modules, "SEQ_CLS", "x")
+    (tmp_path / "adapter_model.safetensors").write_bytes(to_bytes(files.tensors))
+    (tmp_path / "adapter_config.json").write_bytes(files.config_bytes())
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tiny_model("bert"), dtype=torch.float32, attn_implementation="eager", **parts.task.model_kwargs())
+    with torch.no_grad():
+        expected = peft.PeftModel.from_pretrained(base, tmp_path).eval()(**batch.model_inputs()).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_training_leaves_every_base_weight_as_it_was(make_parts: Make, trajectory: Any) -> None:

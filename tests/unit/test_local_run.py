@@ -13,7 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from raylora.engine import trainer as trainer_module, workbench
+from raylora.engine import trainer as trainer_module
+from raylora.engine import workbench
 from raylora.engine.local import run_in_process
 from raylora.engine.prepare import prepare
 from raylora.errors import BaseError, DataError, Interrupted, RunDirectoryError, SpecError, TrainingError
@@ -403,3 +404,46 @@ def test_the_base_is_never_written_to(make_spec: Make, monkeypatch: Any) -> None
     assert before.keys() == after.keys() and any(p.dtype == torch.uint8 for p in after.values())
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) and not after[name].requires_grad, name
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_zero_stage_saves_and_resumes(make_spec: Make, stage: int) -> None:
+    settings = {"lr": 0.005, "steps": 6, "micro_batch": 8, "accumulation": 2, "clip_norm": 0.05, "zero_stage": stage}
+    whole = make_spec(name="whole", optimisation=settings, checkpointing={"every_steps": 2})
+    run(whole)
+    broken = make_spec(name="broken")
+    with pytest.raises(Interrupted):
+        run(broken, stop_at(3))
+    run(broken)
+    one, two = members(whole), members(broken)
+    for name in one:
+        for tensor in one[name]:
+            torch.testing.assert_close(one[name][tensor], two[name][tensor], rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_on_an_object_store_stops_and_resumes(make_spec: Make) -> None:
+    here = make_spec(name="whole", **BREAKABLE)
+    run(here)
+    there = make_spec(storage_path="memory://bucket/runs")
+    with pytest.raises(Interrupted):
+        run(there, stop_at(5))
+    run(there)
+    assert_bit_equal(members(here), members(there))
+
+
+def test_early_stopping_survives_a_resume(make_spec: Make) -> None:
+    changes = {
+        "optimisation": {"lr": 0.05, "epochs": 5, "micro_batch": 8, "schedule": "constant"}, "data__train_rows": 24,
+        "ensemble__regularisers": {"early_stopping": {"patience": 1}}, "ensemble__members": 3,
+    }
+    whole = make_spec(name="whole", **changes)
+    run(whole)
+    store = RunStore.for_spec(whole)
+    facts = [json.loads(store.load_result(f"members/{name}")["member.json"]) for name in members(whole)]
+    assert any(fact["stopped_at"] for fact in facts)
+    for step in (2, 3, 5):
+        broken = make_spec(name=f"broken-{step}")
+        with pytest.raises(Interrupted):
+            run(broken, stop_at(step))
+        run(broken)
+        assert_bit_equal(members(whole), members(broken))

@@ -78,7 +78,7 @@ def test_a_mistake_is_one_message_with_file_line_key_and_remedy(extra: str, plac
 
 @pytest.mark.parametrize("key", ["decay_a", "decay_b", "decay_head"])
 def test_a_decay_that_flips_the_sign_is_refused_naming_both_keys(key: str) -> None:
-    text = GOOD + "optimisation: {lr: 0.01}\nensemble:\n  regularisers: {%s: 100}\n" % key
+    text = GOOD + f"optimisation: {{lr: 0.01}}\nensemble:\n  regularisers: {{{key}: 100}}\n"
     (found,) = problems(text)
     assert f"lr * {key} = 1 >= 1" in found
     assert f"ensemble.regularisers.{key} below 100" in found and "optimisation.lr below 0.01" in found
@@ -186,7 +186,8 @@ def test_overrides_reach_every_depth() -> None:
 
 
 @pytest.mark.parametrize(("override", "says"), [
-    ("ensemble.members", "not of the form"), ("=3", "not of the form"), ("name.x.y=1", "name: Input should be a valid string"),
+    ("ensemble.members", "not of the form"), ("=3", "not of the form"),
+    ("name.x.y=1", "name: Input should be a valid string"),
     ("ensemble.membres=3", "did you mean 'members'?"), ("optimisation.lr=[1", "not valid YAML"),
 ])
 def test_a_bad_override_is_explained(override: str, says: str) -> None:
@@ -248,7 +249,8 @@ def test_an_unknown_kind_lists_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("error", [
-    errors.SpecError("a", "b"), errors.StoreError("a"), errors.Interrupted("a", "b", 15), errors.TrainingError("a", "b"),
+    errors.SpecError("a", "b"), errors.StoreError("a"), errors.Interrupted("a", "b", 15),
+    errors.TrainingError("a", "b"),
 ])
 def test_errors_survive_pickling_with_their_exit_code(error: errors.RayloraError) -> None:
     again = pickle.loads(pickle.dumps(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -186,10 +187,8 @@ def test_a_kill_during_a_commit_to_an_object_store_never_leaves_a_loadable_half(
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(memory), "pipe_file", lambda self, path, content, pipe=pipe: pipe(path, content))
-            try:
+            with contextlib.suppress(Killed):
                 store.commit_checkpoint("m", 200, NEW)
-            except Killed:
-                pass
         assert store.checkpoint_steps("m") == ([100] if number <= 3 else [100, 200])
         assert store.load_checkpoint("m", 100).files == OLD
     memory.store.clear()

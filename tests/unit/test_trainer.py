@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from raylora.adapters.packed import stack
 from raylora.data.order import Order
-from raylora.engine import forward, trainer as trainer_module
+from raylora.engine import forward
+from raylora.engine import trainer as trainer_module
 from raylora.engine.forward import pack_gradients, pack_scores
 from raylora.engine.schedule import learning_rate_factor, total_steps
 from raylora.errors import TrainingError
