@@ -149,7 +149,8 @@ def attach(run: str) -> RunHandle:
             "give its directory; `raylora status RUN` reads what it has written",
         )
     coordinator = ray.get_actor(found[0], namespace=NAMESPACE)
-    return RunHandle(coordinator, RunStore(ray.get(coordinator.uri.remote())))
+    uri: Any = ray.get(coordinator.uri.remote())
+    return RunHandle(coordinator, RunStore(uri))
 
 
 def connect(dashboard: bool = False) -> None:
@@ -214,7 +215,8 @@ def _clear_name(name: str, run: str) -> None:
     """Make sure no coordinator of that name is at work; one that has finished is put away."""
     with contextlib.suppress(ValueError, RayActorError):  # no such actor, or it is just going
         coordinator = ray.get_actor(name, namespace=NAMESPACE)
-        if not control.Phase(ray.get(coordinator.status.remote())["phase"]).terminal:
+        status: Any = ray.get(coordinator.status.remote())
+        if not control.Phase(status["phase"]).terminal:
             raise RunDirectoryError(f"run {run!r} is already going on in this cluster", "follow it: raylora status")
         _put_away(coordinator, name)
 

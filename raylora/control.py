@@ -108,7 +108,7 @@ Event = (
     RunStarted | WorkerReady | WorkerLost | JobFinished | JobFailed | InterruptRequested | JobInterrupted
     | Aggregated | AggregationFailed
 )
-_EVENTS: dict[str, type] = {c.__name__: c for c in Event.__args__}  # type: ignore[attr-defined]
+_EVENTS: dict[str, Any] = {c.__name__: c for c in Event.__args__}
 
 
 # --- commands: what to do -------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def to_record(event: Event) -> dict[str, Any]:
 def from_record(record: Mapping[str, Any]) -> Event:
     """Return the event of a record; unknown keys such as the time of writing are ignored."""
     event_class = _EVENTS[record["event"]]
-    names = event_class.__dataclass_fields__  # type: ignore[attr-defined]
+    names = event_class.__dataclass_fields__
     return event_class(**{key: value for key, value in record.items() if key in names})
 
 

@@ -25,7 +25,6 @@ from raylora.store.run_store import RunStore
 
 NAMESPACE = "raylora"
 _POLL_S = 0.2
-_BEAT_S = 10.0
 _STATUS_S = 2.0
 
 
@@ -38,7 +37,7 @@ def coordinator_name(uri: str) -> str:
     return f"coordinator-{run_name}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=8)
+@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=8)  # type: ignore[call-overload]
 class Coordinator:
     """One per run. :meth:`run` is called once; the other methods answer while it runs."""
 
@@ -61,27 +60,25 @@ class Coordinator:
             RunDirectoryError: another process holds the run directory.
             PlacementError: the cluster did not provide the workers in time.
         """
-        self.store.lock()
-        try:
-            self._place()
-            self.state = control.replay(control.from_record(r) for r in self.store.read_events())
-            self.events.put(start)
-            beat = status = 0.0
-            while not self.state.phase.terminal or not self.events.empty():
-                self._fold_events()
-                self._collect()
-                now = time.monotonic()
-                if now - beat > _BEAT_S:
-                    beat = now
-                    self.store.beat()
-                if now - status > _STATUS_S:
-                    status = now
-                    self.store.write_json("status.json", self.status())
-            self.store.write_json("status.json", self.status())
-            return self.state
-        finally:
-            self._stop_workers()
-            self.store.unlock()
+        with self.store.held():
+            try:
+                self._place()
+                self.state = control.replay(control.from_record(r) for r in self.store.read_events())
+                self.events.put(start)
+                self._loop()
+                return self.state
+            finally:
+                self._stop_workers()
+
+    def _loop(self) -> None:
+        said = 0.0
+        while not self.state.phase.terminal or not self.events.empty():
+            self._fold_events()
+            self._collect()
+            if time.monotonic() - said > _STATUS_S:
+                said = time.monotonic()
+                self.store.write_json("status.json", self.status())
+        self.store.write_json("status.json", self.status())
 
     def _fold_events(self) -> None:
         while not self.events.empty():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
@@ -42,7 +42,7 @@ class Throttle:
         self._steps = 0
         self._seconds = 0.0
 
-    def summary(self, progress: Progress) -> Mapping[str, float | int | dict[str, float]] | None:
+    def summary(self, progress: Progress) -> dict[str, Any] | None:
         """Return what happened since the last report, or None if that was just now."""
         self._tokens += progress.tokens
         self._steps += 1

@@ -12,7 +12,7 @@ from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
 
-@ray.remote(max_restarts=0, concurrency_groups={"control": 1})
+@ray.remote(max_restarts=0, concurrency_groups={"control": 1})  # type: ignore[call-overload]
 class Worker:
     """Loads the base once and trains packs on it.
 

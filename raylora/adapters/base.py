@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class Adapter(Protocol):
         """Return the change as a weight, O x I, in float32."""
 
 
-def find_sites(model: nn.Module, spec: AdapterSpec, defaults: Sequence[str], heads: Sequence[str]) -> list[Site]:
+def find_sites(model: Any, spec: AdapterSpec, defaults: Sequence[str], heads: Sequence[str]) -> list[Site]:
     """Return the layers that a spec's ``target_modules`` and ``layers`` select, in the model's order.
 
     Args:
@@ -110,7 +110,7 @@ def _match(targets: Sequence[str], linears: Mapping[str, nn.Module]) -> list[str
 def _site(name: str, module: nn.Module) -> Site:
     if isinstance(module, nn.Linear):
         return Site(name, module.in_features, module.out_features, _block(name))
-    in_features, out_features = module.weight.shape  # type: ignore[union-attr]
+    in_features, out_features = cast(Tensor, module.weight).shape
     return Site(name, int(in_features), int(out_features), _block(name), transposed=True)
 
 

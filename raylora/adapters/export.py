@@ -43,14 +43,14 @@ def to_peft(
         base_name: the hub id or relative name that the adapter remembers its base by.
     """
     heads = sorted({_saved_module(name.removeprefix(HEAD)) for name in tensors if name.startswith(HEAD)})
-    is_lora = isinstance(spec, LoraSpec)
+    rank, alpha = (spec.rank, spec.alpha) if isinstance(spec, LoraSpec) else (1, 1)
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
-        "r": spec.rank if is_lora else 1,
-        "lora_alpha": spec.alpha if is_lora else 1,
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": spec.dropout,
         "bias": "none",
         "fan_in_fan_out": any(site.transposed for site in sites),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from raylora.adapters.base import Site, Tensors
@@ -16,7 +17,8 @@ class Spec(AdapterSpec):
     """Train the head on the untouched base."""
 
     kind: Literal["none"] = "none"
-    dropout: Literal[0.0] = 0.0
+    dropout: float = Field(default=0.0, ge=0, le=0)
+    """Nothing to drop: there is no adapter input."""
 
 
 class NoAdapter:

@@ -39,6 +39,7 @@ class Dropout:
         mask = torch.zeros_like(x_KBTI)
         for k, (seed, length) in enumerate(zip(self.seeds_K, self.lengths_K, strict=True)):
             generator = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (site_index + 1)) % 2**63)
+            length = min(length, time)  # an output layer may be asked for its last positions only
             shape = (x_KBTI.shape[1], length, x_KBTI.shape[3])
             kept = torch.rand(shape, generator=generator) < keep
             start = time - length if self.left_padded else 0

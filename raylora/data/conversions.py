@@ -56,7 +56,7 @@ def gguf_model(member: str) -> Callable[[Path, Path], None]:
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         config = copy.deepcopy(packed.config)
         del config.quantization_config  # the weights are plain now, and transformers refuses to save a GGUF model
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(config)
         model.load_state_dict(packed.state_dict())
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -22,8 +22,8 @@ def derive_seed(*parts: int | str) -> int:
 class Order:
     """A seeded data order over ``rows`` examples in micro-batches of ``batch``.
 
-    With ``bootstrap`` the seed also draws one sample of the rows with replacement, which stays the same in
-    every epoch (Breiman, 1996); only its order changes.
+    With ``bootstrap``, a seed of its own, one sample of the rows is drawn with replacement, which stays the same
+    in every epoch (Breiman, 1996); only its order changes.
 
     With ``lengths`` the rows of a batch have like lengths, so that little is padding: the shuffled epoch is cut
     into stretches of a few batches and each is sorted. Which rank of a stretch comes when is the same for every
@@ -33,7 +33,7 @@ class Order:
     rows: int
     batch: int
     seed: int
-    bootstrap: bool = False
+    bootstrap: int | None = None
     lengths: tuple[int, ...] | None = None
     _grouped: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -58,10 +58,10 @@ class Order:
 
 
 @functools.lru_cache(maxsize=64)
-def _epoch_order(rows: int, seed: int, epoch: int, bootstrap: bool) -> NDArray[np.int64]:
+def _epoch_order(rows: int, seed: int, epoch: int, bootstrap: int | None) -> NDArray[np.int64]:
     order = np.random.default_rng(derive_seed("order", seed, epoch)).permutation(rows)
-    if bootstrap:
-        order = np.random.default_rng(derive_seed("bootstrap", seed)).integers(rows, size=rows)[order]
+    if bootstrap is not None:
+        order = np.random.default_rng(derive_seed("bootstrap", bootstrap)).integers(rows, size=rows)[order]
     order.setflags(write=False)  # the array is shared by every step of the epoch
     return order
 

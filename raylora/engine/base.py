@@ -136,7 +136,7 @@ def load_base(spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: tor
         tokenizer=tokenizer,
         slot=slot,
         sites=sites,
-        heads=head_modules,  # type: ignore[arg-type]
+        heads=head_modules,
         fresh_heads=frozenset(name for name, fresh in heads.items() if fresh),
         device=device,
         dtype=dtype,
@@ -149,7 +149,7 @@ def load_base(spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: tor
     )
 
 
-def adapter_sites(model: nn.Module, adapter: Adapter, heads: Sequence[str]) -> list[Site]:
+def adapter_sites(model: Any, adapter: Adapter, heads: Sequence[str]) -> list[Site]:
     """Return the checked layers an adapter is attached to; none for the kind that has no adapter."""
     if adapter.spec.kind == "none":
         return []
@@ -165,7 +165,7 @@ def default_targets(model_type: str) -> list[str]:
     return list(_MORE_TARGETS.get(model_type) or KNOWN.get(model_type, []))
 
 
-def find_heads(model: nn.Module, missing: Sequence[str]) -> dict[str, bool]:
+def find_heads(model: Any, missing: Sequence[str]) -> dict[str, bool]:
     """Return the task head's linear layers -> whether they start fresh.
 
     The head is every linear outside the backbone, plus every one that the checkpoint lacks: a pooler

@@ -29,12 +29,9 @@ def run_in_process(prepared: Prepared, on_progress: OnProgress = lambda job, pro
         TrainingError: the run failed.
     """
     store = prepared.store
-    store.lock()
-    try:
+    with store.held():
         prepared.begin()
         return _Driver(prepared, on_progress).run()
-    finally:
-        store.unlock()
 
 
 class _Driver:

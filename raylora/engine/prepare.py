@@ -42,8 +42,8 @@ class Prepared:
 
     def begin(self) -> None:
         """Write what a run begins with; the first thing that touches the disk."""
+        self.store.write_spec(self.spec)  # on resume too: placement and checkpointing may have changed
         if not self.is_resume:
-            self.store.write_spec(self.spec)
             self.store.write_json("data.json", data_record(self.sets))
 
 
@@ -124,12 +124,13 @@ def _member_parameters(shell: Any, adapter: Adapter, heads: Sequence[str]) -> in
 
 
 def _base_bytes(shell: Any, spec: RunSpec, heads: Sequence[str]) -> int:
-    bits = _BITS.get(spec.base.quantization.kind, 16.0)
+    plain_bytes = 4 if spec.base.dtype == "float32" else 2
+    bits = _BITS.get(spec.base.quantization.kind, 8.0 * plain_bytes)
     linear = sum(
         m.weight.numel() for n, m in shell.named_modules() if is_linear(m) and n not in heads and n != "lm_head"
     )
     rest = sum(p.numel() for p in shell.parameters()) - linear
-    return int(linear * bits / 8 + rest * 2)
+    return int(linear * bits / 8 + rest * plain_bytes)
 
 
 def _activation_bytes(spec: RunSpec, sets: DataSets) -> int:

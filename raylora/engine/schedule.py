@@ -14,9 +14,9 @@ def micro_batches_per_epoch(rows: int, spec: OptimisationSpec) -> int:
     return math.ceil(rows / spec.micro_batch)
 
 
-def steps_per_epoch(rows: int, spec: OptimisationSpec) -> int:
-    """Return the optimiser steps of one epoch, at least one."""
-    return max(1, micro_batches_per_epoch(rows, spec) // spec.accumulation)
+def epochs_done(step: int, rows: int, spec: OptimisationSpec) -> int:
+    """Return how many whole passes over the rows a number of optimiser steps makes."""
+    return step * spec.accumulation // micro_batches_per_epoch(rows, spec)
 
 
 def total_steps(rows: int, spec: OptimisationSpec) -> int:

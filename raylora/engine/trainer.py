@@ -21,7 +21,7 @@ from raylora.engine.base import Base, head_tensors
 from raylora.engine.deepspeed import MemberOptimiser
 from raylora.engine.forward import initial_member, pack_gradients
 from raylora.engine.predict import validation_metrics
-from raylora.engine.schedule import steps_per_epoch, total_steps
+from raylora.engine.schedule import epochs_done, total_steps
 from raylora.engine.units import Unit, order_seed
 from raylora.errors import Interrupted, TrainingError
 from raylora.spec import RunSpec
@@ -77,7 +77,6 @@ class PackTrainer:
     ) -> None:
         self.base, self.adapter, self.task, self.spec = base, adapter, task, spec
         self.train, self.validation = train, validation
-        self.epoch_steps = steps_per_epoch(len(train), spec.optimisation)
         self.total = total_steps(len(train), spec.optimisation)
         self.step = 0
         head = head_tensors(base)
@@ -101,20 +100,30 @@ class PackTrainer:
             Interrupted: the state after the current step was saved and the run can be resumed.
             TrainingError: no member is left to train.
         """
-        every = self.spec.checkpointing.every_steps or self.epoch_steps
+        every = self.spec.checkpointing.every_steps
         while self.step < self.total and any(t.training for t in self.trainees):
             report(self._take_step())
-            ended_epoch = self.step % self.epoch_steps == 0 or self.step == self.total
+            ended_epoch = self.step == self.total or self.epochs(self.step) > self.epochs(self.step - 1)
             if ended_epoch:
                 self._validate()
-                epoch_end(self, math.ceil(self.step / self.epoch_steps))
+                epoch_end(self, self.epochs_begun)
             signal_number = should_stop()
-            if signal_number or self.step % every == 0 or self.step == self.total:
+            due = self.step % every == 0 if every else ended_epoch
+            if signal_number or due or self.step == self.total:
                 save(self)
             if signal_number:
                 raise Interrupted(f"stopped after step {self.step}", signal_number=signal_number)
         if all(t.failure for t in self.trainees):
             raise TrainingError("; ".join(f"{t.unit.name}: {t.failure}" for t in self.trainees))
+
+    def epochs(self, step: int) -> int:
+        """Return how many whole epochs a number of steps makes."""
+        return epochs_done(step, len(self.train), self.spec.optimisation)
+
+    @property
+    def epochs_begun(self) -> int:
+        """Return the number, from 1, of the epoch that the latest step ended or is in."""
+        return self.epochs(self.step - 1) + 1
 
     # --- one step -----------------------------------------------------------------------------------
     def _take_step(self) -> Progress:
@@ -245,7 +254,8 @@ class PackTrainer:
         lengths = tuple(max(map(len, example.sequences)) for example in self.train)
         order = Order(
             len(self.train), self.spec.optimisation.micro_batch, order_seed(unit, self.spec),
-            self.spec.ensemble.bootstrap, lengths if self.spec.optimisation.group_by_length else None,
+            unit.stream("bootstrap") if self.spec.ensemble.bootstrap else None,
+            lengths if self.spec.optimisation.group_by_length else None,
         )
         initial_head = {n: t.to(self.base.device) for n, t in tensors.items() if n.startswith(HEAD)}
         return Trainee(unit, self._optimiser(tensors), order, initial_head)

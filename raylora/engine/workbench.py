@@ -55,7 +55,7 @@ class Workbench:
         # The thread count decides the order of float additions: equal members need equal threads.
         torch.set_num_threads(self.cpus)
         torch.use_deterministic_algorithms(self.device.type == "cpu")
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % and nothing reads such memory
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs 7 % and nothing reads such memory
         start_deepspeed(self.device)
         self.base = load_base(self.spec.base, self.spec.adapter, self.task, self.device)
         self.sets = load_sets(self.spec.data, self.spec.evaluation, self.task, self.base.tokenizer)
@@ -133,7 +133,7 @@ class Workbench:
         """Keep the last epoch ends of member 0, for the ensemble of checkpoints."""
         wanted = self.spec.baselines.checkpoints
         first = next((t for t in trainer.trainees if t.unit.name == "member-000"), None)
-        epochs = -(-trainer.total // trainer.epoch_steps)
+        epochs = trainer.epochs(trainer.total - 1) + 1
         if wanted and first is not None and first.training and epoch > epochs - wanted:
             content = persist.to_bytes(first.optimiser.tensors())
             self.store.commit_result(f"snapshots/epoch-{epoch:03d}", {"member.safetensors": content})

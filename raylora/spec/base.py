@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, SerializeAsAny, ValidationInfo
 from pydantic.functional_validators import BeforeValidator
@@ -74,11 +74,16 @@ class _Kind:
         return {"anyOf": [names, *(v.model_json_schema(ref_template="#/$defs/{model}") for v in variants)]}
 
 
-def _field(base: type[KindSpec], seam: str, default: str) -> Any:
+def _field(base: Any, seam: str, default: str) -> Any:
     hook = _Kind(seam, default)
-    return Annotated[SerializeAsAny[base], BeforeValidator(hook.resolve), hook]
+    return Annotated[SerializeAsAny[base], BeforeValidator(hook.resolve), hook]  # type: ignore[misc]
 
 
-AnyAdapter = _field(AdapterSpec, "adapter", "lora")
-AnyQuantization = _field(QuantizationSpec, "quantization", "none")
-AnyTask = _field(TaskSpec, "task", "classification")
+if TYPE_CHECKING:  # what a checker may rely on; the concrete class is known to the registry alone
+    AnyAdapter: TypeAlias = AdapterSpec
+    AnyQuantization: TypeAlias = QuantizationSpec
+    AnyTask: TypeAlias = TaskSpec
+else:
+    AnyAdapter = _field(AdapterSpec, "adapter", "lora")
+    AnyQuantization = _field(QuantizationSpec, "quantization", "none")
+    AnyTask = _field(TaskSpec, "task", "classification")

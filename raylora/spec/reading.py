@@ -88,9 +88,8 @@ def json_schema() -> dict[str, Any]:
 
 
 def diff_specs(old: RunSpec, new: RunSpec) -> list[str]:
-    """Return ``key: old -> new`` for every leaf that differs, apart from the name and the place."""
-    before = dict(_leaves(old.model_dump(mode="json", exclude={"name", "storage_path"})))
-    after = dict(_leaves(new.model_dump(mode="json", exclude={"name", "storage_path"})))
+    """Return ``key: old -> new`` for every leaf of the specs' identities that differs."""
+    before, after = dict(_leaves(old.identity())), dict(_leaves(new.identity()))
     return [
         f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
         for key in sorted({*before, *after})

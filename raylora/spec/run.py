@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -27,7 +27,7 @@ class BaseSpec(Frozen):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type of the base; ``auto`` is bfloat16 where the processor multiplies it natively, else float32.
     Adapters, heads and the optimiser always stay in float32."""
-    quantization: AnyQuantization = Field(default_factory=lambda: {"kind": "nf4"})
+    quantization: AnyQuantization = Field(default_factory=lambda: cast(Any, {"kind": "nf4"}))
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """``auto`` is eager on CPU (several times faster backward in bfloat16) and sdpa on GPU."""
     trust_remote_code: bool = False
@@ -241,7 +241,7 @@ class RunSpec(Frozen):
     storage_path: str = "runs"
     """A local folder or an fsspec URI; the run's own directory is made below it."""
     base: BaseSpec
-    adapter: AnyAdapter = Field(default_factory=lambda: {"kind": "lora"})
+    adapter: AnyAdapter = Field(default_factory=lambda: cast(Any, {"kind": "lora"}))
     task: AnyTask
     data: DataSpec
     ensemble: EnsembleSpec = EnsembleSpec()
@@ -279,10 +279,16 @@ class RunSpec(Frozen):
                 )
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """Return everything that decides the result; a run that is taken up again must not differ in it.
+
+        Where it runs is not part of it: a member is the same in any pack, to float tolerance.
+        """
+        return self.model_dump(mode="json", exclude={"name", "storage_path", "placement", "checkpointing"})
+
     def digest(self) -> str:
-        """Return the SHA-256 of everything that decides the result: all but the name and the place."""
-        content = self.model_dump(mode="json", exclude={"name", "storage_path"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """Return the SHA-256 of the spec's identity."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def run_name(self) -> str:
         """Return the run's name: its own, or one made from the digest."""

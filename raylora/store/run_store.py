@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import psutil
 
 from raylora.errors import RunDirectoryError, StoreError
 from raylora.spec import RunSpec, diff_specs, dump_spec, parse_spec
@@ -17,6 +21,7 @@ from raylora.store.storage import Storage
 
 _LOCK = "run.lock"
 _STALE_LOCK_S = 60.0
+_BEAT_S = 10.0
 _FOLDERS = ("members", "baselines", "predictions", "snapshots", "timing", "targets")
 
 
@@ -37,7 +42,8 @@ class RunStore:
     @classmethod
     def for_spec(cls, spec: RunSpec) -> RunStore:
         """Return the store of a spec's run directory, ``storage_path/name``."""
-        return cls(f"{spec.storage_path.rstrip('/')}/{spec.run_name()}")
+        separator = "" if spec.storage_path.endswith("/") else "/"
+        return cls(f"{spec.storage_path}{separator}{spec.run_name()}")
 
     @property
     def uri(self) -> str:
@@ -168,7 +174,8 @@ class RunStore:
             RunDirectoryError: another living process holds it; the message names it.
         """
         self.check_unlocked()
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": time.time(), "heartbeat": time.time()}
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "process_started": psutil.Process().create_time(),
+                "started_at": time.time(), "heartbeat": time.time()}
         content = json.dumps(mine).encode()
         if not self.storage.create(_LOCK, content):
             self.check_unlocked()  # another process may have been faster by a moment
@@ -189,8 +196,31 @@ class RunStore:
                 "wait for it, or stop it",
             )
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the directory, with a heartbeat that holders on other machines are judged by.
+
+        Raises:
+            RunDirectoryError: another living process holds it; the message names it.
+        """
+        self.lock()
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(_BEAT_S):
+                self.beat()
+
+        heart = threading.Thread(target=beat, daemon=True)
+        heart.start()
+        try:
+            yield
+        finally:
+            done.set()
+            heart.join()
+            self.unlock()
+
     def beat(self) -> None:
-        """Show that the holder is alive; call it more often than once a minute."""
+        """Show that the holder is alive."""
         holder = self.read_json(_LOCK) or {}
         if holder.get("pid") == os.getpid() and holder.get("host") == socket.gethostname():
             self.storage.write(_LOCK, json.dumps({**holder, "heartbeat": time.time()}).encode())
@@ -210,9 +240,8 @@ def _alive(holder: Mapping[str, Any]) -> bool:
     if holder["pid"] == os.getpid():
         return False
     try:
-        os.kill(int(holder["pid"]), 0)
-    except ProcessLookupError:
+        started = psutil.Process(int(holder["pid"])).create_time()
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        pass
-    return True
+    # A process id is used again after a while; another start time is another process.
+    return bool(abs(started - holder.get("process_started", started)) < 1.0)

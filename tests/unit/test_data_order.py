@@ -34,11 +34,11 @@ def test_seeds_give_different_orders() -> None:
 
 
 def test_bootstrap_draws_one_sample_with_replacement_for_all_epochs() -> None:
-    order = Order(rows=1000, batch=32, seed=3, bootstrap=True)
+    order = Order(rows=1000, batch=32, seed=3, bootstrap=5)
     first, second = epoch(order), epoch(order, 1)
     assert len(first) == 1000 and sorted(first) == sorted(second) and first != second
     assert 0.60 < len(set(first)) / 1000 < 0.66  # 1 - 1/e
-    assert sorted(first) != sorted(epoch(Order(rows=1000, batch=32, seed=4, bootstrap=True)))
+    assert sorted(first) != sorted(epoch(Order(rows=1000, batch=32, seed=3, bootstrap=6)))
 
 
 def test_the_order_cannot_be_written_to() -> None:

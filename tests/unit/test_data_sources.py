@@ -148,7 +148,7 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_hub_sets_need_a_split_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
     part = datasets.Dataset.from_list(ROWS)
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, subset, split, revision: datasets.DatasetDict(train=part, test=part))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: datasets.DatasetDict(train=part, test=part))
     with pytest.raises(DataError, match="has the splits train, test"):
         load_rows(SetSpec(source="org/set"))
     monkeypatch.setattr(datasets, "load_dataset", lambda source, subset, split, revision: part)

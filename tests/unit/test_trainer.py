@@ -144,7 +144,7 @@ def test_each_member_sees_its_own_rows_once_per_epoch_and_shared_order_is_shared
 def test_bootstrap_draws_each_members_rows_with_replacement_and_keeps_them() -> None:
     draws = []
     for seed in range(2):
-        order = Order(300, 10, seed, bootstrap=True)
+        order = Order(300, 10, seed=0, bootstrap=seed)
         epochs = [sorted(i for s in range(30 * e, 30 * e + 30) for i in order.indices(s)) for e in range(2)]
         assert epochs[0] == epochs[1] and len(epochs[0]) == 300
         assert 0.58 < len(set(epochs[0])) / 300 < 0.69  # 1 - 1/e
