@@ -64,21 +64,27 @@ class Bench:
         return PackTrainer(self.bench.base, adapter, self.bench.task, self.spec, units, sets.train.examples,
                            sets.validation.examples)
 
-    def contenders(self, modes: list[str]) -> dict[str, Callable[[], object]]:
-        """Return per mode a function that takes one step of every member."""
-        found: dict[str, Callable[[], object]] = {}
+    def contenders(self, modes: list[str]) -> dict[str, Callable[[int], object]]:
+        """Return per mode a function that takes the step of a given number with every member."""
+        found: dict[str, Callable[[int], object]] = {}
         if "packed" in modes:
             packed = self.trainer(self.units)
-            found["packed"] = lambda: packed._take_step()
+            found["packed"] = lambda number: take_step(packed, number)
         if "alone" in modes:
             alone = [self.trainer([unit]) for unit in self.units]
-            found["alone"] = lambda: [trainer._take_step() for trainer in alone]
+            found["alone"] = lambda number: [take_step(trainer, number) for trainer in alone]
         if "peft" in modes:
             found["peft"] = peft_stepper(self)
         return found
 
 
-def peft_stepper(bench: Bench) -> Callable[[], object]:
+def take_step(trainer: Any, number: int) -> None:
+    """Take one step on the rows of step ``number``."""
+    trainer.step = number
+    trainer._take_step()
+
+
+def peft_stepper(bench: Bench) -> Callable[[int], object]:
     """Return a function that takes one step of each member with PEFT, on the rows that raylora would use."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -94,11 +100,10 @@ def peft_stepper(bench: Bench) -> Callable[[], object]:
         config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=list(spec.adapter.target_modules))
         peft_model = get_peft_model(model, config)
         trained = [p for p in peft_model.parameters() if p.requires_grad]
-        members.append([peft_model, trained, torch.optim.AdamW(trained, lr=1e-4), trainee.order, 0])
+        members.append((peft_model, trained, torch.optim.AdamW(trained, lr=1e-4), trainee.order))
 
-    def step() -> None:
-        for member in members:
-            model, trained, optimiser, order, number = member
+    def step(number: int) -> None:
+        for model, trained, optimiser, order in members:
             examples = [work.sets.train.examples[i] for i in order.indices(number)]
             batch = work.task.collate(examples, work.base.tokenizer)
             logits = model(**batch.model_inputs()).logits
@@ -106,7 +111,6 @@ def peft_stepper(bench: Bench) -> Callable[[], object]:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
             optimiser.zero_grad()
-            member[4] += 1
 
     return step
 
@@ -130,8 +134,8 @@ def peak_memory(base: str, quantization: str, batch: int, members: int, threads:
 
     bench = Bench(base, quantization, batch, members, threads)
     (call,) = bench.contenders([mode]).values()
-    for _ in range(3):
-        call()
+    for number in range(3):
+        call(number)
     return peak_memory_bytes()
 
 

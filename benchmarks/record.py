@@ -51,15 +51,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Time contenders in turn, round after round, so that a drifting machine drifts for all; seconds by name."""
+def interleaved(contenders: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
+    """Time contenders in turn, round after round, so that a drifting machine drifts for all; seconds by name.
+
+    Each is called with the number of the round. All rounds are made once before any is timed: a CPU matrix
+    library compiles a kernel for every new shape, and whoever came first would pay for all.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(warmup + rounds):
-        for name, call in contenders.items():
-            started = time.perf_counter()
-            call()
-            if number >= warmup:
-                times[name].append(time.perf_counter() - started)
+    for timed in (False, True):
+        for number in range(rounds):
+            for name, call in contenders.items():
+                started = time.perf_counter()
+                call(number)
+                if timed:
+                    times[name].append(time.perf_counter() - started)
     return times
 
 
