@@ -5,7 +5,7 @@ Shapes: K members in a pack, N tokens of one member (batch x time), I inputs, O 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -17,6 +17,9 @@ from raylora.spec import AdapterSpec
 
 Tensors = dict[str, Tensor]
 """A member: named float32 tensors. Adapter names start with the site, head names with ``head:``."""
+
+WeightOf = Callable[[str], Tensor]
+"""A site's name -> its frozen weight, O x I, in float32 (dequantised)."""
 
 HEAD = "head:"
 
@@ -45,17 +48,23 @@ class Adapter(Protocol):
     def build(self, sites: Sequence[Site], generator: torch.Generator) -> Tensors:
         """Return a fresh member's float32 tensors, drawn from the generator only."""
 
+    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+        """Return what a member needs but does not train (index draws, frozen factors), or nothing.
+
+        A pure function of the member's seed and the frozen base, so it is never saved: it is made again.
+        """
+
     def decay_group(self, name: str) -> str:
         """Return ``a`` or ``b``: which of the two decays a tensor takes (arXiv 2310.00035, section 3)."""
 
     def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Any]:
-        """Return per site what ``packed_delta`` needs, computed once per step from tensors stacked over K."""
+        """Return per site what ``packed_delta`` needs, once per forward, from trained and fixed tensors stacked over K."""
 
     def packed_delta(self, x_KNI: Tensor, at_site: Any) -> Tensor:
         """Return y_KNO, each member's own change of its own inputs."""
 
     def delta_weight(self, tensors: Mapping[str, Tensor], site: Site) -> Tensor:
-        """Return the change as a weight, O x I, in float32."""
+        """Return the change as a weight, O x I, in float32, from one member's trained and fixed tensors."""
 
 
 def find_sites(model: Any, spec: AdapterSpec, defaults: Sequence[str], heads: Sequence[str]) -> list[Site]:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raylora.adapters.base import Site, Tensors
+from raylora.adapters.base import Site, Tensors, WeightOf
 from raylora.errors import BaseError
 from raylora.spec import AdapterSpec
 
@@ -53,6 +53,10 @@ class Lora:
             tensors[f"{site.name}.lora_A"] = a_RI
             tensors[f"{site.name}.lora_B"] = torch.zeros(site.out_features, self.spec.rank)
         return tensors
+
+    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+        """Return nothing: all of a member is trained."""
+        return {}
 
     def decay_group(self, name: str) -> str:
         """Return which decay a tensor takes, by its name."""

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raylora.adapters.base import Site, Tensors
+from raylora.adapters.base import Site, Tensors, WeightOf
 from raylora.spec import AdapterSpec
 
 
@@ -32,6 +32,10 @@ class NoAdapter:
 
     def build(self, sites: Sequence[Site], generator: torch.Generator) -> Tensors:
         """Return no tensors."""
+        return {}
+
+    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+        """Return nothing: all of a member is trained."""
         return {}
 
     def decay_group(self, name: str) -> str:

@@ -48,6 +48,12 @@ class Base:
     export_name: str
     """What an exported adapter calls this base: a hub id or a relative name, never an absolute path."""
 
+    def weight_of(self, name: str) -> Tensor:
+        """Return a site's frozen weight, O x I, in float32, dequantised if need be."""
+        linear: Any = self.model.get_submodule(name)
+        linear = getattr(linear, "base", linear)
+        return dequantised(linear).float()
+
     @property
     def parameters(self) -> int:
         """Number of base weights, counted before packing them into fewer bytes."""
@@ -294,6 +300,20 @@ def _from_hub(spec: BaseSpec, load: Any, **kwargs: Any) -> Any:
             f"base.source: {spec.source} cannot be loaded: {first}",
             "check the name, the revision and the connection, or give a local folder",
         ) from error
+
+
+def dequantised(linear: Any) -> Tensor:
+    """Return a linear layer's weight, O x I, whatever it is stored as."""
+    weight = linear.weight
+    if getattr(weight, "quant_state", None) is not None:
+        import bitsandbytes.functional as F
+
+        return F.dequantize_4bit(weight.data, weight.quant_state)
+    if getattr(weight, "SCB", None) is not None:
+        return weight.data.float() * weight.SCB.float()[:, None] / 127.0
+    if getattr(linear, "state", None) is not None and linear.state.SCB is not None:
+        return weight.data.float() * linear.state.SCB.float()[:, None] / 127.0
+    return weight.data if isinstance(linear, nn.Linear) else weight.data.T
 
 
 def _logical_size(parameter: nn.Parameter) -> int:

@@ -39,6 +39,7 @@ def pack_gradients(
     dropout_seeds_K: Sequence[int],
     kl: KLSpec | None = None,
     reference_heads: Mapping[str, Tensor] | None = None,
+    fixed: Mapping[str, Tensor] | None = None,
 ) -> PackLoss:
     """Run K members forward and backward once and return each one's loss and gradient.
 
@@ -50,11 +51,12 @@ def pack_gradients(
         dropout_seeds_K: seeds of this step's adapter dropout.
         kl: adds ``beta * KL`` to the base with its adapters off (arXiv 2310.00035, section 3).
         reference_heads: the members' initial heads, which the reference predicts with.
+        fixed: what the adapter needs but does not train, stacked over K.
     """
     leaves = {name: tensor.detach().clone().requires_grad_(True) for name, tensor in stacked.items()}
     batch = _join(base, task, batches)
     dropout = _dropout(base, adapter, task, batches, dropout_seeds_K)
-    logits = _forward(base, adapter, task, leaves, batch, dropout)
+    logits = _forward(base, adapter, task, {**leaves, **(fixed or {})}, batch, dropout)
     scores = task.scores(logits, batch)
     losses_KN = task.loss(scores, batch).view(len(batches), -1)
     if kl is not None:
@@ -127,6 +129,13 @@ def _kl(scores: Tensor, reference: Tensor, kl: KLSpec) -> Tensor:
     if kl.direction == "reverse":
         logp, logq = logq, logp
     return (logp.exp() * (logp - logq)).sum(dim=-1)
+
+
+def fixed_tensors(base: Base, adapter: Adapter, seed: int) -> Tensors:
+    """Return what a member of this seed needs but does not train, on the base's device."""
+    if not base.sites:
+        return {}
+    return {n: t.to(base.device) for n, t in adapter.fixed(base.sites, seed, base.weight_of).items()}
 
 
 def initial_member(base: Base, adapter: Adapter, head: Mapping[str, Tensor], seed: int) -> Tensors:

@@ -46,6 +46,11 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None =
     return safetensors.torch.save(own, metadata=dict(metadata or {"format": "pt"}))
 
 
+def from_bytes(content: bytes) -> Tensors:
+    """Return the tensors of safetensors bytes."""
+    return safetensors.torch.load(content)
+
+
 def pack_predictions(sets: Sequence[Predictions]) -> dict[str, bytes]:
     """Return the files that hold one group's predictions for every set."""
     tensors: Tensors = {}

@@ -19,7 +19,7 @@ from raylora.data.order import Order
 from raylora.data.task import Batch, Example, Task
 from raylora.engine.base import Base, head_tensors
 from raylora.engine.deepspeed import MemberOptimiser
-from raylora.engine.forward import initial_member, pack_gradients
+from raylora.engine.forward import fixed_tensors, initial_member, pack_gradients
 from raylora.engine.predict import validation_metrics
 from raylora.engine.schedule import epochs_done, total_steps
 from raylora.engine.units import Unit, order_seed
@@ -38,6 +38,8 @@ class Trainee:
     optimiser: MemberOptimiser
     order: Order
     initial_head: Tensors
+    fixed: Tensors
+    """What the adapter needs but does not train."""
     history: list[dict[str, float]] = field(default_factory=list)
     best_value: float | None = None
     best_tensors: Tensors | None = None
@@ -50,6 +52,10 @@ class Trainee:
     def training(self) -> bool:
         """Whether the member still takes steps."""
         return self.stopped_at is None and not self.failure
+
+    def whole(self) -> Tensors:
+        """Return the live member with what is fixed, as a forward needs it."""
+        return {**self.optimiser.tensors(), **self.fixed}
 
     def result(self) -> Tensors:
         """Return the member: its best state if early stopping watched it, else its last."""
@@ -157,6 +163,7 @@ class PackTrainer:
             [t.unit.stream("dropout", number) for t in stepping],
             regularisers.kl,
             stack([t.initial_head for t in stepping]) if regularisers.kl and stepping[0].initial_head else None,
+            stack([t.fixed for t in stepping]),
         )
         for trainee, batch, loss, gradients in zip(
             stepping, batches, outcome.losses_K, outcome.gradients, strict=True
@@ -194,7 +201,7 @@ class PackTrainer:
         if not active:
             return
         metrics = validation_metrics(
-            self.base, self.adapter, self.task, stack([t.optimiser.tensors() for t in active]),
+            self.base, self.adapter, self.task, stack([t.whole() for t in active]),
             self.validation, self.spec.evaluation,
         )
         for trainee, values in zip(active, metrics, strict=True):
@@ -245,7 +252,7 @@ class PackTrainer:
             optimiser = self._optimiser({n: sections["member"][n] for n in names})
             optimiser.load_state(sections.get("optimiser", {}), facts["updates"])
             self.trainees[index] = Trainee(
-                trainee.unit, optimiser, trainee.order, trainee.initial_head, facts["history"],
+                trainee.unit, optimiser, trainee.order, trainee.initial_head, trainee.fixed, facts["history"],
                 facts["best_value"], best, facts["bad_epochs"], facts["stopped_at"],
             )
 
@@ -258,7 +265,8 @@ class PackTrainer:
             lengths if self.spec.optimisation.group_by_length else None,
         )
         initial_head = {n: t.to(self.base.device) for n, t in tensors.items() if n.startswith(HEAD)}
-        return Trainee(unit, self._optimiser(tensors), order, initial_head)
+        fixed = fixed_tensors(self.base, self.adapter, unit.stream("fixed"))
+        return Trainee(unit, self._optimiser(tensors), order, initial_head, fixed)
 
     def _optimiser(self, tensors: Mapping[str, Tensor]) -> MemberOptimiser:
         return MemberOptimiser(

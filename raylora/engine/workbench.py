@@ -145,22 +145,23 @@ class Workbench:
             return 0.0
         # Before member 0 is committed: it is not taken up again afterwards.
         if any(t.unit.name == "member-000" for t in done) and self.spec.baselines.checkpoints:
-            self._evaluate_snapshots(adapter, should_stop)
+            self._evaluate_snapshots(adapter, done[0].fixed, should_stop)
         members = [trainee.result() for trainee in done]
+        whole = [{**tensors, **trainee.fixed} for tensors, trainee in zip(members, done, strict=True)]
         if done[0].unit.role == MC_DROPOUT:
             assert self.spec.baselines.mc_dropout is not None
             passes = self.spec.baselines.mc_dropout.passes
             seeds = [done[0].unit.stream("pass", number) for number in range(passes)]
-            self._commit(done[0], members[0], self._predict(adapter, members * passes, should_stop, seeds))
+            self._commit(done[0], members[0], self._predict(adapter, whole * passes, should_stop, seeds))
         else:
-            sets = self._predict(adapter, members, should_stop)
+            sets = self._predict(adapter, whole, should_stop)
             for index, (trainee, tensors) in enumerate(zip(done, members, strict=True)):
                 self._commit(trainee, tensors, [one.member(index) for one in sets])
         return time.perf_counter() - started
 
-    def _evaluate_snapshots(self, adapter: Any, should_stop: StopSignal) -> None:
+    def _evaluate_snapshots(self, adapter: Any, fixed: Tensors, should_stop: StopSignal) -> None:
         snapshots = [
-            persist.safetensors.torch.load(self.store.load_result(f"snapshots/{name}")["member.safetensors"])
+            {**persist.from_bytes(self.store.load_result(f"snapshots/{name}")["member.safetensors"]), **fixed}
             for name in self.store.storage.list("snapshots")
             if self.store.has_result(f"snapshots/{name}")
         ]
@@ -172,7 +173,7 @@ class Workbench:
         self, adapter: Any, members: Sequence[Tensors], should_stop: StopSignal,
         dropout_seeds: Sequence[int] | None = None,
     ) -> list[Predictions]:
-        stacked = {n: t.to(self.base.device) for n, t in stack(members).items()}
+        stacked = stack([{n: t.to(self.base.device) for n, t in member.items()} for member in members])
         found = []
         for loaded, role in evaluated_sets(self.sets):
             found.append(predict_set(

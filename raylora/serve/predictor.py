@@ -13,13 +13,16 @@ from typing import Any
 import safetensors.torch
 
 from raylora import registry
+from raylora.adapters.base import Tensors
 from raylora.adapters.export import from_peft
 from raylora.adapters.packed import stack
 from raylora.data.sources import load_rows
 from raylora.data.task import BadRow, Example, Task
 from raylora.engine.base import Base, compute_device, load_base
+from raylora.engine.forward import fixed_tensors
 from raylora.engine.persist import json
 from raylora.engine.predict import predict
+from raylora.engine.units import units_of
 from raylora.ensemble.aggregate import aggregate_logits
 from raylora.ensemble.uncertainty import decompose
 from raylora.errors import DataError, RunDirectoryError, UsageError
@@ -49,11 +52,16 @@ class Prediction:
 class LoadedEnsemble:
     """The members of a run on its base, ready to predict."""
 
-    def __init__(self, spec: RunSpec, base: Base, task: Task, members: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, spec: RunSpec, base: Base, task: Task, members: Mapping[str, Tensors]) -> None:
+        """Take members by name; what they need but did not train is made again from their seeds."""
         self.spec, self.base, self.task = spec, base, task
         self.members = len(members)
         self._adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
-        self._stacked = {n: t.to(base.device) for n, t in stack([dict(m) for m in members]).items()}
+        seeds = {unit.name: unit.stream("fixed") for unit in units_of(spec)}
+        self._stacked = stack([
+            {n: t.to(base.device) for n, t in tensors.items()} | fixed_tensors(base, self._adapter, seeds[name])
+            for name, tensors in members.items()
+        ])
 
     def predict(self, texts: Sequence[str | Mapping[str, Any]], batch: int = 64) -> list[Prediction]:
         """Return a prediction per text; a mapping gives the task's columns (a pair, a question and its choices).
@@ -110,7 +118,7 @@ def load_ensemble(run: str, gpus: int | None = None) -> LoadedEnsemble:
     store = RunStore(run)
     spec = store.read_spec()
     names = [name for name in store.storage.list("members") if ".tmp-" not in name]
-    members = [load_member(store, name) for name in names if store.has_result(f"members/{name}")]
+    members = {name: load_member(store, name) for name in names if store.has_result(f"members/{name}")}
     if not members:
         raise RunDirectoryError(f"{store.uri}: no member is finished", f"raylora resume {store.uri}")
     task = registry.load("task", spec.task.kind).build(spec.task)
@@ -122,7 +130,7 @@ def load_ensemble(run: str, gpus: int | None = None) -> LoadedEnsemble:
     return LoadedEnsemble(spec, load_base(spec.base, spec.adapter, task, device), task, members)
 
 
-def load_member(store: RunStore, name: str) -> dict[str, Any]:
+def load_member(store: RunStore, name: str) -> Tensors:
     """Return one member's tensors under raylora's names.
 
     Raises:
