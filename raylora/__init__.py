@@ -15,7 +15,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from raylora.client import RunHandle, attach, launch, resume, run_local
+    from raylora.engine.count import parameter_count
     from raylora.errors import RayloraError
+    from raylora.serve.export import export_run
     from raylora.serve.predictor import LoadedEnsemble, Prediction, load_ensemble
     from raylora.spec import RunSpec, build_spec, read_spec
 
@@ -32,6 +34,8 @@ _HOMES = {
     "LoadedEnsemble": "raylora.serve.predictor",
     "Prediction": "raylora.serve.predictor",
     "load_ensemble": "raylora.serve.predictor",
+    "export_run": "raylora.serve.export",
+    "parameter_count": "raylora.engine.count",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -84,8 +84,10 @@ def validate(
     prepared = prepare(spec)
     task = load("task", spec.task.kind).build(spec.task)
     samples = prepared.sets.preview(preview, load_tokenizer(spec.base, task)) if preview else []
-    lines = [*prepared.sets.describe(), *samples, f"{spec_file} is valid; digest {spec.digest()[:12]}"]
-    _say(as_json, {"valid": True, "digest": spec.digest(), "sets": prepared.sets.describe(), "preview": samples},
+    notes = [f"note: {note}" for note in prepared.notes]
+    lines = [*prepared.sets.describe(), *samples, *notes, f"{spec_file} is valid; digest {spec.digest()[:12]}"]
+    _say(as_json, {"valid": True, "digest": spec.digest(), "sets": prepared.sets.describe(), "preview": samples,
+                   "notes": list(prepared.notes)},
          "\n".join(lines))
 
 
@@ -99,13 +101,13 @@ def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = Fal
     found = prepared.plan
     if as_json:
         print(json.dumps({**vars(found), "jobs": found.jobs(), "member_parameters": prepared.member_parameters,
-                          "total_steps": prepared.total_steps}))
+                          "total_steps": prepared.total_steps, "notes": list(prepared.notes)}))
         return
     table = Table("job", "units trained in one forward", title=f"{found.strategy}: {found.workers} worker(s)")
     for job, units in found.jobs().items():
         table.add_row(job, ", ".join(units))
     out.print(table)
-    for reason in found.reasons:
+    for reason in (*found.reasons, *prepared.notes):
         out.print(f"  {reason}")
     out.print(f"  {prepared.member_parameters:,} trainable parameters per member, {prepared.total_steps} steps")
 
@@ -187,6 +189,28 @@ def predict(
             table.add_row(prediction.id, prediction.label, f"{prediction.probabilities[prediction.label]:.3f}",
                           f"{prediction.entropy:.3f}", f"{prediction.mutual_information:.4f}")
         out.print(table)
+
+
+@app.command()
+@_command
+def export(
+    run_path: RunPath,
+    form: Annotated[str, typer.Option("--format", help="peft-lora: folders that PEFT and vLLM load.")] = "peft-lora",
+    output: Annotated[str | None, typer.Option("--out", help="Where to; by default RUN/export.")] = None,
+    member: Annotated[list[str] | None, typer.Option("--member", help="Only this one; may be repeated.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write members in a format that other programs read."""
+    from raylora.serve.export import export_run
+
+    exported = export_run(run_path, form, output, member or [])
+    if as_json:
+        print(json.dumps([vars(item) for item in exported]))
+        return
+    table = Table("member", "in the run (bytes)", "exported (bytes)", "folder")
+    for item in exported:
+        table.add_row(item.member, f"{item.size_bytes:,}", f"{item.exported_bytes:,}", item.folder)
+    out.print(table)
 
 
 @app.command()

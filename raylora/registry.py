@@ -14,7 +14,13 @@ from raylora.errors import SpecError, suggest
 REGISTRY: dict[str, dict[str, str]] = {
     "adapter": {
         "lora": "raylora.adapters.lora",
+        "mos": "raylora.adapters.mos",
         "none": "raylora.adapters.none",
+        "prolora": "raylora.adapters.prolora",
+        "melora": "raylora.adapters.melora",
+        "lora_xs": "raylora.adapters.lora_xs",
+        "nola": "raylora.adapters.nola",
+        "peft": "raylora.adapters.peft",
     },
     "quantization": {
         "none": "raylora.quant.none",

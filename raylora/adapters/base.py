@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,60 @@ class Adapter(Protocol):
         """Return the change as a weight, O x I, in float32, from one member's trained and fixed tensors."""
 
 
+@runtime_checkable
+class PeftNative(Protocol):
+    """A kind whose tensors PEFT loads as they are."""
+
+    def peft_config(self) -> dict[str, Any]:
+        """Return this kind's part of ``adapter_config.json``: ``peft_type``, ``r``, ``lora_alpha`` and so on."""
+
+
+@runtime_checkable
+class PeftWritten(PeftNative, Protocol):
+    """A kind whose tensors PEFT names, and beside which it keeps some that are not trained."""
+
+    def peft_tensors(self, tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> Tensors:
+        """Return the content of ``adapter_model.safetensors`` but for the head, from one member's trained tensors."""
+
+
+@runtime_checkable
+class OverWeights(Protocol):
+    """A kind whose start or change depends on the frozen layer itself, as DoRA's norms do."""
+
+    def from_weights(self, tensors: Tensors, sites: Sequence[Site], weight_of: WeightOf) -> Tensors:
+        """Return a fresh member's tensors with those in place that come from the frozen weights."""
+
+    def packed_delta_over(self, linear: nn.Module, base_KNO: Tensor, x_KNI: Tensor, at_site: Any) -> Tensor:
+        """Return y_KNO as ``packed_delta`` does, given the frozen layer and what it makes of x."""
+
+    def why_not_on(self, quantization: str) -> str:
+        """Return why it cannot be put over weights of this kind, or nothing if it can."""
+
+
+@runtime_checkable
+class Alone(Protocol):
+    """A kind whose members train one at a time instead of sharing a forward."""
+
+    def why_alone(self) -> str:
+        """Return the reason that a plan gives."""
+
+
+@runtime_checkable
+class LoraExpandable(Protocol):
+    """A kind that PEFT does not know, whose change can be written out as a pair of matrices per layer."""
+
+    def as_lora(self, tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> tuple[AdapterSpec, Tensors]:
+        """Return a LoRA spec and tensors with the same change, from one member's trained and fixed tensors."""
+
+
+@runtime_checkable
+class Noted(Protocol):
+    """A kind that does something to these layers that a person should know before training."""
+
+    def notes(self, sites: Sequence[Site]) -> list[str]:
+        """Return one line per finding."""
+
+
 def find_sites(model: Any, spec: AdapterSpec, defaults: Sequence[str], heads: Sequence[str]) -> list[Site]:
     """Return the layers that a spec's ``target_modules`` and ``layers`` select, in the model's order.
 
@@ -75,7 +129,8 @@ def find_sites(model: Any, spec: AdapterSpec, defaults: Sequence[str], heads: Se
         heads: names of the task head's linears, which are trained whole and never adapted.
 
     Raises:
-        BaseError: a target that matches nothing, or more layers than the model has.
+        BaseError: a target that matches nothing, more layers than the model has, or a layer that the model uses
+            under two names.
     """
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and n not in heads}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -87,6 +142,7 @@ def find_sites(model: Any, spec: AdapterSpec, defaults: Sequence[str], heads: Se
         targets = [targets] if isinstance(targets, str) else list(targets)
         chosen = _match(targets, linears)
     sites = [_site(name, linears[name]) for name in linears if name in set(chosen)]
+    _refuse_shared(model, {site.name: linears[site.name] for site in sites})
     return _select_blocks(sites, spec.layers, [_block(n) for n in inner])
 
 
@@ -114,6 +170,18 @@ def _match(targets: Sequence[str], linears: Mapping[str, nn.Module]) -> list[str
             f"name some of its linear layers: {', '.join(kinds)}, or use 'all-linear'",
         )
     return chosen
+
+
+def _refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """An adapter is attached to one name; under its other names a shared module would run without it."""
+    names = {id(module): name for name, module in chosen.items()}
+    for other, module in model.named_modules(remove_duplicate=False):
+        first = names.get(id(module), other)
+        if first != other:
+            raise BaseError(
+                f"adapter.target_modules: {first} and {other} are one and the same layer of this model",
+                "leave it out: name the other layers in target_modules",
+            )
 
 
 def _site(name: str, module: nn.Module) -> Site:

@@ -6,7 +6,7 @@ Shapes: K members, N tokens, I inputs, O outputs, R rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -82,6 +82,11 @@ class Lora:
         """Return (alpha / R) * B A, O x I."""
         a_RI, b_OR = tensors[f"{site.name}.lora_A"], tensors[f"{site.name}.lora_B"]
         return self.scale * (b_OR.float() @ a_RI.float())
+
+    def peft_config(self) -> dict[str, Any]:
+        """Return what PEFT calls these settings."""
+        spec = self.spec
+        return {"peft_type": "LORA", "r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
 
 
 def build(spec: Spec) -> Lora:

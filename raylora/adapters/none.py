@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -53,6 +53,10 @@ class NoAdapter:
     def delta_weight(self, tensors: Mapping[str, Tensor], site: Site) -> Tensor:
         """Return zeros, O x I."""
         return torch.zeros(site.out_features, site.in_features)
+
+    def peft_config(self) -> dict[str, Any]:
+        """Return the settings of a LoRA adapter that has no tensors: PEFT then loads the head alone."""
+        return {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "lora_dropout": 0.0}
 
 
 def build(spec: Spec) -> NoAdapter:

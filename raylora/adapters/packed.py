@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raylora.adapters.base import HEAD, Adapter, Site, Tensors
+from raylora.adapters.base import HEAD, Adapter, OverWeights, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Pack:
     heads: Mapping[str, Tensor]
     """Stacked head tensors, ``<module>.weight`` K x O x I and ``<module>.bias`` K x O."""
     dropout: Dropout | None = None
+    over: OverWeights | None = None
+    """The adapter again, if its change depends on the frozen layer."""
 
 
 class Slot:
@@ -95,7 +97,12 @@ class AdaptedLinear(nn.Module):
         if pack is None or self.site.name not in pack.at_site:
             return y
         x_KNI = _by_member(x, pack.members, pack.dropout, self.index)
-        delta_KNO = pack.adapter.packed_delta(x_KNI, pack.at_site[self.site.name])
+        at_site = pack.at_site[self.site.name]
+        if pack.over is not None:
+            base_KNO = self.base(x_KNI) if pack.dropout is not None else y.reshape(*x_KNI.shape[:2], -1)
+            delta_KNO = pack.over.packed_delta_over(self.base, base_KNO, x_KNI, at_site)
+        else:
+            delta_KNO = pack.adapter.packed_delta(x_KNI, at_site)
         return y + delta_KNO.view_as(y).to(y.dtype)
 
 
@@ -176,4 +183,5 @@ def make_pack(
     inner = {n: t for n, t in stacked.items() if not n.startswith(HEAD)}
     members = len(next(iter(stacked.values())))
     at_site = adapter.materialise(inner, sites) if adapters_on and inner else {}
-    return Pack(adapter, members, at_site, heads, dropout if adapters_on else None)
+    over = adapter if isinstance(adapter, OverWeights) else None
+    return Pack(adapter, members, at_site, heads, dropout if adapters_on else None, over)

@@ -99,7 +99,7 @@ def load_tokenizer(spec: BaseSpec, task: Task) -> Any:
     """Return the base's tokenizer, with a pad token in every case and padding on the side the task needs."""
     from transformers import AutoTokenizer
 
-    with _quiet():
+    with quiet():
         tokenizer = _from_hub(
             spec, AutoTokenizer.from_pretrained, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
@@ -113,7 +113,7 @@ def load_config(spec: BaseSpec) -> Any:
     """Return the base's configuration; enough to plan with, without any weights."""
     from transformers import AutoConfig
 
-    with _quiet():
+    with quiet():
         return _from_hub(
             spec, AutoConfig.from_pretrained, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
@@ -134,7 +134,7 @@ def load_base(spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: tor
     adapter: Adapter = registry.load("adapter", adapter_spec.kind).build(adapter_spec)
     sites = adapter_sites(model, adapter, list(heads))
     head_modules = {name: model.get_submodule(name) for name in heads}
-    names = [name for name, module in model.named_modules() if is_linear(module)]
+    targets = target_names(model, sites, list(heads))
     size_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     slot = attach(model, sites, list(heads))
     return Base(
@@ -149,8 +149,7 @@ def load_base(spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: tor
         size_bytes=size_bytes,
         is_decoder=is_decoder(model.config),
         initializer_range=float(getattr(model.config, "initializer_range", 0.02)),
-        # PEFT refuses an adapter without any target; one with no tensors for it changes nothing there.
-        target_modules=_target_modules(sites, names) or [name for name in names if name not in heads][:1],
+        target_modules=targets,
         export_name=export_name(spec),
     )
 
@@ -221,7 +220,7 @@ def _load_model(
 
     quantizer = registry.load("quantization", spec.quantization.kind)
     extra = task.model_kwargs()
-    with _quiet():
+    with quiet():
         auto_class = getattr(transformers, task.auto_class)
         skip = outside_backbone(shell_model(spec, task))
         attention = spec.attention if spec.attention != "auto" else ("eager" if device.type == "cpu" else "sdpa")
@@ -265,7 +264,7 @@ def shell_model(spec: BaseSpec, task: Task) -> nn.Module:
         )
     for key, value in task.model_kwargs().items():
         setattr(config, key, value)
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         try:
             auto_class = getattr(transformers, task.auto_class)
             return auto_class.from_config(config, trust_remote_code=spec.trust_remote_code)
@@ -283,8 +282,12 @@ def outside_backbone(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_children() if name != backbone and list(module.parameters())]
 
 
-def _target_modules(sites: Sequence[Site], names: Sequence[str]) -> list[str]:
+def target_names(model: nn.Module, sites: Sequence[Site], heads: Sequence[str]) -> list[str]:
+    """Return the sites as PEFT names them: by their endings where those select the same layers, else in full."""
+    names = [name for name, module in model.named_modules() if is_linear(module)]
     chosen = {site.name for site in sites}
+    if not chosen:  # PEFT refuses an adapter without any target; one with no tensors for it changes nothing there
+        return [name for name in names if name not in heads][:1]
     endings = sorted({name.rpartition(".")[2] for name in chosen})
     selected = {name for name in names if name.rpartition(".")[2] in endings}
     return endings if selected == chosen else sorted(chosen)
@@ -322,7 +325,7 @@ def _logical_size(parameter: nn.Parameter) -> int:
 
 
 @contextmanager
-def _quiet() -> Any:
+def quiet() -> Any:
     """Silence loading chatter: the missing head that it warns about is what members train."""
     import transformers
 

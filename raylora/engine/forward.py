@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raylora.adapters.base import HEAD, Adapter, Tensors
+from raylora.adapters.base import HEAD, Adapter, OverWeights, Tensors
 from raylora.adapters.packed import Dropout, make_pack
 from raylora.data.task import Batch, Task, join, pad_id
 from raylora.engine.base import Base
+from raylora.engine.persist import layout_of
 from raylora.spec.run import KLSpec
 
 
@@ -138,6 +140,14 @@ def fixed_tensors(base: Base, adapter: Adapter, seed: int) -> Tensors:
     return {n: t.to(base.device) for n, t in adapter.fixed(base.sites, seed, base.weight_of).items()}
 
 
+def expected_layout(base: Base, adapter: Adapter, fixed: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Return the layout that a member of this adapter has on this base, with its untrained tensors."""
+    if not fixed:
+        return None
+    with torch.device("meta"):  # shapes only
+        return layout_of(adapter.build(base.sites, torch.Generator("cpu")), fixed)
+
+
 def initial_member(base: Base, adapter: Adapter, head: Mapping[str, Tensor], seed: int) -> Tensors:
     """Return a fresh member: the adapter's tensors, and a head drawn anew where the checkpoint has none.
 
@@ -145,6 +155,8 @@ def initial_member(base: Base, adapter: Adapter, head: Mapping[str, Tensor], see
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = adapter.build(base.sites, generator) if base.sites else {}
+    if isinstance(adapter, OverWeights):
+        tensors = adapter.from_weights(tensors, base.sites, base.weight_of)
     for name, value in head.items():
         module, _, key = name.rpartition(".")
         if module in base.fresh_heads:

@@ -5,6 +5,7 @@ Only safetensors and JSON are written, and whatever is read back is checked.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,9 +14,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from raylora.adapters.base import Tensors
+from raylora.adapters.base import HEAD, Tensors
 from raylora.ensemble.predictions import Predictions
-from raylora.errors import StoreError
+from raylora.errors import RunDirectoryError, StoreError
 
 
 def pack_state(sections: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> dict[str, bytes]:
@@ -49,6 +50,46 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None =
 def from_bytes(content: bytes) -> Tensors:
     """Return the tensors of safetensors bytes."""
     return safetensors.torch.load(content)
+
+
+def layout_of(tensors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Return what a member's untrained tensors are known by again, or None if it has none.
+
+    Its own tensors' shapes tell one base from another; the hash of what was drawn (the integers) tells one draw
+    from another. Fixed floats are computed from the base and may differ by rounding between machines.
+    """
+    if not fixed:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(fixed):
+        tensor = fixed[name].cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        if not tensor.is_floating_point():
+            digest.update(tensor.numpy().tobytes())
+    shapes = {name: list(tensors[name].shape) for name in sorted(tensors) if not name.startswith(HEAD)}
+    return {"shapes": shapes, "fixed_sha256": digest.hexdigest()}
+
+
+def check_layout(where: str, recorded: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> None:
+    """Refuse to put a member together with untrained tensors other than those it was trained with.
+
+    Raises:
+        RunDirectoryError: the base has other layers now, or the draw comes out differently.
+    """
+    if recorded is None or found is None or recorded == found:
+        return
+    before, now = recorded["shapes"], found["shapes"]
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise RunDirectoryError(
+                f"{where}: was trained on another base: {name} is {before.get(name, 'missing')} in the member and "
+                f"{now.get(name, 'missing')} on this base", "use the base that it was trained on",
+            )
+    raise RunDirectoryError(
+        f"{where}: what its seed draws is not what it was trained with",
+        "its seed was changed, its base has other layers, or this version of torch draws other numbers than the one "
+        "it was trained with",
+    )
 
 
 def pack_predictions(sets: Sequence[Predictions]) -> dict[str, bytes]:

@@ -11,12 +11,13 @@ import psutil
 import torch
 
 from raylora import registry
-from raylora.adapters.base import Adapter, is_linear
+from raylora.adapters.base import Noted, is_linear
 from raylora.data.sets import DataSets, load_sets
 from raylora.data.task import Task
 from raylora.engine.base import adapter_sites, find_heads, load_config, load_tokenizer, shell_model
+from raylora.engine.count import adapter_parameters
 from raylora.engine.schedule import total_steps
-from raylora.engine.units import Unit, check_baselines, packable_groups, units_of
+from raylora.engine.units import Unit, check_baselines, check_weights, packable_groups, units_of, why_alone
 from raylora.errors import SpecError
 from raylora.placement.plan import Demand, Inventory, Plan, make_plan
 from raylora.spec import RunSpec
@@ -39,6 +40,8 @@ class Prepared:
     total_steps: int
     is_resume: bool
     member_parameters: int
+    notes: tuple[str, ...] = ()
+    """What the adapter does to these layers that one would not expect."""
 
     def begin(self) -> None:
         """Write what a run begins with; the first thing that touches the disk."""
@@ -60,9 +63,14 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     shell = shell_model(spec.base, task)
     heads = list(find_heads(shell, []))
     check_baselines(spec, bool(heads))
+    check_weights(spec)
     _check_early_stopping(spec, task)
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
-    members = _member_parameters(shell, adapter, heads)
+    sites = adapter_sites(shell, adapter, heads)
+    members = adapter_parameters(adapter, sites) + sum(
+        p.numel() for name in heads for p in shell.get_submodule(name).parameters()
+    )
+    notes = tuple(adapter.notes(sites)) if isinstance(adapter, Noted) else ()
     tokenizer = load_tokenizer(spec.base, task)
     sets = load_sets(spec.data, spec.evaluation, task, tokenizer)
     units = units_of(spec)
@@ -71,10 +79,11 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
         base_bytes=_base_bytes(shell, spec, heads),
         member_bytes=16 * members,
         activation_bytes=_activation_bytes(spec, sets),
+        why_alone=why_alone(units[0]),
     )
     plan = make_plan(demand, inventory or local_inventory(), spec.placement)
     steps = total_steps(len(sets.train.examples), spec.optimisation)
-    return Prepared(spec, store, units, plan, demand, sets, steps, is_resume, members)
+    return Prepared(spec, store, units, plan, demand, sets, steps, is_resume, members, notes)
 
 
 def local_inventory() -> Inventory:
@@ -113,14 +122,6 @@ def _check_early_stopping(spec: RunSpec, task: Task) -> None:
         raise SpecError(
             f"ensemble.regularisers.early_stopping.metric: {spec.task.kind} has no {rule.metric}", "use nll"
         )
-
-
-def _member_parameters(shell: Any, adapter: Adapter, heads: Sequence[str]) -> int:
-    sites = adapter_sites(shell, adapter, heads)
-    with torch.device("meta"):
-        tensors = adapter.build(sites, torch.Generator("cpu"))
-    head = sum(p.numel() for name in heads for p in shell.get_submodule(name).parameters())
-    return sum(t.numel() for t in tensors.values()) + head
 
 
 def _base_bytes(shell: Any, spec: RunSpec, heads: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from raylora.data.task import Batch, Example, Task
 from raylora.engine.base import Base, head_tensors
 from raylora.engine.deepspeed import MemberOptimiser
 from raylora.engine.forward import fixed_tensors, initial_member, pack_gradients
+from raylora.engine.persist import check_layout, layout_of
 from raylora.engine.predict import validation_metrics
 from raylora.engine.schedule import epochs_done, total_steps
 from raylora.engine.units import Unit, order_seed
@@ -236,6 +237,7 @@ class PackTrainer:
             "best_value": trainee.best_value,
             "bad_epochs": trainee.bad_epochs,
             "stopped_at": trainee.stopped_at,
+            "layout": layout_of(sections["member"], trainee.fixed),
         }
         return sections, facts
 
@@ -247,6 +249,10 @@ class PackTrainer:
             if "failure" in facts:
                 trainee.failure = facts["failure"]
                 continue
+            check_layout(
+                f"the checkpoint of {trainee.unit.name}", facts.get("layout"),
+                layout_of(trainee.optimiser.tensors(), trainee.fixed),
+            )
             names = trainee.optimiser.names  # a file has its own order, and sums depend on it
             best = {n: sections["best"][n] for n in names} if "best" in sections else None
             optimiser = self._optimiser({n: sections["member"][n] for n in names})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raylora import registry
+from raylora.adapters.base import Alone, OverWeights
 from raylora.data.order import derive_seed
 from raylora.errors import BaseError
 from raylora.spec import AdapterSpec, RunSpec
@@ -51,7 +52,30 @@ def order_seed(unit: Unit, spec: RunSpec) -> int:
 def packable_groups(units: Sequence[Unit]) -> list[list[str]]:
     """Return the units' names grouped by what can share one forward."""
     roles = dict.fromkeys(unit.role for unit in units)
-    return [[unit.name for unit in units if unit.role == role] for role in roles]
+    groups = []
+    for role in roles:
+        of_role = [unit for unit in units if unit.role == role]
+        names = [unit.name for unit in of_role]
+        groups += [[name] for name in names] if why_alone(of_role[0]) else [names]
+    return groups
+
+
+def why_alone(unit: Unit) -> str:
+    """Return why a unit shares no forward with its like, or nothing if it may."""
+    adapter = registry.load("adapter", unit.adapter.kind).build(unit.adapter)
+    return adapter.why_alone() if isinstance(adapter, Alone) else ""
+
+
+def check_weights(spec: RunSpec) -> None:
+    """Refuse a base whose weights are stored in a way that the adapter cannot work with.
+
+    Raises:
+        BaseError: with the adapter's own reason.
+    """
+    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+    reason = adapter.why_not_on(spec.base.quantization.kind) if isinstance(adapter, OverWeights) else ""
+    if reason:
+        raise BaseError(f"base.quantization: {spec.base.quantization.kind}: {reason}", "use none, or another adapter")
 
 
 def check_baselines(spec: RunSpec, has_head: bool) -> None:

@@ -199,17 +199,19 @@ class Workbench:
             "labels": self.task.label_names,
             "history": trainee.history,
             "stopped_at": trainee.stopped_at,
+            "layout": persist.layout_of(tensors, trainee.fixed),
         }
         task_type = "SEQ_CLS" if self.task.auto_class == "AutoModelForSequenceClassification" else "CAUSAL_LM"
         peft = to_peft(
             tensors, unit.adapter, self.base.sites, self.base.target_modules, task_type, self.base.export_name
         )
         check_finite(peft.tensors, unit)
+        config = {"adapter_config.json": peft.config_bytes()} if peft.config is not None else {}
         self.store.commit_result(folder_of(unit), {
             "adapter_model.safetensors": persist.to_bytes(peft.tensors),
-            "adapter_config.json": peft.config_bytes(),
+            **config,
             "member.json": persist.json.dumps(facts, indent=1, sort_keys=True).encode(),
-            "README.md": _readme(unit, self.spec, self.base.export_name).encode(),
+            "README.md": _readme(unit, self.spec, self.base.export_name, bool(config)).encode(),
         })
         self.store.discard_checkpoints(unit.name)
 
@@ -253,10 +255,14 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _readme(unit: Unit, spec: RunSpec, base_name: str) -> str:
+def _readme(unit: Unit, spec: RunSpec, base_name: str, in_peft: bool) -> str:
     kind = "last-layer head" if unit.role == LAST_LAYER else f"{unit.adapter.kind} adapter"
+    library = "peft" if in_peft else "raylora"
+    use = (
+        f"Load it with `PeftModel.from_pretrained(base, folder)` on `{base_name}`." if in_peft else
+        "PEFT does not know this kind: `raylora export RUN --format peft-lora` writes its members in PEFT's format."
+    )
     return (
-        f"---\nbase_model: {base_name}\nlibrary_name: peft\ntags: [raylora, {unit.adapter.kind}]\n---\n\n"
-        f"# {unit.name}\n\nOne {kind} of an ensemble, seed {unit.seed}, task {spec.task.kind}.\n"
-        f"Load it with `PeftModel.from_pretrained(base, folder)` on `{base_name}`.\n"
+        f"---\nbase_model: {base_name}\nlibrary_name: {library}\ntags: [raylora, {unit.adapter.kind}]\n---\n\n"
+        f"# {unit.name}\n\nOne {kind} of an ensemble, seed {unit.seed}, task {spec.task.kind}.\n{use}\n"
     )

@@ -30,6 +30,8 @@ class Demand:
     """What one member's micro-batch keeps for its backward pass."""
     runtime_bytes: int = 1_500_000_000
     """The interpreter with torch and transformers."""
+    why_alone: str = ""
+    """Why the members are groups of their own, if they are."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def make_plan(demand: Demand, inventory: Inventory, spec: PlacementSpec) -> Plan
     Raises:
         PlacementError: more is asked for than there is; the message says what there is.
     """
-    reasons: list[str] = []
+    reasons: list[str] = [demand.why_alone] if demand.why_alone else []
     gpus_each = (1 if inventory.gpus else 0) if spec.gpus_per_worker == "auto" else spec.gpus_per_worker
     units = sum(len(group) for group in demand.groups)
     largest = max(len(group) for group in demand.groups)

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from raylora import registry
 from raylora.adapters.base import Tensors
 from raylora.adapters.export import from_peft
@@ -19,8 +17,8 @@ from raylora.adapters.packed import stack
 from raylora.data.sources import load_rows
 from raylora.data.task import BadRow, Example, Task
 from raylora.engine.base import Base, compute_device, load_base
-from raylora.engine.forward import fixed_tensors
-from raylora.engine.persist import json
+from raylora.engine.forward import expected_layout, fixed_tensors
+from raylora.engine.persist import check_layout, from_bytes, json
 from raylora.engine.predict import predict
 from raylora.engine.units import units_of
 from raylora.ensemble.aggregate import aggregate_logits
@@ -52,15 +50,28 @@ class Prediction:
 class LoadedEnsemble:
     """The members of a run on its base, ready to predict."""
 
-    def __init__(self, spec: RunSpec, base: Base, task: Task, members: Mapping[str, Tensors]) -> None:
-        """Take members by name; what they need but did not train is made again from their seeds."""
+    def __init__(
+        self, spec: RunSpec, base: Base, task: Task, members: Mapping[str, Tensors],
+        layouts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take members by name; what they need but did not train is made again from their seeds.
+
+        Args:
+            layouts: what each member's untrained tensors were when it was trained.
+
+        Raises:
+            RunDirectoryError: they come out differently now.
+        """
         self.spec, self.base, self.task = spec, base, task
         self.members = len(members)
         self._adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
         seeds = {unit.name: unit.stream("fixed") for unit in units_of(spec)}
+        fixed = {name: fixed_tensors(base, self._adapter, seeds[name]) for name in members}
+        for name in members:
+            recorded = (layouts or {}).get(name)
+            check_layout(name, recorded, expected_layout(base, self._adapter, fixed[name]))
         self._stacked = stack([
-            {n: t.to(base.device) for n, t in tensors.items()} | fixed_tensors(base, self._adapter, seeds[name])
-            for name, tensors in members.items()
+            {n: t.to(base.device) for n, t in tensors.items()} | fixed[name] for name, tensors in members.items()
         ])
 
     def predict(self, texts: Sequence[str | Mapping[str, Any]], batch: int = 64) -> list[Prediction]:
@@ -118,27 +129,29 @@ def load_ensemble(run: str, gpus: int | None = None) -> LoadedEnsemble:
     store = RunStore(run)
     spec = store.read_spec()
     names = [name for name in store.storage.list("members") if ".tmp-" not in name]
-    members = {name: load_member(store, name) for name in names if store.has_result(f"members/{name}")}
-    if not members:
+    files = {name: store.load_result(f"members/{name}") for name in names if store.has_result(f"members/{name}")}
+    if not files:
         raise RunDirectoryError(f"{store.uri}: no member is finished", f"raylora resume {store.uri}")
+    members = {name: member_tensors(found) for name, found in files.items()}
+    layouts = {name: member_facts(found).get("layout") for name, found in files.items()}
     task = registry.load("task", spec.task.kind).build(spec.task)
     if task.num_classes is None:
         raise UsageError(
             f"{store.uri}: a {spec.task.kind} run has no classes to predict", "its members load with PEFT to generate"
         )
     device = compute_device(torch.cuda.device_count() if gpus is None else gpus)
-    return LoadedEnsemble(spec, load_base(spec.base, spec.adapter, task, device), task, members)
+    return LoadedEnsemble(spec, load_base(spec.base, spec.adapter, task, device), task, members, layouts)
 
 
-def load_member(store: RunStore, name: str) -> Tensors:
-    """Return one member's tensors under raylora's names.
+def member_tensors(files: Mapping[str, bytes]) -> Tensors:
+    """Return what a member's folder holds, under raylora's names."""
+    config = files.get("adapter_config.json")
+    return from_peft(from_bytes(files["adapter_model.safetensors"]), json.loads(config) if config else None)
 
-    Raises:
-        StoreError: its folder is damaged.
-    """
-    files = store.load_result(f"members/{name}")
-    tensors = safetensors.torch.load(files["adapter_model.safetensors"])
-    return from_peft(tensors, json.loads(files["adapter_config.json"]))
+
+def member_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return the plain facts that a member's folder holds: its seed, adapter, base and history."""
+    return json.loads(files["member.json"])
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:

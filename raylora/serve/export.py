@@ -1,0 +1,131 @@
+"""A run's members as other programs read them: every kind that is a pair of matrices per layer, as PEFT's LoRA."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raylora import registry
+from raylora.adapters.base import HEAD, Adapter, LoraExpandable, PeftNative, Site
+from raylora.adapters.export import to_peft
+from raylora.data.task import Task
+from raylora.engine.base import (
+    Base,
+    adapter_sites,
+    compute_device,
+    export_name,
+    find_heads,
+    load_base,
+    shell_model,
+    target_names,
+)
+from raylora.engine.persist import check_layout, layout_of, to_bytes
+from raylora.engine.units import units_of
+from raylora.errors import RunDirectoryError, UsageError, suggest
+from raylora.serve.predictor import member_facts, member_tensors
+from raylora.spec import RunSpec
+from raylora.store import commit
+from raylora.store.run_store import RunStore
+from raylora.store.storage import Storage
+
+FORMATS = ("peft-lora",)
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One written member, and its weights' size before and after."""
+
+    member: str
+    folder: str
+    size_bytes: int
+    exported_bytes: int
+
+
+def export_run(
+    run: str, form: str = "peft-lora", out: str | None = None, members: Sequence[str] = ()
+) -> list[Exported]:
+    """Write a run's finished members as PEFT LoRA adapters, one folder each, and return what was written.
+
+    Members that PEFT loads as they are get copied; others are written out layer by layer.
+
+    Args:
+        out: a folder or fsspec URI, by default ``export`` in the run directory.
+        members: names such as ``member-000``; by default all.
+
+    Raises:
+        RunDirectoryError: there is no run, no such member, or the member does not belong to the base.
+        UsageError: the format is unknown, or members of this kind have no such form.
+    """
+    if form not in FORMATS:
+        raise UsageError(f"--format: unknown format {form!r}", suggest(form, FORMATS))
+    store = RunStore(run)
+    spec = store.read_spec()
+    target = Storage(out or f"{store.uri}/export")
+    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+    written = []
+    for name in _chosen(store, members):
+        files = store.load_result(f"members/{name}")
+        exported = _as_lora(spec, adapter, name, files) if not isinstance(adapter, PeftNative) else files
+        commit.commit(target, name, exported)
+        written.append(Exported(name, target.path(name), len(files[_WEIGHTS]), len(exported[_WEIGHTS])))
+    return written
+
+
+def _chosen(store: RunStore, wanted: Sequence[str]) -> list[str]:
+    names = [name for name in store.storage.list("members") if store.has_result(f"members/{name}")]
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise RunDirectoryError(f"{store.uri}: has no finished member {missing[0]!r}", suggest(missing[0], names))
+    if not names:
+        raise RunDirectoryError(f"{store.uri}: no member is finished", f"raylora resume {store.uri}")
+    return list(wanted) or names
+
+
+def _as_lora(spec: RunSpec, adapter: Adapter, name: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the folder of one member, written out as LoRA."""
+    if not isinstance(adapter, LoraExpandable):
+        raise UsageError(f"members of kind {spec.adapter.kind} have no LoRA form")
+    task = registry.load("task", spec.task.kind).build(spec.task)
+    tensors, facts = member_tensors(files), member_facts(files)
+    head = {n: t for n, t in tensors.items() if n.startswith(HEAD)}
+    shell = shell_model(spec.base, task)
+    # The shell does not know what the checkpoint lacks; the member does: it trained it.
+    heads = list(find_heads(shell, [n.removeprefix(HEAD) for n in head]))
+    sites = adapter_sites(shell, adapter, heads)
+    seeds = {unit.name: unit.stream("fixed") for unit in units_of(spec)}
+    fixed = adapter.fixed(sites, seeds[name], _weights(spec, task))
+    check_layout(name, facts.get("layout"), layout_of(_shapes(adapter, sites), fixed))
+    lora, written = adapter.as_lora({**tensors, **fixed}, sites)
+    task_type = "SEQ_CLS" if task.auto_class == "AutoModelForSequenceClassification" else "CAUSAL_LM"
+    peft = to_peft(
+        {**written, **head}, lora, sites, target_names(shell, sites, heads), task_type, export_name(spec.base)
+    )
+    readme = (
+        f"---\nbase_model: {export_name(spec.base)}\nlibrary_name: peft\ntags: [raylora, {spec.adapter.kind}]\n---\n\n"
+        f"# {name}\n\nWritten out from a {spec.adapter.kind} adapter.\n"
+    )
+    return {_WEIGHTS: to_bytes(peft.tensors), "adapter_config.json": peft.config_bytes(), "README.md": readme.encode()}
+
+
+def _shapes(adapter: Adapter, sites: Sequence[Site]) -> Mapping[str, Tensor]:
+    with torch.device("meta"):
+        return adapter.build(sites, torch.Generator("cpu"))
+
+
+def _weights(spec: RunSpec, task: Task) -> Callable[[str], Tensor]:
+    """Return a reader of the base's weights that loads it when it is first asked; many kinds never ask."""
+    loaded: Any = functools.lru_cache(maxsize=1)(
+        lambda: load_base(spec.base, spec.adapter, task, compute_device(0))
+    )
+
+    def weight_of(site: str) -> Tensor:
+        base: Base = loaded()
+        return base.weight_of(site)
+
+    return weight_of
