@@ -99,6 +99,7 @@ def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = Fal
     found = prepared.plan
     if as_json:
         print(json.dumps({**vars(found), "jobs": found.jobs(), "member_parameters": prepared.member_parameters,
+                          "compute": prepared.compute,
                           "total_steps": prepared.total_steps}))
         return
     table = Table("job", "units trained in one forward", title=f"{found.strategy}: {found.workers} worker(s)")
@@ -107,6 +108,7 @@ def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = Fal
     out.print(table)
     for reason in found.reasons:
         out.print(f"  {reason}")
+    out.print(f"  computing in {prepared.compute}")
     out.print(f"  {prepared.member_parameters:,} trainable parameters per member, {prepared.total_steps} steps")
 
 

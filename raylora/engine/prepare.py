@@ -14,7 +14,7 @@ from raylora import registry
 from raylora.adapters.base import Adapter, is_linear
 from raylora.data.sets import DataSets, load_sets
 from raylora.data.task import Task
-from raylora.engine.base import adapter_sites, find_heads, load_config, load_tokenizer, shell_model
+from raylora.engine.base import adapter_sites, compute_dtype, find_heads, load_config, load_tokenizer, shell_model
 from raylora.engine.schedule import total_steps
 from raylora.engine.units import Unit, check_baselines, packable_groups, units_of
 from raylora.errors import SpecError
@@ -39,6 +39,17 @@ class Prepared:
     total_steps: int
     is_resume: bool
     member_parameters: int
+
+    @property
+    def compute(self) -> str:
+        """What the base will be computed in, and who decided."""
+        asked = self.spec.base.dtype
+        if asked != "auto":
+            return f"{asked}, as base.dtype asks"
+        if self.plan.gpus_per_worker:
+            return "bfloat16 where the GPU has it, else float32 (base.dtype: auto)"
+        found = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+        return f"{found}, the fastest that this kind of CPU multiplies natively (base.dtype: auto)"
 
     def begin(self) -> None:
         """Write what a run begins with; the first thing that touches the disk."""
