@@ -43,7 +43,7 @@ lint: install  ## ruff, mypy and the layers, fastest first
 	$(BIN)/mypy
 
 bench: install  ## measure raylora against its peers on this machine
-	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks
 
 lock:  ## resolve constraints.txt anew, keeping the pins that still fit (needs uv)
 	UV=$(UV) tools/lock.sh

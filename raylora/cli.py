@@ -101,7 +101,8 @@ def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = Fal
     found = prepared.plan
     if as_json:
         print(json.dumps({**vars(found), "jobs": found.jobs(), "member_parameters": prepared.member_parameters,
-                          "total_steps": prepared.total_steps, "notes": list(prepared.notes)}))
+                          "compute": prepared.compute, "total_steps": prepared.total_steps,
+                          "notes": list(prepared.notes)}))
         return
     table = Table("job", "units trained in one forward", title=f"{found.strategy}: {found.workers} worker(s)")
     for job, units in found.jobs().items():
@@ -109,6 +110,7 @@ def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = Fal
     out.print(table)
     for reason in (*found.reasons, *prepared.notes):
         out.print(f"  {reason}")
+    out.print(f"  computing in {prepared.compute}")
     out.print(f"  {prepared.member_parameters:,} trainable parameters per member, {prepared.total_steps} steps")
 
 

@@ -6,9 +6,8 @@ import contextlib
 import os
 import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ray.util import list_named_actors
 
 from raylora import control
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
-from raylora.engine.local import OnProgress, conclude, run_in_process, start_event
+from raylora.engine.local import OnProgress, conclude, run_in_process, signals_handled_by, start_event
 from raylora.engine.prepare import Prepared, local_inventory, prepare
 from raylora.errors import RayloraError, RunDirectoryError, TrainingError
 from raylora.placement.plan import Inventory
@@ -74,7 +73,7 @@ class RunHandle:
             TrainingError: it failed, or its coordinator was lost.
             UsageError: it could not start.
         """
-        with _forward_signals(self.interrupt):
+        with signals_handled_by(self.interrupt):
             state = self._final_state(on_status)
         if self._outcome is not None:
             _put_away(self._coordinator, coordinator_name(self.uri))
@@ -228,18 +227,3 @@ def _put_away(coordinator: Any, name: str) -> None:
         for _ in range(100):
             ray.get_actor(name, namespace=NAMESPACE)
             time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def _forward_signals(interrupt: Callable[[int], None]) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on to the run; in a thread other than the main one there are none."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda n, frame: interrupt(n)) for number in caught}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

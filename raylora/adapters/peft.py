@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from raylora.adapters.base import Site, Tensors, WeightOf
 from raylora.adapters.low_rank import check_rank
-from raylora.adapters.peft_layers import Injected, inject, settings
+from raylora.adapters.peft_layers import Answered, Injected, inject, settings
 from raylora.errors import BaseError, suggest
 from raylora.spec import AdapterSpec
 
@@ -171,7 +171,7 @@ class Peft:
         parts = []
         for k, own in enumerate(at_site.members):
             x_NI = x_KNI[k]
-            layer.base_layer = _Answered(linear, x_NI, base_KNO[k])
+            layer.base_layer = Answered(linear, x_NI, base_KNO[k])
             parts.append(functional_call(layer, own, (x_NI,)))
         layer.base_layer = stand_in
         delta_KNO = (torch.stack(parts) - base_KNO).to(x_KNI.dtype)
@@ -241,26 +241,6 @@ class Peft:
                 layer.to("meta")
             self._injected[key] = replace(made, trained={})
         return self._injected[key]
-
-
-class _Answered(nn.Module):
-    """A frozen layer whose output for one input is known: PEFT's layer calls it, and may look at its weight."""
-
-    def __init__(self, linear: nn.Module, x_NI: Tensor, base_NO: Tensor) -> None:
-        super().__init__()
-        self.answer = (linear, x_NI, base_NO)  # in a tuple, so that the frozen layer is not registered below PEFT's
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name != "weight":  # PEFT puts a weight back that it has read; the base is never written to
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["answer"][0], name)
-
-    def forward(self, x_NI: Tensor) -> Tensor:
-        """Return what the frozen layer makes of x."""
-        linear, known_NI, base_NO = self.answer
-        return base_NO.clone() if x_NI is known_NI else linear(x_NI)  # some methods add to it in place
 
 
 def build(spec: Spec) -> Peft:

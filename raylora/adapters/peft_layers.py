@@ -3,7 +3,7 @@
 The stand-ins have the shapes and the paths of the adapted layers but no weights, so the base is never touched
 and nothing has to be restored. PEFT initialises, names and computes; raylora holds the numbers.
 
-Shapes: I inputs, O outputs.
+Shapes: N tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -36,6 +36,26 @@ class Injected:
     """Projections that PEFT draws from its own key and does not train."""
     files: dict[str, str]
     """A member's name of a tensor -> its name in PEFT's file."""
+
+
+class Answered(nn.Module):
+    """A frozen layer whose output for one input is known: PEFT's layer calls it, and may look at its weight."""
+
+    def __init__(self, linear: nn.Module, x_NI: Tensor, base_NO: Tensor) -> None:
+        super().__init__()
+        self.answer = (linear, x_NI, base_NO)  # in a tuple, so that the frozen layer is not registered below PEFT's
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight":  # PEFT puts a weight back that it has read; the base is never written to
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["answer"][0], name)
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        """Return what the frozen layer makes of x."""
+        linear, known_NI, base_NO = self.answer
+        return base_NO.clone() if x_NI is known_NI else linear(x_NI)  # some methods add to it in place
 
 
 def inject(

@@ -47,7 +47,7 @@ class _Driver:
         self.state = control.replay(control.from_record(r) for r in self.store.read_events())
 
     def run(self) -> dict[str, Any]:
-        with _signals(self._interrupted):
+        with signals_handled_by(self._interrupted):
             queue: list[control.Event] = [start_event(self.prepared, ["worker-0"])]
             while queue:
                 event = queue.pop(0)
@@ -135,8 +135,8 @@ def conclude(
 
 
 @contextmanager
-def _signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a request to stop after the step; elsewhere than in the main thread, nothing."""
+def signals_handled_by(handler: Callable[[int], None]) -> Iterator[None]:
+    """Give SIGINT and SIGTERM to a handler for a while; in a thread other than the main one there are none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

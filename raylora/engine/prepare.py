@@ -14,7 +14,7 @@ from raylora import registry
 from raylora.adapters.base import Noted, is_linear
 from raylora.data.sets import DataSets, load_sets
 from raylora.data.task import Task
-from raylora.engine.base import adapter_sites, find_heads, load_config, load_tokenizer, shell_model
+from raylora.engine.base import adapter_sites, compute_dtype, find_heads, load_config, load_tokenizer, shell_model
 from raylora.engine.count import adapter_parameters
 from raylora.engine.schedule import total_steps
 from raylora.engine.units import Unit, check_baselines, check_weights, packable_groups, units_of, why_alone
@@ -42,6 +42,17 @@ class Prepared:
     member_parameters: int
     notes: tuple[str, ...] = ()
     """What the adapter does to these layers that one would not expect."""
+
+    @property
+    def compute(self) -> str:
+        """What the base will be computed in, and who decided."""
+        asked = self.spec.base.dtype
+        if asked != "auto":
+            return f"{asked}, as base.dtype asks"
+        if self.plan.gpus_per_worker:
+            return "bfloat16 where the GPU has it, else float32 (base.dtype: auto)"
+        found = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+        return f"{found}, the fastest that this kind of CPU multiplies natively (base.dtype: auto)"
 
     def begin(self) -> None:
         """Write what a run begins with; the first thing that touches the disk."""

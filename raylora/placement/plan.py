@@ -28,7 +28,7 @@ class Demand:
     """A member's float32 tensors, gradients and two moments."""
     activation_bytes: int
     """What one member's micro-batch keeps for its backward pass."""
-    runtime_bytes: int = 1_500_000_000
+    runtime_bytes: int = 2_000_000_000
     """The interpreter with torch and transformers."""
     why_alone: str = ""
     """Why the members are groups of their own, if they are."""

@@ -118,7 +118,8 @@ def temperatures(metrics: dict[str, Any]) -> list[str]:
 
 def facts(metrics: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
     """Return the two-column tables: what a run cost and where it ran."""
-    titles = {"timing": "Time", "memory": "Memory", "parameters": "Parameters", "machine": "Machine"}
+    titles = {"timing": "Time", "memory": "Memory", "parameters": "Parameters",
+              "compute": "Computation", "machine": "Machine"}
     found = {title: flat(metrics.get(key) or {}) for key, title in titles.items()}
     return {title: rows for title, rows in found.items() if rows}
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -349,7 +350,8 @@ def test_a_directory_in_use_is_refused(make_spec: Make) -> None:
     store = RunStore.for_spec(spec)
     store.lock()
     lock = json.loads(store.storage.read("run.lock"))
-    store.storage.write("run.lock", json.dumps({**lock, "pid": os.getppid()}).encode())
+    other = {"pid": os.getppid(), "process_started": psutil.Process(os.getppid()).create_time()}
+    store.storage.write("run.lock", json.dumps({**lock, **other}).encode())
     with pytest.raises(RunDirectoryError, match=f"process {os.getppid()}"):
         run(spec)
 

@@ -21,7 +21,7 @@ def plan(
 ) -> Plan:
     groups = [tuple(f"member-{m}" for m in range(members))]
     groups += [tuple(f"head-{m}" for m in range(baselines))] if baselines else []
-    demand = Demand(tuple(groups), int(base * GB), int(member * GB), 0)
+    demand = Demand(tuple(groups), int(base * GB), int(member * GB), 0, runtime_bytes=int(1.5 * GB))
     return make_plan(demand, Inventory(cpus, gpus, int(memory * GB)), PlacementSpec(**spec))
 
 
