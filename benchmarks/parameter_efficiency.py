@@ -43,17 +43,17 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }
 _LAYERS = 6
-_MOS = {"kind": "mos", "equivalent_rank": 2, "alpha": 16, "dropout": 0.1}
+_MOS = {"kind": "mos", "equivalent_rank": 2, "alpha": 16}
 CONTENDERS: dict[str, dict[str, Any]] = {
-    "LoRA, r 2": {"kind": "lora", "rank": 2, "alpha": 16, "dropout": 0.1},
-    "LoRA, r 16 (8x)": {"kind": "lora", "rank": 16, "alpha": 16, "dropout": 0.1},
+    "LoRA, r 2": {"kind": "lora", "rank": 2, "alpha": 16},
+    "LoRA, r 16 (8x)": {"kind": "lora", "rank": 16, "alpha": 16},
     "MoS": {**_MOS, "rank": 6, "private_rank": 1, "shards": 2},
     "pure sharing": {**_MOS, "rank": 2 * _LAYERS, "private_rank": 0, "shards": 1, "pair_dissociation": False},
     "+ subset selection": {**_MOS, "rank": 6, "private_rank": 0, "shards": 1, "pair_dissociation": False},
     "MoS - dissociation": {**_MOS, "rank": 6, "private_rank": 1, "shards": 2, "pair_dissociation": False},
     "MoS - privatisation": {**_MOS, "rank": 6, "private_rank": 0, "shards": 2},
     "MoS - sharding": {**_MOS, "rank": 6, "private_rank": 1, "shards": 1},
-    "PRoLoRA": {"kind": "prolora", "rank": 4, "unshared_rank": 1, "reduction": 3, "alpha": 16, "dropout": 0.1},
+    "PRoLoRA": {"kind": "prolora", "rank": 4, "unshared_rank": 1, "reduction": 3, "alpha": 16},
     "VB-LoRA": {
         "kind": "peft", "method": "VBLORA",
         "options": {"r": 4, "num_vectors": 256, "vector_length": 192, "topk": 2, "save_only_topk_weights": False},
