@@ -1,4 +1,4 @@
-"""Members in PEFT's format: a folder that ``PeftModel.from_pretrained`` and vLLM load without raylora.
+"""Members in PEFT's format: a folder that ``PeftModel.from_pretrained`` loads without raylora.
 
 Where PEFT knows a kind, what raylora keeps per member maps onto PEFT's names one to one; nothing is merged or
 rounded. A kind that PEFT does not know is kept under raylora's own names, without a configuration that would mislead.
