@@ -113,8 +113,9 @@ def plot(rows: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     colours = plt.get_cmap("tab10").colors
-    figure, grid = plt.subplots(len(TASKS), 2, figsize=(12, 4.4 * len(TASKS)), squeeze=False)
-    for line, task in enumerate(TASKS):
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, grid = plt.subplots(len(tasks), 2, figsize=(12, 4.4 * len(tasks)), squeeze=False)
+    for line, task in enumerate(tasks):
         chosen = [row for row in rows if row["task"] == task]
         for axis, (key, factor, name) in zip(
             grid[line], (("accuracy", 100.0, "accuracy (%)"), ("nll", 1.0, "NLL (nats)")), strict=True
