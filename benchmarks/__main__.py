@@ -1,5 +1,6 @@
 """``python -m benchmarks``: every benchmark, one after another."""
 
-from benchmarks import packing
+from benchmarks import packing, parameter_efficiency
 
-packing.main()
+for benchmark in (packing, parameter_efficiency):
+    benchmark.main()
