@@ -58,7 +58,7 @@ class Adapter(Protocol):
         """Return ``a`` or ``b``: which of the two decays a tensor takes (arXiv 2310.00035, section 3)."""
 
     def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Any]:
-        """Return per site what ``packed_delta`` needs, once per forward, from all tensors stacked over K."""
+        """Return per site what ``packed_delta`` needs, once per optimiser step, from all tensors stacked over K."""
 
     def packed_delta(self, x_KNI: Tensor, at_site: Any) -> Tensor:
         """Return y_KNO, each member's own change of its own inputs."""

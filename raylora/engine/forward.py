@@ -7,7 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raylora.adapters.base import HEAD, Adapter, OverWeights, Tensors
-from raylora.adapters.packed import Dropout, make_pack
+from raylora.adapters.packed import Dropout, Pack, make_pack
 from raylora.data.task import Batch, Task, join, pad_id
 from raylora.engine.base import Base
 from raylora.engine.persist import layout_of
@@ -32,6 +32,29 @@ class PackLoss:
     tokens: int
 
 
+class StepTensors:
+    """K members' tensors as one optimiser step uses them: adapters are materialised once, not per micro-batch."""
+
+    def __init__(
+        self, base: Base, adapter: Adapter, stacked: Mapping[str, Tensor], fixed: Mapping[str, Tensor] | None = None,
+        micro_batches: int = 1,
+    ) -> None:
+        """Take the members' trained tensors and what the adapter needs beside them, both stacked over K."""
+        self.leaves = {name: tensor.detach().clone().requires_grad_(True) for name, tensor in stacked.items()}
+        self.pack = make_pack(adapter, base.sites, {**self.leaves, **(fixed or {})})
+        self.micro_batches = micro_batches
+
+    def gradients_of(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return the loss's gradient by tensor name; the graph of the materialised adapters stays if it is shared."""
+        found = torch.autograd.grad(
+            loss, list(self.leaves.values()), retain_graph=self.micro_batches > 1, allow_unused=True
+        )
+        return {
+            name: torch.zeros_like(leaf) if gradient is None else gradient
+            for (name, leaf), gradient in zip(self.leaves.items(), found, strict=True)
+        }
+
+
 def pack_gradients(
     base: Base,
     adapter: Adapter,
@@ -42,6 +65,7 @@ def pack_gradients(
     kl: KLSpec | None = None,
     reference_heads: Mapping[str, Tensor] | None = None,
     fixed: Mapping[str, Tensor] | None = None,
+    step: StepTensors | None = None,
 ) -> PackLoss:
     """Run K members forward and backward once and return each one's loss and gradient.
 
@@ -54,26 +78,24 @@ def pack_gradients(
         kl: adds ``beta * KL`` to the base with its adapters off (arXiv 2310.00035, section 3).
         reference_heads: the members' initial heads, which the reference predicts with.
         fixed: what the adapter needs but does not train, stacked over K.
+        step: ``stacked`` and ``fixed``, materialised already for all micro-batches of a step.
     """
-    leaves = {name: tensor.detach().clone().requires_grad_(True) for name, tensor in stacked.items()}
+    step = step or StepTensors(base, adapter, stacked, fixed)
     batch = _join(base, task, batches)
     dropout = _dropout(base, adapter, task, batches, dropout_seeds_K)
-    logits = _forward(base, adapter, task, {**leaves, **(fixed or {})}, batch, dropout)
+    logits = _forward(base, task, replace(step.pack, dropout=dropout), batch)
     scores = task.scores(logits, batch)
     losses_KN = task.loss(scores, batch).view(len(batches), -1)
     if kl is not None:
         with torch.no_grad():
             reference = {**stacked, **(reference_heads or {})}
-            reference_logits = _forward(base, adapter, task, reference, batch, None, adapters_on=False)
+            off = make_pack(adapter, base.sites, reference, adapters_on=False)
+            reference_logits = _forward(base, task, off, batch)
         divergence = _divergence(task, batch, logits, reference_logits, kl)
         losses_KN = losses_KN + kl.beta * divergence.view(len(batches), -1)
     losses_K = losses_KN.mean(dim=1)
-    losses_K.sum().backward()
-    names = list(leaves)
-    gradients = [
-        {n: g[k] if (g := leaves[n].grad) is not None else torch.zeros_like(leaves[n][k]) for n in names}
-        for k in range(len(batches))
-    ]
+    of_all = step.gradients_of(losses_K.sum())
+    gradients = [{name: gradient[k] for name, gradient in of_all.items()} for k in range(len(batches))]
     tokens = int(sum(int(b.attention_mask_BT.sum()) for b in batches))
     return PackLoss(losses_K.detach().tolist(), gradients, tokens)
 
@@ -88,15 +110,11 @@ def pack_scores(
     batches = [batch] * members
     joined = _join(base, task, batches)
     dropout = _dropout(base, adapter, task, batches, dropout_seeds_K) if dropout_seeds_K is not None else None
-    logits = _forward(base, adapter, task, stacked, joined, dropout)
+    logits = _forward(base, task, make_pack(adapter, base.sites, stacked, dropout), joined)
     return logits, task.scores(logits, joined), joined
 
 
-def _forward(
-    base: Base, adapter: Adapter, task: Task, stacked: Mapping[str, Tensor], batch: Batch,
-    dropout: Dropout | None, adapters_on: bool = True,
-) -> Tensor:
-    pack = make_pack(adapter, base.sites, stacked, dropout, adapters_on)
+def _forward(base: Base, task: Task, pack: Pack, batch: Batch) -> Tensor:
     with base.slot.use(pack):
         return base.model(**batch.model_inputs(), **task.forward_kwargs(batch), use_cache=False).logits \
             if base.is_decoder else base.model(**batch.model_inputs(), **task.forward_kwargs(batch)).logits

@@ -19,7 +19,7 @@ from raylora.data.order import Order
 from raylora.data.task import Batch, Example, Task
 from raylora.engine.base import Base, head_tensors
 from raylora.engine.deepspeed import MemberOptimiser
-from raylora.engine.forward import fixed_tensors, initial_member, pack_gradients
+from raylora.engine.forward import StepTensors, fixed_tensors, initial_member, pack_gradients
 from raylora.engine.persist import check_layout, layout_of
 from raylora.engine.predict import validation_metrics
 from raylora.engine.schedule import epochs_done, total_steps
@@ -88,6 +88,8 @@ class PackTrainer:
         self.step = 0
         head = head_tensors(base)
         self.trainees = [self._new(unit, head) for unit in units]
+        self._fixed_of: tuple[tuple[str, ...], Tensors] = (), {}
+        self._ready: tuple[tuple[int, tuple[str, ...]], StepTensors] | None = None
 
     def run(
         self,
@@ -146,6 +148,7 @@ class PackTrainer:
             number = self.step * accumulation + micro
             tokens += self._micro_batch(stepping, number, sums, accumulation)
         self.step += 1
+        self._ready = None  # it belongs to the weights before the update
         losses = {t.unit.name: sums[t.unit.name] for t in active if not t.failure}
         for trainee in active:
             if not trainee.failure:
@@ -158,13 +161,13 @@ class PackTrainer:
         regularisers = self.spec.ensemble.regularisers
         rows = [t.order.indices(number) for t in stepping]
         batches = [self._collate([self.train[i] for i in indices]) for indices in rows]
+        step = self._step_tensors(stepping, accumulation)
         outcome = pack_gradients(
-            self.base, self.adapter, self.task,
-            stack([t.optimiser.tensors() for t in stepping]), batches,
+            self.base, self.adapter, self.task, step.leaves, batches,
             [t.unit.stream("dropout", number) for t in stepping],
             regularisers.kl,
             stack([t.initial_head for t in stepping]) if regularisers.kl and stepping[0].initial_head else None,
-            stack([t.fixed for t in stepping]),
+            step=step,
         )
         for trainee, batch, loss, gradients in zip(
             stepping, batches, outcome.losses_K, outcome.gradients, strict=True
@@ -181,6 +184,17 @@ class PackTrainer:
                 continue
             sums[trainee.unit.name] += loss / accumulation
         return outcome.tokens
+
+    def _step_tensors(self, stepping: Sequence[Trainee], accumulation: int) -> StepTensors:
+        """Return the pack's tensors for this step, made anew after an update and when a member has left."""
+        names = tuple(t.unit.name for t in stepping)
+        if self._fixed_of[0] != names:
+            self._fixed_of = names, stack([t.fixed for t in stepping])
+        if self._ready is None or self._ready[0] != (self.step, names):
+            stacked = stack([t.optimiser.tensors() for t in stepping])
+            step = StepTensors(self.base, self.adapter, stacked, self._fixed_of[1], accumulation)
+            self._ready = (self.step, names), step
+        return self._ready[1]
 
     def _collate(self, examples: Sequence[Example]) -> Batch:
         return self.task.collate(examples, self.base.tokenizer)

@@ -54,7 +54,9 @@ class Workbench:
         """
         # The thread count decides the order of float additions: equal members need equal threads.
         torch.set_num_threads(self.cpus)
-        torch.use_deterministic_algorithms(self.device.type == "cpu")
+        # On a GPU too: there the pools' index_add would add in any order. What has no such kernel only warns.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=self.device.type == "cuda")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs 7 % and nothing reads such memory
         start_deepspeed(self.device)
         self.base = load_base(self.spec.base, self.spec.adapter, self.task, self.device)

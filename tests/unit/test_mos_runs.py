@@ -24,7 +24,7 @@ from raylora.adapters.export import to_peft
 from raylora.adapters.packed import stack
 from raylora.cli import app
 from raylora.data.assets import model_folder
-from raylora.engine.forward import fixed_tensors, pack_gradients, pack_scores
+from raylora.engine.forward import StepTensors, fixed_tensors, pack_gradients, pack_scores
 from raylora.engine.local import run_in_process
 from raylora.engine.persist import check_layout, from_bytes, layout_of, to_bytes
 from raylora.engine.predict import predict
@@ -340,3 +340,32 @@ def test_what_cannot_be_exported_says_why(make_spec: Make, arguments: list[str],
     assert done.exit_code == 2 and says in done.output
     with pytest.raises(UsageError):
         export_run(str(RunStore.for_spec(spec).uri) + "x")
+
+
+# --- accumulation --------------------------------------------------------------------------------------------
+def test_pools_are_gathered_once_per_optimiser_step(make_parts: Make, monkeypatch: Any) -> None:
+    parts = make_parts(adapter=MOS, optimisation={"steps": 3, "micro_batch": 2, "accumulation": 4})
+    gathers: list[int] = []
+    real = type(parts.adapter).materialise
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        if torch.is_grad_enabled():  # not those of the validation
+            gathers.append(1)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(type(parts.adapter), "materialise", counted)
+    parts.trainer().run(lambda t: None, lambda p: None, lambda: 0)
+    assert len(gathers) == 3
+
+
+def test_micro_batches_that_share_a_gather_have_the_gradients_they_have_alone(make_parts: Make) -> None:
+    parts = make_parts(adapter=MOS)
+    trained = stack([parts.member(unit, trained=0.2) for unit in parts.units])
+    fixed = stack([fixed_tensors(parts.base, parts.adapter, unit.stream("fixed")) for unit in parts.units])
+    step = StepTensors(parts.base, parts.adapter, trained, fixed, micro_batches=2)
+    for start in (0, 4):
+        batches, seeds = [parts.batch(start)] * len(parts.units), [1] * len(parts.units)
+        shared = pack_gradients(parts.base, parts.adapter, parts.task, trained, batches, seeds, step=step)
+        alone = pack_gradients(parts.base, parts.adapter, parts.task, trained, batches, seeds, fixed=fixed)
+        for one, other in zip(shared.gradients, alone.gradients, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
