@@ -116,6 +116,30 @@ def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = Fal
 
 @app.command()
 @_command
+def prepare(
+    spec_file: SpecFile,
+    overrides: Overrides = None,
+    local: Annotated[bool, typer.Option(help="Solve all layers in this process, without Ray.")] = False,
+    report: Annotated[bool, typer.Option(help="Write report.html with the error of every layer.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Quantise a spec's base on its calibration text, once; every run that asks for the same finds it."""
+    from raylora.client import prepare_base
+    from raylora.report.base_page import base_table, write_base_report
+
+    spec = raylora.read_spec(spec_file, overrides or [])
+    err.print("reading base, data and calibration text ...")
+    uri, summary = prepare_base(spec, local, _say_block)
+    path = write_base_report(summary, uri) if report else None
+    if as_json:
+        print(json.dumps({"base": uri, "report": path, **summary}))
+        return
+    out.print(base_table(summary))
+    out.print(f"base: {uri}" + (f"\nreport: {path}" if path else ""))
+
+
+@app.command()
+@_command
 def run(
     spec_file: SpecFile,
     overrides: Overrides = None,
@@ -261,7 +285,7 @@ def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
     store = RunStore.for_spec(spec)
     err.print(f"run {spec.run_name()} in {store.uri}; checking spec, data and base ...", markup=False)
     if local:
-        metrics = run_local(spec, _LocalLines())
+        metrics = run_local(spec, _LocalLines(), _say_block)
     else:
         handle = launch(spec, dashboard)
         err.print("checked; starting workers (they import torch and load the base, this takes a while) ...")
@@ -332,7 +356,8 @@ class _progress:
             for unit, loss in job["losses"].items()
         ]
         training = bool(lines)
-        activity = found["phase"] if training or found["phase"] != "training" else _activity(found)
+        quiet = training or found["phase"] not in ("training", "preparing")
+        activity = found["phase"] if quiet else _activity(found)
         eta = found.get("eta_s")
         lines.append(activity + (f"; training ends in about {eta:.0f} s" if training and eta else ""))
         if "\n".join(lines) != self._said:  # a long wait is said once
@@ -340,7 +365,19 @@ class _progress:
             err.print(self._said, markup=False)
 
 
+def _block_line(done: dict[str, Any]) -> str:
+    left = f", {100 * done['error']:.1f} % of the outputs' norm lost" if done["error"] is not None else ""
+    return f"preparing the base: block {done['block']}/{done['blocks']}{left}, about {done['eta_s']:.0f} s left"
+
+
+def _say_block(done: Any) -> None:
+    err.print(_block_line(vars(done)), markup=False)
+
+
 def _activity(found: dict[str, Any]) -> str:
+    if found["phase"] == "preparing":
+        done = found.get("preparation")
+        return _block_line(done) if done else "preparing the base: reading calibration text"
     if "starting" in found["workers"].values():
         return "loading the base in " + ", ".join(w for w, s in found["workers"].items() if s == "starting")
     return "evaluating"
@@ -349,6 +386,8 @@ def _activity(found: dict[str, Any]) -> str:
 def _status_table(found: dict[str, Any]) -> Table:
     eta = found.get("eta_s")
     title = f"{found.get('run', '')} {found['phase']}" + (f", about {eta:.0f} s of training left" if eta else "")
+    if found["phase"] == "preparing":
+        title = f"{found.get('run', '')} {_activity(found)}"
     table = Table("member", "state", "step", "loss", "tokens/s", title=title)
     for job in found.get("jobs", {}).values():
         for unit in job["units"]:

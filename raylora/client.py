@@ -15,11 +15,15 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util import list_named_actors
 
-from raylora import control
+from raylora import control, registry
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
+from raylora.actors.preparer import solve_on_cluster
+from raylora.engine.base import compute_device
 from raylora.engine.local import OnProgress, conclude, run_in_process, signals_handled_by, start_event
 from raylora.engine.prepare import Prepared, local_inventory, prepare
-from raylora.errors import RayloraError, RunDirectoryError, TrainingError
+from raylora.engine.prepare_base import OnBlock, ensure_prepared
+from raylora.engine.solve import Solve, solve_here
+from raylora.errors import RayloraError, RunDirectoryError, SpecError, TrainingError
 from raylora.placement.plan import Inventory
 from raylora.report.page import write_report
 from raylora.spec import RunSpec
@@ -29,7 +33,9 @@ OnStatus = Callable[[dict[str, Any]], None]
 _POLL_S = 0.5
 
 
-def run_local(spec: RunSpec, on_progress: OnProgress = lambda job, progress: None) -> dict[str, Any]:
+def run_local(
+    spec: RunSpec, on_progress: OnProgress = lambda job, progress: None, on_block: OnBlock = lambda done: None
+) -> dict[str, Any]:
     """Run a spec in this process, without Ray, and return its metrics; the members equal Ray's.
 
     Raises:
@@ -38,9 +44,39 @@ def run_local(spec: RunSpec, on_progress: OnProgress = lambda job, progress: Non
         TrainingError: the run failed.
     """
     prepared = prepare(spec)
-    metrics = run_in_process(prepared, on_progress)
+    metrics = run_in_process(prepared, on_progress, on_block)
     publish_report(prepared.store)
     return metrics
+
+
+def prepare_base(
+    spec: RunSpec, local: bool = False, on_block: OnBlock = lambda done: None
+) -> tuple[str, dict[str, Any]]:
+    """Prepare a spec's base, unless it is prepared already, and return where it lies and its summary.
+
+    Layers are solved side by side on the cluster that ``RAY_ADDRESS`` names or on a local one, else in this process.
+
+    Raises:
+        UsageError: bad input, or a base that is quantised as it is loaded and needs no preparation.
+        Interrupted: a signal came; the blocks so far are committed.
+    """
+    prepared = prepare(spec)
+    if prepared.base is None:
+        raise SpecError(
+            f"base.quantization: {spec.base.quantization.kind} needs no preparation", "`raylora run` loads it as it is"
+        )
+    task = registry.load("task", spec.task.kind).build(spec.task)
+    solve: Solve = solve_here
+    if not local and not prepared.base.is_ready:
+        connect()
+        solve = solve_on_cluster
+    received: list[int] = []
+    with signals_handled_by(received.append):
+        summary = ensure_prepared(
+            spec.base, task, prepared.base, compute_device(prepared.plan.gpus_per_worker), solve, on_block,
+            lambda: received[0] if received else 0,
+        )
+    return prepared.base.store.uri, summary
 
 
 class RunHandle:
@@ -204,7 +240,7 @@ def _start(prepared: Prepared) -> RunHandle:
     _clear_name(name, prepared.spec.run_name())
     prepared.begin()
     coordinator = Coordinator.options(name=name, namespace=NAMESPACE).remote(  # type: ignore[attr-defined]
-        prepared.spec, prepared.store.uri, prepared.plan
+        prepared.spec, prepared.store.uri, prepared.plan, [ray.put(prepared.base)]
     )
     workers = [f"worker-{index}" for index in range(prepared.plan.workers)]
     return RunHandle(coordinator, prepared.store, coordinator.run.remote(start_event(prepared, workers)))

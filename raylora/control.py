@@ -16,6 +16,7 @@ class Phase(str, Enum):
     """Where a run stands; the last four are terminal."""
 
     PENDING = "pending"
+    PREPARING = "preparing"
     TRAINING = "training"
     AGGREGATING = "aggregating"
     SUCCEEDED = "succeeded"
@@ -41,6 +42,25 @@ class RunStarted:
     """Units that the ensemble is made of; the others are baselines."""
     min_members: int
     max_failures: int
+    prepare_base: bool = False
+    """The base is quantised on calibration text first, before any worker starts."""
+
+
+@dataclass(frozen=True)
+class BasePrepared:
+    """The base is quantised and committed."""
+
+
+@dataclass(frozen=True)
+class BaseFailed:
+    """The base could not be prepared."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class PreparationInterrupted:
+    """Preparing the base stopped because it was asked to; the blocks so far are committed."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +125,18 @@ class AggregationFailed:
 
 
 Event = (
-    RunStarted | WorkerReady | WorkerLost | JobFinished | JobFailed | InterruptRequested | JobInterrupted
-    | Aggregated | AggregationFailed
+    RunStarted | BasePrepared | BaseFailed | PreparationInterrupted | WorkerReady | WorkerLost
+    | JobFinished | JobFailed | InterruptRequested | JobInterrupted | Aggregated | AggregationFailed
 )
 _EVENTS: dict[str, Any] = {c.__name__: c for c in Event.__args__}
 
 
 # --- commands: what to do -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PrepareBase:
+    """Quantise the base on its calibration text; answered by BasePrepared, BaseFailed or PreparationInterrupted."""
+
+
 @dataclass(frozen=True)
 class StartWorker:
     """Start a worker; it answers WorkerReady or WorkerLost."""
@@ -131,7 +156,7 @@ class RunJob:
 
 @dataclass(frozen=True)
 class StopJobs:
-    """Ask every running job to commit and stop after its step."""
+    """Ask every running job to commit and stop after its step, and a preparation after its block."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +175,7 @@ class Finish:
     reason: str = ""
 
 
-Command = StartWorker | RunJob | StopJobs | Aggregate | Finish
+Command = PrepareBase | StartWorker | RunJob | StopJobs | Aggregate | Finish
 
 
 # --- state ----------------------------------------------------------------------------------------------
@@ -171,7 +196,7 @@ class State:
 
     phase: Phase = Phase.PENDING
     jobs: dict[str, Job] = field(default_factory=dict)
-    workers: dict[str, str] = field(default_factory=dict)  # starting | idle | busy | lost
+    workers: dict[str, str] = field(default_factory=dict)  # waiting | starting | idle | busy | lost
     required: tuple[str, ...] = ()
     min_members: int = 1
     max_failures: int = 0
@@ -193,6 +218,8 @@ def transition(state: State, event: Event) -> tuple[State, list[Command]]:
         return _start(state, event)
     if state.phase.terminal:
         return state, []
+    if isinstance(event, BasePrepared | BaseFailed | PreparationInterrupted):
+        return _end_preparation(state, event)
     if isinstance(event, WorkerReady):
         if state.workers.get(event.worker) != "starting":
             return state, []  # said twice, or by a worker that was given up
@@ -250,7 +277,23 @@ def _start(state: State, event: RunStarted) -> tuple[State, list[Command]]:
         min_members=event.min_members,
         max_failures=event.max_failures,
     )
+    if event.prepare_base:
+        waiting = {worker: "waiting" for worker in event.workers}
+        return replace(fresh, phase=Phase.PREPARING, workers=waiting), [PrepareBase()]
     return fresh, [StartWorker(worker) for worker in event.workers]
+
+
+def _end_preparation(
+    state: State, event: BasePrepared | BaseFailed | PreparationInterrupted
+) -> tuple[State, list[Command]]:
+    if state.phase is not Phase.PREPARING:
+        return state, []
+    if isinstance(event, BaseFailed):
+        return _finish(state, Phase.FAILED, event.reason)
+    if isinstance(event, PreparationInterrupted) or state.signal_number:
+        return _finish(state, Phase.INTERRUPTED, f"signal {state.signal_number}")
+    workers = dict.fromkeys(state.workers, "starting")
+    return replace(state, phase=Phase.TRAINING, workers=workers), [StartWorker(worker) for worker in workers]
 
 
 def _assign(state: State) -> tuple[State, list[Command]]:
@@ -346,6 +389,8 @@ def _too_few(state: State, alive: int) -> tuple[State, list[Command]]:
 
 
 def _interrupt(state: State, event: InterruptRequested) -> tuple[State, list[Command]]:
+    if state.phase is Phase.PREPARING:  # it answers when its block is committed
+        return replace(state, signal_number=event.signal_number), [StopJobs()]
     state, commands = _settle_interrupt(replace(state, signal_number=event.signal_number))
     return state, [StopJobs(), *commands]
 

@@ -26,6 +26,21 @@ REGISTRY: dict[str, dict[str, str]] = {
         "none": "raylora.quant.none",
         "nf4": "raylora.quant.nf4",
         "int8": "raylora.quant.int8",
+        "rtn": "raylora.quant.rtn",
+        "optq": "raylora.quant.optq",
+    },
+    "compensation": {
+        "cloq": "raylora.init.cloq",
+        "loftq": "raylora.init.loftq",
+    },
+    "loss": {
+        "kl": "raylora.distill.kl",
+        "reverse_kl": "raylora.distill.reverse_kl",
+        "js": "raylora.distill.js",
+        "mse": "raylora.distill.mse",
+        "dirichlet": "raylora.distill.dirichlet",
+        "multi_head": "raylora.distill.multi_head",
+        "topk_kl": "raylora.distill.topk_kl",
     },
     "task": {
         "classification": "raylora.data.classification",

@@ -17,6 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylora import control
+from raylora.actors.preparer import Preparer
 from raylora.actors.worker import Worker
 from raylora.errors import Interrupted, PlacementError, RayloraError
 from raylora.placement.plan import Plan
@@ -41,8 +42,11 @@ def coordinator_name(uri: str) -> str:
 class Coordinator:
     """One per run. :meth:`run` is called once; the other methods answer while it runs."""
 
-    def __init__(self, spec: RunSpec, store_uri: str, plan: Plan) -> None:
-        self.spec, self.store, self.plan = spec, RunStore(store_uri), plan
+    def __init__(self, spec: RunSpec, store_uri: str, plan: Plan, base: Any = None) -> None:
+        """Take a reference to the base that has to be prepared: its calibration text goes to the preparer alone."""
+        self.spec, self.store, self.plan, self.base = spec, RunStore(store_uri), plan, base
+        self.preparer: Any = None
+        self.preparation: dict[str, Any] | None = None
         self.events: queue.Queue[control.Event] = queue.Queue()
         self.state = control.State()
         self.workers: dict[str, Any] = {}
@@ -62,7 +66,6 @@ class Coordinator:
         """
         with self.store.held():
             try:
-                self._place()
                 self.state = control.replay(control.from_record(r) for r in self.store.read_events())
                 self.events.put(start)
                 self._loop()
@@ -102,18 +105,28 @@ class Coordinator:
 
     # --- commands -----------------------------------------------------------------------------------
     def _carry_out(self, command: control.Command) -> None:
-        if isinstance(command, control.StartWorker):
+        if isinstance(command, control.PrepareBase):
+            self._prepare_base(command)
+        elif isinstance(command, control.StartWorker):
             self._start_worker(command)
         elif isinstance(command, control.RunJob):
             me = ray.get_runtime_context().current_actor
             worker = self.workers[command.worker]
             self.pending[worker.run_job.remote(command.job, command.units, me)] = (command.worker, command)
         elif isinstance(command, control.StopJobs):
-            for worker in self.workers.values():
-                worker.stop.remote(self.state.signal_number)
+            for actor in [*self.workers.values(), *([self.preparer] if self.preparer is not None else [])]:
+                actor.stop.remote(self.state.signal_number)
         elif isinstance(command, control.Aggregate):
             worker = self.workers[command.worker]
             self.pending[worker.aggregate.remote(command.units, self.started_at)] = (command.worker, command)
+
+    def _prepare_base(self, command: control.PrepareBase) -> None:
+        """Before any worker is placed: the CPUs that they will hold are free to solve layers on."""
+        self.preparer = Preparer.options(num_gpus=self.plan.gpus_per_worker).remote(  # type: ignore[attr-defined]
+            self.spec, self.plan.gpus_per_worker
+        )
+        me = ray.get_runtime_context().current_actor
+        self.pending[self.preparer.prepare.remote(self.base[0], me)] = ("preparer", command)
 
     def _place(self) -> None:
         plan = self.plan
@@ -130,6 +143,9 @@ class Coordinator:
             )
 
     def _start_worker(self, command: control.StartWorker) -> None:
+        if self.group is None:
+            self._let_preparer_go()
+            self._place()
         plan, self.starts = self.plan, self.starts + 1
         index = int(command.worker.rpartition("-")[2])
         self.workers[command.worker] = Worker.options(  # type: ignore[attr-defined]
@@ -143,7 +159,13 @@ class Coordinator:
         ).remote(self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker)
         self.pending[self.workers[command.worker].load.remote()] = (command.worker, command)
 
+    def _let_preparer_go(self) -> None:
+        if self.preparer is not None:
+            ray.kill(self.preparer)
+            self.preparer = None
+
     def _stop_workers(self) -> None:
+        self._let_preparer_go()
         for worker in self.workers.values():
             ray.kill(worker)
         if self.group is not None:
@@ -153,6 +175,10 @@ class Coordinator:
     def report(self, job: str, progress: dict[str, Any]) -> None:
         """Take a worker's progress; the latest per job is kept."""
         self.progress[job] = progress
+
+    def report_preparation(self, done: dict[str, Any]) -> None:
+        """Take how far the base is."""
+        self.preparation = done
 
     def interrupt(self, signal_number: int) -> None:
         """Ask the run to commit and stop."""
@@ -168,6 +194,7 @@ class Coordinator:
             "started_at": self.started_at,
             "updated_at": time.time(),
             "workers": dict(state.workers),
+            "preparation": self.preparation,
             "jobs": {
                 name: {"units": list(job.units), "status": job.status, "attempt": job.attempt,
                        "failures": job.failures, **self.progress.get(name, {})}
@@ -184,6 +211,8 @@ class Coordinator:
 
 def _outcome(reference: Any, worker: str, command: control.Command) -> control.Event:
     """Return the event that a finished call means."""
+    if isinstance(command, control.PrepareBase):
+        return _outcome_of_preparation(reference)
     try:
         result = ray.get(reference)
     except Interrupted:
@@ -199,6 +228,19 @@ def _outcome(reference: Any, worker: str, command: control.Command) -> control.E
         return control.Aggregated()
     assert isinstance(command, control.RunJob)
     return control.JobFinished(command.job, command.attempt, result)
+
+
+def _outcome_of_preparation(reference: Any) -> control.Event:
+    try:
+        ray.get(reference)
+    except Interrupted:
+        return control.PreparationInterrupted()
+    except RayTaskError as error:
+        reason = str(error.cause) if isinstance(error.cause, RayloraError) else str(error)
+        return control.BaseFailed(reason)
+    except RayActorError as error:
+        return control.BaseFailed(f"the preparer was lost: {_first_line(error)}")
+    return control.BasePrepared()
 
 
 def _failure(error: RayTaskError, worker: str, command: control.Command) -> control.Event:

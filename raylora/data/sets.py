@@ -33,6 +33,8 @@ class LoadedSet:
     """Rows left out because their text was already used, in this set or in an earlier one."""
     content_hash: str
     """SHA-256 of ids, tokens and labels: what the model will see."""
+    text_keys: frozenset[str] = frozenset()
+    """By which a text is found again in another set; see :func:`raylora.data.splits.text_key`."""
 
     def describe(self, label_names: Sequence[str]) -> str:
         """Return one line for people."""
@@ -80,6 +82,10 @@ class DataSets:
     def preview(self, count: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Return the first tokenised training examples, for people to check the format."""
         return self.train.preview(count, tokenizer)
+
+    def evaluated_keys(self) -> set[str]:
+        """Return the keys of all texts that predictions are scored on."""
+        return {key for loaded in self.all() if loaded is not self.train for key in loaded.text_keys}
 
     def content_hash(self) -> str:
         """Return one SHA-256 over all sets: a resumed run must find the same."""
@@ -163,7 +169,10 @@ def _tokenised(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
     if not examples:
         raise DataError(f"{pool.name}: {pool.origin} has no usable row", "check its columns and its text")
     skipped, digest = pool.skipped + len(bad), _digest(examples)
-    return LoadedSet(pool.name, pool.origin, examples, pool.labelled, truncated, skipped, pool.duplicates, digest)
+    return LoadedSet(
+        pool.name, pool.origin, examples, pool.labelled, truncated, skipped, pool.duplicates, digest,
+        frozenset(pool.keys()),
+    )
 
 
 def _check_classes(train: LoadedSet, task: Task) -> None:

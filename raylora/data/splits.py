@@ -71,7 +71,7 @@ def read_pool(
         try:
             if task.label(row.values) is None and labelled and label:
                 raise BadRow(f"no {label!r}")
-            rows.append(GoodRow(row_id, _key(task.content(row.values)), row))
+            rows.append(GoodRow(row_id, text_key(task.content(row.values)), row))
         except BadRow as error:
             bad.append(f"{row.place}: {error}")
     judge(name, bad, len(table.rows) + len(table.bad), data)
@@ -163,5 +163,6 @@ def _ids(table: Table) -> list[str]:
     return [row.place for row in table.rows]
 
 
-def _key(content: str) -> str:
+def text_key(content: str) -> str:
+    """Return a hash that is equal for texts that differ only in case and spacing."""
     return hashlib.sha256(" ".join(content.casefold().split()).encode()).hexdigest()

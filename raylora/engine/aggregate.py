@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raylora.engine import persist
+from raylora.engine.prepared import prepared_store, summary_of
 from raylora.engine.units import LAST_LAYER, MC_DROPOUT, MEMBER, units_of
 from raylora.ensemble.predictions import Predictions
 from raylora.ensemble.summary import summarise
@@ -89,6 +90,7 @@ def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: f
         "compute": {key: jobs[0][key] for key in ("compute_dtype", "device", "threads")} if jobs else {},
         "data": (store.read_json("data.json") or {}).get("sets", []),
         "training": histories,
+        **({"preparation": summary_of(prepared)} if (prepared := prepared_store(store)) is not None else {}),
     }
 
 

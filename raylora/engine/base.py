@@ -19,8 +19,11 @@ from raylora.adapters.base import Adapter, Site, find_sites, is_linear
 from raylora.adapters.packed import Slot, attach
 from raylora.data import assets
 from raylora.data.task import Task
+from raylora.engine.prepared import all_layers, install, is_prepared_kind
 from raylora.errors import BaseError
+from raylora.quant.linear import QuantizedLinear
 from raylora.spec import AdapterSpec, BaseSpec
+from raylora.store.run_store import RunStore
 
 _MORE_TARGETS = {"mpnet": ["q", "v"], "modernbert": ["Wqkv"], "gemma3_text": ["q_proj", "v_proj"]}
 """Attention projections of architectures that PEFT has no default for."""
@@ -47,6 +50,8 @@ class Base:
     """The sites as PEFT names them: by their endings where those select the same layers, else in full."""
     export_name: str
     """What an exported adapter calls this base: a hub id or a relative name, never an absolute path."""
+    start_pairs: dict[str, tuple[Tensor, Tensor]]
+    """By site: (A_RI, B_OR) that a member's own LoRA starts from, where the compensation is trainable."""
 
     def weight_of(self, name: str) -> Tensor:
         """Return a site's frozen weight, O x I, in float32, dequantised if need be."""
@@ -57,7 +62,10 @@ class Base:
     @property
     def parameters(self) -> int:
         """Number of base weights, counted before packing them into fewer bytes."""
-        return sum(_logical_size(p) for p in self.model.parameters())
+        coded = (m for m in self.model.modules() if isinstance(m, QuantizedLinear))
+        return sum(_logical_size(p) for p in self.model.parameters()) + sum(
+            m.in_features * m.out_features + (0 if m.bias is None else m.bias.numel()) for m in coded
+        )
 
 
 def compute_device(gpus: int) -> torch.device:
@@ -119,23 +127,30 @@ def load_config(spec: BaseSpec) -> Any:
         )
 
 
-def load_base(spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: torch.device) -> Base:
+def load_base(
+    spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: torch.device, prepared: RunStore | None = None
+) -> Base:
     """Load, quantise, freeze and attach.
 
+    Args:
+        prepared: where the quantised layers lie, for the kinds that are prepared beforehand.
+
     Raises:
-        BaseError: the base is not there, or the adapter does not fit it.
+        BaseError: the base is not there or not prepared, or the adapter does not fit it.
     """
     dtype = compute_dtype(spec.dtype, device)
     tokenizer = load_tokenizer(spec, task)
     model, missing = _load_model(spec, task, device, dtype)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    start_pairs = _install_prepared(model, spec, dtype, prepared) if is_prepared_kind(spec) else {}
     heads = find_heads(model, missing)
     adapter: Adapter = registry.load("adapter", adapter_spec.kind).build(adapter_spec)
     sites = adapter_sites(model, adapter, list(heads))
     head_modules = {name: model.get_submodule(name) for name in heads}
     targets = target_names(model, sites, list(heads))
-    size_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    held = [*model.parameters(), *(b for m in model.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())]
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
     slot = attach(model, sites, list(heads))
     return Base(
         model=model,
@@ -151,7 +166,55 @@ def load_base(spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: tor
         initializer_range=float(getattr(model.config, "initializer_range", 0.02)),
         target_modules=targets,
         export_name=export_name(spec),
+        start_pairs=start_pairs,
     )
+
+
+def _install_prepared(
+    model: nn.Module, spec: BaseSpec, dtype: torch.dtype, prepared: RunStore | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Put the prepared layers in place, block by block; return the pairs that are the members' and not the base's."""
+    if prepared is None:
+        raise BaseError(f"base.quantization: {spec.quantization.kind} is prepared beforehand", "run `raylora prepare`")
+    trainable = spec.compensation is not None and spec.compensation.trainable
+    start: dict[str, tuple[Tensor, Tensor]] = {}
+    for layers in all_layers(prepared, spec.quantization):
+        install(model, layers, dtype, with_pair=not trainable)
+        if trainable:
+            start |= {layer.name: layer.pair for layer in layers if layer.pair is not None}
+    return start
+
+
+def load_dense(spec: BaseSpec, task: Task, device: torch.device) -> Any:
+    """Return the whole model in the type of its checkpoint, to be prepared; nothing is attached.
+
+    Raises:
+        BaseError: it cannot be had, or is quantised already.
+    """
+    refuse_quantised(spec)
+    return _load_model(spec, task, device, "auto")[0]
+
+
+def refuse_quantised(spec: BaseSpec) -> None:
+    """Raise BaseError for a checkpoint that is quantised already: its codes are not weights."""
+    method = getattr(load_config(spec), "quantization_config", None)
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
+        raise BaseError(
+            f"base.source: {spec.source} is quantised already ({name})",
+            "give the model as it was before, or use quantization none to take it as it is",
+        )
+
+
+def weights_folder(spec: BaseSpec) -> str:
+    """Return the local folder that holds the base's weights, fetched from the hub if need be."""
+    folder = source_folder(spec)
+    if Path(folder).is_dir():
+        return folder
+    from transformers.utils.hub import cached_file
+
+    found = _from_hub(spec, lambda source: cached_file(source, "config.json", revision=spec.revision))
+    return str(Path(found).parent)
 
 
 def adapter_sites(model: Any, adapter: Adapter, heads: Sequence[str]) -> list[Site]:
@@ -214,7 +277,7 @@ def head_tensors(base: Base) -> dict[str, Tensor]:
 
 
 def _load_model(
-    spec: BaseSpec, task: Task, device: torch.device, dtype: torch.dtype
+    spec: BaseSpec, task: Task, device: torch.device, dtype: torch.dtype | str
 ) -> tuple[Any, Sequence[str]]:
     import transformers
 
@@ -307,6 +370,8 @@ def _from_hub(spec: BaseSpec, load: Any, **kwargs: Any) -> Any:
 
 def dequantised(linear: Any) -> Tensor:
     """Return a linear layer's weight, O x I, whatever it is stored as."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.dense_weight()  # with its pair: that is what the base multiplies with
     weight = linear.weight
     if getattr(weight, "quant_state", None) is not None:
         import bitsandbytes.functional as F

@@ -55,8 +55,13 @@ class MemberOptimiser:
         regularisers: RegularisersSpec,
         total_steps: int,
         device: torch.device,
+        anchors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Build the engine; every matrix is its own parameter group, so that A and B decay on their own."""
+        """Build the engine; every matrix is its own parameter group, so that A and B decay on their own.
+
+        Args:
+            anchors: what a tensor's weight decay pulls towards, where that is not zero.
+        """
         import deepspeed
 
         self.names = list(tensors)
@@ -72,6 +77,8 @@ class MemberOptimiser:
             {"params": [p], "weight_decay": _decay(name, adapter, regularisers), "name": name}
             for name, p in self.parameters.items()
         ]
+        self._anchors = {name: anchor.detach().float().to(device) for name, anchor in (anchors or {}).items()}
+        self._decays = {name: _decay(name, adapter, regularisers) for name in self.names}
         self.engine, self._optimizer, *_ = deepspeed.initialize(
             model=container, optimizer=_optimizer(groups, optimisation), config=_config(optimisation)
         )
@@ -96,10 +103,22 @@ class MemberOptimiser:
                 self.grad_norm = _norm([p.grad for p in self.parameters.values()])
         self.engine.step()
         if boundary:
+            self._pull_back()
             self.steps_done += 1
             if self.optimisation.zero_stage > 0:
                 self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         return bool(boundary)
+
+    def _pull_back(self) -> None:
+        """Turn decay towards zero into decay towards the anchors: give back ``lr * decay * anchor``."""
+        with torch.no_grad():
+            for index, (name, p) in enumerate(self.parameters.items()):
+                if name in self._anchors and self._decays[name]:
+                    given = self.lr * self._decays[name] * self._anchors[name]
+                    p.add_(given)
+                    updated = self._updated(index)
+                    if updated is not p:  # ZeRO updates a flat copy
+                        updated.flatten()[: p.numel()].add_(given.flatten())
 
     @property
     def lr(self) -> float:

@@ -166,6 +166,20 @@ def expected_layout(base: Base, adapter: Adapter, fixed: Mapping[str, Tensor]) -
         return layout_of(adapter.build(base.sites, torch.Generator("cpu")), fixed)
 
 
+def start_tensors(base: Base, adapter: Adapter) -> Tensors:
+    """Return the adapter tensors that start from the base's trainable pairs; none where the pairs are frozen.
+
+    A layer multiplies by alpha / R, so B is divided by it.
+    """
+    tensors: Tensors = {}
+    if adapter.spec.kind != "lora":  # the heads of a last-layer ensemble
+        return tensors
+    scale: float = adapter.scale  # type: ignore[attr-defined]
+    for name, (a_RI, b_OR) in base.start_pairs.items():
+        tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = a_RI.float().clone(), b_OR.float() / scale
+    return tensors
+
+
 def initial_member(base: Base, adapter: Adapter, head: Mapping[str, Tensor], seed: int) -> Tensors:
     """Return a fresh member: the adapter's tensors, and a head drawn anew where the checkpoint has none.
 
@@ -173,6 +187,7 @@ def initial_member(base: Base, adapter: Adapter, head: Mapping[str, Tensor], see
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = adapter.build(base.sites, generator) if base.sites else {}
+    tensors |= start_tensors(base, adapter) if base.sites else {}
     if isinstance(adapter, OverWeights):
         tensors = adapter.from_weights(tensors, base.sites, base.weight_of)
     for name, value in head.items():

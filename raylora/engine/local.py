@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from raylora import control
+import torch
+
+from raylora import control, registry
 from raylora.engine.aggregate import aggregate
+from raylora.engine.base import compute_device
 from raylora.engine.prepare import Prepared
+from raylora.engine.prepare_base import OnBlock, ensure_prepared
 from raylora.engine.trainer import Progress
 from raylora.engine.workbench import Workbench
 from raylora.errors import Interrupted, RayloraError, TrainingError, UsageError
@@ -19,7 +23,9 @@ from raylora.errors import Interrupted, RayloraError, TrainingError, UsageError
 OnProgress = Callable[[str, Progress], None]
 
 
-def run_in_process(prepared: Prepared, on_progress: OnProgress = lambda job, progress: None) -> dict[str, Any]:
+def run_in_process(
+    prepared: Prepared, on_progress: OnProgress = lambda job, progress: None, on_block: OnBlock = lambda done: None
+) -> dict[str, Any]:
     """Train, evaluate and aggregate a prepared run, job after job, and return its metrics.
 
     The plan's packs and threads are those that a cluster would use, so the members are equal to Ray's.
@@ -31,14 +37,15 @@ def run_in_process(prepared: Prepared, on_progress: OnProgress = lambda job, pro
     store = prepared.store
     with store.held():
         prepared.begin()
-        return _Driver(prepared, on_progress).run()
+        return _Driver(prepared, on_progress, on_block).run()
 
 
 class _Driver:
     """Folds events through the transition and carries the commands out, one at a time."""
 
-    def __init__(self, prepared: Prepared, on_progress: OnProgress) -> None:
+    def __init__(self, prepared: Prepared, on_progress: OnProgress, on_block: OnBlock) -> None:
         self.prepared, self.store, self.on_progress = prepared, prepared.store, on_progress
+        self.on_block = on_block
         self.started_at = time.time()
         self.signal_number = 0
         self.bench: Workbench | None = None
@@ -58,6 +65,8 @@ class _Driver:
         return conclude(self.state, self.metrics, self.store.uri, self.error)
 
     def _carry_out(self, command: control.Command) -> list[control.Event]:
+        if isinstance(command, control.PrepareBase):
+            return self._prepare_base()
         if isinstance(command, control.StartWorker):
             return [self._start_worker(command.worker)]
         if isinstance(command, control.RunJob):
@@ -70,6 +79,25 @@ class _Driver:
                 return [control.AggregationFailed(str(error))]
             return [control.Aggregated()]
         return []
+
+    def _prepare_base(self) -> list[control.Event]:
+        plan, base = self.prepared.plan, self.prepared.base
+        assert base is not None
+        torch.set_num_threads(plan.cpus_per_worker * plan.workers)
+        spec = self.prepared.spec
+        task = registry.load("task", spec.task.kind).build(spec.task)
+        try:
+            ensure_prepared(
+                spec.base, task, base, compute_device(plan.gpus_per_worker),
+                report=self.on_block, should_stop=lambda: self.signal_number,
+            )
+        except Interrupted:
+            return [control.InterruptRequested(self.signal_number), control.PreparationInterrupted()]
+        except RayloraError as error:
+            self.error = error
+            return [control.BaseFailed(str(error))]
+        stop = [control.InterruptRequested(self.signal_number)] if self.signal_number else []
+        return [*stop, control.BasePrepared()]
 
     def _start_worker(self, worker: str) -> control.Event:
         plan = self.prepared.plan
@@ -109,6 +137,7 @@ def start_event(prepared: Prepared, workers: list[str]) -> control.RunStarted:
         required=[unit.name for unit in prepared.units if unit.role == "member"],
         min_members=ensemble.min_members or ensemble.members,
         max_failures=prepared.spec.checkpointing.max_failures,
+        prepare_base=prepared.base is not None and not prepared.base.is_ready,
     )
 
 

@@ -15,12 +15,15 @@ from raylora.adapters.base import Noted, is_linear
 from raylora.data.sets import DataSets, load_sets
 from raylora.data.task import Task
 from raylora.engine.base import adapter_sites, compute_dtype, find_heads, load_config, load_tokenizer, shell_model
+from raylora.engine.blocks import base_linears
 from raylora.engine.count import adapter_parameters
+from raylora.engine.prepare_base import PreparedBase, open_base
+from raylora.engine.prepared import bases_folder, is_prepared_kind
 from raylora.engine.schedule import total_steps
 from raylora.engine.units import Unit, check_baselines, check_weights, packable_groups, units_of, why_alone
-from raylora.errors import SpecError
+from raylora.errors import BaseError, SpecError
 from raylora.placement.plan import Demand, Inventory, Plan, make_plan
-from raylora.spec import RunSpec
+from raylora.spec import GridSpec, RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
 _BITS = {"nf4": 4.5, "int8": 8.0}
@@ -42,6 +45,8 @@ class Prepared:
     member_parameters: int
     notes: tuple[str, ...] = ()
     """What the adapter does to these layers that one would not expect."""
+    base: PreparedBase | None = None
+    """The base that has to be prepared, or was; None for kinds that are quantised as they are loaded."""
 
     @property
     def compute(self) -> str:
@@ -59,6 +64,8 @@ class Prepared:
         self.store.write_spec(self.spec)  # on resume too: placement and checkpointing may have changed
         if not self.is_resume:
             self.store.write_json("data.json", data_record(self.sets))
+            if self.base is not None:
+                self.store.write_json("base.json", {"prepared": self.base.store.uri.rpartition("/")[2]})
 
 
 def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
@@ -84,6 +91,12 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     notes = tuple(adapter.notes(sites)) if isinstance(adapter, Noted) else ()
     tokenizer = load_tokenizer(spec.base, task)
     sets = load_sets(spec.data, spec.evaluation, task, tokenizer)
+    base = open_base(
+        spec.base, task, bases_folder(store.uri.rpartition("/")[0]), sets.evaluated_keys(), evaluation_sets(spec)
+    ) if is_prepared_kind(spec.base) else None
+    if base is not None:
+        check_start(spec, base_linears(shell), [site.name for site in sites])
+        notes = (*notes, *base.notes(spec))
     units = units_of(spec)
     demand = Demand(
         groups=tuple(tuple(group) for group in packable_groups(units)),
@@ -94,7 +107,43 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     )
     plan = make_plan(demand, inventory or local_inventory(), spec.placement)
     steps = total_steps(len(sets.train.examples), spec.optimisation)
-    return Prepared(spec, store, units, plan, demand, sets, steps, is_resume, members, notes)
+    return Prepared(spec, store, units, plan, demand, sets, steps, is_resume, members, notes, base)
+
+
+def evaluation_sets(spec: RunSpec) -> list[SetSpec]:
+    """Return the sets that are evaluated on and nothing else."""
+    own = [found for found in (spec.data.validation, spec.data.test) if found is not None]
+    return [*own, *spec.evaluation.in_distribution.values(), *spec.evaluation.out_of_distribution.values()]
+
+
+def check_start(spec: RunSpec, quantized: Sequence[str], sites: Sequence[str]) -> None:
+    """Refuse a trainable pair that a member's LoRA cannot hold.
+
+    Raises:
+        BaseError: with the key to change.
+    """
+    compensation, adapter = spec.base.compensation, spec.adapter
+    if compensation is None or not compensation.trainable:
+        return
+    rank = getattr(adapter, "rank", 0)
+    if adapter.kind != "lora" or rank != compensation.rank:
+        raise BaseError(
+            f"base.compensation.trainable: members start from pairs of rank {compensation.rank}, "
+            f"and the adapter is {adapter.kind}" + (f" of rank {rank}" if adapter.kind == "lora" else ""),
+            f"use adapter kind lora of rank {compensation.rank}, or trainable: false",
+        )
+    missing = [name for name in quantized if name not in set(sites)]
+    if missing:
+        raise BaseError(
+            f"base.compensation.trainable: {len(missing)} quantised layers have no adapter to hold their pair, "
+            f"such as {missing[0]}",
+            "adapt them all (adapter.target_modules: all-linear), or use trainable: false",
+        )
+    if spec.ensemble.regularisers.kl is not None:
+        raise BaseError(
+            "ensemble.regularisers.kl: with a trainable pair the base without adapters is not the calibrated model",
+            "use trainable: false, which keeps the pair in the base",
+        )
 
 
 def local_inventory() -> Inventory:
@@ -137,7 +186,10 @@ def _check_early_stopping(spec: RunSpec, task: Task) -> None:
 
 def _base_bytes(shell: Any, spec: RunSpec, heads: Sequence[str]) -> int:
     plain_bytes = 4 if spec.base.dtype == "float32" else 2
-    bits = _BITS.get(spec.base.quantization.kind, 8.0 * plain_bytes)
+    grid = spec.base.quantization
+    bits = _BITS.get(grid.kind, 8.0 * plain_bytes)
+    if isinstance(grid, GridSpec):  # a float16 scale and a zero point per group
+        bits = grid.bits + (0.0 if grid.group_size == "channel" else (16 + grid.bits) / grid.group_size)
     linear = sum(
         m.weight.numel() for n, m in shell.named_modules() if is_linear(m) and n not in heads and n != "lm_head"
     )

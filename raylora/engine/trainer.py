@@ -19,7 +19,7 @@ from raylora.data.order import Order
 from raylora.data.task import Batch, Example, Task
 from raylora.engine.base import Base, head_tensors
 from raylora.engine.deepspeed import MemberOptimiser
-from raylora.engine.forward import StepTensors, fixed_tensors, initial_member, pack_gradients
+from raylora.engine.forward import StepTensors, fixed_tensors, initial_member, pack_gradients, start_tensors
 from raylora.engine.persist import check_layout, layout_of
 from raylora.engine.predict import validation_metrics
 from raylora.engine.schedule import epochs_done, total_steps
@@ -291,5 +291,5 @@ class PackTrainer:
     def _optimiser(self, tensors: Mapping[str, Tensor]) -> MemberOptimiser:
         return MemberOptimiser(
             tensors, self.adapter, self.spec.optimisation, self.spec.ensemble.regularisers, self.total,
-            self.base.device,
+            self.base.device, start_tensors(self.base, self.adapter),
         )

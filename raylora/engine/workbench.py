@@ -6,8 +6,6 @@ The Ray actor and the in-process driver both work here; neither knows anything a
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +20,9 @@ from raylora.data.sets import DataSets, load_sets
 from raylora.engine import persist
 from raylora.engine.base import Base, compute_device, load_base
 from raylora.engine.deepspeed import start_deepspeed
+from raylora.engine.memory import peak_memory_bytes
 from raylora.engine.predict import predict_set
+from raylora.engine.prepared import prepared_store
 from raylora.engine.trainer import PackTrainer, Progress, Trainee
 from raylora.engine.units import LAST_LAYER, MC_DROPOUT, MEMBER, Unit, units_of
 from raylora.ensemble.predictions import Predictions, Role
@@ -59,7 +59,9 @@ class Workbench:
         torch.use_deterministic_algorithms(True, warn_only=self.device.type == "cuda")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs 7 % and nothing reads such memory
         start_deepspeed(self.device)
-        self.base = load_base(self.spec.base, self.spec.adapter, self.task, self.device)
+        self.base = load_base(
+            self.spec.base, self.spec.adapter, self.task, self.device, prepared_store(self.store)
+        )
         self.sets = load_sets(self.spec.data, self.spec.evaluation, self.task, self.base.tokenizer)
         recorded = self.store.read_json("data.json")
         if recorded and recorded["content_hash"] != self.sets.content_hash():
@@ -249,12 +251,6 @@ def check_finite(tensors: Tensors, unit: Unit) -> None:
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise StoreError(f"{unit.name}: {bad[0]} is not finite and is not saved")
-
-
-def peak_memory_bytes() -> int:
-    """Return the largest resident size that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _readme(unit: Unit, spec: RunSpec, base_name: str, in_peft: bool) -> str:

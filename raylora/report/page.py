@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from raylora.report import figures, figures_uncertainty, tables
+from raylora.report import base_page, figures, figures_uncertainty, tables
 from raylora.report.entries import scored_sets, set_names
 from raylora.report.figures import Drawn
 from raylora.report.formatting import flat
@@ -37,7 +37,7 @@ def write_report(metrics: dict[str, Any], folder: Path) -> list[Path]:
                 path = plots / f"{''.join(c if c in SAFE else '_' for c in one.name.lower())}.png"
                 path.write_bytes(png)
                 written.append(path)
-                images[section].append({"uri": _data_uri(png), "alt": one.alt})
+                images[section].append(_image(png, one))
     page = folder / "report.html"
     page.write_text(render(metrics, images), encoding="utf-8")
     return [page, *written]
@@ -45,15 +45,9 @@ def write_report(metrics: dict[str, Any], folder: Path) -> list[Path]:
 
 def render(metrics: dict[str, Any], images: dict[str, list[dict[str, str]]]) -> str:
     """Return the page's HTML; every string of the run is escaped."""
-    environment = Environment(
-        loader=PackageLoader("raylora.report", "."),
-        autoescape=select_autoescape(default=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     run = metrics.get("run") or {}
-    return environment.get_template("template.html").render(
+    preparation = metrics.get("preparation")
+    return environment().get_template("template.html").render(
         name=run.get("name", "run"),
         run_facts=flat({key: value for key, value in run.items() if key not in ("name", "degraded")}),
         degraded=bool(run.get("degraded")),
@@ -70,11 +64,32 @@ def render(metrics: dict[str, Any], images: dict[str, list[dict[str, str]]]) -> 
         detection=tables.detection(metrics),
         members=tables.members(metrics),
         data=tables.data(metrics),
+        preparation=base_page.section(preparation) if preparation else None,
         facts=tables.facts(metrics),
         versions=flat(metrics.get("versions") or {}),
         spec_yaml=metrics.get("spec_yaml", ""),
         images=images,
     )
+
+
+def environment() -> Environment:
+    """Return the templates; whatever a run calls itself is escaped."""
+    return Environment(
+        loader=PackageLoader("raylora.report", "."),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def image_of(drawn: Drawn) -> dict[str, str]:
+    """Return a figure as a page holds it."""
+    return _image(_png(drawn), drawn)
+
+
+def _image(png: bytes, drawn: Drawn) -> dict[str, str]:
+    return {"uri": _data_uri(png), "alt": drawn.alt}
 
 
 def _draw(metrics: dict[str, Any]) -> dict[str, Sequence[Drawn]]:
@@ -86,6 +101,7 @@ def _draw(metrics: dict[str, Any]) -> dict[str, Sequence[Drawn]]:
         "detection": figures_uncertainty.detection(metrics),
         "decomposition": figures_uncertainty.decomposition(metrics),
         "disagreement": figures_uncertainty.disagreement(metrics),
+        "preparation": base_page.layer_errors(metrics["preparation"]) if metrics.get("preparation") else [],
     }
 
 

@@ -20,6 +20,7 @@ from raylora.engine.base import Base, compute_device, load_base
 from raylora.engine.forward import expected_layout, fixed_tensors
 from raylora.engine.persist import check_layout, from_bytes, json
 from raylora.engine.predict import predict
+from raylora.engine.prepared import prepared_store
 from raylora.engine.units import units_of
 from raylora.ensemble.aggregate import aggregate_logits
 from raylora.ensemble.uncertainty import decompose
@@ -140,7 +141,8 @@ def load_ensemble(run: str, gpus: int | None = None) -> LoadedEnsemble:
             f"{store.uri}: a {spec.task.kind} run has no classes to predict", "its members load with PEFT to generate"
         )
     device = compute_device(torch.cuda.device_count() if gpus is None else gpus)
-    return LoadedEnsemble(spec, load_base(spec.base, spec.adapter, task, device), task, members, layouts)
+    base = load_base(spec.base, spec.adapter, task, device, prepared_store(store))
+    return LoadedEnsemble(spec, base, task, members, layouts)
 
 
 def member_tensors(files: Mapping[str, bytes]) -> Tensors:

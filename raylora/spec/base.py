@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, SerializeAsAny, ValidationInfo
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, SerializeAsAny, ValidationInfo, field_validator
 from pydantic.functional_validators import BeforeValidator
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -39,6 +39,34 @@ class AdapterSpec(KindSpec):
 
 class QuantizationSpec(KindSpec):
     """How the frozen base's weights are stored."""
+
+
+class GridSpec(QuantizationSpec):
+    """Weights on an evenly spaced grid of 2, 3 or 4 bits, prepared once per base and kept beside the runs."""
+
+    bits: Literal[2, 3, 4] = 4
+    group_size: int | Literal["channel"] = 64
+    """How many weights of a row share a scale and a zero point; ``channel`` is the whole row."""
+
+    @field_validator("group_size")
+    @classmethod
+    def _enough_for_a_grid(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 8:
+            raise ValueError(f"{value} weights per scale: use at least 8 (64 is usual), or 'channel'")
+        return value
+
+    def group_of(self, in_features: int) -> int:
+        """Return how many weights share a scale in a layer of this width."""
+        return in_features if self.group_size == "channel" else min(int(self.group_size), in_features)
+
+
+class CompensationSpec(KindSpec):
+    """A low-rank pair that makes up for what quantisation lost, computed once per base."""
+
+    rank: int = Field(default=64, ge=1)
+    trainable: bool = False
+    """False: the pair is frozen and belongs to the base, under every member. True: it is where a member's own LoRA
+    starts, as in the CLoQ paper; members then start alike."""
 
 
 class TaskSpec(KindSpec):
@@ -82,8 +110,10 @@ def _field(base: Any, seam: str, default: str) -> Any:
 if TYPE_CHECKING:  # what a checker may rely on; the concrete class is known to the registry alone
     AnyAdapter: TypeAlias = AdapterSpec
     AnyQuantization: TypeAlias = QuantizationSpec
+    AnyCompensation: TypeAlias = CompensationSpec
     AnyTask: TypeAlias = TaskSpec
 else:
     AnyAdapter = _field(AdapterSpec, "adapter", "lora")
     AnyQuantization = _field(QuantizationSpec, "quantization", "none")
+    AnyCompensation = _field(CompensationSpec, "compensation", "cloq")
     AnyTask = _field(TaskSpec, "task", "classification")

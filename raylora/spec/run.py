@@ -9,34 +9,13 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from raylora.spec.base import AnyAdapter, AnyQuantization, AnyTask, Frozen
+from raylora.spec.base import AnyAdapter, AnyCompensation, AnyQuantization, AnyTask, Frozen, GridSpec
 
 NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?\Z")
 """Run names: short enough for a Kubernetes label and safe as a folder name."""
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class BaseSpec(Frozen):
-    """The frozen model that all members share."""
-
-    source: str
-    """A hub id, a local folder, or ``pypi:NAME`` for a model that comes out of a package registry."""
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type of the base; ``auto`` is bfloat16 where the processor multiplies it natively, else float32.
-    Adapters, heads and the optimiser always stay in float32."""
-    quantization: AnyQuantization = Field(default_factory=lambda: cast(Any, {"kind": "nf4"}))
-    attention: Literal["auto", "eager", "sdpa"] = "auto"
-    """``auto`` is eager on CPU (several times faster backward in bfloat16) and sdpa on GPU."""
-    trust_remote_code: bool = False
-
-    @model_validator(mode="after")
-    def _pinned_code(self) -> BaseSpec:
-        if self.trust_remote_code and not self.revision:
-            raise ValueError("trust_remote_code runs code from the model repository: pin it with 'revision'")
-        return self
 
 
 class SetSpec(Frozen):
@@ -61,6 +40,56 @@ class SetSpec(Frozen):
     def _one_origin(self) -> SetSpec:
         if (self.source is None) == (self.files is None):
             raise ValueError("give exactly one of 'source' and 'files'")
+        return self
+
+
+class CalibrationSpec(SetSpec):
+    """Plain text that the base reads while it is quantised; its labels, if it has any, are not looked at."""
+
+    samples: int = Field(default=128, ge=1)
+    length: int = Field(default=512, ge=8)
+    """Tokens per sample. A causal model reads whole texts, end to end, cut to this; an encoder one text per sample."""
+    held_out: int = Field(default=16, ge=0)
+    """Further samples, of other texts, on which perplexity is measured before and after; for causal models."""
+    seed: int = 0
+
+
+class BaseSpec(Frozen):
+    """The frozen model that all members share."""
+
+    source: str
+    """A hub id, a local folder, or ``pypi:NAME`` for a model that comes out of a package registry."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type of the base; ``auto`` is bfloat16 where the processor multiplies it natively, else float32.
+    Adapters, heads and the optimiser always stay in float32."""
+    quantization: AnyQuantization = Field(default_factory=lambda: cast(Any, {"kind": "nf4"}))
+    compensation: AnyCompensation | None = None
+    """A low-rank pair computed with the quantised weights, by ``cloq`` or ``loftq``; needs rtn or optq."""
+    calibration: CalibrationSpec | None = None
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    """``auto`` is eager on CPU (several times faster backward in bfloat16) and sdpa on GPU."""
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _pinned_code(self) -> BaseSpec:
+        if self.trust_remote_code and not self.revision:
+            raise ValueError("trust_remote_code runs code from the model repository: pin it with 'revision'")
+        return self
+
+    @model_validator(mode="after")
+    def _preparation_is_whole(self) -> BaseSpec:
+        grid, kind = isinstance(self.quantization, GridSpec), self.quantization.kind
+        if self.compensation is not None and not grid:
+            raise ValueError(f"compensation is computed while weights are put on a grid, not for {kind}: "
+                             "use quantization kind optq or rtn")
+        if self.calibration is not None and not grid:
+            raise ValueError(f"quantization {kind} reads no calibration text: use kind optq or rtn, or leave it out")
+        reads = [kind] if kind == "optq" else []
+        reads += ["compensation"] if self.compensation is not None else []
+        if reads and self.calibration is None:
+            raise ValueError(f"{' and '.join(reads)} need calibration text: "
+                             "add calibration: {source: pypi:bbc-news} or {files: texts.jsonl}")
         return self
 
 

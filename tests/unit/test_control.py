@@ -16,6 +16,8 @@ from raylora.control import (
     Aggregate,
     Aggregated,
     AggregationFailed,
+    BaseFailed,
+    BasePrepared,
     Event,
     Finish,
     InterruptRequested,
@@ -23,6 +25,8 @@ from raylora.control import (
     JobFinished,
     JobInterrupted,
     Phase,
+    PreparationInterrupted,
+    PrepareBase,
     RunJob,
     RunStarted,
     StartWorker,
@@ -313,3 +317,33 @@ def test_a_transition_never_changes_the_state_it_was_given() -> None:
     for event in (WorkerReady("w1"), WorkerLost("w0", "x"), JobFinished("job-0", 1, {"member-0": "x"})):
         transition(state, event)
         assert repr(state) == before
+
+
+# --- a base that is prepared first ---------------------------------------------------------------------------
+def prepares(**options: Any) -> RunStarted:
+    return replace(start(**options), prepare_base=True)
+
+
+def test_no_worker_starts_before_the_base_is_prepared() -> None:
+    state, commands = fold(prepares(workers=2))
+    assert state.phase is Phase.PREPARING and commands == [PrepareBase()]
+    assert transition(state, WorkerReady("w0")) == (state, [])
+    state, commands = transition(state, BasePrepared())
+    assert state.phase is Phase.TRAINING and commands == [StartWorker("w0"), StartWorker("w1")]
+    assert transition(state, BasePrepared()) == (state, [])
+
+
+def test_a_base_that_fails_ends_the_run_with_its_reason() -> None:
+    state, commands = fold(prepares(), BaseFailed("layer 3: NaN"))
+    assert (state.phase, state.reason) == (Phase.FAILED, "layer 3: NaN")
+    assert commands[-1] == Finish(Phase.FAILED, "layer 3: NaN")
+    again, commands = transition(state, prepares())
+    assert again.phase is Phase.PREPARING and commands == [PrepareBase()]
+
+
+@pytest.mark.parametrize("answer", [PreparationInterrupted(), BasePrepared()])
+def test_an_interrupt_while_preparing_waits_for_the_block(answer: Event) -> None:
+    state, commands = fold(prepares(), InterruptRequested(15))
+    assert state.phase is Phase.PREPARING and commands[-1] == StopJobs()
+    state, commands = transition(state, answer)
+    assert state.phase is Phase.INTERRUPTED and commands == [Finish(Phase.INTERRUPTED, "signal 15")]

@@ -1,0 +1,61 @@
+"""The preparer actor: quantises the base before any worker starts, with the cluster's CPUs to solve layers on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import ray
+
+from raylora.engine.solve import GroupJob, Solved, solve_group
+from raylora.spec import RunSpec
+
+
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 1})  # type: ignore[call-overload]
+class Preparer:
+    """Runs the blocks one after another; within a block, its groups of linears are solved side by side."""
+
+    def __init__(self, spec: RunSpec, gpus: int) -> None:
+        self.spec, self.gpus, self.signal_number = spec, gpus, 0
+
+    def prepare(self, base: Any, coordinator: Any) -> None:
+        """Prepare a base and commit it.
+
+        Raises:
+            Interrupted: the blocks so far are committed.
+        """
+        from raylora import registry
+        from raylora.engine.base import compute_device
+        from raylora.engine.prepare_base import ensure_prepared
+        from raylora.engine.solve import solve_here
+
+        task = registry.load("task", self.spec.task.kind).build(self.spec.task)
+        device = compute_device(self.gpus)
+        ensure_prepared(
+            self.spec.base, task, base, device, solve_here if device.type == "cuda" else solve_on_cluster,
+            lambda done: coordinator.report_preparation.remote(asdict(done)), lambda: self.signal_number,
+        )
+
+    @ray.method(concurrency_group="control")
+    def stop(self, signal_number: int) -> None:
+        """Ask to commit and stop after the current block."""
+        self.signal_number = signal_number
+
+
+def solve_on_cluster(jobs: Sequence[GroupJob]) -> list[list[Solved]]:
+    """Solve each group in a task of its own, the costliest first; each has one CPU."""
+    def cost(job: GroupJob) -> int:
+        return sum(weight.numel() * weight.shape[1] for weight in job.weights_OI.values())
+
+    order = sorted(range(len(jobs)), key=lambda index: -cost(jobs[index]))
+    references = {index: _solve.remote(jobs[index]) for index in order}
+    return [ray.get(references[index]) for index in range(len(jobs))]
+
+
+@ray.remote(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+def _solve(job: GroupJob) -> list[Solved]:
+    import torch
+
+    torch.set_num_threads(1)
+    return solve_group(job)

@@ -1,0 +1,29 @@
+"""What a student learns from an ensemble: losses, and targets that are keyed by example id.
+
+Plain tensors and bytes; nothing here knows Ray, a model or a tokenizer.
+"""
+
+from raylora.distill.base import Annealed, Loss, LossSpec, TemperedSpec
+from raylora.distill.keys import Keys, content_hash
+from raylora.distill.targets import ClassificationTargets, RegressionTargets, join_members, merge
+from raylora.distill.token_reader import TokenTargets, join_workers
+from raylora.distill.tokens import TokenTargetsWriter
+from raylora.distill.topk import TopK, merge_topk
+
+__all__ = [
+    "Annealed",
+    "ClassificationTargets",
+    "Keys",
+    "Loss",
+    "LossSpec",
+    "RegressionTargets",
+    "TemperedSpec",
+    "TokenTargets",
+    "TokenTargetsWriter",
+    "TopK",
+    "content_hash",
+    "join_members",
+    "join_workers",
+    "merge",
+    "merge_topk",
+]

@@ -1,0 +1,62 @@
+"""The seam between a teacher's targets and a student's training: what a loss kind has to offer.
+
+Shapes: B examples (positions for language models), M teacher members, C classes, O outputs of the student.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from pydantic import Field
+from torch import Tensor
+
+from raylora.spec import KindSpec
+
+
+class LossSpec(KindSpec):
+    """What every loss kind shares: how much the label counts beside the teacher."""
+
+    task_weight: float = Field(default=0.5, ge=0, le=1)
+    """``a`` of ``a * task loss + (1 - a) * distillation`` (arXiv 2410.20777); 0 needs no labels."""
+
+
+class TemperedSpec(LossSpec):
+    """A loss that compares distributions softened by a temperature."""
+
+    temperature: float = Field(default=2.0, gt=0)
+    """``T``; teacher and student are softened alike, and the divergence is multiplied by its square."""
+
+
+class Loss(Protocol):
+    """A distillation loss; a module of its own with ``Spec`` and ``build``, registered under the seam ``loss``."""
+
+    spec: Any
+
+    def outputs(self, num_labels: int) -> int:
+        """Return O, how many logits the student's head must have. Raises: SpecError if the loss cannot serve."""
+
+    def per_example(self, student_outputs: Tensor, targets: Any, labels: Tensor | None) -> Tensor:
+        """Return the loss of each example, B; never a mean, because members of several runs share a forward pass.
+
+        Args:
+            student_outputs: B x O, any float type; computed on in at least float32.
+            targets: what the matching targets' ``gather`` returned for the same examples, on the same device.
+            labels: one per example, -1 (NaN for real values) where there is none, or None if there are none at
+                all. An unlabelled example keeps its distillation term at the weight ``1 - task_weight``: its
+                share of the batch's gradient does not depend on who else has a label.
+        """
+
+    def predict(self, student_outputs: Tensor) -> dict[str, Tensor]:
+        """Return what the student says, at temperature 1.
+
+        ``log_probs`` B x C and ``entropy`` B of classes, or ``value`` B of a regression; where the student keeps
+        the members' disagreement also ``expected_entropy`` B and ``mutual_information`` B, their sum ``entropy``.
+        """
+
+
+@runtime_checkable
+class Annealed(Protocol):
+    """Optional: the loss changes while the student trains."""
+
+    def at(self, progress: float) -> Loss:
+        """Return the loss to use when this share of the training, 0 to 1, is done."""
