@@ -221,14 +221,23 @@ def predict(
 @_command
 def export(
     run_path: RunPath,
-    form: Annotated[str, typer.Option("--format", help="peft-lora: folders that PEFT loads.")] = "peft-lora",
+    form: Annotated[str, typer.Option("--format", help=(
+        "peft-lora: members as folders that PEFT loads. base, base-packed: a prepared base as a checkpoint, "
+        "dequantised or in the format of compressed-tensors, and its pair."
+    ))] = "peft-lora",
     output: Annotated[str | None, typer.Option("--out", help="Where to; by default RUN/export.")] = None,
     member: Annotated[list[str] | None, typer.Option("--member", help="Only this one; may be repeated.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write members in a format that other programs read."""
+    """Write members, or the prepared base, in a format that other programs read."""
+    from raylora.serve import export_base
     from raylora.serve.export import export_run
 
+    if form in export_base.FORMATS:
+        base = export_base.export_base(run_path, form, output)
+        pair = f"; its pair, {base.pair_bytes:,} bytes, to {base.pair_folder}" if base.pair_folder else ""
+        _say(as_json, vars(base), f"wrote the base, {base.size_bytes:,} bytes, to {base.folder}{pair}")
+        return
     exported = export_run(run_path, form, output, member or [])
     if as_json:
         print(json.dumps([vars(item) for item in exported]))

@@ -141,7 +141,7 @@ def find_sites(model: Any, spec: AdapterSpec, defaults: Sequence[str], heads: Se
         targets = list(defaults) if spec.target_modules == "auto" else spec.target_modules
         targets = [targets] if isinstance(targets, str) else list(targets)
         chosen = _match(targets, linears)
-    sites = [_site(name, linears[name]) for name in linears if name in set(chosen)]
+    sites = [site_of(name, linears[name]) for name in linears if name in set(chosen)]
     _refuse_shared(model, {site.name: linears[site.name] for site in sites})
     return _select_blocks(sites, spec.layers, [_block(n) for n in inner])
 
@@ -184,7 +184,8 @@ def _refuse_shared(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _site(name: str, module: nn.Module) -> Site:
+def site_of(name: str, module: nn.Module) -> Site:
+    """Return what an adapter needs to know of a linear layer."""
     if isinstance(module, nn.Linear):
         return Site(name, module.in_features, module.out_features, _block(name))
     in_features, out_features = cast(Tensor, module.weight).shape

@@ -143,12 +143,13 @@ def load_base(
     model, missing = _load_model(spec, task, device, dtype)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    start_pairs = _install_prepared(model, spec, dtype, prepared) if is_prepared_kind(spec) else {}
     heads = find_heads(model, missing)
     adapter: Adapter = registry.load("adapter", adapter_spec.kind).build(adapter_spec)
     sites = adapter_sites(model, adapter, list(heads))
     head_modules = {name: model.get_submodule(name) for name in heads}
     targets = target_names(model, sites, list(heads))
+    # The sites are those of the original: a layer that is stored the other way round is still exported so.
+    start_pairs = _install_prepared(model, spec, dtype, prepared) if is_prepared_kind(spec) else {}
     held = [*model.parameters(), *(b for m in model.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())]
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
     slot = attach(model, sites, list(heads))

@@ -25,6 +25,7 @@ from raylora.engine.base import (
     target_names,
 )
 from raylora.engine.persist import check_layout, layout_of, to_bytes
+from raylora.engine.prepared import prepared_store
 from raylora.engine.units import units_of
 from raylora.errors import RunDirectoryError, UsageError, suggest
 from raylora.serve.predictor import member_facts, member_tensors
@@ -71,7 +72,7 @@ def export_run(
     written = []
     for name in _chosen(store, members):
         files = store.load_result(f"members/{name}")
-        exported = _as_lora(spec, adapter, name, files) if not isinstance(adapter, PeftNative) else files
+        exported = _as_lora(store, spec, adapter, name, files) if not isinstance(adapter, PeftNative) else files
         commit.commit(target, name, exported)
         written.append(Exported(name, target.path(name), len(files[_WEIGHTS]), len(exported[_WEIGHTS])))
     return written
@@ -87,7 +88,9 @@ def _chosen(store: RunStore, wanted: Sequence[str]) -> list[str]:
     return list(wanted) or names
 
 
-def _as_lora(spec: RunSpec, adapter: Adapter, name: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+def _as_lora(
+    store: RunStore, spec: RunSpec, adapter: Adapter, name: str, files: Mapping[str, bytes]
+) -> dict[str, bytes]:
     """Return the folder of one member, written out as LoRA."""
     if not isinstance(adapter, LoraExpandable):
         raise UsageError(f"members of kind {spec.adapter.kind} have no LoRA form")
@@ -99,7 +102,7 @@ def _as_lora(spec: RunSpec, adapter: Adapter, name: str, files: Mapping[str, byt
     heads = list(find_heads(shell, [n.removeprefix(HEAD) for n in head]))
     sites = adapter_sites(shell, adapter, heads)
     seeds = {unit.name: unit.stream("fixed") for unit in units_of(spec)}
-    fixed = adapter.fixed(sites, seeds[name], _weights(spec, task))
+    fixed = adapter.fixed(sites, seeds[name], _weights(store, spec, task))
     check_layout(name, facts.get("layout"), layout_of(_shapes(adapter, sites), fixed))
     lora, written = adapter.as_lora({**tensors, **fixed}, sites)
     task_type = "SEQ_CLS" if task.auto_class == "AutoModelForSequenceClassification" else "CAUSAL_LM"
@@ -118,10 +121,10 @@ def _shapes(adapter: Adapter, sites: Sequence[Site]) -> Mapping[str, Tensor]:
         return adapter.build(sites, torch.Generator("cpu"))
 
 
-def _weights(spec: RunSpec, task: Task) -> Callable[[str], Tensor]:
+def _weights(store: RunStore, spec: RunSpec, task: Task) -> Callable[[str], Tensor]:
     """Return a reader of the base's weights that loads it when it is first asked; many kinds never ask."""
     loaded: Any = functools.lru_cache(maxsize=1)(
-        lambda: load_base(spec.base, spec.adapter, task, compute_device(0))
+        lambda: load_base(spec.base, spec.adapter, task, compute_device(0), prepared_store(store))
     )
 
     def weight_of(site: str) -> Tensor:
