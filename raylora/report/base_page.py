@@ -95,7 +95,7 @@ def layer_errors(summary: dict[str, Any]) -> list[Drawn]:
     """Draw every layer's relative error, in the model's order."""
     if not stages(summary):
         return []
-    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     axes = figure.subplots()
     for key in stages(summary):
         values = [100 * layer[key] / layer["weight"] for layer in summary["layers"]]
@@ -106,7 +106,7 @@ def layer_errors(summary: dict[str, Any]) -> list[Drawn]:
     axes.set_ylabel("error, % of the outputs' norm")
     axes.set_ylim(bottom=0)
     axes.set_title("What quantising cost each layer on the calibration inputs")
-    axes.legend(loc="upper left", ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
     words = "; ".join(
         f"{STAGES[key][1]}: mean {100 * fmean(_shares(summary['layers'], key)):.1f} %" for key in stages(summary)
     )

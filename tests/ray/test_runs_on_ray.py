@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from raylora.client import RunHandle, attach, launch, resume, run_local
-from raylora.errors import Interrupted, PlacementError, RunDirectoryError
+from raylora.errors import Interrupted, PlacementError, RunDirectoryError, TrainingError
 from raylora.spec import RunSpec
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -133,3 +133,41 @@ def test_a_finished_run_is_not_trained_again(make_spec: MakeSpec) -> None:
     resume(handle.uri).wait()
     after = {path: path.stat().st_mtime_ns for path in Path(handle.uri, "members").rglob("*.safetensors")}
     assert before == after and len(before) == 2
+
+
+# --- a base that is prepared first -----------------------------------------------------------------------
+PREPARED = {
+    "base__quantization": {"kind": "optq", "bits": 3, "group_size": 16, "magr_iterations": 10},
+    "base__compensation": {"kind": "cloq", "rank": 4},
+    "base__calibration": {"source": "pypi:bbc-news", "samples": 8, "length": 32},
+}
+
+
+def test_a_base_is_prepared_on_the_cluster_and_members_on_it_equal_those_in_process(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = make_spec(**PREPARED, name="on-ray", placement__workers=2)
+    seen: set[str] = set()
+    handle = launch(spec)
+    metrics = handle.wait(lambda status: seen.add(status["phase"]))
+    assert metrics["run"]["phase"] == "succeeded" and "preparing" in seen
+    events = [event["event"] for event in handle.store.read_events()]
+    assert events.index("BasePrepared") < events.index("WorkerReady")
+    errors = [(layer["compensated"], layer["theory"]) for layer in metrics["preparation"]["layers"]]
+    assert len(errors) == 12 and all(found == pytest.approx(least, rel=1e-4) for found, least in errors)
+    run_local(make_spec(**PREPARED, name="in-process", placement__workers=2))  # finds the base
+    assert_bit_equal(handle.uri, str(Path(handle.uri).parent / "in-process"))
+
+
+def test_a_preparation_that_fails_fails_the_run_with_its_reason(
+    make_spec: MakeSpec, tiny_model: Callable[[str], str], tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_model("bert"), folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["encoder.layer.1.output.dense.weight"][0, 0] = float("nan")
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match=r"layer\.1\.output\.dense"):
+        launch(make_spec(**PREPARED, base__source=str(folder))).wait()
