@@ -106,7 +106,7 @@ def _gram(model: Any, name: str, batches: list[dict[str, Any]]) -> Any:
 
 
 def _textbook_optq(weight_OI: Any, h_II: Any, bits: int, group_size: int) -> Any:
-    """Quantise as in algorithm 1 of arXiv 2210.17323: two Cholesky factors, an explicit inverse, then our inner loop."""
+    """Quantise as in arXiv 2210.17323, algorithm 1: two Cholesky factors and an explicit inverse, then our loop."""
     import torch
 
     from raylora.quant.gram import Factor
