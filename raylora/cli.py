@@ -221,7 +221,9 @@ def predict(
 @_command
 def export(
     run_path: RunPath,
-    form: Annotated[str, typer.Option("--format", help="peft-lora: folders that PEFT loads.")] = "peft-lora",
+    form: Annotated[str, typer.Option(
+        "--format", help="peft-lora: folders that PEFT loads. checkpoint: whole models that transformers loads.",
+    )] = "peft-lora",
     output: Annotated[str | None, typer.Option("--out", help="Where to; by default RUN/export.")] = None,
     member: Annotated[list[str] | None, typer.Option("--member", help="Only this one; may be repeated.")] = None,
     as_json: AsJson = False,

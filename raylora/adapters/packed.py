@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raylora.adapters.base import HEAD, Adapter, OverWeights, Site, Tensors
+from raylora.adapters.base import HEAD, Adapter, OverWeights, Site, Tensors, WholeModel
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,17 @@ class Pack:
     dropout: Dropout | None = None
     over: OverWeights | None = None
     """The adapter again, if its change depends on the frozen layer."""
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Stacked weights that stand in for the base's own, where members are whole models."""
+
+    def alone(self) -> list[Pack]:
+        """Return a pack per member, for what cannot share a forward."""
+        weights, heads = ({n: t.unbind() for n, t in tensors.items()} for tensors in (self.weights, self.heads))
+        return [
+            replace(self, members=1, weights={n: t[k] for n, t in weights.items()},
+                    heads={n: t[k][None] for n, t in heads.items()})
+            for k in range(self.members)
+        ]
 
 
 class Slot:
@@ -184,4 +195,5 @@ def make_pack(
     members = len(next(iter(stacked.values())))
     at_site = adapter.materialise(inner, sites) if adapters_on and inner else {}
     over = adapter if isinstance(adapter, OverWeights) else None
-    return Pack(adapter, members, at_site, heads, dropout if adapters_on else None, over)
+    weights = inner if adapters_on and isinstance(adapter, WholeModel) else {}
+    return Pack(adapter, members, at_site, heads, dropout if adapters_on else None, over, weights)

@@ -85,7 +85,7 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     _check_early_stopping(spec, task)
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
     sites = adapter_sites(shell, adapter, heads)
-    members = adapter_parameters(adapter, sites) + sum(
+    members = adapter_parameters(adapter, sites, shell, heads) + sum(
         p.numel() for name in heads for p in shell.get_submodule(name).parameters()
     )
     notes = tuple(adapter.notes(sites)) if isinstance(adapter, Noted) else ()
