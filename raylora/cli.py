@@ -222,8 +222,8 @@ def predict(
 def export(
     run_path: RunPath,
     form: Annotated[str, typer.Option("--format", help=(
-        "peft-lora: members as folders that PEFT loads. base, base-packed: a prepared base as a checkpoint, "
-        "dequantised or in the format of compressed-tensors, and its pair."
+        "peft-lora: members as folders that PEFT loads. checkpoint: fully fine-tuned members as whole models. "
+        "base, base-packed: a prepared base as a checkpoint, dequantised or packed, and its pair."
     ))] = "peft-lora",
     output: Annotated[str | None, typer.Option("--out", help="Where to; by default RUN/export.")] = None,
     member: Annotated[list[str] | None, typer.Option("--member", help="Only this one; may be repeated.")] = None,

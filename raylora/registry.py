@@ -21,6 +21,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "lora_xs": "raylora.adapters.lora_xs",
         "nola": "raylora.adapters.nola",
         "peft": "raylora.adapters.peft",
+        "full": "raylora.adapters.full",
     },
     "quantization": {
         "none": "raylora.quant.none",

@@ -5,7 +5,7 @@ Shapes: K members in a pack, N tokens of one member (batch x time), I inputs, O 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -95,6 +95,17 @@ class OverWeights(Protocol):
 
     def why_not_on(self, quantization: str) -> str:
         """Return why it cannot be put over weights of this kind, or nothing if it can."""
+
+
+@runtime_checkable
+class WholeModel(Protocol):
+    """A kind without sites, whose members are the model's own weights instead of a change to them."""
+
+    def own_weights(self, model: nn.Module, heads: Collection[str]) -> dict[str, nn.Parameter]:
+        """Return the parameters that a member starts from and replaces, by name; tied ones once. Raises: BaseError."""
+
+    def why_not_on(self, quantization: str) -> str:
+        """Return why weights of this kind cannot be trained, or nothing if they can."""
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from raylora import registry
-from raylora.adapters.base import Adapter, Site, find_sites, is_linear
+from raylora.adapters.base import Adapter, Site, WholeModel, find_sites, is_linear
 from raylora.adapters.packed import Slot, attach
 from raylora.data import assets
 from raylora.data.task import Task
@@ -219,8 +219,10 @@ def weights_folder(spec: BaseSpec) -> str:
 
 
 def adapter_sites(model: Any, adapter: Adapter, heads: Sequence[str]) -> list[Site]:
-    """Return the checked layers an adapter is attached to; none for the kind that has no adapter."""
-    if adapter.spec.kind == "none":
+    """Return the checked layers an adapter is attached to; none for the kinds that are attached nowhere."""
+    if isinstance(adapter, WholeModel):
+        adapter.own_weights(model, heads)  # refuses what cannot be trained
+    if adapter.spec.kind == "none" or isinstance(adapter, WholeModel):
         return []
     sites = find_sites(model, adapter.spec, default_targets(model.config.model_type), heads)
     adapter.check(sites)

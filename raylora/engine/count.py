@@ -10,14 +10,16 @@ from pydantic import ValidationError
 from torch import nn
 
 from raylora import registry
-from raylora.adapters.base import Adapter, Site
+from raylora.adapters.base import Adapter, Site, WholeModel
 from raylora.engine.base import adapter_sites, find_heads, is_decoder, quiet
 from raylora.errors import SpecError, combine
 from raylora.spec import AdapterSpec
 
 
-def adapter_parameters(adapter: Adapter, sites: Sequence[Site]) -> int:
-    """Return the numbers that an adapter trains on these layers; nothing is allocated."""
+def adapter_parameters(adapter: Adapter, sites: Sequence[Site], model: nn.Module, heads: Sequence[str]) -> int:
+    """Return the numbers that an adapter trains on these layers of a model; nothing is allocated."""
+    if isinstance(adapter, WholeModel):
+        return sum(p.numel() for p in adapter.own_weights(model, heads).values())
     with torch.device("meta"):
         tensors = adapter.build(sites, torch.Generator("cpu")) if sites else {}
     return sum(t.numel() for t in tensors.values())
@@ -39,7 +41,7 @@ def parameter_count(model: Any, adapter: AdapterSpec | Mapping[str, Any]) -> int
     backbone_only = getattr(shell, "base_model", None) is shell
     heads = [] if backbone_only else list(find_heads(shell, []))
     built: Adapter = registry.load("adapter", spec.kind).build(spec)
-    return adapter_parameters(built, adapter_sites(shell, built, heads))
+    return adapter_parameters(built, adapter_sites(shell, built, heads), shell, heads)
 
 
 def _spec(keys: Mapping[str, Any]) -> AdapterSpec:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
-from raylora.adapters.base import HEAD, Adapter, OverWeights, Tensors
+from raylora.adapters.base import HEAD, Adapter, OverWeights, Tensors, WholeModel
 from raylora.adapters.packed import Dropout, Pack, make_pack
 from raylora.data.task import Batch, Task, join, pad_id
 from raylora.engine.base import Base
@@ -40,7 +41,7 @@ class StepTensors:
         micro_batches: int = 1,
     ) -> None:
         """Take the members' trained tensors and what the adapter needs beside them, both stacked over K."""
-        self.leaves = {name: tensor.detach().clone().requires_grad_(True) for name, tensor in stacked.items()}
+        self.leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in stacked.items()}
         self.pack = make_pack(adapter, base.sites, {**self.leaves, **(fixed or {})})
         self.micro_batches = micro_batches
 
@@ -115,9 +116,23 @@ def pack_scores(
 
 
 def _forward(base: Base, task: Task, pack: Pack, batch: Batch) -> Tensor:
+    inputs = {**batch.model_inputs(), **task.forward_kwargs(batch), **({"use_cache": False} if base.is_decoder else {})}
+    if pack.weights:
+        return torch.cat([
+            _forward_own(base, own, {n: v.chunk(pack.members)[k] if isinstance(v, Tensor) else v
+                                     for n, v in inputs.items()})
+            for k, own in enumerate(pack.alone())
+        ])
     with base.slot.use(pack):
-        return base.model(**batch.model_inputs(), **task.forward_kwargs(batch), use_cache=False).logits \
-            if base.is_decoder else base.model(**batch.model_inputs(), **task.forward_kwargs(batch)).logits
+        return base.model(**inputs).logits
+
+
+def _forward_own(base: Base, pack: Pack, inputs: dict[str, Any]) -> Tensor:
+    """Return the logits of one member whose weights stand in for the base's; tied weights follow their first name."""
+    types = {name: parameter.dtype for name, parameter in base.model.named_parameters()}
+    weights = {name: weight.to(types[name]) for name, weight in pack.weights.items()}
+    with base.slot.use(pack):
+        return functional_call(base.model, weights, kwargs=inputs).logits
 
 
 def _join(base: Base, task: Task, batches: Sequence[Batch]) -> Batch:
@@ -188,6 +203,9 @@ def initial_member(base: Base, adapter: Adapter, head: Mapping[str, Tensor], see
     generator = torch.Generator().manual_seed(seed)
     tensors = adapter.build(base.sites, generator) if base.sites else {}
     tensors |= start_tensors(base, adapter) if base.sites else {}
+    if isinstance(adapter, WholeModel):
+        own = adapter.own_weights(base.model, base.heads)
+        tensors = {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in own.items()}
     if isinstance(adapter, OverWeights):
         tensors = adapter.from_weights(tensors, base.sites, base.weight_of)
     for name, value in head.items():

@@ -30,6 +30,10 @@ _BITS = {"nf4": 4.5, "int8": 8.0}
 """Bits per weight of a quantised linear, scales included."""
 
 
+_BYTES_PER_PARAMETER = 28
+"""While training: a weight, its gradient and two moments; stacked for the forward, its gradient, their product."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A checked run: what it needs, where it goes, and who trains what."""
@@ -85,7 +89,7 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     _check_early_stopping(spec, task)
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
     sites = adapter_sites(shell, adapter, heads)
-    members = adapter_parameters(adapter, sites) + sum(
+    members = adapter_parameters(adapter, sites, shell, heads) + sum(
         p.numel() for name in heads for p in shell.get_submodule(name).parameters()
     )
     notes = tuple(adapter.notes(sites)) if isinstance(adapter, Noted) else ()
@@ -101,7 +105,7 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     demand = Demand(
         groups=tuple(tuple(group) for group in packable_groups(units)),
         base_bytes=_base_bytes(shell, spec, heads),
-        member_bytes=16 * members,
+        member_bytes=_BYTES_PER_PARAMETER * members,
         activation_bytes=_activation_bytes(spec, sets),
         why_alone=why_alone(units[0]),
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raylora import registry
-from raylora.adapters.base import Alone, OverWeights
+from raylora.adapters.base import Alone, OverWeights, WholeModel
 from raylora.data.order import derive_seed
 from raylora.errors import BaseError
 from raylora.spec import AdapterSpec, RunSpec
@@ -73,7 +73,8 @@ def check_weights(spec: RunSpec) -> None:
         BaseError: with the adapter's own reason.
     """
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
-    reason = adapter.why_not_on(spec.base.quantization.kind) if isinstance(adapter, OverWeights) else ""
+    picky = isinstance(adapter, OverWeights | WholeModel)
+    reason = adapter.why_not_on(spec.base.quantization.kind) if picky else ""
     if reason:
         raise BaseError(f"base.quantization: {spec.base.quantization.kind}: {reason}", "use none, or another adapter")
 
@@ -82,8 +83,15 @@ def check_baselines(spec: RunSpec, has_head: bool) -> None:
     """Refuse baselines that the task cannot have.
 
     Raises:
-        BaseError: a last-layer ensemble where there is no head to train.
+        BaseError: a last-layer ensemble where there is no head to train, or Monte-Carlo dropout where there is no
+            adapter input to drop.
     """
+    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+    if spec.baselines.mc_dropout is not None and isinstance(adapter, WholeModel):
+        raise BaseError(
+            f"baselines.mc_dropout: drops the adapter's input, and {spec.adapter.kind} has none",
+            "leave it out, or use another adapter",
+        )
     if not has_head and (spec.baselines.last_layer or spec.adapter.kind == "none"):
         raise BaseError(
             f"baselines.last_layer: a {spec.task.kind} run has no head of its own to train",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from raylora import registry
-from raylora.adapters.base import Tensors
+from raylora.adapters.base import Tensors, WholeModel
 from raylora.adapters.export import to_peft
 from raylora.adapters.packed import stack
 from raylora.data.sets import DataSets, load_sets
@@ -254,9 +254,11 @@ def check_finite(tensors: Tensors, unit: Unit) -> None:
 
 
 def _readme(unit: Unit, spec: RunSpec, base_name: str, in_peft: bool) -> str:
-    kind = "last-layer head" if unit.role == LAST_LAYER else f"{unit.adapter.kind} adapter"
+    whole = isinstance(registry.load("adapter", unit.adapter.kind).build(unit.adapter), WholeModel)
+    kind = "last-layer head" if unit.role == LAST_LAYER else "whole model" if whole else f"{unit.adapter.kind} adapter"
     library = "peft" if in_peft else "raylora"
     use = (
+        "`raylora export RUN --format checkpoint` writes it as a folder that transformers loads." if whole else
         f"Load it with `PeftModel.from_pretrained(base, folder)` on `{base_name}`." if in_peft else
         "PEFT does not know this kind: `raylora export RUN --format peft-lora` writes its members in PEFT's format."
     )

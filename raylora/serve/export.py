@@ -1,17 +1,21 @@
-"""A run's members as other programs read them: every kind that is a pair of matrices per layer, as PEFT's LoRA."""
+"""A run's members as other programs read them: every kind that is a pair of matrices per layer, as PEFT's LoRA;
+whole models as folders of transformers.
+"""
 
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from raylora import registry
-from raylora.adapters.base import HEAD, Adapter, LoraExpandable, PeftNative, Site
+from raylora.adapters.base import HEAD, Adapter, LoraExpandable, PeftNative, Site, WholeModel
 from raylora.adapters.export import to_peft
 from raylora.data.task import Task
 from raylora.engine.base import (
@@ -21,6 +25,9 @@ from raylora.engine.base import (
     export_name,
     find_heads,
     load_base,
+    load_dense,
+    load_tokenizer,
+    quiet,
     shell_model,
     target_names,
 )
@@ -34,7 +41,7 @@ from raylora.store import commit
 from raylora.store.run_store import RunStore
 from raylora.store.storage import Storage
 
-FORMATS = ("peft-lora",)
+FORMATS = ("peft-lora", "checkpoint")
 _WEIGHTS = "adapter_model.safetensors"
 
 
@@ -51,11 +58,11 @@ class Exported:
 def export_run(
     run: str, form: str = "peft-lora", out: str | None = None, members: Sequence[str] = ()
 ) -> list[Exported]:
-    """Write a run's finished members as PEFT LoRA adapters, one folder each, and return what was written.
-
-    Members that PEFT loads as they are get copied; others are written out layer by layer.
+    """Write a run's finished members, one folder each, and return what was written.
 
     Args:
+        form: ``peft-lora``, adapters that PEFT loads: members that it loads as they are get copied, others are
+            written out layer by layer; or ``checkpoint``, whole models that transformers loads.
         out: a folder or fsspec URI, by default ``export`` in the run directory.
         members: names such as ``member-000``; by default all.
 
@@ -72,10 +79,17 @@ def export_run(
     written = []
     for name in _chosen(store, members):
         files = store.load_result(f"members/{name}")
-        exported = _as_lora(store, spec, adapter, name, files) if not isinstance(adapter, PeftNative) else files
+        if form == "checkpoint":
+            exported = _as_checkpoint(spec, adapter, files)
+        else:
+            exported = _as_lora(store, spec, adapter, name, files) if not isinstance(adapter, PeftNative) else files
         commit.commit(target, name, exported)
-        written.append(Exported(name, target.path(name), len(files[_WEIGHTS]), len(exported[_WEIGHTS])))
+        written.append(Exported(name, target.path(name), len(files[_WEIGHTS]), _weights_size(exported)))
     return written
+
+
+def _weights_size(files: Mapping[str, bytes]) -> int:
+    return sum(len(content) for name, content in files.items() if name.endswith(".safetensors"))
 
 
 def _chosen(store: RunStore, wanted: Sequence[str]) -> list[str]:
@@ -92,6 +106,11 @@ def _as_lora(
     store: RunStore, spec: RunSpec, adapter: Adapter, name: str, files: Mapping[str, bytes]
 ) -> dict[str, bytes]:
     """Return the folder of one member, written out as LoRA."""
+    if isinstance(adapter, WholeModel):
+        raise UsageError(
+            f"members of kind {spec.adapter.kind} have no LoRA form: every weight is their own",
+            "use --format checkpoint",
+        )
     if not isinstance(adapter, LoraExpandable):
         raise UsageError(f"members of kind {spec.adapter.kind} have no LoRA form")
     task = registry.load("task", spec.task.kind).build(spec.task)
@@ -114,6 +133,24 @@ def _as_lora(
         f"# {name}\n\nWritten out from a {spec.adapter.kind} adapter.\n"
     )
     return {_WEIGHTS: to_bytes(peft.tensors), "adapter_config.json": peft.config_bytes(), "README.md": readme.encode()}
+
+
+def _as_checkpoint(spec: RunSpec, adapter: Adapter, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return a member as ``save_pretrained`` writes a model, with its tokenizer, in float32 as it was trained."""
+    if not isinstance(adapter, WholeModel):
+        raise UsageError(f"members of kind {spec.adapter.kind} are adapters, not models", "use --format peft-lora")
+    task = registry.load("task", spec.task.kind).build(spec.task)
+    model = load_dense(spec.base, task, compute_device(0)).float()
+    tokenizer = load_tokenizer(spec.base, task)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    parameters = dict(model.named_parameters())
+    for name, tensor in member_tensors(files).items():
+        parameters[name.removeprefix(HEAD)].data.copy_(tensor)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
 def _shapes(adapter: Adapter, sites: Sequence[Site]) -> Mapping[str, Tensor]:

@@ -93,6 +93,48 @@ def test_dropout_masks_are_a_members_own_whatever_the_pack_is_padded_to(left_pad
     assert torch.equal(other.apply(x, 3), packed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 5, 24), (3, 5, 7)])  # also where the numbers do not fill whole words
+def test_dropout_in_a_pack_without_padding_is_bit_equal_to_dropout_alone(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    time = shape[1]
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    packed = Dropout(0.25, [7, 8, 9], [time] * 3, False).apply(x, 2)
+    (gradient,) = torch.autograd.grad(packed.sum(), x)
+    for k, seed in enumerate((7, 8, 9)):
+        alone = Dropout(0.25, [seed], [time], False).apply(x[k : k + 1], 2)
+        assert torch.equal(packed[k], alone[0]) and alone.dtype == dtype
+        assert torch.equal(packed[k], x[k] * gradient[k])
+        assert set(gradient[k].unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75).to(dtype))}
+
+
+@pytest.mark.parametrize("probability", [0.001, 0.1, 0.5, 0.9])
+def test_dropout_drops_with_its_probability_at_every_place(probability: float) -> None:
+    x = torch.ones(2, 64, 32, 512)
+    y = Dropout(probability, [3, 4], [32, 32], False).apply(x, 0)
+    dropped = (y == 0).double()
+    error = math.sqrt(probability * (1 - probability) / dropped.numel())
+    assert dropped.mean().item() == pytest.approx(probability, abs=4 * error)
+    assert y.double().mean().item() == pytest.approx(1.0, abs=4 * error / (1 - probability) + 2e-5)
+    for lane in range(4):  # four numbers come from one word
+        assert dropped[..., lane::4].mean().item() == pytest.approx(probability, abs=5 * 2 * error)
+
+
+def test_dropout_is_independent_between_members_sites_places_and_steps() -> None:
+    x = torch.ones(2, 32, 32, 256)
+
+    def dropped(seeds: list[int], site: int) -> torch.Tensor:
+        return (Dropout(0.5, seeds, [32, 32], False).apply(x, site) == 0).double() - 0.5
+
+    one = dropped([3, 4], 0)
+    count = one[0].numel()
+    others = [one[1], dropped([3, 4], 1)[0], dropped([5, 6], 0)[0]]
+    others += [one[0].flatten().roll(shift).view_as(one[0]) for shift in (1, 2, 3, 4, 256, 32 * 256)]
+    for other in others:  # the mean of products of +-1/2 has a standard deviation of 1 / (4 sqrt(n))
+        assert abs((one[0] * other).mean().item()) < 4.5 / (4 * math.sqrt(count))
+
+
 # --- the update ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("accumulation", [1, 2])
