@@ -72,7 +72,7 @@ def content(model: str, method: str, bits: int, seeds: int, folder: str, trainab
         "task": chosen["task"], "data": chosen["data"], "optimisation": chosen["optimisation"],
         "ensemble": {"members": seeds}, "evaluation": {"bootstrap_samples": 0, "batch": 48},
         "baselines": {"single": False},
-        "placement": {"workers": 1, "members_per_worker": seeds},
+        "placement": {"workers": 1, "members_per_worker": seeds, "cpus_per_worker": 1},
     }
 
 
