@@ -150,6 +150,8 @@ class _Preparation:
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {"forward": 0.0, "solve": 0.0}
         self.layers: list[Solved] = []
+        self.short_of = 0
+        """The widest input, if there are fewer calibration tokens than it has directions."""
 
     def run(self) -> None:
         if self.store.has_result(SUMMARY):  # another process was faster
@@ -252,7 +254,7 @@ class _Preparation:
             "calibration_tokens": calibration.tokens if calibration else 0,
             "held_out_tokens": calibration.held_out_tokens if calibration else 0,
             "texts_left_out": calibration.left_out if calibration else 0,
-            "widest_input_not_spanned": getattr(self, "short_of", 0),
+            "widest_input_not_spanned": self.short_of,
             "seconds": {"total": time.perf_counter() - self.started, **self.seconds},
             "peak_rss_bytes": peak_memory_bytes(),
             "compute_dtype": str(self.dtype).removeprefix("torch."),
