@@ -77,12 +77,12 @@ def validate(
 ) -> None:
     """Check a spec, its data and its base, without starting or writing anything."""
     from raylora.engine.base import load_tokenizer
+    from raylora.engine.lessons import task_of
     from raylora.engine.prepare import prepare
-    from raylora.registry import load
 
     spec = raylora.read_spec(spec_file, overrides or [])
     prepared = prepare(spec)
-    task = load("task", spec.task.kind).build(spec.task)
+    task = task_of(spec)
     samples = prepared.sets.preview(preview, load_tokenizer(spec.base, task)) if preview else []
     notes = [f"note: {note}" for note in prepared.notes]
     lines = [*prepared.sets.describe(), *samples, *notes, f"{spec_file} is valid; digest {spec.digest()[:12]}"]

@@ -24,10 +24,11 @@ from raylora.engine.base import (
     shell_model,
     target_names,
 )
+from raylora.engine.lessons import task_of
+from raylora.engine.members import member_facts, member_tensors
 from raylora.engine.persist import check_layout, layout_of, to_bytes
 from raylora.engine.units import units_of
 from raylora.errors import RunDirectoryError, UsageError, suggest
-from raylora.serve.predictor import member_facts, member_tensors
 from raylora.spec import RunSpec
 from raylora.store import commit
 from raylora.store.run_store import RunStore
@@ -91,7 +92,7 @@ def _as_lora(spec: RunSpec, adapter: Adapter, name: str, files: Mapping[str, byt
     """Return the folder of one member, written out as LoRA."""
     if not isinstance(adapter, LoraExpandable):
         raise UsageError(f"members of kind {spec.adapter.kind} have no LoRA form")
-    task = registry.load("task", spec.task.kind).build(spec.task)
+    task = task_of(spec)
     tensors, facts = member_tensors(files), member_facts(files)
     head = {n: t for n, t in tensors.items() if n.startswith(HEAD)}
     shell = shell_model(spec.base, task)
