@@ -1,6 +1,6 @@
 """``python -m benchmarks``: every benchmark, one after another."""
 
-from benchmarks import packing, parameter_efficiency
+from benchmarks import distillation, packing, parameter_efficiency
 
-for benchmark in (packing, parameter_efficiency):
+for benchmark in (packing, parameter_efficiency, distillation):
     benchmark.main()

@@ -147,7 +147,7 @@ def run(
     dashboard: Annotated[bool, typer.Option(help="Start the Ray dashboard with a local cluster.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train, evaluate and report; run again to continue after an interruption."""
+    """Train, evaluate, report and, with a distill section, teach; run again to continue after an interruption."""
     _run(raylora.read_spec(spec_file, overrides or []), local, dashboard, as_json)
 
 
@@ -165,6 +165,19 @@ def resume(
     parent, _, name = store.uri.rpartition("/")
     spec = store.read_spec().model_copy(update={"storage_path": parent, "name": name})
     _run(spec, local, False, as_json)
+
+
+@app.command()
+@_command
+def distill(
+    run_path: RunPath,
+    student: Annotated[Path, typer.Option("--student", help="YAML with a distill section: student, loss, ...")],
+    overrides: Overrides = None,
+    local: Annotated[bool, typer.Option(help="Do it in this process, without Ray.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Have a finished run teach a smaller student, and compare the two; call again to continue."""
+    _distil(run_path, raylora.read_distill(student, overrides or []), local, as_json)
 
 
 @app.command()
@@ -244,12 +257,16 @@ def export(
 def report(run_path: RunPath, as_json: AsJson = False) -> None:
     """Write the report of a finished run again and print its table."""
     from raylora.client import publish_report
+    from raylora.engine.comparison import distillations
+    from raylora.report.distillation import distillation_table
     from raylora.store.run_store import RunStore
 
     store = RunStore(run_path)
     store.read_spec()
     publish_report(store)
     _show_result(store, store.read_json("metrics.json"), as_json)
+    for record in [] if as_json else distillations(store):
+        out.print(distillation_table(record))
 
 
 @app.command()
@@ -291,9 +308,35 @@ def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
         err.print("checked; starting workers (they import torch and load the base, this takes a while) ...")
         with _progress() as show:
             metrics = handle.wait(show)
-    _show_result(store, metrics, as_json)
+    if spec.distill is None or not as_json:  # one JSON document per command
+        _show_result(store, metrics, as_json)
+    if spec.distill is not None:
+        _distil(store.uri, spec.distill, local, as_json)
     if metrics["run"]["degraded"]:
         raise typer.Exit(DEGRADED)
+
+
+def _distil(run_path: str, settings: Any, local: bool, as_json: bool) -> None:
+    from raylora.client import distil
+    from raylora.report.distillation import distillation_table
+    from raylora.store.run_store import RunStore
+
+    def say(what: str) -> None:
+        err.print(what, markup=False)
+
+    store = RunStore(run_path)
+    say(f"checking {store.uri}, the student and its data ...")
+    with _progress() as show:
+        record = distil(run_path, settings, local, _LocalLines(), _say_block, show, say)
+    if as_json:
+        print(json.dumps({"run": store.uri, "metrics": f"{store.uri}/metrics.json",
+                          "student": f"{store.uri}/{settings.name}", "report": f"{store.uri}/report.html",
+                          "distillation": f"{store.uri}/distillation/{settings.name}.json",
+                          "phase": store.read_json("metrics.json")["run"]["phase"],
+                          "retained_accuracy": record["contenders"]["student"]["retained_accuracy"]}))
+        return
+    out.print(distillation_table(record))
+    out.print(f"student: {store.uri}/{settings.name}\nreport: {store.uri}/report.html")
 
 
 def _show_result(store: Any, metrics: dict[str, Any], as_json: bool) -> None:

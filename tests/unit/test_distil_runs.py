@@ -282,3 +282,57 @@ def test_bad_settings_say_where_and_what(tmp_path: Path, text: str, says: str) -
     with pytest.raises(SpecError, match=says) as caught:
         read_distill(file)
     assert "student.yaml:3" in str(caught.value)
+
+
+# --- from the command line ---------------------------------------------------------------------------------
+def test_the_command_line_teaches_compares_and_reports(teacher: str, content: dict[str, Any], tmp_path: Path) -> None:
+    import yaml
+    from typer.testing import CliRunner
+
+    from raylora.cli import app
+
+    def call(*arguments: str) -> Any:
+        return CliRunner().invoke(app, list(arguments))
+
+    student = tmp_path / "student.yaml"
+    section = {"student": {"base": content["base"], "adapter": {"rank": 2}}, "loss": {"kind": "dirichlet"}}
+    student.write_text(yaml.safe_dump({"distill": section}))
+    done = call("distill", teacher, "--student", str(student), "--local", "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    record = json.loads(Path(said["distillation"]).read_text())
+    for row in record["contenders"].values():
+        assert row["latency_ms"] > 0 and row["rows_per_s"] > 0 and row["peak_memory_bytes"] > 2**20
+    page = Path(said["report"]).read_text()
+    assert "Distilled: student" in page and "Student without a teacher" in page and "Throughput" in page
+    assert Path(teacher, "student", "report.html").exists()
+    again = call("report", teacher)
+    assert again.exit_code == 0 and "distillation: student" in again.stdout
+    assert call("status", f"{teacher}/student", "--json").exit_code == 0
+    wrong = call("distill", teacher, "--student", str(student), "--local", "--set", "distill.loss.temperature=0")
+    assert wrong.exit_code == 2 and "distill.loss.temperature" in wrong.output
+    wrong = call("distill", str(tmp_path), "--student", str(student), "--local")
+    assert wrong.exit_code == 2 and "there is no run here" in wrong.output
+
+
+def test_a_spec_with_a_distill_section_does_both_and_resumes(
+    make_spec: Make, settings: Make, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from raylora.cli import app
+    from raylora.spec import dump_spec
+
+    file = tmp_path / "spec.yaml"
+    spec = make_spec().model_copy(update={"distill": settings()})
+    file.write_text(dump_spec(spec))
+    done = CliRunner().invoke(app, ["run", str(file), "--local", "--json"])
+    assert done.exit_code == 0, done.output
+    run = json.loads(done.stdout)["run"]
+    assert Path(run, "distillation", "student.json").exists()
+    Path(run, "distillation", "student.json").unlink()
+    before = member_of(RunStore(f"{run}/student").read_spec())
+    done = CliRunner().invoke(app, ["resume", run, "--local", "--json"])
+    assert done.exit_code == 0, done.output
+    assert Path(run, "distillation", "student.json").exists()
+    assert_bit_equal(before, member_of(RunStore(f"{run}/student").read_spec()))
