@@ -43,7 +43,7 @@ def compare(work: Distillation) -> dict[str, Any]:
             rows[name] |= costs
         if "alone" in rows:  # the same model: its costs are the student's
             rows["alone"] |= measured["student"]
-    accuracy = rows["teacher"]["eval"]["test"]["accuracy"]
+    accuracy = rows["teacher"]["eval"]["test"].get("accuracy")  # a language model has none
     for row in rows.values():
         row["retained_accuracy"] = row["eval"]["test"]["accuracy"] / accuracy if accuracy else None
     work.store.write_json(f"{FOLDER}/{work.settings.name}.json", record)
@@ -65,7 +65,7 @@ def _row(label: str, store: RunStore, group: str, members: int) -> dict[str, Any
     return {
         "label": label,
         "eval": found["eval"],
-        "ood": found["ood"],
+        "ood": found.get("ood", {}),
         # A member's head takes the place of the one that the base was loaded with.
         "parameters": counts["base"] - counts.get("head", 0) + members * counts["per_member_trainable"],
         "trainable_parameters": members * counts["per_member_trainable"],
@@ -74,4 +74,5 @@ def _row(label: str, store: RunStore, group: str, members: int) -> dict[str, Any
 
 def _targets(work: Distillation) -> dict[str, Any]:
     facts = work.teaching.store.read_json(FACTS)
-    return {key: facts[key] for key in ("rows", "members", "size_bytes", "rounding_error", "made_s")}
+    shown = ("rows", "members", "tokens", "size_bytes", "rounding_error", "made_s")
+    return {key: facts[key] for key in shown if facts.get(key) is not None}

@@ -20,6 +20,8 @@ from typing import Any
 from raylora.errors import RayloraError
 
 BATCH_ROWS = 64
+TEXT_ROWS = 8
+"""A batch of a language model, whose logits are gigabytes."""
 ROUNDS = 10
 _LIMIT_S = 900
 
@@ -34,7 +36,7 @@ class Contender:
 
 
 def measure(contenders: Sequence[Contender]) -> dict[str, Any]:
-    """Return by name ``latency_ms`` (one row), ``rows_per_s`` (batches of 64), ``peak_memory_bytes``, and where.
+    """Return by name ``latency_ms`` (one row), ``rows_per_s`` (batches), ``peak_memory_bytes``, and where.
 
     Peak memory is of a fresh process that loads one contender and predicts one batch, libraries included; on a GPU
     it is the device's. Speeds are medians of rounds in which all take turns in one process.
@@ -82,7 +84,8 @@ class _Loaded:
         self.adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
         self.stacked = read_members(spec, store, self.base, contender.members)
         examples = sets_of(spec, self.task, self.base.tokenizer).test.examples
-        self.examples = (examples * (BATCH_ROWS // len(examples) + 1))[:BATCH_ROWS]
+        self.rows = BATCH_ROWS if self.task.num_classes is not None else TEXT_ROWS
+        self.examples = (examples * (self.rows // len(examples) + 1))[: self.rows]
 
     def forward(self, rows: int) -> Callable[[], None]:
         """Return a call that predicts the first rows."""
@@ -105,13 +108,15 @@ def _speed(contenders: Sequence[Contender]) -> dict[str, Any]:
 
     loaded = {one.name: _Loaded(one) for one in contenders}
     found: dict[str, Any] = {name: {} for name in loaded}
-    for rows in (1, BATCH_ROWS):
+    batch = next(iter(loaded.values())).rows
+    for rows in (1, batch):
         times_s = _interleaved({name: one.forward(rows) for name, one in loaded.items()})
         for name, seconds in times_s.items():
             key, value = ("latency_ms", 1000 * seconds) if rows == 1 else ("rows_per_s", rows / seconds)
             found[name][key] = value
     device = next(iter(loaded.values())).base.device
-    found["measured_on"] = {"device": device.type, "threads": torch.get_num_threads(), "rounds": ROUNDS}
+    found["measured_on"] = {"device": device.type, "threads": torch.get_num_threads(), "rounds": ROUNDS,
+                            "batch_rows": batch}
     return found
 
 
@@ -130,7 +135,8 @@ def _interleaved(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
 def _memory(contender: Contender) -> dict[str, Any]:
     import torch
 
-    _Loaded(contender).forward(BATCH_ROWS)()
+    loaded = _Loaded(contender)
+    loaded.forward(loaded.rows)()
     if torch.cuda.is_available():
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated()}
     return {"peak_memory_bytes": _own_peak_bytes()}

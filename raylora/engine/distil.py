@@ -9,19 +9,23 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from raylora import control, registry
 from raylora.data.task import Task
 from raylora.distill import Keys
-from raylora.engine.base import load_tokenizer
-from raylora.engine.lessons import sets_of, student_task, targets_uri, task_of
+from raylora.engine.base import load_config, load_tokenizer
+from raylora.engine.lessons import TOKEN_LEVEL, sets_of, student_task, targets_uri, task_of, taught_content
 from raylora.engine.members import finished_members
 from raylora.engine.prepare import Prepared, prepare
 from raylora.engine.teach import SHARD_ROWS, PreparedTeaching, Teaching, shard_names, teacher_digest
-from raylora.errors import RunDirectoryError, SpecError
+from raylora.errors import DataError, RunDirectoryError, SpecError
 from raylora.placement.plan import Inventory
 from raylora.spec import BaselinesSpec, DistillSpec, EnsembleSpec, LessonSpec, RunSpec
 from raylora.store.run_store import RunStore
+
+_PROBE = "Déjà vu: 12,345 tokens -- isn't   that\n\tnaïve? 语言 🙂 <|endoftext|>"
+"""A text on which tokenizers of one vocabulary but other rules come apart."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,19 @@ def prepare_distillation(
     prepared = prepare(spec, inventory)
     members = finished_members(store)[: 1 if settings.teacher == "single" else None]
     content_of = _content_of(spec, task, settings, prepared)
+    tokens = _tokens(settings)
     digest = teacher_digest(spec, store, members)
-    key = targets_key(digest, content_of)
-    teaching = Teaching(store.uri, digest, _packs(prepared, members), settings.transfer, shard_rows)
+    key = targets_key(digest, content_of, tokens)
+    teaching = Teaching(store.uri, digest, _packs(prepared, members), settings.transfer, tokens, shard_rows)
     shards = shard_names(len(content_of), shard_rows)
     plan = replace(prepared.plan, workers=min(prepared.plan.workers, len(shards)))
     lesson = LessonSpec(targets=key, teacher=digest, loss=settings.loss, transfer=settings.transfer)
     student = student_spec(spec, settings, store.uri, settings.name, lesson)
     alone = student_spec(spec, settings, store.uri, f"{settings.name}-alone", None) if settings.alone else None
-    _check_rows(content_of, prepare(student, inventory))
+    if tokens is not None:
+        check_tokenizers(spec, student, task)
+    taught = prepare(student, inventory)
+    Keys(list(content_of), list(content_of.values())).check(taught_content(taught.sets, task))
     if alone is not None:
         RunStore.for_spec(alone).check_spec(alone)
     return Distillation(
@@ -111,9 +119,37 @@ def student_spec(
     return RunSpec.model_validate(fields)
 
 
-def targets_key(teacher: str, content_of: Mapping[str, str]) -> str:
-    """Return by what targets are known: the teacher, and each row's id and content."""
-    return hashlib.sha256(json.dumps([teacher, list(content_of.items())]).encode()).hexdigest()[:16]
+def targets_key(teacher: str, content_of: Mapping[str, str], tokens: tuple[int, float] | None = None) -> str:
+    """Return by what targets are known: the teacher, each row's id and content, and what is kept of a token."""
+    parts = [teacher, list(content_of.items()), *([tokens] if tokens is not None else [])]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def check_tokenizers(teacher: RunSpec, student: RunSpec, task: Task) -> None:
+    """Refuse models that read a text as different tokens, or number their tokens differently.
+
+    Raises:
+        DataError: with the first difference.
+    """
+    ours, theirs = (load_tokenizer(spec.base, task) for spec in (teacher, student))
+    hint = "a token-level loss needs two models of one tokenizer, such as two sizes of one family"
+    one, two = ours.get_vocab(), theirs.get_vocab()
+    if one != two:
+        different = sorted(token for token in one.keys() | two.keys() if one.get(token) != two.get(token))
+        raise DataError(
+            f"teacher and student have different tokenizers, of {len(one):,} and {len(two):,} tokens: "
+            f"{len(different):,} differ, such as {different[0]!r}", hint,
+        )
+    if ours(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"]:
+        raise DataError(f"teacher and student have one vocabulary, but read {_PROBE!r} as different tokens", hint)
+    sizes = [int(load_config(spec.base).get_text_config().vocab_size) for spec in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        raise DataError(f"the teacher has logits over {sizes[0]} tokens, the student over {sizes[1]}", hint)
+
+
+def _tokens(settings: DistillSpec) -> tuple[int, float] | None:
+    loss: Any = settings.loss
+    return (loss.top_k, loss.temperature) if loss.kind == TOKEN_LEVEL else None
 
 
 def _check_task(settings: DistillSpec, task: Task) -> None:
@@ -137,13 +173,8 @@ def _content_of(spec: RunSpec, task: Task, settings: DistillSpec, prepared: Prep
             f"{prepared.store.uri}: the data has changed since the teacher was trained", "restore it, or train anew"
         )
     if settings.transfer is None:
-        return prepared.sets.train.content_of
-    return sets_of(spec, task, load_tokenizer(spec.base, task), settings.transfer).train.content_of
-
-
-def _check_rows(content_of: Mapping[str, str], student: Prepared) -> None:
-    """Refuse a student whose rows are not the teacher's. Raises: DataError, naming the first of them."""
-    Keys(list(content_of), list(content_of.values())).check(student.sets.train.content_of)
+        return taught_content(prepared.sets, task)
+    return taught_content(sets_of(spec, task, load_tokenizer(spec.base, task), settings.transfer), task)
 
 
 def _packs(prepared: Prepared, members: list[str]) -> tuple[tuple[str, ...], ...]:

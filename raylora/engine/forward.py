@@ -22,7 +22,7 @@ from raylora.engine.persist import layout_of
 from raylora.spec.run import KLSpec
 
 ExampleLoss = Callable[[Tensor, Batch], Tensor]
-"""(scores, joined batch) -> loss of each example."""
+"""(logits, joined batch) -> loss of each example."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def pack_gradients(
     batch = _join(base, task, batches)
     dropout = _dropout(base, adapter, task, batches, dropout_seeds_K)
     logits = _forward(base, task, replace(step.pack, dropout=dropout), batch)
-    scores = task.scores(logits, batch)
-    losses_KN = (loss or task.loss)(scores, batch).view(len(batches), -1)
+    losses_N = loss(logits, batch) if loss is not None else task.loss(task.scores(logits, batch), batch)
+    losses_KN = losses_N.view(len(batches), -1)
     if kl is not None:
         with torch.no_grad():
             reference = {**stacked, **(reference_heads or {})}

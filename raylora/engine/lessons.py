@@ -5,16 +5,16 @@ Shapes: K members of one pack, N examples of each, B = K * N, M teacher members,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from raylora import registry
-from raylora.data.sets import DataSets, load_sets
+from raylora.data.sets import DataSets, content_hash, load_sets
 from raylora.data.task import Batch, Task
-from raylora.distill import Annealed, ClassificationTargets, Loss, merge
-from raylora.errors import SpecError, StoreError
+from raylora.distill import Annealed, ClassificationTargets, Loss, TokenTargets, merge
+from raylora.errors import DataError, SpecError, StoreError
 from raylora.spec import KindSpec, RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
@@ -47,13 +47,14 @@ def student_task(task: Task, loss_spec: KindSpec) -> Task:
         SpecError: the loss does not serve the task.
     """
     loss: Loss = registry.load("loss", loss_spec.kind).build(loss_spec)
-    if task.num_classes is None or loss_spec.kind == TOKEN_LEVEL:
+    if (task.num_classes is None) != (loss_spec.kind == TOKEN_LEVEL):
         raise SpecError(
-            f"distill.loss: {loss_spec.kind} for task.kind {task.spec.kind}: distillation of language models, token by "
-            "token, is not offered yet" if task.num_classes is None else
-            f"distill.loss: {TOKEN_LEVEL} teaches language models token by token, not task.kind {task.spec.kind}",
-            "use a task with classes, and loss kind kl, reverse_kl, js, dirichlet or multi_head",
+            f"distill.loss: {loss_spec.kind} for task.kind {task.spec.kind}: {TOKEN_LEVEL} teaches language models "
+            "token by token, all others teach classes",
+            f"use {TOKEN_LEVEL}" if task.num_classes is None else "use kl, reverse_kl, js, dirichlet or multi_head",
         )
+    if task.num_classes is None:
+        return task
     outputs = loss.outputs(task.num_classes)
     if outputs == task.num_classes and loss_spec.kind != "dirichlet":
         return task
@@ -103,26 +104,50 @@ def read_outputs(task: Task, outputs_MNO: Tensor) -> tuple[Tensor, Tensor | None
 class Lessons:
     """Takes the place of the task's loss while a student trains; no teacher is asked any more."""
 
-    def __init__(self, loss: Loss, targets: ClassificationTargets) -> None:
-        self.loss, self.targets = loss, targets
+    def __init__(self, task: Task, loss: Loss, targets: ClassificationTargets | TokenTargets) -> None:
+        self.task, self.loss, self.targets = task, loss, targets
 
-    def losses(self, scores_BO: Tensor, batch: Batch, progress: float) -> Tensor:
+    def losses(self, logits: Tensor, batch: Batch, progress: float) -> Tensor:
         """Return the loss of each example, B, when this share of the training is done.
 
         Raises:
-            DataError: the teacher has not seen an example.
+            DataError: the teacher has not seen an example, or not these tokens of it.
         """
         loss = self.loss.at(progress) if isinstance(self.loss, Annealed) else self.loss
-        targets_BMC = self.targets.gather(batch.ids).to(scores_BO.device)
-        return loss.per_example(scores_BO, targets_BMC, batch.labels_N)
+        if isinstance(self.targets, TokenTargets):
+            return self._token_losses(loss, self.targets, logits, batch)
+        targets_BMC = self.targets.gather(batch.ids).to(logits.device)
+        return loss.per_example(self.task.scores(logits, batch), targets_BMC, batch.labels_N)
+
+    def _token_losses(self, loss: Loss, targets: TokenTargets, logits_BTV: Tensor, batch: Batch) -> Tensor:
+        """Return the mean over each block's target tokens, as the task's own loss has it."""
+        found, lengths = targets.gather(batch.ids)
+        predicting_BT = predicting(batch)
+        if lengths != predicting_BT.sum(dim=1).tolist():
+            raise DataError("the teacher read other tokens than the student", "both need the same tokenizer")
+        labels_P = batch.input_ids_BT[:, 1:][predicting_BT]
+        losses_P = loss.per_example(logits_BTV[:, :-1][predicting_BT], found.to(logits_BTV.device), labels_P)
+        return torch.stack([part.mean() for part in losses_P.split(lengths)])
 
 
-def read_lessons(spec: RunSpec, store: RunStore, task: Task, content_of: Mapping[str, str]) -> Lessons | None:
+def predicting(batch: Batch) -> Tensor:
+    """Return, B x (T - 1), which positions' logits predict a target token: the mask, one to the left."""
+    assert batch.target_mask_BT is not None
+    return batch.target_mask_BT[:, 1:]
+
+
+def taught_content(sets: DataSets, task: Task) -> dict[str, str]:
+    """Return training example -> hash of what a teacher reads: the text or, token by token, the tokens."""
+    if task.num_classes is not None:
+        return dict(sets.train.content_of)
+    return {example.id: content_hash(str(example.sequences)) for example in sets.train.examples}
+
+
+def read_lessons(spec: RunSpec, store: RunStore, task: Task, sets: DataSets) -> Lessons | None:
     """Return what a run's members are taught, or None for a run that learns from labels alone.
 
     Args:
         store: the run's; its targets lie in the run around it.
-        content_of: example id -> content hash, of every row it trains on.
 
     Raises:
         DataError: the targets are another teacher's, or were made for other data.
@@ -130,9 +155,18 @@ def read_lessons(spec: RunSpec, store: RunStore, task: Task, content_of: Mapping
     """
     if spec.lesson is None:
         return None
-    targets = load_targets(RunStore(targets_uri(store.uri.rpartition("/")[0], spec.lesson.targets)))
-    targets.check(teacher_digest=spec.lesson.teacher, label_names=task.label_names, content_hash_of=content_of)
-    return Lessons(registry.load("loss", spec.lesson.loss.kind).build(spec.lesson.loss), targets)
+    lesson = spec.lesson
+    loss: Loss = registry.load("loss", lesson.loss.kind).build(lesson.loss)
+    targets = load_targets(RunStore(targets_uri(store.uri.rpartition("/")[0], lesson.targets)))
+    content_of = taught_content(sets, task)
+    if isinstance(targets, TokenTargets):
+        targets.check(
+            teacher_digest=lesson.teacher, vocabulary=targets.vocabulary, temperature=loss.spec.temperature,
+            content_hash_of=content_of,
+        )
+    else:
+        targets.check(teacher_digest=lesson.teacher, label_names=task.label_names, content_hash_of=content_of)
+    return Lessons(task, loss, targets)
 
 
 def targets_uri(run_uri: str, key: str) -> str:
@@ -140,8 +174,8 @@ def targets_uri(run_uri: str, key: str) -> str:
     return f"{run_uri}/targets/{key}"
 
 
-def load_targets(store: RunStore) -> ClassificationTargets:
-    """Return all shards of finished targets as one.
+def load_targets(store: RunStore) -> ClassificationTargets | TokenTargets:
+    """Return all shards of finished targets as one; those of tokens are read when they are asked for.
 
     Raises:
         StoreError: they are missing, incomplete or damaged.
@@ -149,6 +183,19 @@ def load_targets(store: RunStore) -> ClassificationTargets:
     facts = store.read_json("targets.json")
     if facts is None or not facts["done"]:
         raise StoreError(f"{store.uri}: the targets are not complete", "run `raylora distill` again: it continues")
+    if facts["tokens"] is not None:
+        prefixes = [f"shards/{name}/{name}" for name in facts["shards"]]
+        # Facts name their shards without the folder they are in.
+        return TokenTargets(lambda name: store.storage.read(_in_folder(name)), prefixes)
     return merge([
         ClassificationTargets.from_files(store.load_result(f"shards/{name}")) for name in facts["shards"]
     ])
+
+
+def _in_folder(name: str) -> str:
+    """Return where a file of token targets lies: in the folder of the shard that it is called after."""
+    file = name.rpartition("/")[2]
+    return f"shards/{file.removesuffix('.json')[:_SHARD_NAME]}/{file}"
+
+
+_SHARD_NAME = len("rows-0000000-0000000")

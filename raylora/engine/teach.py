@@ -17,8 +17,9 @@ import torch
 
 from raylora import control, registry
 from raylora.data.task import Example
-from raylora.distill import ClassificationTargets, Keys
-from raylora.engine.lessons import read_outputs, sets_of
+from raylora.distill import ClassificationTargets, Keys, TokenTargetsWriter
+from raylora.engine.forward import pack_scores
+from raylora.engine.lessons import predicting, read_outputs, sets_of, taught_content
 from raylora.engine.members import read_members
 from raylora.engine.predict import predict
 from raylora.engine.trainer import Progress
@@ -42,6 +43,8 @@ class Teaching:
     packs: tuple[tuple[str, ...], ...]
     """Its members, by what shares a forward."""
     transfer: SetSpec | None
+    tokens: tuple[int, float] | None = None
+    """For language models, how many tokens are kept per position and at what temperature."""
     shard_rows: int = SHARD_ROWS
 
     @property
@@ -72,7 +75,7 @@ class PreparedTeaching:
         """Write what the targets will be; the first thing that touches the disk."""
         self.store.write_json(FACTS, {
             "done": False, "teacher": self.teaching.digest, "members": self.teaching.members, "rows": self.rows,
-            "shards": list(self.shards),
+            "shards": list(self.shards), "tokens": self.teaching.tokens,
         })
 
     def start_event(self, workers: list[str]) -> control.RunStarted:
@@ -110,7 +113,6 @@ class TeacherBench:
         """Take the teacher's spec and the store of the targets."""
         self.spec, self.store, self.teaching = spec, store, teaching
         self.bench = Workbench(spec, RunStore(teaching.run_uri), cpus, gpus)
-        self.forward_rows = 0
 
     def load(self) -> None:
         """Load base, rows and members.
@@ -119,9 +121,10 @@ class TeacherBench:
             RunDirectoryError: the data, or the members, are not what the teacher was trained with.
         """
         self.bench.load()
-        self.train = self.bench.sets.train
+        sets = self.bench.sets
         if self.teaching.transfer is not None:
-            self.train = sets_of(self.spec, self.bench.task, self.bench.base.tokenizer, self.teaching.transfer).train
+            sets = sets_of(self.spec, self.bench.task, self.bench.base.tokenizer, self.teaching.transfer)
+        self.examples, self.content_of = sets.train.examples, taught_content(sets, self.bench.task)
         self.packs = [
             read_members(self.spec, self.bench.store, self.bench.base, pack) for pack in self.teaching.packs
         ]
@@ -139,7 +142,8 @@ class TeacherBench:
                 raise Interrupted("stopped between two shards of targets", signal_number=should_stop())
             if not self.store.has_result(f"shards/{name}"):
                 first, last = (int(part) for part in name.split("-")[1:])
-                files = self._targets(self.train.examples[first : last + 1]).to_files()
+                chosen = self.examples[first : last + 1]
+                files = self._targets(chosen).to_files() if self.teaching.tokens is None else self._tokens(name, chosen)
                 self.store.commit_result(f"shards/{name}", files)
         return {}
 
@@ -147,25 +151,50 @@ class TeacherBench:
         adapter = registry.load("adapter", self.spec.adapter.kind).build(self.spec.adapter)
         task, batch = self.bench.task, self.spec.evaluation.batch
         parts = [predict(self.bench.base, adapter, task, pack, examples, batch)[0] for pack in self.packs]
-        self.forward_rows += len(examples)
-        names = [name for pack in self.teaching.packs for name in pack]
+        names = self._column_names()
         order = sorted(range(len(names)), key=names.__getitem__)
         logits_MNC, _ = read_outputs(task, torch.cat(parts)[order])
         ids = [example.id for example in examples]
         return ClassificationTargets.from_logits(
-            Keys(ids, [self.train.content_of[i] for i in ids]), logits_MNC.transpose(0, 1),
+            Keys(ids, [self.content_of[i] for i in ids]), logits_MNC.transpose(0, 1),
             teacher_digest=self.teaching.digest, members=[number_of(names[index]) for index in order],
             label_names=task.label_names,
         )
 
+    def _column_names(self) -> list[str]:
+        return [name for pack in self.teaching.packs for name in pack]
+
+    @torch.no_grad()
+    def _tokens(self, name: str, examples: Sequence[Example]) -> dict[str, bytes]:
+        """Return the files of a shard of a language model's targets; logits are cut to the top k row by row."""
+        assert self.teaching.tokens is not None
+        files: dict[str, bytes] = {}
+        base, task, (k, temperature) = self.bench.base, self.bench.task, self.teaching.tokens
+        adapter = registry.load("adapter", self.spec.adapter.kind).build(self.spec.adapter)
+        writer = TokenTargetsWriter(
+            files.__setitem__, teacher_digest=self.teaching.digest, k=k, temperature=temperature, prefix=name,
+            members=[number_of(member) for member in self.teaching.members],
+            vocabulary=int(base.model.get_output_embeddings().weight.shape[0]),  # type: ignore[operator]
+        )
+        with writer:
+            for example in examples:
+                batch = task.collate([example], base.tokenizer).to(base.device)
+                said = [pack_scores(base, adapter, task, pack, batch)[0] for pack in self.packs]
+                chosen_T = predicting(batch)[0]
+                each = (logits_TV[:-1][chosen_T].float() for pack_MTV in said for logits_TV in pack_MTV)
+                writer.add(example.id, self.content_of[example.id], each)
+        return files
+
     def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:
         """Check that every shard verifies and declare the targets done. Raises: StoreError for a damaged one."""
-        found = [ClassificationTargets.from_files(self.store.load_result(f"shards/{name}")) for name in units]
-        facts = {
-            **self.store.read_json(FACTS), "done": True, "made_s": time.time() - started_at,
-            "size_bytes": sum(one.values.numel() * one.values.element_size() for one in found),
-            "rounding_error": max(one.rounding_error for one in found),
-        }
+        facts = {**self.store.read_json(FACTS), "made_s": time.time() - started_at, "done": True}
+        files = {name: self.store.load_result(f"shards/{name}") for name in units}
+        facts["size_bytes"] = sum(len(content) for one in files.values() for content in one.values())
+        if self.teaching.tokens is not None:
+            self.store.write_json(FACTS, facts)
+            return facts
+        found = [ClassificationTargets.from_files(one) for one in files.values()]
+        facts["rounding_error"] = max(one.rounding_error for one in found)
         if sum(len(one.keys) for one in found) != facts["rows"]:
             raise StoreError(f"{self.store.uri}: the shards do not add up to {facts['rows']} rows", "delete the folder")
         self.store.write_json(FACTS, facts)

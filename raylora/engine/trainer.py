@@ -199,7 +199,7 @@ class PackTrainer:
         if self.lessons is None:
             return None
         lessons, progress = self.lessons, self.step / self.total
-        return lambda scores, batch: lessons.losses(scores, batch, progress)
+        return lambda logits, batch: lessons.losses(logits, batch, progress)
 
     def _step_tensors(self, stepping: Sequence[Trainee], accumulation: int) -> StepTensors:
         """Return the pack's tensors for this step, made anew after an update and when a member has left."""

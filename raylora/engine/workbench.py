@@ -71,7 +71,7 @@ class Workbench:
             raise RunDirectoryError(
                 f"{self.store.uri}: the data has changed since the run was begun", "restore it, or start a new run"
             )
-        self.lessons = read_lessons(self.spec, self.store, self.task, self.sets.train.content_of)
+        self.lessons = read_lessons(self.spec, self.store, self.task, self.sets)
 
     # --- a job --------------------------------------------------------------------------------------
     def run_job(self, job: str, unit_names: Sequence[str], report: Report, should_stop: StopSignal) -> dict[str, str]:

@@ -10,8 +10,6 @@ from raylora.report.entries import Cell, Entry, columns
 from raylora.report.formatting import NAMES, duration, number, size
 from raylora.report.tables import MISSING, Table, Text
 
-_METRICS = ("accuracy", "nll", "ece", "brier")
-
 
 def sections(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """Return, per student, its name, sentences about it and two tables: what it says, and what it costs."""
@@ -50,9 +48,9 @@ def _measured(where: dict[str, Any] | None) -> str:
     if where is None:
         return ""
     return (
-        f"Latency is one row, throughput batches of 64, tokens ready: medians of {where['rounds']} rounds in which all "
-        f"take turns in one process ({where['device']}, {where['threads']} threads). Peak memory is that of a fresh "
-        "process which loads the model and predicts one batch, libraries included; on a GPU the device's."
+        f"Latency is one row, throughput batches of {where['batch_rows']}, tokens ready: medians of {where['rounds']} "
+        f"rounds in which all take turns in one process ({where['device']}, {where['threads']} threads). Peak memory is "
+        "that of a fresh process which loads the model and predicts one batch, libraries included; on a GPU the device's."
     )
 
 
@@ -63,7 +61,9 @@ def _entries(record: dict[str, Any]) -> list[Entry]:
 def _quality(record: dict[str, Any]) -> Table:
     rows = _entries(record)
     sets, foreign = list(rows[0].content["eval"]), list(rows[0].content["ood"])
-    keys = [(name, metric) for name in sets for metric in _METRICS]
+    language = "perplexity" in rows[0].content["eval"][sets[0]]
+    shown = ("nll", "perplexity") if language else ("accuracy", "nll", "ece", "brier")
+    keys = [(name, metric) for name in sets for metric in shown]
     keys += [(name, "predictive_entropy") for name in foreign]
     # A student that keeps its teacher's disagreement can be asked for it; the score is the AUROC of that.
     keys += [(name, "mutual_information") for name in foreign]
@@ -74,8 +74,8 @@ def _quality(record: dict[str, Any]) -> Table:
         for row, line in zip(rows, cells, strict=True)
     ]
     heads = [f"AUROC of {NAMES[metric].lower()}" if part[name] == "ood" else NAMES[metric] for name, metric in keys]
-    groups = [(name, len(_METRICS)) for name in sets]
-    return Table(groups + [(name, 1) for name, _ in keys[len(sets) * len(_METRICS):]], heads, lines)
+    groups = [(name, len(shown)) for name in sets]
+    return Table(groups + [(name, 1) for name, _ in keys[len(sets) * len(shown):]], heads, lines)
 
 
 def _costs(record: dict[str, Any]) -> Table:

@@ -103,9 +103,9 @@ def test_targets_are_what_the_members_say(teacher: str, settings: Make) -> None:
     targets = load_targets(work.teaching.store)
     bench = teach.TeacherBench(work.teacher, work.teaching.store, 1, 0, work.teaching.teaching)
     bench.load()
-    ids = [example.id for example in bench.train.examples][::-1]
-    found = targets.gather(ids, [bench.train.content_of[i] for i in ids])
-    expected = bench._targets(bench.train.examples).gather(ids)
+    ids = [example.id for example in bench.examples][::-1]
+    found = targets.gather(ids, [bench.content_of[i] for i in ids])
+    expected = bench._targets(bench.examples).gather(ids)
     assert found.shape == (40, 2, 2)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 

@@ -31,7 +31,7 @@ def lessons_of(parts: Any, logits_NMC: torch.Tensor, **loss: Any) -> Lessons:
         members=range(logits_NMC.shape[1]), label_names=parts.task.label_names,
     )
     module = registry.load("loss", loss["kind"])
-    return Lessons(module.build(module.Spec.model_validate(loss)), targets)
+    return Lessons(parts.task, module.build(module.Spec.model_validate(loss)), targets)
 
 
 def some_logits(parts: Any, members: int = 3) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_the_order_of_the_targets_changes_nothing(make_parts: MakeParts) -> None
         keys=Keys([whole.keys.ids[i] for i in order], [whole.keys.content_hashes[i] for i in order]),
         values=whole.values[order], teacher_digest="t", members=whole.members, label_names=whole.label_names,
     )
-    one, two = trained(parts, lessons), trained(parts, Lessons(lessons.loss, shuffled))
+    one, two = trained(parts, lessons), trained(parts, Lessons(parts.task, lessons.loss, shuffled))
     for name in one:
         assert all(torch.equal(one[name][key], two[name][key]) for key in one[name])
 
