@@ -43,6 +43,7 @@ COSTS = ("parameters", "trainable_parameters", "peak_memory_bytes", "latency_ms"
 def teacher_spec(task: str, seed: int, sizes: argparse.Namespace, folder: str, full: bool = False) -> dict[str, Any]:
     """Return the spec of a teacher, as plain data."""
     chosen = TASKS[task]
+    foreign_rows = min(500, sizes.test_rows)
     adapter: dict[str, Any] = {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": _TARGETS}
     return {
         "name": f"{task}-{'full' if full else 'lora'}-{seed}", "storage_path": folder,
@@ -57,7 +58,7 @@ def teacher_spec(task: str, seed: int, sizes: argparse.Namespace, folder: str, f
         "optimisation": optimisation(5e-5 if full else 1e-3, chosen["epochs"]),
         "evaluation": {
             "bootstrap_samples": 0,
-            "out_of_distribution": {"foreign": {"source": f"pypi:{chosen['foreign']}", "rows": 500}},
+            "out_of_distribution": {"foreign": {"source": f"pypi:{chosen['foreign']}", "rows": foreign_rows}},
         },
         "placement": {"workers": 1},
     }

@@ -191,12 +191,15 @@ def status(run_path: RunPath, as_json: AsJson = False) -> None:
     store.read_spec()
     state = control.replay(control.from_record(record) for record in store.read_events())
     found = {**(store.read_json("status.json") or {}), "phase": state.phase.value, "reason": state.reason,
-             "finished": list(state.finished_units()), "failed": dict(state.failed_units)}
+             "finished": list(state.finished_units()), "failed": dict(state.failed_units),
+             "students": _students(store)}
     if as_json:
         print(json.dumps(found))
         return
     out.print(_status_table(found))
     out.print(f"{store.uri}: {state.phase.value}" + (f" ({state.reason})" if state.reason else ""))
+    for name, phase in found["students"].items():
+        out.print(f"{store.uri}/{name}: {phase}", markup=False)
 
 
 @app.command()
@@ -314,6 +317,18 @@ def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
         _distil(store.uri, spec.distill, local, as_json)
     if metrics["run"]["degraded"]:
         raise typer.Exit(DEGRADED)
+
+
+def _students(store: Any) -> dict[str, str]:
+    """Return how far the students inside a run are."""
+    from raylora import control
+    from raylora.store.run_store import RunStore
+
+    names = [name for name in store.storage.list() if store.storage.exists(f"{name}/spec.yaml")]
+    return {
+        name: control.replay(map(control.from_record, RunStore(f"{store.uri}/{name}").read_events())).phase.value
+        for name in names
+    }
 
 
 def _distil(run_path: str, settings: Any, local: bool, as_json: bool) -> None:

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from raylora import control, registry
 from raylora.data.task import Task
-from raylora.distill import Keys
+from raylora.distill import Keys, Loss
 from raylora.engine.base import load_config, load_tokenizer
 from raylora.engine.lessons import TOKEN_LEVEL, sets_of, student_task, targets_uri, task_of, taught_content
 from raylora.engine.members import finished_members
@@ -61,6 +63,7 @@ def prepare_distillation(
     _check_task(settings, task)
     prepared = prepare(spec, inventory)
     members = finished_members(store)[: 1 if settings.teacher == "single" else None]
+    _try_loss(settings, task, len(members))
     content_of = _content_of(spec, task, settings, prepared)
     tokens = _tokens(settings)
     digest = teacher_digest(spec, store, members)
@@ -108,13 +111,15 @@ def student_spec(
     teacher: RunSpec, settings: DistillSpec, run_uri: str, name: str, lesson: LessonSpec | None
 ) -> RunSpec:
     """Return a student's run: the teacher's data, task and evaluation, the student's model; without a lesson, alone."""
-    student = settings.student
+    student, placement = settings.student, teacher.placement
+    if isinstance(placement.workers, int):  # as many as the teacher's members would find nothing to do
+        placement = placement.model_copy(update={"workers": min(placement.workers, student.members)})
     fields = {
         "name": name, "storage_path": run_uri, "base": student.base, "adapter": student.adapter,
         "task": student.task or teacher.task, "data": teacher.data, "evaluation": teacher.evaluation,
         "ensemble": EnsembleSpec(members=student.members, seed=student.seed),
         "optimisation": student.optimisation or teacher.optimisation, "baselines": BaselinesSpec(),
-        "placement": teacher.placement, "checkpointing": teacher.checkpointing, "lesson": lesson,
+        "placement": placement, "checkpointing": teacher.checkpointing, "lesson": lesson,
     }
     return RunSpec.model_validate(fields)
 
@@ -145,6 +150,15 @@ def check_tokenizers(teacher: RunSpec, student: RunSpec, task: Task) -> None:
     sizes = [int(load_config(spec.base).get_text_config().vocab_size) for spec in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise DataError(f"the teacher has logits over {sizes[0]} tokens, the student over {sizes[1]}", hint)
+
+
+def _try_loss(settings: DistillSpec, task: Task, members: int) -> None:
+    """Ask the loss about nothing, which is soon done. Raises: SpecError if it cannot learn from so many members."""
+    if task.num_classes is None:
+        return
+    loss: Loss = registry.load("loss", settings.loss.kind).build(settings.loss)
+    outputs_BO = torch.zeros(1, loss.outputs(task.num_classes))
+    loss.per_example(outputs_BO, torch.zeros(1, members, task.num_classes), None)
 
 
 def _tokens(settings: DistillSpec) -> tuple[int, float] | None:

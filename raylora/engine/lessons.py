@@ -184,18 +184,12 @@ def load_targets(store: RunStore) -> ClassificationTargets | TokenTargets:
     if facts is None or not facts["done"]:
         raise StoreError(f"{store.uri}: the targets are not complete", "run `raylora distill` again: it continues")
     if facts["tokens"] is not None:
-        prefixes = [f"shards/{name}/{name}" for name in facts["shards"]]
-        # Facts name their shards without the folder they are in.
-        return TokenTargets(lambda name: store.storage.read(_in_folder(name)), prefixes)
+        return TokenTargets(lambda file: store.storage.read(f"shards/{_shard_of(file)}/{file}"), facts["shards"])
     return merge([
         ClassificationTargets.from_files(store.load_result(f"shards/{name}")) for name in facts["shards"]
     ])
 
 
-def _in_folder(name: str) -> str:
-    """Return where a file of token targets lies: in the folder of the shard that it is called after."""
-    file = name.rpartition("/")[2]
-    return f"shards/{file.removesuffix('.json')[:_SHARD_NAME]}/{file}"
-
-
-_SHARD_NAME = len("rows-0000000-0000000")
+def _shard_of(file: str) -> str:
+    """Return the shard that a file of token targets belongs to: ``rows-A-B.json``, ``rows-A-B-00000.safetensors``."""
+    return "-".join(file.partition(".")[0].split("-")[:3])

@@ -49,8 +49,9 @@ def _measured(where: dict[str, Any] | None) -> str:
         return ""
     return (
         f"Latency is one row, throughput batches of {where['batch_rows']}, tokens ready: medians of {where['rounds']} "
-        f"rounds in which all take turns in one process ({where['device']}, {where['threads']} threads). Peak memory is "
-        "that of a fresh process which loads the model and predicts one batch, libraries included; on a GPU the device's."
+        f"rounds in which all take turns in one process ({where['device']}, {where['threads']} threads). Peak memory "
+        "is that of a fresh process which loads the model and predicts one batch, libraries included; on a GPU the "
+        "device's."
     )
 
 

@@ -22,7 +22,7 @@ from raylora.engine.distil import prepare_distillation
 from raylora.engine.lessons import load_targets
 from raylora.engine.local import run_in_process
 from raylora.engine.prepare import prepare
-from raylora.errors import DataError, Interrupted, RunDirectoryError, SpecError, StoreError, UsageError
+from raylora.errors import DataError, Interrupted, RunDirectoryError, SpecError, TrainingError
 from raylora.spec import DistillSpec, RunSpec, read_distill
 from raylora.store.run_store import RunStore
 
@@ -155,6 +155,7 @@ def test_a_student_resumes_to_bit_equal_members(teacher: str, settings: Make) ->
 def test_every_loss_trains_a_student_that_predicts(
     teacher: str, settings: Make, loss: dict[str, Any], classes: int
 ) -> None:
+    from raylora.serve.export import export_run
     from raylora.serve.predictor import load_ensemble
 
     work = carry_out(teacher, settings(loss=loss, alone=False))
@@ -170,6 +171,8 @@ def test_every_loss_trains_a_student_that_predicts(
     (prediction,) = load_ensemble(store.uri).predict(["A film to remember."])
     assert sum(prediction.probabilities.values()) == pytest.approx(1) and len(prediction.probabilities) == 2
     assert (prediction.mutual_information > 1e-9) is keeps
+    (exported,) = export_run(store.uri)
+    assert exported.exported_bytes > 0
 
 
 def test_a_single_member_can_teach(teacher: str, settings: Make) -> None:
@@ -232,6 +235,13 @@ def test_token_level_losses_are_refused_for_classes(teacher: str, settings: Make
         prepare_distillation(teacher, settings(loss={"kind": "mse"}))
 
 
+def test_fewer_heads_than_members_are_refused_before_anything(teacher: str, settings: Make) -> None:
+    with pytest.raises(SpecError, match="1 heads for 2 teacher members"):
+        prepare_distillation(teacher, settings(loss={"kind": "multi_head", "heads": 1}))
+    prepare_distillation(teacher, settings(loss={"kind": "multi_head", "heads": 1}, teacher="single"))
+    assert not Path(teacher, "targets").exists()
+
+
 def test_targets_of_another_teacher_or_other_data_are_refused(teacher: str, settings: Make) -> None:
     work = carry_out(teacher, settings(alone=False))
     other = work.student.model_copy(update={
@@ -243,7 +253,7 @@ def test_targets_of_another_teacher_or_other_data_are_refused(teacher: str, sett
     with pytest.raises(DataError, match="no targets for"):
         run_in_process(prepare(work.student.model_copy(update={"name": "third", "data": data})))
     missing = work.student.lesson.model_copy(update={"targets": "nowhere"})
-    with pytest.raises((StoreError, UsageError, Exception), match="not complete"):
+    with pytest.raises(TrainingError, match="not complete"):
         run_in_process(prepare(work.student.model_copy(update={"name": "fourth", "lesson": missing})))
 
 
@@ -309,6 +319,8 @@ def test_the_command_line_teaches_compares_and_reports(teacher: str, content: di
     again = call("report", teacher)
     assert again.exit_code == 0 and "distillation: student" in again.stdout
     assert call("status", f"{teacher}/student", "--json").exit_code == 0
+    told = json.loads(call("status", teacher, "--json").stdout)
+    assert told["students"] == {"student": "succeeded", "student-alone": "succeeded"}
     wrong = call("distill", teacher, "--student", str(student), "--local", "--set", "distill.loss.temperature=0")
     assert wrong.exit_code == 2 and "distill.loss.temperature" in wrong.output
     wrong = call("distill", str(tmp_path), "--student", str(student), "--local")
