@@ -66,10 +66,18 @@ def _row(label: str, store: RunStore, group: str, members: int) -> dict[str, Any
         "label": label,
         "eval": found["eval"],
         "ood": found.get("ood", {}),
-        # A member's head takes the place of the one that the base was loaded with.
-        "parameters": counts["base"] - counts.get("head", 0) + members * counts["per_member_trainable"],
+        "parameters": _in_use(counts, members),
         "trainable_parameters": members * counts["per_member_trainable"],
     }
+
+
+def _in_use(counts: dict[str, int], members: int) -> int:
+    """Return the numbers that members together need to predict."""
+    own = counts["per_member_trainable"]
+    if own >= counts["base"]:  # a fully fine-tuned member uses nothing of the base
+        return members * own
+    # A member's head takes the place of the one that the base was loaded with.
+    return counts["base"] - counts.get("head", 0) + members * own
 
 
 def _targets(work: Distillation) -> dict[str, Any]:
