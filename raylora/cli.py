@@ -77,11 +77,13 @@ def validate(
 ) -> None:
     """Check a spec, its data and its base, without starting or writing anything."""
     from raylora.engine.base import load_tokenizer
+    from raylora.engine.distil import check_ahead
     from raylora.engine.lessons import task_of
     from raylora.engine.prepare import prepare
 
     spec = raylora.read_spec(spec_file, overrides or [])
     prepared = prepare(spec)
+    check_ahead(spec)
     task = task_of(spec)
     samples = prepared.sets.preview(preview, load_tokenizer(spec.base, task)) if preview else []
     notes = [f"note: {note}" for note in prepared.notes]

@@ -20,7 +20,7 @@ from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
 from raylora.actors.preparer import solve_on_cluster
 from raylora.engine.base import compute_device
 from raylora.engine.comparison import compare, distillations
-from raylora.engine.distil import is_finished, prepare_distillation
+from raylora.engine.distil import check_ahead, is_finished, prepare_distillation
 from raylora.engine.lessons import task_of
 from raylora.engine.local import OnProgress, conclude, run_in_process, signals_handled_by
 from raylora.engine.prepare import Prepared, local_inventory, prepare
@@ -48,6 +48,7 @@ def run_local(
         TrainingError: the run failed.
     """
     prepared = prepare(spec)
+    check_ahead(spec)
     metrics = run_in_process(prepared, on_progress, on_block)
     publish_report(prepared.store)
     return metrics
@@ -155,7 +156,9 @@ def launch(spec: RunSpec, dashboard: bool = False) -> RunHandle:
     Raises:
         UsageError: bad input, or more workers than the cluster has.
     """
-    prepared = prepare(spec, _inventory())
+    inventory = _inventory()
+    prepared = prepare(spec, inventory)
+    check_ahead(spec, inventory)
     connect(dashboard)
     return _start(prepared)
 

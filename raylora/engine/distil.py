@@ -87,6 +87,25 @@ def prepare_distillation(
     )
 
 
+def check_ahead(spec: RunSpec, inventory: Inventory | None = None) -> None:
+    """Check whom a run is to teach when it is finished: hours later it would be too late to mend it.
+
+    Raises:
+        UsageError: as :func:`prepare_distillation`.
+    """
+    if spec.distill is None:
+        return
+    settings, task = spec.distill, task_of(spec)
+    _check_task(settings, task)
+    _try_loss(settings, task, 1 if settings.teacher == "single" else spec.ensemble.members)
+    lesson = LessonSpec(targets="ahead", teacher="ahead", loss=settings.loss, transfer=settings.transfer)
+    # A name of its own: what is in the student's directory is looked at when the targets are known.
+    student = student_spec(spec, settings, RunStore.for_spec(spec).uri, f"{settings.name}-ahead", lesson)
+    if _tokens(settings) is not None:
+        check_tokenizers(spec, student, task)
+    prepare(student, inventory)
+
+
 def spec_in_place(store: RunStore) -> RunSpec:
     """Return the spec of a run directory under the name and path where it now is. Raises: RunDirectoryError."""
     parent, _, name = store.uri.rpartition("/")

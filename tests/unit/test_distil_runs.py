@@ -22,7 +22,7 @@ from raylora.engine.distil import prepare_distillation
 from raylora.engine.lessons import load_targets
 from raylora.engine.local import run_in_process
 from raylora.engine.prepare import prepare
-from raylora.errors import DataError, Interrupted, RunDirectoryError, SpecError, TrainingError
+from raylora.errors import DataError, Interrupted, RunDirectoryError, SpecError, TrainingError, UsageError
 from raylora.spec import DistillSpec, RunSpec, read_distill
 from raylora.store.run_store import RunStore
 
@@ -220,6 +220,24 @@ def test_other_labels_are_refused(teacher: str, settings: Make, labels: list[str
     with pytest.raises(SpecError, match="same labels in the same order"):
         prepare_distillation(teacher, settings(student={"task": task}))
     assert not Path(teacher, "targets").exists() and not Path(teacher, "student").exists()
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"loss": {"kind": "multi_head", "heads": 1}}, "1 heads for 2 teacher members"),
+    ({"loss": {"kind": "topk_kl"}}, "token by token"),
+    ({"student": {"base": {"source": "/nowhere", "quantization": "none"}}}, "there is no folder"),
+    ({"student": {"adapter": {"kind": "lora", "target_modules": ["nothing"]}}}, "nothing"),
+    ({"transfer": {"files": "/nowhere.jsonl"}}, "nowhere.jsonl"),
+])
+def test_a_student_is_checked_before_its_teacher_is_trained(
+    make_spec: Make, settings: Make, change: dict[str, Any], says: str
+) -> None:
+    from raylora.client import run_local
+
+    spec = make_spec().model_copy(update={"distill": settings(**change)})
+    with pytest.raises(UsageError, match=says):
+        run_local(spec)
+    assert not Path(RunStore.for_spec(spec).uri).exists()
 
 
 def test_a_shorter_student_of_the_same_labels_is_fine(teacher: str, settings: Make) -> None:
