@@ -1,6 +1,6 @@
 """``python -m benchmarks``: every benchmark, one after another."""
 
-from benchmarks import low_bit, packing, parameter_efficiency, preparation
+from benchmarks import distillation, low_bit, packing, parameter_efficiency, preparation
 
-for benchmark in (packing, parameter_efficiency, preparation, low_bit):
+for benchmark in (packing, parameter_efficiency, preparation, low_bit, distillation):
     benchmark.main()

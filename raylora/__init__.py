@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from raylora.client import RunHandle, attach, launch, resume, run_local
+    from raylora.client import RunHandle, attach, distil, launch, resume, run_local
     from raylora.engine.count import parameter_count
     from raylora.errors import RayloraError
     from raylora.serve.export import export_run
     from raylora.serve.predictor import LoadedEnsemble, Prediction, load_ensemble
-    from raylora.spec import RunSpec, build_spec, read_spec
+    from raylora.spec import RunSpec, build_spec, read_distill, read_spec
 
 _HOMES = {
     "RunSpec": "raylora.spec",
@@ -28,6 +28,8 @@ _HOMES = {
     "RayloraError": "raylora.errors",
     "RunHandle": "raylora.client",
     "attach": "raylora.client",
+    "distil": "raylora.client",
+    "read_distill": "raylora.spec",
     "launch": "raylora.client",
     "resume": "raylora.client",
     "run_local": "raylora.client",

@@ -77,12 +77,14 @@ def validate(
 ) -> None:
     """Check a spec, its data and its base, without starting or writing anything."""
     from raylora.engine.base import load_tokenizer
+    from raylora.engine.distil import check_ahead
+    from raylora.engine.lessons import task_of
     from raylora.engine.prepare import prepare
-    from raylora.registry import load
 
     spec = raylora.read_spec(spec_file, overrides or [])
     prepared = prepare(spec)
-    task = load("task", spec.task.kind).build(spec.task)
+    check_ahead(spec)
+    task = task_of(spec)
     samples = prepared.sets.preview(preview, load_tokenizer(spec.base, task)) if preview else []
     notes = [f"note: {note}" for note in prepared.notes]
     lines = [*prepared.sets.describe(), *samples, *notes, f"{spec_file} is valid; digest {spec.digest()[:12]}"]
@@ -147,7 +149,7 @@ def run(
     dashboard: Annotated[bool, typer.Option(help="Start the Ray dashboard with a local cluster.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train, evaluate and report; run again to continue after an interruption."""
+    """Train, evaluate, report and, with a distill section, teach; run again to continue after an interruption."""
     _run(raylora.read_spec(spec_file, overrides or []), local, dashboard, as_json)
 
 
@@ -169,6 +171,19 @@ def resume(
 
 @app.command()
 @_command
+def distill(
+    run_path: RunPath,
+    student: Annotated[Path, typer.Option("--student", help="YAML with a distill section: student, loss, ...")],
+    overrides: Overrides = None,
+    local: Annotated[bool, typer.Option(help="Do it in this process, without Ray.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Have a finished run teach a smaller student, and compare the two; call again to continue."""
+    _distil(run_path, raylora.read_distill(student, overrides or []), local, as_json)
+
+
+@app.command()
+@_command
 def status(run_path: RunPath, as_json: AsJson = False) -> None:
     """Say how far a run is, from its directory."""
     from raylora import control
@@ -178,12 +193,15 @@ def status(run_path: RunPath, as_json: AsJson = False) -> None:
     store.read_spec()
     state = control.replay(control.from_record(record) for record in store.read_events())
     found = {**(store.read_json("status.json") or {}), "phase": state.phase.value, "reason": state.reason,
-             "finished": list(state.finished_units()), "failed": dict(state.failed_units)}
+             "finished": list(state.finished_units()), "failed": dict(state.failed_units),
+             "students": _students(store)}
     if as_json:
         print(json.dumps(found))
         return
     out.print(_status_table(found))
     out.print(f"{store.uri}: {state.phase.value}" + (f" ({state.reason})" if state.reason else ""))
+    for name, phase in found["students"].items():
+        out.print(f"{store.uri}/{name}: {phase}", markup=False)
 
 
 @app.command()
@@ -253,12 +271,16 @@ def export(
 def report(run_path: RunPath, as_json: AsJson = False) -> None:
     """Write the report of a finished run again and print its table."""
     from raylora.client import publish_report
+    from raylora.engine.comparison import distillations
+    from raylora.report.distillation import distillation_table
     from raylora.store.run_store import RunStore
 
     store = RunStore(run_path)
     store.read_spec()
     publish_report(store)
     _show_result(store, store.read_json("metrics.json"), as_json)
+    for record in [] if as_json else distillations(store):
+        out.print(distillation_table(record))
 
 
 @app.command()
@@ -300,9 +322,47 @@ def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
         err.print("checked; starting workers (they import torch and load the base, this takes a while) ...")
         with _progress() as show:
             metrics = handle.wait(show)
-    _show_result(store, metrics, as_json)
+    if spec.distill is None or not as_json:  # one JSON document per command
+        _show_result(store, metrics, as_json)
+    if spec.distill is not None:
+        _distil(store.uri, spec.distill, local, as_json)
     if metrics["run"]["degraded"]:
         raise typer.Exit(DEGRADED)
+
+
+def _students(store: Any) -> dict[str, str]:
+    """Return how far the students inside a run are."""
+    from raylora import control
+    from raylora.store.run_store import RunStore
+
+    names = [name for name in store.storage.list() if store.storage.exists(f"{name}/spec.yaml")]
+    return {
+        name: control.replay(map(control.from_record, RunStore(f"{store.uri}/{name}").read_events())).phase.value
+        for name in names
+    }
+
+
+def _distil(run_path: str, settings: Any, local: bool, as_json: bool) -> None:
+    from raylora.client import distil
+    from raylora.report.distillation import distillation_table
+    from raylora.store.run_store import RunStore
+
+    def say(what: str) -> None:
+        err.print(what, markup=False)
+
+    store = RunStore(run_path)
+    say(f"checking {store.uri}, the student and its data ...")
+    with _progress() as show:
+        record = distil(run_path, settings, local, _LocalLines(), _say_block, show, say)
+    if as_json:
+        print(json.dumps({"run": store.uri, "metrics": f"{store.uri}/metrics.json",
+                          "student": f"{store.uri}/{settings.name}", "report": f"{store.uri}/report.html",
+                          "distillation": f"{store.uri}/distillation/{settings.name}.json",
+                          "phase": store.read_json("metrics.json")["run"]["phase"],
+                          "retained_accuracy": record["contenders"]["student"]["retained_accuracy"]}))
+        return
+    out.print(distillation_table(record))
+    out.print(f"student: {store.uri}/{settings.name}\nreport: {store.uri}/report.html")
 
 
 def _show_result(store: Any, metrics: dict[str, Any], as_json: bool) -> None:

@@ -15,18 +15,22 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util import list_named_actors
 
-from raylora import control, registry
+from raylora import control
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
 from raylora.actors.preparer import solve_on_cluster
 from raylora.engine.base import compute_device
-from raylora.engine.local import OnProgress, conclude, run_in_process, signals_handled_by, start_event
+from raylora.engine.comparison import compare, distillations
+from raylora.engine.distil import check_ahead, is_finished, prepare_distillation
+from raylora.engine.lessons import task_of
+from raylora.engine.local import OnProgress, conclude, run_in_process, signals_handled_by
 from raylora.engine.prepare import Prepared, local_inventory, prepare
 from raylora.engine.prepare_base import OnBlock, ensure_prepared
 from raylora.engine.solve import Solve, solve_here
-from raylora.errors import RayloraError, RunDirectoryError, SpecError, TrainingError
+from raylora.engine.teach import PreparedTeaching
+from raylora.errors import Interrupted, RayloraError, RunDirectoryError, SpecError, TrainingError
 from raylora.placement.plan import Inventory
 from raylora.report.page import write_report
-from raylora.spec import RunSpec
+from raylora.spec import DistillSpec, RunSpec
 from raylora.store.run_store import RunStore
 
 OnStatus = Callable[[dict[str, Any]], None]
@@ -44,6 +48,7 @@ def run_local(
         TrainingError: the run failed.
     """
     prepared = prepare(spec)
+    check_ahead(spec)
     metrics = run_in_process(prepared, on_progress, on_block)
     publish_report(prepared.store)
     return metrics
@@ -65,7 +70,7 @@ def prepare_base(
         raise SpecError(
             f"base.quantization: {spec.base.quantization.kind} needs no preparation", "`raylora run` loads it as it is"
         )
-    task = registry.load("task", spec.task.kind).build(spec.task)
+    task = task_of(spec)
     solve: Solve = solve_here
     if not local and not prepared.base.is_ready:
         connect()
@@ -109,13 +114,17 @@ class RunHandle:
             TrainingError: it failed, or its coordinator was lost.
             UsageError: it could not start.
         """
+        metrics = self.join(on_status)
+        publish_report(self.store)
+        return metrics
+
+    def join(self, on_status: OnStatus = lambda status: None) -> dict[str, Any]:
+        """Follow the run to its end as :meth:`wait`, but write no report."""
         with signals_handled_by(self.interrupt):
             state = self._final_state(on_status)
         if self._outcome is not None:
             _put_away(self._coordinator, coordinator_name(self.uri))
-        metrics = conclude(state, self.store.read_json("metrics.json") or {}, self.uri)
-        publish_report(self.store)
-        return metrics
+        return conclude(state, self.store.read_json("metrics.json") or {}, self.uri)
 
     def _final_state(self, on_status: OnStatus) -> control.State:
         try:
@@ -147,13 +156,71 @@ def launch(spec: RunSpec, dashboard: bool = False) -> RunHandle:
     Raises:
         UsageError: bad input, or more workers than the cluster has.
     """
-    if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
-        connect()
-        prepared = prepare(spec, cluster_inventory())
-    else:
-        prepared = prepare(spec)
-        connect(dashboard)
+    inventory = _inventory()
+    prepared = prepare(spec, inventory)
+    check_ahead(spec, inventory)
+    connect(dashboard)
     return _start(prepared)
+
+
+def distil(
+    run: str, settings: DistillSpec, local: bool = False, on_progress: OnProgress = lambda job, progress: None,
+    on_block: OnBlock = lambda done: None, on_status: OnStatus = lambda status: None,
+    on_stage: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """Have a finished run teach a student: make targets, train it with and without them, compare, and return that.
+
+    What is there already is not done again, so an interrupted distillation goes on when it is called again.
+
+    Args:
+        local: do it all in this process, without Ray; the result is the same.
+        on_stage: told in words what begins.
+
+    Raises:
+        UsageError: bad input; nothing was started or written.
+        Interrupted: a signal came; call again to continue.
+        TrainingError: the targets could not be made, or a student not be trained.
+    """
+    work = prepare_distillation(run, settings, None if local else _inventory())
+    try:
+        if not work.teaching.is_done:
+            shards, where = len(work.teaching.shards), work.teaching.store.uri
+            on_stage(f"making targets of {work.teaching.rows:,} rows in {shards} shard(s), in {where}")
+            _carry_out(work.teaching, local, on_progress, on_block, on_status)
+        for student in work.students():
+            store = RunStore.for_spec(student)
+            if not is_finished(store):
+                on_stage(f"training {student.run_name()} in {store.uri}")
+                _carry_out(prepare(student, None if local else _inventory()), local, on_progress, on_block, on_status)
+                publish_report(store)
+    except Interrupted as error:
+        raise Interrupted(
+            f"distillation stopped by signal {error.args[2]}; what is done is committed",
+            "run the same command again: it continues", error.args[2],
+        ) from error
+    on_stage("comparing teacher and student")
+    record = compare(work)
+    publish_report(work.store)
+    return record
+
+
+def _carry_out(
+    prepared: Prepared | PreparedTeaching, local: bool, on_progress: OnProgress, on_block: OnBlock,
+    on_status: OnStatus,
+) -> None:
+    if local:
+        run_in_process(prepared, on_progress, on_block)
+        return
+    connect()
+    _start(prepared).join(on_status)
+
+
+def _inventory() -> Inventory | None:
+    """Return what the cluster has that would be used; None for a local one, which is not started yet."""
+    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
+        return None
+    connect()
+    return cluster_inventory()
 
 
 def resume(run: str, dashboard: bool = False) -> RunHandle:
@@ -227,6 +294,7 @@ def publish_report(store: RunStore) -> None:
     metrics = store.read_json("metrics.json")
     if metrics is None:
         raise RunDirectoryError(f"{store.uri}: has no metrics yet", "let the run finish: raylora resume")
+    metrics["distillation"] = distillations(store)
     if store.storage.is_local:
         write_report(metrics, Path(store.storage.root))
         return
@@ -235,15 +303,16 @@ def publish_report(store: RunStore) -> None:
             store.storage.write(path.relative_to(folder).as_posix(), path.read_bytes())
 
 
-def _start(prepared: Prepared) -> RunHandle:
+def _start(prepared: Prepared | PreparedTeaching) -> RunHandle:
     name = coordinator_name(prepared.store.uri)
     _clear_name(name, prepared.spec.run_name())
     prepared.begin()
+    teaching = prepared.teaching if isinstance(prepared, PreparedTeaching) else None
     coordinator = Coordinator.options(name=name, namespace=NAMESPACE).remote(  # type: ignore[attr-defined]
-        prepared.spec, prepared.store.uri, prepared.plan, [ray.put(prepared.base)]
+        prepared.spec, prepared.store.uri, prepared.plan, [ray.put(prepared.base)], teaching
     )
     workers = [f"worker-{index}" for index in range(prepared.plan.workers)]
-    return RunHandle(coordinator, prepared.store, coordinator.run.remote(start_event(prepared, workers)))
+    return RunHandle(coordinator, prepared.store, coordinator.run.remote(prepared.start_event(workers)))
 
 
 def _clear_name(name: str, run: str) -> None:

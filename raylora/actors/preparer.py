@@ -25,12 +25,12 @@ class Preparer:
         Raises:
             Interrupted: the blocks so far are committed.
         """
-        from raylora import registry
         from raylora.engine.base import compute_device
+        from raylora.engine.lessons import task_of
         from raylora.engine.prepare_base import ensure_prepared
         from raylora.engine.solve import solve_here
 
-        task = registry.load("task", self.spec.task.kind).build(self.spec.task)
+        task = task_of(self.spec)
         device = compute_device(self.gpus)
         ensure_prepared(
             self.spec.base, task, base, device, solve_here if device.type == "cuda" else solve_on_cluster,

@@ -19,24 +19,25 @@ class Worker:
     It is never restarted by Ray: the coordinator starts a new one, which loads the last commit.
     """
 
-    def __init__(self, spec: RunSpec, store_uri: str, cpus: int, gpus: int) -> None:
-        self.spec, self.store = spec, RunStore(store_uri)
+    def __init__(self, spec: RunSpec, store_uri: str, cpus: int, gpus: int, teaching: Any = None) -> None:
+        """Train the run of a spec or, given a teaching, make targets with its members."""
+        self.spec, self.store, self.teaching = spec, RunStore(store_uri), teaching
         self.cpus, self.gpus = cpus, gpus
         self.signal_number = 0
 
     def load(self) -> None:
         """Import the libraries and load base and data; the slow part of a start."""
-        from raylora.engine.workbench import Workbench
+        from raylora.engine.teach import make_bench
 
         self.telemetry = Telemetry(self.spec.run_name())
-        self.bench = Workbench(self.spec, self.store, self.cpus, self.gpus)
+        self.bench = make_bench(self.spec, self.store, self.cpus, self.gpus, self.teaching)
         self.bench.load()
 
     def run_job(self, job: str, units: Sequence[str], coordinator: Any) -> dict[str, str]:
-        """Train, evaluate and commit a pack; return the units that failed with their reasons.
+        """Train, evaluate and commit a pack, or make targets; return the units that failed with their reasons.
 
         Raises:
-            Interrupted: the pack's state is committed.
+            Interrupted: what is done so far is committed.
         """
         throttle = Throttle()
 
@@ -49,10 +50,8 @@ class Worker:
         return self.bench.run_job(job, units, report, lambda: self.signal_number)
 
     def aggregate(self, units: Sequence[str], started_at: float) -> None:
-        """Write the run's metrics from the committed predictions."""
-        from raylora.engine.aggregate import aggregate
-
-        aggregate(self.spec, self.store, units, started_at)
+        """Write what the committed units come to: the run's metrics, or that the targets are complete."""
+        self.bench.aggregate(units, started_at)
 
     @ray.method(concurrency_group="control")
     def stop(self, signal_number: int) -> None:

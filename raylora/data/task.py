@@ -19,6 +19,8 @@ from raylora.errors import DataError
 from raylora.spec import TaskSpec
 
 PaddingSide = Literal["left", "right"]
+UNLABELLED = -1
+"""The label of a training row that only a teacher can say something about."""
 
 
 class BadRow(ValueError):

@@ -6,7 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,9 @@ from raylora.data.task import Batch, Task, join, pad_id
 from raylora.engine.base import Base
 from raylora.engine.persist import layout_of
 from raylora.spec.run import KLSpec
+
+ExampleLoss = Callable[[Tensor, Batch], Tensor]
+"""(logits, joined batch) -> loss of each example."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def pack_gradients(
     reference_heads: Mapping[str, Tensor] | None = None,
     fixed: Mapping[str, Tensor] | None = None,
     step: StepTensors | None = None,
+    loss: ExampleLoss | None = None,
 ) -> PackLoss:
     """Run K members forward and backward once and return each one's loss and gradient.
 
@@ -80,13 +84,14 @@ def pack_gradients(
         reference_heads: the members' initial heads, which the reference predicts with.
         fixed: what the adapter needs but does not train, stacked over K.
         step: ``stacked`` and ``fixed``, materialised already for all micro-batches of a step.
+        loss: takes the place of the task's, such as a distillation loss.
     """
     step = step or StepTensors(base, adapter, stacked, fixed)
     batch = _join(base, task, batches)
     dropout = _dropout(base, adapter, task, batches, dropout_seeds_K)
     logits = _forward(base, task, replace(step.pack, dropout=dropout), batch)
-    scores = task.scores(logits, batch)
-    losses_KN = task.loss(scores, batch).view(len(batches), -1)
+    losses_N = loss(logits, batch) if loss is not None else task.loss(task.scores(logits, batch), batch)
+    losses_KN = losses_N.view(len(batches), -1)
     if kl is not None:
         with torch.no_grad():
             reference = {**stacked, **(reference_heads or {})}

@@ -11,22 +11,23 @@ from typing import Any
 
 import torch
 
-from raylora import control, registry
-from raylora.engine.aggregate import aggregate
+from raylora import control
 from raylora.engine.base import compute_device
+from raylora.engine.lessons import task_of
 from raylora.engine.prepare import Prepared
 from raylora.engine.prepare_base import OnBlock, ensure_prepared
+from raylora.engine.teach import Bench, PreparedTeaching, make_bench
 from raylora.engine.trainer import Progress
-from raylora.engine.workbench import Workbench
 from raylora.errors import Interrupted, RayloraError, TrainingError, UsageError
 
 OnProgress = Callable[[str, Progress], None]
 
 
 def run_in_process(
-    prepared: Prepared, on_progress: OnProgress = lambda job, progress: None, on_block: OnBlock = lambda done: None
+    prepared: Prepared | PreparedTeaching, on_progress: OnProgress = lambda job, progress: None,
+    on_block: OnBlock = lambda done: None,
 ) -> dict[str, Any]:
-    """Train, evaluate and aggregate a prepared run, job after job, and return its metrics.
+    """Train, evaluate and aggregate a prepared run (or make targets), job after job, and return its metrics.
 
     The plan's packs and threads are those that a cluster would use, so the members are equal to Ray's.
 
@@ -43,19 +44,19 @@ def run_in_process(
 class _Driver:
     """Folds events through the transition and carries the commands out, one at a time."""
 
-    def __init__(self, prepared: Prepared, on_progress: OnProgress, on_block: OnBlock) -> None:
+    def __init__(self, prepared: Prepared | PreparedTeaching, on_progress: OnProgress, on_block: OnBlock) -> None:
         self.prepared, self.store, self.on_progress = prepared, prepared.store, on_progress
         self.on_block = on_block
         self.started_at = time.time()
         self.signal_number = 0
-        self.bench: Workbench | None = None
+        self.bench: Bench | None = None
         self.metrics: dict[str, Any] = {}
         self.error: BaseException | None = None
         self.state = control.replay(control.from_record(r) for r in self.store.read_events())
 
     def run(self) -> dict[str, Any]:
         with signals_handled_by(self._interrupted):
-            queue: list[control.Event] = [start_event(self.prepared, ["worker-0"])]
+            queue: list[control.Event] = [self.prepared.start_event(["worker-0"])]
             while queue:
                 event = queue.pop(0)
                 self.store.append_event({**control.to_record(event), "at": time.time()})
@@ -72,8 +73,9 @@ class _Driver:
         if isinstance(command, control.RunJob):
             return self._run_job(command)
         if isinstance(command, control.Aggregate):
+            assert self.bench is not None
             try:
-                self.metrics = aggregate(self.prepared.spec, self.store, command.units, self.started_at)
+                self.metrics = self.bench.aggregate(command.units, self.started_at)
             except RayloraError as error:
                 self.error = error
                 return [control.AggregationFailed(str(error))]
@@ -85,7 +87,7 @@ class _Driver:
         assert base is not None
         torch.set_num_threads(plan.cpus_per_worker * plan.workers)
         spec = self.prepared.spec
-        task = registry.load("task", spec.task.kind).build(spec.task)
+        task = task_of(spec)
         try:
             ensure_prepared(
                 spec.base, task, base, compute_device(plan.gpus_per_worker),
@@ -101,7 +103,10 @@ class _Driver:
 
     def _start_worker(self, worker: str) -> control.Event:
         plan = self.prepared.plan
-        self.bench = Workbench(self.prepared.spec, self.store, plan.cpus_per_worker, plan.gpus_per_worker)
+        teaching = self.prepared.teaching if isinstance(self.prepared, PreparedTeaching) else None
+        self.bench = make_bench(
+            self.prepared.spec, self.store, plan.cpus_per_worker, plan.gpus_per_worker, teaching
+        )
         try:
             self.bench.load()
         except RayloraError as error:
@@ -126,19 +131,6 @@ class _Driver:
 
     def _interrupted(self, signal_number: int) -> None:
         self.signal_number = signal_number
-
-
-def start_event(prepared: Prepared, workers: list[str]) -> control.RunStarted:
-    """Return the event that begins a prepared run, or takes it up again."""
-    ensemble = prepared.spec.ensemble
-    return control.RunStarted(
-        jobs=prepared.plan.jobs(),
-        workers=workers,
-        required=[unit.name for unit in prepared.units if unit.role == "member"],
-        min_members=ensemble.min_members or ensemble.members,
-        max_failures=prepared.spec.checkpointing.max_failures,
-        prepare_base=prepared.base is not None and not prepared.base.is_ready,
-    )
 
 
 def conclude(

@@ -100,6 +100,8 @@ def pack_predictions(sets: Sequence[Predictions]) -> dict[str, bytes]:
         tensors[f"{item.name}/values"] = item.values
         if item.labels_N is not None:
             tensors[f"{item.name}/labels"] = item.labels_N
+        if item.expected_entropy_MN is not None:
+            tensors[f"{item.name}/expected_entropy"] = item.expected_entropy_MN
         listing.append({"name": item.name, "role": item.role, "ids": item.ids, "is_language": item.is_language})
     return {"predictions.safetensors": to_bytes(tensors), "sets.json": json.dumps(listing).encode()}
 
@@ -113,6 +115,7 @@ def unpack_predictions(files: Mapping[str, bytes]) -> list[Predictions]:
             role=item["role"],
             ids=item["ids"],
             labels_N=tensors.get(f"{item['name']}/labels"),
+            expected_entropy_MN=tensors.get(f"{item['name']}/expected_entropy"),
             **{"token_logprobs_MN" if item["is_language"] else "logits_MNC": tensors[f"{item['name']}/values"]},
         )
         for item in json.loads(files["sets.json"])
@@ -132,7 +135,9 @@ def join_members(parts: Sequence[Sequence[Predictions]]) -> list[Predictions]:
             raise StoreError(f"members were evaluated on different rows of set {first.name!r}")
         values = torch.cat([p.values for p in same_set])
         key = "token_logprobs_MN" if first.is_language else "logits_MNC"
+        expected = [p.expected_entropy_MN for p in same_set if p.expected_entropy_MN is not None]
         joined.append(Predictions(
-            name=first.name, role=first.role, ids=first.ids, labels_N=first.labels_N, **{key: values}
+            name=first.name, role=first.role, ids=first.ids, labels_N=first.labels_N, **{key: values},
+            expected_entropy_MN=torch.cat(expected) if expected else None,
         ))
     return joined

@@ -16,6 +16,7 @@ from raylora.data.order import derive_seed
 from raylora.data.task import Example, Task
 from raylora.engine.base import Base
 from raylora.engine.forward import pack_scores
+from raylora.engine.lessons import read_outputs
 from raylora.ensemble.aggregate import mean_probabilities
 from raylora.ensemble.metrics import evaluate
 from raylora.ensemble.predictions import Predictions, Role
@@ -28,7 +29,9 @@ def predict(
     base: Base, adapter: Adapter, task: Task, stacked: Mapping[str, Tensor], examples: Sequence[Example],
     batch: int, dropout_seeds: Sequence[int] | None = None, report: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[Tensor, list[str]]:
-    """Return (values, ids): logits M x N x C, or log-probabilities M x N of every target token.
+    """Return (values, ids): outputs M x N x C, or log-probabilities M x N of every target token.
+
+    Outputs are logits for all but some students (:func:`raylora.engine.lessons.read_outputs`).
 
     Rows of like length are batched together, since padding is computed too, and put back in order.
 
@@ -63,9 +66,11 @@ def predict_set(
     values, ids = predict(base, adapter, task, stacked, examples, batch, dropout_seeds)
     labels = [example.label for example in examples if example.label is not None]
     labelled = task.num_classes is not None and len(labels) == len(examples)
+    values, expected_MN = read_outputs(task, values)
     key: Any = "logits_MNC" if task.num_classes is not None else "token_logprobs_MN"
     return Predictions(
-        name=name, role=role, ids=ids, labels_N=torch.tensor(labels) if labelled else None, **{key: values}
+        name=name, role=role, ids=ids, labels_N=torch.tensor(labels) if labelled else None, **{key: values},
+        expected_entropy_MN=expected_MN,
     )
 
 

@@ -10,17 +10,18 @@ from typing import Any
 import psutil
 import torch
 
-from raylora import registry
+from raylora import control, registry
 from raylora.adapters.base import Noted, is_linear
-from raylora.data.sets import DataSets, load_sets
+from raylora.data.sets import DataSets
 from raylora.data.task import Task
 from raylora.engine.base import adapter_sites, compute_dtype, find_heads, load_config, load_tokenizer, shell_model
 from raylora.engine.blocks import base_linears
 from raylora.engine.count import adapter_parameters
+from raylora.engine.lessons import sets_of, task_of
 from raylora.engine.prepare_base import PreparedBase, open_base
 from raylora.engine.prepared import bases_folder, is_prepared_kind
 from raylora.engine.schedule import total_steps
-from raylora.engine.units import Unit, check_baselines, check_weights, packable_groups, units_of, why_alone
+from raylora.engine.units import MEMBER, Unit, check_baselines, check_weights, packable_groups, units_of, why_alone
 from raylora.errors import BaseError, SpecError
 from raylora.placement.plan import Demand, Inventory, Plan, make_plan
 from raylora.spec import GridSpec, RunSpec, SetSpec
@@ -63,6 +64,18 @@ class Prepared:
         found = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
         return f"{found}, the fastest that this kind of CPU multiplies natively (base.dtype: auto)"
 
+    def start_event(self, workers: list[str]) -> control.RunStarted:
+        """Return the event that begins the run, or takes it up again."""
+        ensemble = self.spec.ensemble
+        return control.RunStarted(
+            jobs=self.plan.jobs(),
+            workers=workers,
+            required=[unit.name for unit in self.units if unit.role == MEMBER],
+            min_members=ensemble.min_members or ensemble.members,
+            max_failures=self.spec.checkpointing.max_failures,
+            prepare_base=self.base is not None and not self.base.is_ready,
+        )
+
     def begin(self) -> None:
         """Write what a run begins with; the first thing that touches the disk."""
         self.store.write_spec(self.spec)  # on resume too: placement and checkpointing may have changed
@@ -81,7 +94,7 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     store = RunStore.for_spec(spec)
     store.check_unlocked()
     is_resume = store.check_spec(spec)
-    task = registry.load("task", spec.task.kind).build(spec.task)
+    task = task_of(spec)
     shell = shell_model(spec.base, task)
     heads = list(find_heads(shell, []))
     check_baselines(spec, bool(heads))
@@ -94,7 +107,7 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     )
     notes = tuple(adapter.notes(sites)) if isinstance(adapter, Noted) else ()
     tokenizer = load_tokenizer(spec.base, task)
-    sets = load_sets(spec.data, spec.evaluation, task, tokenizer)
+    sets = sets_of(spec, task, tokenizer)
     base = open_base(
         spec.base, task, bases_folder(store.uri.rpartition("/")[0]), sets.evaluated_keys(), evaluation_sets(spec)
     ) if is_prepared_kind(spec.base) else None

@@ -19,7 +19,15 @@ from raylora.data.order import Order
 from raylora.data.task import Batch, Example, Task
 from raylora.engine.base import Base, head_tensors
 from raylora.engine.deepspeed import MemberOptimiser
-from raylora.engine.forward import StepTensors, fixed_tensors, initial_member, pack_gradients, start_tensors
+from raylora.engine.forward import (
+    ExampleLoss,
+    StepTensors,
+    fixed_tensors,
+    initial_member,
+    pack_gradients,
+    start_tensors,
+)
+from raylora.engine.lessons import Lessons
 from raylora.engine.persist import check_layout, layout_of
 from raylora.engine.predict import validation_metrics
 from raylora.engine.schedule import epochs_done, total_steps
@@ -80,8 +88,10 @@ class PackTrainer:
 
     def __init__(
         self, base: Base, adapter: Adapter, task: Task, spec: RunSpec, units: Sequence[Unit],
-        train: Sequence[Example], validation: Sequence[Example],
+        train: Sequence[Example], validation: Sequence[Example], lessons: Lessons | None = None,
     ) -> None:
+        """Take what is trained, and on what; a student's ``lessons`` take the place of the task's loss."""
+        self.lessons = lessons
         self.base, self.adapter, self.task, self.spec = base, adapter, task, spec
         self.train, self.validation = train, validation
         self.total = total_steps(len(train), spec.optimisation)
@@ -167,7 +177,7 @@ class PackTrainer:
             [t.unit.stream("dropout", number) for t in stepping],
             regularisers.kl,
             stack([t.initial_head for t in stepping]) if regularisers.kl and stepping[0].initial_head else None,
-            step=step,
+            step=step, loss=self._lesson(),
         )
         for trainee, batch, loss, gradients in zip(
             stepping, batches, outcome.losses_K, outcome.gradients, strict=True
@@ -184,6 +194,12 @@ class PackTrainer:
                 continue
             sums[trainee.unit.name] += loss / accumulation
         return outcome.tokens
+
+    def _lesson(self) -> ExampleLoss | None:
+        if self.lessons is None:
+            return None
+        lessons, progress = self.lessons, self.step / self.total
+        return lambda logits, batch: lessons.losses(logits, batch, progress)
 
     def _step_tensors(self, stepping: Sequence[Trainee], accumulation: int) -> StepTensors:
         """Return the pack's tensors for this step, made anew after an update and when a member has left."""

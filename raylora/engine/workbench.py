@@ -16,10 +16,12 @@ from raylora import registry
 from raylora.adapters.base import Tensors, WholeModel
 from raylora.adapters.export import to_peft
 from raylora.adapters.packed import stack
-from raylora.data.sets import DataSets, load_sets
+from raylora.data.sets import DataSets
 from raylora.engine import persist
+from raylora.engine.aggregate import aggregate
 from raylora.engine.base import Base, compute_device, load_base
 from raylora.engine.deepspeed import start_deepspeed
+from raylora.engine.lessons import Lessons, read_lessons, sets_of, task_of
 from raylora.engine.memory import peak_memory_bytes
 from raylora.engine.predict import predict_set
 from raylora.engine.prepared import prepared_store
@@ -41,10 +43,11 @@ class Workbench:
         """Remember what to load; :meth:`load` does the work."""
         self.spec, self.store, self.cpus = spec, store, cpus
         self.device = compute_device(gpus)
-        self.task = registry.load("task", spec.task.kind).build(spec.task)
+        self.task = task_of(spec)
         self.units = {unit.name: unit for unit in units_of(spec)}
         self.base: Base
         self.sets: DataSets
+        self.lessons: Lessons | None
 
     def load(self) -> None:
         """Load the base and the data.
@@ -62,12 +65,13 @@ class Workbench:
         self.base = load_base(
             self.spec.base, self.spec.adapter, self.task, self.device, prepared_store(self.store)
         )
-        self.sets = load_sets(self.spec.data, self.spec.evaluation, self.task, self.base.tokenizer)
+        self.sets = sets_of(self.spec, self.task, self.base.tokenizer)
         recorded = self.store.read_json("data.json")
         if recorded and recorded["content_hash"] != self.sets.content_hash():
             raise RunDirectoryError(
                 f"{self.store.uri}: the data has changed since the run was begun", "restore it, or start a new run"
             )
+        self.lessons = read_lessons(self.spec, self.store, self.task, self.sets)
 
     # --- a job --------------------------------------------------------------------------------------
     def run_job(self, job: str, unit_names: Sequence[str], report: Report, should_stop: StopSignal) -> dict[str, str]:
@@ -82,7 +86,8 @@ class Workbench:
             return {}
         adapter = registry.load("adapter", units[0].adapter.kind).build(units[0].adapter)
         trainer = PackTrainer(
-            self.base, adapter, self.task, self.spec, units, self.sets.train.examples, self.sets.validation.examples
+            self.base, adapter, self.task, self.spec, units, self.sets.train.examples, self.sets.validation.examples,
+            self.lessons,
         )
         resumed_at = self._resume(trainer)
         meter = _Meter(report)
@@ -101,6 +106,7 @@ class Workbench:
             "peak_device_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
             "base_bytes": self.base.size_bytes,
             "base_parameters": self.base.parameters,
+            "head_parameters": sum(p.numel() for head in self.base.heads.values() for p in head.parameters()),
             "member_parameters": sum(t.numel() for t in done[0].result().values()) if done else 0,
             "compute_dtype": str(self.base.dtype).removeprefix("torch."),
             "device": str(self.device),
@@ -108,6 +114,10 @@ class Workbench:
             "pid": os.getpid(),
         })
         return {t.unit.name: t.failure for t in trainer.trainees if t.failure}
+
+    def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:
+        """Combine the finished units' predictions into the run's metrics. Raises: StoreError for a damaged one."""
+        return aggregate(self.spec, self.store, units, started_at)
 
     # --- checkpoints --------------------------------------------------------------------------------
     def _save(self, trainer: PackTrainer) -> None:

@@ -83,7 +83,7 @@ def _describe_set(
 ) -> dict[str, Any]:
     bins, samples = settings.evaluation.bins, settings.samples
     scores = score_rows(aggregate_logits(part.logits(), settings.rule), part.labels(), part.name)
-    described: dict[str, Any] = {"rows": part.rows, **point_metrics(scores, bins), **_uncertainty(part.logits())}
+    described: dict[str, Any] = {"rows": part.rows, **point_metrics(scores, bins), **_uncertainty(part)}
     if temperature is not None:
         scaled_NC = aggregate_logits(part.logits(), settings.rule, temperature.value)
         described["temperature_scaled"] = point_metrics(score_rows(scaled_NC, part.labels(), part.name), bins, SCALED)
@@ -94,8 +94,8 @@ def _describe_set(
     return described
 
 
-def _uncertainty(logits_MNC: Tensor) -> dict[str, float]:
-    parts = decompose(logits_MNC)
+def _uncertainty(part: Predictions) -> dict[str, float]:
+    parts = decompose(part.logits(), expected_entropy_MN=part.expected_entropy_MN)
     return {
         "predictive_entropy": float(parts.predictive_entropy_N.mean()),
         "expected_entropy": float(parts.expected_entropy_N.mean()),
@@ -108,10 +108,10 @@ def _describe_ood(group: Group, settings: Settings, intervals: bool) -> dict[str
     foreign_sets = with_role(group, "out_of_distribution")
     if not foreign_sets:
         return {}
-    familiar = foreign_scores(with_role(group, "test")[0].logits(), settings.rule)
+    familiar = _scores(with_role(group, "test")[0], settings)
     described: dict[str, Any] = {}
     for part in foreign_sets:
-        foreign = foreign_scores(part.logits(), settings.rule)
+        foreign = _scores(part, settings)
         values: dict[str, Any] = {name: auroc(familiar[name], foreign[name]) for name in familiar}
         if intervals and settings.samples:
             values["intervals"] = {
@@ -121,8 +121,12 @@ def _describe_ood(group: Group, settings: Settings, intervals: bool) -> dict[str
                 )
                 for name in familiar
             }
-        described[part.name] = values | {"rows": part.rows, "uncertainty": _uncertainty(part.logits())}
+        described[part.name] = values | {"rows": part.rows, "uncertainty": _uncertainty(part)}
     return described
+
+
+def _scores(part: Predictions, settings: Settings) -> dict[str, Tensor]:
+    return foreign_scores(part.logits(), settings.rule, part.expected_entropy_MN)
 
 
 def _mean_member(members: list[dict[str, Any]]) -> dict[str, Any]:

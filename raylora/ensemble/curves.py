@@ -73,9 +73,10 @@ def _risk_coverage(scores: RowScores) -> dict[str, list[float]]:
 
 
 def _ood_histograms(ensemble: Group, settings: Settings) -> dict[str, Any]:
-    familiar = foreign_scores(with_role(ensemble, "test")[0].logits(), settings.rule)
+    test = with_role(ensemble, "test")[0]
+    familiar = foreign_scores(test.logits(), settings.rule, test.expected_entropy_MN)
     found: dict[str, Any] = {}
     for part in with_role(ensemble, "out_of_distribution"):
-        foreign = foreign_scores(part.logits(), settings.rule)
+        foreign = foreign_scores(part.logits(), settings.rule, part.expected_entropy_MN)
         found[part.name] = {score: histograms(familiar[score], foreign[score]) for score in familiar}
     return found

@@ -21,15 +21,17 @@ from raylora.ensemble.uncertainty import decompose
 SCORES = ("max_probability", "predictive_entropy", "mutual_information")
 
 
-def foreign_scores(logits_MNC: Tensor, rule: str) -> dict[str, Tensor]:
-    """Return each score per row, N; mutual information is left out for one member, where it is zero throughout."""
-    parts = decompose(logits_MNC)
+def foreign_scores(
+    logits_MNC: Tensor, rule: str, expected_entropy_MN: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return each score per row, N; mutual information is left out for one ordinary member, where it is always zero."""
+    parts = decompose(logits_MNC, expected_entropy_MN=expected_entropy_MN)
     scores = {
         "max_probability": 1 - aggregate_logits(logits_MNC, rule).exp().max(dim=1).values,
         "predictive_entropy": parts.predictive_entropy_N,
         "mutual_information": parts.mutual_information_N,
     }
-    if logits_MNC.shape[0] == 1:
+    if logits_MNC.shape[0] == 1 and expected_entropy_MN is None:
         del scores["mutual_information"]
     # Twelve digits, as for confidences: the order in which members are summed must not break ties.
     return {name: values_N.round(decimals=12) for name, values_N in scores.items()}

@@ -32,6 +32,9 @@ class Predictions:
     labels_N: Tensor | None = None
     token_logprobs_MN: Tensor | None = None
     """The log-probability that each member gives to each target token."""
+    expected_entropy_MN: Tensor | None = None
+    """For members that are themselves distributions over classifiers (a Dirichlet, several heads): the entropy that
+    each expects of one of its classifiers. None for ordinary members, for whom it is the entropy of their softmax."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -41,6 +44,10 @@ class Predictions:
         self._check_values()
         if len(self.ids) != self.rows:
             raise self._error(f"{len(self.ids)} ids for {self.rows} predictions", "give one id per row (or token)")
+        if self.expected_entropy_MN is not None and self.expected_entropy_MN.shape != self.values.shape[:2]:
+            raise self._error(
+                f"expected entropies of shape {tuple(self.expected_entropy_MN.shape)}", "give one per member and row"
+            )
         if self.labels_N is not None and self.logits_MNC is not None:
             check_labels(self.labels_N, self.rows, self.logits_MNC.shape[2], self.name)
 
@@ -69,7 +76,11 @@ class Predictions:
     def member(self, index: int) -> Predictions:
         """Return the same set as predicted by one member alone (M = 1)."""
         if self.logits_MNC is not None:
-            return replace(self, logits_MNC=self.logits_MNC[index : index + 1])
+            expected = self.expected_entropy_MN
+            return replace(
+                self, logits_MNC=self.logits_MNC[index : index + 1],
+                expected_entropy_MN=None if expected is None else expected[index : index + 1],
+            )
         assert self.token_logprobs_MN is not None
         return replace(self, token_logprobs_MN=self.token_logprobs_MN[index : index + 1])
 

@@ -33,14 +33,21 @@ def entropy(log_probs_C: Tensor) -> Tensor:
     return -(log_probs_C.exp() * log_probs_C).sum(dim=-1)
 
 
-def decompose(logits_MNC: Tensor, temperature: float = 1.0) -> Uncertainty:
+def decompose(
+    logits_MNC: Tensor, temperature: float = 1.0, expected_entropy_MN: Tensor | None = None
+) -> Uncertainty:
     """Split ``H(mean_m p_m) = mean_m H(p_m) + I(y; m)`` row by row (arXiv 2310.00035).
 
     The identity belongs to the mixture, so it is computed from mean probabilities whatever rule predicts.
+
+    Args:
+        expected_entropy_MN: takes the place of ``H(p_m)`` where a member is a distribution over classifiers.
     """
     log_probs_MNC = torch.log_softmax(logits_MNC.to(torch.float64) / temperature, dim=-1)
     predictive_N = entropy(mean_probabilities(logits_MNC, temperature))
     expected_N = entropy(log_probs_MNC).mean(dim=0)
+    if expected_entropy_MN is not None:  # computed elsewhere, so the two may differ by rounding where nobody disagrees
+        expected_N = torch.minimum(expected_entropy_MN.double().mean(dim=0), predictive_N)
     return Uncertainty(
         predictive_N,
         expected_N,

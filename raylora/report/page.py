@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from raylora.report import base_page, figures, figures_uncertainty, tables
+from raylora.report import base_page, distillation, figures, figures_uncertainty, tables
 from raylora.report.entries import scored_sets, set_names
 from raylora.report.figures import Drawn
 from raylora.report.formatting import flat
@@ -64,6 +64,7 @@ def render(metrics: dict[str, Any], images: dict[str, list[dict[str, str]]]) -> 
         detection=tables.detection(metrics),
         members=tables.members(metrics),
         data=tables.data(metrics),
+        students=distillation.sections(metrics),
         preparation=base_page.section(preparation) if preparation else None,
         facts=tables.facts(metrics),
         versions=flat(metrics.get("versions") or {}),

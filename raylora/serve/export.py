@@ -31,11 +31,12 @@ from raylora.engine.base import (
     shell_model,
     target_names,
 )
+from raylora.engine.lessons import task_of
+from raylora.engine.members import member_facts, member_tensors
 from raylora.engine.persist import check_layout, layout_of, to_bytes
 from raylora.engine.prepared import prepared_store
 from raylora.engine.units import units_of
 from raylora.errors import RunDirectoryError, UsageError, suggest
-from raylora.serve.predictor import member_facts, member_tensors
 from raylora.spec import RunSpec
 from raylora.store import commit
 from raylora.store.run_store import RunStore
@@ -113,7 +114,7 @@ def _as_lora(
         )
     if not isinstance(adapter, LoraExpandable):
         raise UsageError(f"members of kind {spec.adapter.kind} have no LoRA form")
-    task = registry.load("task", spec.task.kind).build(spec.task)
+    task = task_of(spec)
     tensors, facts = member_tensors(files), member_facts(files)
     head = {n: t for n, t in tensors.items() if n.startswith(HEAD)}
     shell = shell_model(spec.base, task)
@@ -139,7 +140,7 @@ def _as_checkpoint(spec: RunSpec, adapter: Adapter, files: Mapping[str, bytes]) 
     """Return a member as ``save_pretrained`` writes a model, with its tokenizer, in float32 as it was trained."""
     if not isinstance(adapter, WholeModel):
         raise UsageError(f"members of kind {spec.adapter.kind} are adapters, not models", "use --format peft-lora")
-    task = registry.load("task", spec.task.kind).build(spec.task)
+    task = task_of(spec)
     model = load_dense(spec.base, task, compute_device(0)).float()
     tokenizer = load_tokenizer(spec.base, task)
     if model.config.pad_token_id is None:

@@ -5,26 +5,26 @@ Shapes: M members, N texts, C classes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from raylora import registry
 from raylora.adapters.base import Tensors
-from raylora.adapters.export import from_peft
-from raylora.adapters.packed import stack
 from raylora.data.sources import load_rows
 from raylora.data.task import BadRow, Example, Task
 from raylora.engine.base import Base, compute_device, load_base
-from raylora.engine.forward import expected_layout, fixed_tensors
-from raylora.engine.persist import check_layout, from_bytes, json
+from raylora.engine.lessons import read_outputs, task_of
+from raylora.engine.members import finished_members, member_facts, member_tensors, stacked_members
 from raylora.engine.predict import predict
 from raylora.engine.prepared import prepared_store
-from raylora.engine.units import units_of
 from raylora.ensemble.aggregate import aggregate_logits
 from raylora.ensemble.uncertainty import decompose
-from raylora.errors import DataError, RunDirectoryError, UsageError
+from raylora.errors import DataError, UsageError
 from raylora.spec import RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
@@ -66,14 +66,7 @@ class LoadedEnsemble:
         self.spec, self.base, self.task = spec, base, task
         self.members = len(members)
         self._adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
-        seeds = {unit.name: unit.stream("fixed") for unit in units_of(spec)}
-        fixed = {name: fixed_tensors(base, self._adapter, seeds[name]) for name in members}
-        for name in members:
-            recorded = (layouts or {}).get(name)
-            check_layout(name, recorded, expected_layout(base, self._adapter, fixed[name]))
-        self._stacked = stack([
-            {n: t.to(base.device) for n, t in tensors.items()} | fixed[name] for name, tensors in members.items()
-        ])
+        self._stacked = stacked_members(spec, base, members, layouts)
 
     def predict(self, texts: Sequence[str | Mapping[str, Any]], batch: int = 64) -> list[Prediction]:
         """Return a prediction per text; a mapping gives the task's columns (a pair, a question and its choices).
@@ -90,8 +83,9 @@ class LoadedEnsemble:
             example, cut = self._tokenise(row, index)
             examples.append(example)
             truncated.append(cut)
-        logits_MNC, _ = predict(self.base, self._adapter, self.task, self._stacked, examples, batch)
-        return self._describe(logits_MNC, examples, truncated)
+        outputs_MNO, _ = predict(self.base, self._adapter, self.task, self._stacked, examples, batch)
+        logits_MNC, expected_MN = read_outputs(self.task, outputs_MNO)
+        return self._describe(logits_MNC, expected_MN, examples, truncated)
 
     def _tokenise(self, row: dict[str, Any], index: int) -> tuple[Example, bool]:
         try:
@@ -99,11 +93,13 @@ class LoadedEnsemble:
         except BadRow as error:
             raise DataError(f"row {index}: {error}", f"a row has the columns {', '.join(self.task.columns)}") from None
 
-    def _describe(self, logits_MNC: Any, examples: Sequence[Example], truncated: Sequence[bool]) -> list[Prediction]:
+    def _describe(
+        self, logits_MNC: Tensor, expected_MN: Tensor | None, examples: Sequence[Example], truncated: Sequence[bool]
+    ) -> list[Prediction]:
         names = self.task.label_names or [str(c) for c in range(logits_MNC.shape[2])]
         probs_NC = aggregate_logits(logits_MNC, self.spec.ensemble.aggregate).exp()
         member_MNC = logits_MNC.double().softmax(dim=-1)
-        uncertainty = decompose(logits_MNC)
+        uncertainty = decompose(logits_MNC, expected_entropy_MN=expected_MN)
         return [
             Prediction(
                 id=example.id,
@@ -129,13 +125,10 @@ def load_ensemble(run: str, gpus: int | None = None) -> LoadedEnsemble:
 
     store = RunStore(run)
     spec = store.read_spec()
-    names = [name for name in store.storage.list("members") if ".tmp-" not in name]
-    files = {name: store.load_result(f"members/{name}") for name in names if store.has_result(f"members/{name}")}
-    if not files:
-        raise RunDirectoryError(f"{store.uri}: no member is finished", f"raylora resume {store.uri}")
+    files = {name: store.load_result(f"members/{name}") for name in finished_members(store)}
     members = {name: member_tensors(found) for name, found in files.items()}
     layouts = {name: member_facts(found).get("layout") for name, found in files.items()}
-    task = registry.load("task", spec.task.kind).build(spec.task)
+    task = task_of(spec)
     if task.num_classes is None:
         raise UsageError(
             f"{store.uri}: a {spec.task.kind} run has no classes to predict", "its members load with PEFT to generate"
@@ -143,17 +136,6 @@ def load_ensemble(run: str, gpus: int | None = None) -> LoadedEnsemble:
     device = compute_device(torch.cuda.device_count() if gpus is None else gpus)
     base = load_base(spec.base, spec.adapter, task, device, prepared_store(store))
     return LoadedEnsemble(spec, base, task, members, layouts)
-
-
-def member_tensors(files: Mapping[str, bytes]) -> Tensors:
-    """Return what a member's folder holds, under raylora's names."""
-    config = files.get("adapter_config.json")
-    return from_peft(from_bytes(files["adapter_model.safetensors"]), json.loads(config) if config else None)
-
-
-def member_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return the plain facts that a member's folder holds: its seed, adapter, base and history."""
-    return json.loads(files["member.json"])
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:

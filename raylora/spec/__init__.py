@@ -1,20 +1,31 @@
 """What a run is: frozen values, read from YAML or built in Python."""
 
 from raylora.spec.base import AdapterSpec, CompensationSpec, Frozen, GridSpec, KindSpec, QuantizationSpec, TaskSpec
-from raylora.spec.reading import build_spec, diff_specs, dump_spec, json_schema, parse_spec, read_spec
+from raylora.spec.reading import (
+    build_spec,
+    diff_specs,
+    dump_spec,
+    json_schema,
+    parse_spec,
+    read_distill,
+    read_spec,
+)
 from raylora.spec.run import (
     BaselinesSpec,
     BaseSpec,
     CalibrationSpec,
     CheckpointingSpec,
     DataSpec,
+    DistillSpec,
     EnsembleSpec,
     EvaluationSpec,
+    LessonSpec,
     OptimisationSpec,
     PlacementSpec,
     RegularisersSpec,
     RunSpec,
     SetSpec,
+    StudentSpec,
 )
 
 __all__ = [
@@ -25,22 +36,26 @@ __all__ = [
     "CheckpointingSpec",
     "CompensationSpec",
     "DataSpec",
+    "DistillSpec",
     "EnsembleSpec",
     "EvaluationSpec",
     "Frozen",
     "GridSpec",
     "KindSpec",
+    "LessonSpec",
     "OptimisationSpec",
     "PlacementSpec",
     "QuantizationSpec",
     "RegularisersSpec",
     "RunSpec",
     "SetSpec",
+    "StudentSpec",
     "TaskSpec",
     "build_spec",
     "diff_specs",
     "dump_spec",
     "json_schema",
     "parse_spec",
+    "read_distill",
     "read_spec",
 ]

@@ -112,8 +112,10 @@ if TYPE_CHECKING:  # what a checker may rely on; the concrete class is known to 
     AnyQuantization: TypeAlias = QuantizationSpec
     AnyCompensation: TypeAlias = CompensationSpec
     AnyTask: TypeAlias = TaskSpec
+    AnyLoss: TypeAlias = KindSpec
 else:
     AnyAdapter = _field(AdapterSpec, "adapter", "lora")
     AnyQuantization = _field(QuantizationSpec, "quantization", "none")
     AnyCompensation = _field(CompensationSpec, "compensation", "cloq")
     AnyTask = _field(TaskSpec, "task", "classification")
+    AnyLoss = _field(KindSpec, "loss", "kl")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from raylora.errors import SpecError, combine, suggest
-from raylora.spec.base import KindSpec
-from raylora.spec.run import RunSpec
+from raylora.spec.base import Frozen, KindSpec
+from raylora.spec.run import DistillSpec, RunSpec
 
+S = TypeVar("S", bound=Frozen)
 KeyPath = tuple[str | int, ...]
+_DEFAULT_KINDS = {"adapter": "lora", "task": "classification", "quantization": "none", "loss": "kl"}
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 
 
@@ -24,20 +26,41 @@ def read_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     Raises:
         SpecError: with every problem found, each as ``file:line: key.path: what is wrong``.
     """
-    path = Path(path)
+    return parse_spec(_text_of(Path(path)), overrides, where=str(path))
+
+
+def parse_spec(text: str, overrides: Sequence[str] = (), where: str = "<spec>") -> RunSpec:
+    """Validate a YAML text; see :func:`read_spec`."""
+    content, lines = _parse(text, overrides, where)
+    return build_spec(content, where, lines)
+
+
+def read_distill(path: str | Path, overrides: Sequence[str] = ()) -> DistillSpec:
+    """Read a YAML file whose ``distill`` section says whom a finished run teaches; other sections are refused.
+
+    Raises:
+        SpecError: as :func:`read_spec`.
+    """
+    content, lines = _parse(_text_of(Path(path)), overrides, str(path))
+    return _validated(_DistillFile, content, str(path), lines, "distill file").distill
+
+
+class _DistillFile(Frozen):
+    distill: DistillSpec
+
+
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SpecError(f"{path}: there is no such file", "write one with `raylora init`") from None
     except IsADirectoryError:
         raise SpecError(f"{path}: is a folder, not a spec file") from None
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: not UTF-8 at byte {error.start}", "save the file as UTF-8") from None
-    return parse_spec(text, overrides, where=str(path))
 
 
-def parse_spec(text: str, overrides: Sequence[str] = (), where: str = "<spec>") -> RunSpec:
-    """Validate a YAML text; see :func:`read_spec`."""
+def _parse(text: str, overrides: Sequence[str], where: str) -> tuple[dict, dict[KeyPath, int]]:
     try:
         content = yaml.safe_load(text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -51,27 +74,29 @@ def parse_spec(text: str, overrides: Sequence[str] = (), where: str = "<spec>") 
         raise SpecError(f"{where}: expected keys and values, found a {type(content).__name__}")
     for override in overrides:
         _apply(content, override)
-    lines = dict(_lines(node)) if node is not None else {}
-    return build_spec(content, where, lines)
+    return content, dict(_lines(node)) if node is not None else {}
 
 
 def build_spec(content: dict, where: str = "<spec>", lines: dict[KeyPath, int] | None = None) -> RunSpec:
     """Validate a mapping; every problem is reported at once, with a suggestion where one is near."""
-    lines = lines or {}
+    return _validated(RunSpec, content, where, lines or {}, "run spec")
+
+
+def _validated(model: type[S], content: dict, where: str, lines: dict[KeyPath, int], what: str) -> S:
     problems = [
         f"{_place(where, key, lines)}: looks like a secret; keep it out of specs, set it in the worker's environment"
         for key in _secret_keys(content)
     ]
     try:
-        spec = RunSpec.model_validate(content)
+        spec = model.model_validate(content)
     except ValidationError as error:
         found: dict[str, list[str]] = {}  # by place: each type that a key may have complains on its own
         for item in error.errors(include_url=False):
             key = _strip_tags(item["loc"], content)
-            found.setdefault(_place(where, key, lines), []).append(_say(item, key, content))
+            found.setdefault(_place(where, key, lines), []).append(_say(item, key, content, model))
         problems += [f"{place}: {'; or: '.join(dict.fromkeys(says))}" for place, says in found.items()]
     if problems:
-        raise SpecError(combine(sorted(set(problems)), f"{where} is not a valid run spec"))
+        raise SpecError(combine(sorted(set(problems)), f"{where} is not a valid {what}"))
     return spec
 
 
@@ -159,10 +184,10 @@ def _strip_tags(location: Sequence[str | int], content: Any) -> KeyPath:
     return tuple(key)
 
 
-def _say(item: Any, key: KeyPath, content: dict) -> str:
+def _say(item: Any, key: KeyPath, content: dict, model: type[Frozen]) -> str:
     kind = item["type"]
     if kind == "extra_forbidden":
-        return f"unknown key; {suggest(str(key[-1]), _known_keys(key[:-1], content))}"
+        return f"unknown key; {suggest(str(key[-1]), _known_keys(key[:-1], content, model))}"
     if kind == "missing":
         return "this key is required"
     message = str(item["msg"]).removeprefix("Value error, ")
@@ -170,20 +195,19 @@ def _say(item: Any, key: KeyPath, content: dict) -> str:
     return message if isinstance(given, dict | BaseModel) or kind == "value_error" else f"{message} (got {given!r})"
 
 
-def _known_keys(path: KeyPath, content: dict) -> list[str]:
+def _known_keys(path: KeyPath, content: dict, root: type[Frozen]) -> list[str]:
     """Return the field names of the model that stands at a key path."""
     from raylora import registry
 
-    model: Any = RunSpec
+    model: Any = root
     node: Any = content
     for part in path:
         node = node.get(part, {}) if isinstance(node, dict) else {}
         field = getattr(model, "model_fields", {}).get(part)
         model = _model_of(field.annotation) if field else model
         if isinstance(model, type) and issubclass(model, KindSpec):
-            seam = {"adapter": "adapter", "task": "task", "quantization": "quantization"}.get(str(part), "")
-            default = {"adapter": "lora", "task": "classification", "quantization": "none"}.get(seam, "")
-            if seam:
+            seam, default = str(part), _DEFAULT_KINDS.get(str(part), "")
+            if default:
                 model = registry.load(seam, (node or {}).get("kind", default)).Spec
     return sorted(getattr(model, "model_fields", {}))
 

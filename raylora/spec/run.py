@@ -9,11 +9,16 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from raylora.spec.base import AnyAdapter, AnyCompensation, AnyQuantization, AnyTask, Frozen, GridSpec
+from raylora.spec.base import AnyAdapter, AnyCompensation, AnyLoss, AnyQuantization, AnyTask, Frozen, GridSpec
 
 NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?\Z")
 """Run names: short enough for a Kubernetes label and safe as a folder name."""
 
+
+_RUN_FOLDERS = (
+    "members", "baselines", "predictions", "checkpoints", "snapshots", "timing", "targets", "export", "plots",
+    "distillation",
+)
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -263,6 +268,57 @@ class CheckpointingSpec(Frozen):
     """How often a member may be restarted from its last commit after its worker died."""
 
 
+class StudentSpec(Frozen):
+    """The model that is taught: a smaller base with an adapter of its own."""
+
+    base: BaseSpec
+    adapter: AnyAdapter = Field(default_factory=lambda: cast(Any, {"kind": "lora"}))
+    task: AnyTask | None = None
+    """By default the teacher's; another one may differ in anything but its kind and its labels."""
+    members: int = Field(default=1, ge=1)
+    """More than one makes the student an ensemble, whose prediction is the one that counts."""
+    seed: int = 0
+    optimisation: OptimisationSpec | None = None
+    """By default the teacher's."""
+
+
+class DistillSpec(Frozen):
+    """A finished ensemble teaches a student (arXiv 2410.20777); no part of the ensemble's identity."""
+
+    name: str = "student"
+    """The student's run directory, inside the teacher's."""
+    student: StudentSpec
+    loss: AnyLoss = Field(default_factory=lambda: cast(Any, {"kind": "kl"}))
+    teacher: Literal["ensemble", "single"] = "ensemble"
+    """``single``: member 0 alone teaches."""
+    transfer: SetSpec | None = None
+    """Further text to be taught on, beside the training rows; its labels, if it has any, are not looked at."""
+    alone: bool = True
+    """Train the same student without a teacher too, which shows what the teacher is worth."""
+    costs: bool = True
+    """Measure memory and speed of teacher and student, in processes of their own."""
+
+    @field_validator("name")
+    @classmethod
+    def _free_name(cls, value: str) -> str:
+        if not NAME_PATTERN.match(value) or len(value) > 34:
+            raise ValueError(f"name {value!r} must match {NAME_PATTERN.pattern} and have at most 34 characters")
+        if value in _RUN_FOLDERS:
+            raise ValueError(f"name {value!r} is a folder of the run itself: choose another")
+        return value
+
+
+class LessonSpec(Frozen):
+    """What makes a run a student's: which targets it learns from, and how. Written by ``raylora distill``."""
+
+    targets: str
+    """The targets' folder below ``targets`` of the run that the student lies in."""
+    teacher: str
+    """Digest of the teacher: its spec and its members' weights."""
+    loss: AnyLoss
+    transfer: SetSpec | None = None
+
+
 class RunSpec(Frozen):
     """A whole run. Two specs with one digest compute the same thing."""
 
@@ -279,6 +335,10 @@ class RunSpec(Frozen):
     baselines: BaselinesSpec = BaselinesSpec()
     placement: PlacementSpec = PlacementSpec()
     checkpointing: CheckpointingSpec = CheckpointingSpec()
+    distill: DistillSpec | None = None
+    """Teach a student when the ensemble is finished."""
+    lesson: LessonSpec | None = None
+    """Only in a student's own run."""
 
     @field_validator("name")
     @classmethod
@@ -311,9 +371,13 @@ class RunSpec(Frozen):
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the result; a run that is taken up again must not differ in it.
 
-        Where it runs is not part of it: a member is the same in any pack, to float tolerance.
+        Where it runs is not part of it: a member is the same in any pack, to float tolerance. Nor is whom it
+        teaches afterwards.
         """
-        return self.model_dump(mode="json", exclude={"name", "storage_path", "placement", "checkpointing"})
+        left_out = {"name", "storage_path", "placement", "checkpointing", "distill"}
+        if self.lesson is None:  # runs from before there were students keep their digest
+            left_out.add("lesson")
+        return self.model_dump(mode="json", exclude=left_out)
 
     def digest(self) -> str:
         """Return the SHA-256 of the spec's identity."""

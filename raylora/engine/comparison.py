@@ -1,0 +1,86 @@
+"""What distillation kept and what it saved: the teacher, one of its members, and the student with and without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raylora.engine.costs import Contender, measure
+from raylora.engine.distil import Distillation
+from raylora.engine.members import finished_members
+from raylora.engine.teach import FACTS
+from raylora.store.run_store import RunStore
+
+FOLDER = "distillation"
+
+
+def compare(work: Distillation) -> dict[str, Any]:
+    """Return the comparison, and write it below ``distillation`` in the teacher's run.
+
+    Raises:
+        StoreError: a member is damaged.
+    """
+    student = RunStore.for_spec(work.student)
+    members, one = finished_members(work.store), finished_members(work.store)[:1]
+    rows = {
+        "teacher": _row(f"Teacher: ensemble of {len(members)}", work.store, "ensemble", len(members)),
+        "single": _row("Teacher's member 0", work.store, "single", 1),
+        "student": _row(f"Student ({work.settings.loss.kind})", student, "ensemble", work.settings.student.members),
+    }
+    if work.alone is not None:
+        rows["alone"] = _row(
+            "Student without a teacher", RunStore.for_spec(work.alone), "ensemble", work.settings.student.members
+        )
+    record: dict[str, Any] = {
+        "name": work.settings.name, "taught_by": work.settings.teacher, "targets": _targets(work), "contenders": rows,
+    }
+    if work.settings.costs:
+        measured = measure([
+            Contender("teacher", work.store.uri, tuple(members)), Contender("single", work.store.uri, tuple(one)),
+            Contender("student", student.uri, tuple(finished_members(student))),
+        ])
+        record["measured_on"] = measured.pop("measured_on")
+        for name, costs in measured.items():
+            rows[name] |= costs
+        if "alone" in rows:  # the same model: its costs are the student's
+            rows["alone"] |= measured["student"]
+    accuracy = rows["teacher"]["eval"]["test"].get("accuracy")  # a language model has none
+    for row in rows.values():
+        row["retained_accuracy"] = row["eval"]["test"]["accuracy"] / accuracy if accuracy else None
+    work.store.write_json(f"{FOLDER}/{work.settings.name}.json", record)
+    return record
+
+
+def distillations(store: RunStore) -> list[dict[str, Any]]:
+    """Return every comparison that a run has been through, by name."""
+    names = [name for name in store.storage.list(FOLDER) if name.endswith(".json")]
+    return [store.read_json(f"{FOLDER}/{name}") for name in names]
+
+
+def _row(label: str, store: RunStore, group: str, members: int) -> dict[str, Any]:
+    """Return one contender: its metrics on the run's sets, and its parameters."""
+    metrics = store.read_json("metrics.json")
+    # Baselines may be off in the spec; member 0 is measured in any case.
+    found = metrics["ensemble"] if group == "ensemble" else metrics["members"][0]
+    counts = metrics["parameters"]
+    return {
+        "label": label,
+        "eval": found["eval"],
+        "ood": found.get("ood", {}),
+        "parameters": _in_use(counts, members),
+        "trainable_parameters": members * counts["per_member_trainable"],
+    }
+
+
+def _in_use(counts: dict[str, int], members: int) -> int:
+    """Return the numbers that members together need to predict."""
+    own = counts["per_member_trainable"]
+    if own >= counts["base"]:  # a fully fine-tuned member uses nothing of the base
+        return members * own
+    # A member's head takes the place of the one that the base was loaded with.
+    return counts["base"] - counts.get("head", 0) + members * own
+
+
+def _targets(work: Distillation) -> dict[str, Any]:
+    facts = work.teaching.store.read_json(FACTS)
+    shown = ("rows", "members", "tokens", "size_bytes", "rounding_error", "made_s")
+    return {key: facts[key] for key in shown if facts.get(key) is not None}

@@ -1,0 +1,225 @@
+"""A finished run as a teacher: its members' outputs for every row of the transfer set, made once, shard by shard.
+
+Making targets is a run of the same state machine whose jobs are shards of rows: it is spread over workers, survives
+their loss and is taken up again like any other. Shapes: M members, N rows of a shard, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from raylora import control, registry
+from raylora.data.task import Example
+from raylora.distill import ClassificationTargets, Keys, TokenTargetsWriter
+from raylora.engine.forward import pack_scores
+from raylora.engine.lessons import predicting, read_outputs, sets_of, taught_content
+from raylora.engine.members import read_members
+from raylora.engine.predict import predict
+from raylora.engine.trainer import Progress
+from raylora.engine.workbench import Workbench
+from raylora.errors import Interrupted, StoreError
+from raylora.placement.plan import Plan
+from raylora.spec import RunSpec, SetSpec
+from raylora.store.run_store import RunStore
+
+SHARD_ROWS = 256
+FACTS = "targets.json"
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Who teaches, and on what: all that a worker must know beside the teacher's spec."""
+
+    run_uri: str
+    digest: str
+    """Of the teacher: see :func:`teacher_digest`."""
+    packs: tuple[tuple[str, ...], ...]
+    """Its members, by what shares a forward."""
+    transfer: SetSpec | None
+    tokens: tuple[int, float] | None = None
+    """For language models, how many tokens are kept per position and at what temperature."""
+    shard_rows: int = SHARD_ROWS
+
+    @property
+    def members(self) -> list[str]:
+        """The members' names, in order."""
+        return sorted(name for pack in self.packs for name in pack)
+
+
+@dataclass(frozen=True)
+class PreparedTeaching:
+    """Checked and ready to be carried out, as :class:`raylora.engine.prepare.Prepared` is for training."""
+
+    spec: RunSpec
+    store: RunStore
+    """Of the targets."""
+    plan: Plan
+    teaching: Teaching
+    shards: tuple[str, ...]
+    rows: int
+    base: None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all targets are there; then nobody needs to be asked."""
+        return bool((self.store.read_json(FACTS) or {}).get("done"))
+
+    def begin(self) -> None:
+        """Write what the targets will be; the first thing that touches the disk."""
+        self.store.write_json(FACTS, {
+            "done": False, "teacher": self.teaching.digest, "members": self.teaching.members, "rows": self.rows,
+            "shards": list(self.shards), "tokens": self.teaching.tokens,
+        })
+
+    def start_event(self, workers: list[str]) -> control.RunStarted:
+        """Return the event that begins the work or takes it up again; every shard is needed."""
+        return control.RunStarted(
+            jobs={name: [name] for name in self.shards}, workers=workers, required=list(self.shards),
+            min_members=len(self.shards), max_failures=self.spec.checkpointing.max_failures,
+        )
+
+
+class Bench(Protocol):
+    """What a worker does its jobs on."""
+
+    def load(self) -> None:
+        """Load what all jobs need. Raises: UsageError for bad input."""
+
+    def run_job(
+        self, job: str, unit_names: Sequence[str], report: Callable[[Progress], None], should_stop: Callable[[], int]
+    ) -> dict[str, str]:
+        """Do and commit the units of a job; return those that failed. Raises: Interrupted."""
+
+    def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:
+        """Put the finished units together. Raises: StoreError for a damaged one."""
+
+
+def make_bench(spec: RunSpec, store: RunStore, cpus: int, gpus: int, teaching: Teaching | None = None) -> Bench:
+    """Return the bench of a worker that trains, or of one that teaches."""
+    return Workbench(spec, store, cpus, gpus) if teaching is None else TeacherBench(spec, store, cpus, gpus, teaching)
+
+
+class TeacherBench:
+    """Asks a run's members about rows and commits what they say; it writes nothing else."""
+
+    def __init__(self, spec: RunSpec, store: RunStore, cpus: int, gpus: int, teaching: Teaching) -> None:
+        """Take the teacher's spec and the store of the targets."""
+        self.spec, self.store, self.teaching = spec, store, teaching
+        self.bench = Workbench(spec, RunStore(teaching.run_uri), cpus, gpus)
+
+    def load(self) -> None:
+        """Load base, rows and members.
+
+        Raises:
+            RunDirectoryError: the data, or the members, are not what the teacher was trained with.
+        """
+        self.bench.load()
+        sets = self.bench.sets
+        if self.teaching.transfer is not None:
+            sets = sets_of(self.spec, self.bench.task, self.bench.base.tokenizer, self.teaching.transfer)
+        self.examples, self.content_of = sets.train.examples, taught_content(sets, self.bench.task)
+        self.packs = [
+            read_members(self.spec, self.bench.store, self.bench.base, pack) for pack in self.teaching.packs
+        ]
+
+    def run_job(
+        self, job: str, unit_names: Sequence[str], report: Callable[[Progress], None], should_stop: Callable[[], int]
+    ) -> dict[str, str]:
+        """Make and commit shards that are not there yet.
+
+        Raises:
+            Interrupted: the shards so far are committed.
+        """
+        for name in unit_names:
+            if should_stop():
+                raise Interrupted("stopped between two shards of targets", signal_number=should_stop())
+            if not self.store.has_result(f"shards/{name}"):
+                first, last = (int(part) for part in name.split("-")[1:])
+                chosen = self.examples[first : last + 1]
+                files = self._targets(chosen).to_files() if self.teaching.tokens is None else self._tokens(name, chosen)
+                self.store.commit_result(f"shards/{name}", files)
+        return {}
+
+    def _targets(self, examples: Sequence[Example]) -> ClassificationTargets:
+        adapter = registry.load("adapter", self.spec.adapter.kind).build(self.spec.adapter)
+        task, batch = self.bench.task, self.spec.evaluation.batch
+        parts = [predict(self.bench.base, adapter, task, pack, examples, batch)[0] for pack in self.packs]
+        names = self._column_names()
+        order = sorted(range(len(names)), key=names.__getitem__)
+        logits_MNC, _ = read_outputs(task, torch.cat(parts)[order])
+        ids = [example.id for example in examples]
+        return ClassificationTargets.from_logits(
+            Keys(ids, [self.content_of[i] for i in ids]), logits_MNC.transpose(0, 1),
+            teacher_digest=self.teaching.digest, members=[number_of(names[index]) for index in order],
+            label_names=task.label_names,
+        )
+
+    def _column_names(self) -> list[str]:
+        return [name for pack in self.teaching.packs for name in pack]
+
+    @torch.no_grad()
+    def _tokens(self, name: str, examples: Sequence[Example]) -> dict[str, bytes]:
+        """Return the files of a shard of a language model's targets; logits are cut to the top k row by row."""
+        assert self.teaching.tokens is not None
+        files: dict[str, bytes] = {}
+        base, task, (k, temperature) = self.bench.base, self.bench.task, self.teaching.tokens
+        adapter = registry.load("adapter", self.spec.adapter.kind).build(self.spec.adapter)
+        writer = TokenTargetsWriter(
+            files.__setitem__, teacher_digest=self.teaching.digest, k=k, temperature=temperature, prefix=name,
+            members=[number_of(member) for member in self.teaching.members],
+            vocabulary=int(base.model.get_output_embeddings().weight.shape[0]),  # type: ignore[operator]
+        )
+        with writer:
+            for example in examples:
+                batch = task.collate([example], base.tokenizer).to(base.device)
+                said = [pack_scores(base, adapter, task, pack, batch)[0] for pack in self.packs]
+                chosen_T = predicting(batch)[0]
+                each = (logits_TV[:-1][chosen_T].float() for pack_MTV in said for logits_TV in pack_MTV)
+                writer.add(example.id, self.content_of[example.id], each)
+        return files
+
+    def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:
+        """Check that every shard verifies and declare the targets done. Raises: StoreError for a damaged one."""
+        facts = {**self.store.read_json(FACTS), "made_s": time.time() - started_at, "done": True}
+        files = {name: self.store.load_result(f"shards/{name}") for name in units}
+        facts["size_bytes"] = sum(len(content) for one in files.values() for content in one.values())
+        if self.teaching.tokens is not None:
+            self.store.write_json(FACTS, facts)
+            return facts
+        found = [ClassificationTargets.from_files(one) for one in files.values()]
+        facts["rounding_error"] = max(one.rounding_error for one in found)
+        if sum(len(one.keys) for one in found) != facts["rows"]:
+            raise StoreError(f"{self.store.uri}: the shards do not add up to {facts['rows']} rows", "delete the folder")
+        self.store.write_json(FACTS, facts)
+        return facts
+
+
+def shard_names(rows: int, shard_rows: int) -> tuple[str, ...]:
+    """Return the shards by their first and last row, so that no other division is mistaken for this one."""
+    starts = range(0, rows, shard_rows)
+    return tuple(f"rows-{first:07d}-{min(first + shard_rows, rows) - 1:07d}" for first in starts)
+
+
+def teacher_digest(spec: RunSpec, store: RunStore, members: Sequence[str]) -> str:
+    """Return the SHA-256 of a teacher: its spec and the weights of those members who teach.
+
+    Raises:
+        StoreError: a member is damaged.
+    """
+    weights = [
+        [name, hashlib.sha256(store.load_result(f"members/{name}")["adapter_model.safetensors"]).hexdigest()]
+        for name in members
+    ]
+    return hashlib.sha256(json.dumps([spec.digest(), weights]).encode()).hexdigest()
+
+
+def number_of(member: str) -> int:
+    """Return a member's number within its run."""
+    return int(member.rpartition("-")[2])

@@ -1,0 +1,80 @@
+"""A distillation on Ray: the student that a distillation in this process gives, and a coordinator that stays small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+
+from raylora.client import _start, distil, run_local
+from raylora.engine.distil import prepare_distillation
+from raylora.engine.lessons import load_targets, targets_uri
+from raylora.spec import DistillSpec, RunSpec
+from raylora.store.run_store import RunStore
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "members" / "member-000" / "adapter_model.safetensors")
+
+
+def coordinator_memory() -> int:
+    """Return what the coordinators hold now, found by what Ray calls them."""
+    titles = {p: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
+    return sum(p.memory_info().rss for p, title in titles.items() if "ray::Coordinator" in title)
+
+
+def test_a_student_taught_on_ray_equals_one_taught_in_process(
+    make_spec: Callable[..., RunSpec], content: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = make_spec(placement__workers=2, data__train_rows=200)
+    uris = []
+    for where in ("local", "ray"):
+        run_local(spec.model_copy(update={"storage_path": str(tmp_path / where)}))
+        uris.append(tmp_path / where / "demo")
+    student = {"base": content["base"], "adapter": {"rank": 2, "target_modules": ["query", "value"]}}
+    settings = DistillSpec.model_validate({"student": student, "alone": False, "costs": False})
+    in_process = distil(str(uris[0]), settings, local=True)
+
+    work = prepare_distillation(str(uris[1]), settings, shard_rows=8)
+    assert len(work.teaching.shards) == 25
+    seen: list[int] = []
+    facts = _start(work.teaching).join(lambda status: seen.append(coordinator_memory()))
+    assert facts == {} and work.teaching.is_done
+    held = [size for size in seen if size]
+    assert held and held[-1] - held[0] < 40 * 2**20, held  # it sees the names of shards, and starts two workers
+    events = [record["event"] for record in work.teaching.store.read_events()]
+    assert events.count("JobFinished") == 25 and events.count("WorkerReady") >= 1  # the second may come too late
+
+    on_ray = distil(str(uris[1]), settings)
+    left, right = (
+        load_targets(RunStore(targets_uri(str(uri), RunStore(f"{uri}/student").read_spec().lesson.targets)))
+        for uri in uris
+    )
+    assert left.keys.ids == right.keys.ids and float((left.values - right.values).abs().max()) < 2e-3
+    ours, theirs = weights(uris[0] / "student"), weights(uris[1] / "student")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
+    assert on_ray["contenders"]["student"]["eval"]["test"]["accuracy"] == pytest.approx(
+        in_process["contenders"]["student"]["eval"]["test"]["accuracy"], abs=0.05)
+
+
+def test_the_same_shards_give_the_same_student_bit_for_bit(
+    make_spec: Callable[..., RunSpec], content: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = make_spec(placement__workers=2)
+    student = {"base": content["base"], "adapter": {"rank": 2, "target_modules": ["query", "value"]}}
+    settings = DistillSpec.model_validate({"student": student, "costs": False, "loss": {"kind": "dirichlet"}})
+    for where, local in (("local", True), ("ray", False)):
+        run_local(spec.model_copy(update={"storage_path": str(tmp_path / where)}))
+        distil(str(tmp_path / where / "demo"), settings, local=local)
+    for name in ("student", "student-alone"):
+        ours, theirs = (weights(tmp_path / where / "demo" / name) for where in ("local", "ray"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
