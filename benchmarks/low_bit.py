@@ -229,16 +229,26 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--bits", nargs="+", type=int, choices=[2, 3, 4], default=[2, 3, 4])
     parser.add_argument("--keep", metavar="FOLDER", help="keep prepared bases here, and find them again")
+    parser.add_argument("--tuned-bits", nargs="+", type=int, choices=[2, 3, 4], default=[2, 3, 4],
+                        help="fine-tune the language model at these widths only")
+    parser.add_argument("--go-on", action="store_true", help="keep the cells that the results file holds already")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
         print(json.dumps(measure(*json.loads(arguments.cell))))
         return
-    rows = [dense()] if "smollm2-135m" in arguments.models else []
+    path = record.RESULTS / "low_bit.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if arguments.go_on else []
+    done = {(row["model"], row["method"], row["bits"]) for row in rows}
+    if "smollm2-135m" in arguments.models and not any(row["method"] == "unquantised" for row in rows):
+        rows.append(dense())
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or temporary
         for model, method, bits in cells(arguments.models, arguments.bits):
-            row = in_own_process(model, method, bits, arguments.seeds, folder, tuned=True)
+            if (model, method, bits) in done:
+                continue
+            tuned = model != "smollm2-135m" or bits in arguments.tuned_bits
+            row = in_own_process(model, method, bits, arguments.seeds, folder, tuned)
             rows.append(row)
             told = ", ".join(f"{key} {row[key]:.3f}" for key in (
                 "perplexity", "tuned_perplexity", "tuned_accuracy", "tuned_nll", "error_compensated",

@@ -74,7 +74,19 @@ def loftq(
 
 
 def low_rank(residual_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return (A_RI, B_OR) of the truncated SVD, sqrt of the singular values on either side."""
-    u_OS, s_S, v_SI = torch.linalg.svd(residual_OI, full_matrices=False)
-    root_R = s_S[:rank].sqrt()
-    return (v_SI[:rank] * root_R[:, None]).contiguous(), (u_OS[:, :rank] * root_R).contiguous()
+    """Return (A_RI, B_OR) of the truncated SVD, sqrt of the singular values on either side.
+
+    The singular vectors are eigenvectors of the smaller side's Gram matrix, in float64: several times faster than the
+    whole SVD. Directions without any weight are left out.
+    """
+    d_OI = residual_OI.double()
+    tall = d_OI.shape[0] > d_OI.shape[1]
+    d_SL = d_OI.T if tall else d_OI
+    square_S, vectors_SS = torch.linalg.eigh(d_SL @ d_SL.T)
+    s_R = square_S[-rank:].flip(0).clamp(min=0).sqrt()
+    u_SR = vectors_SS[:, -rank:].flip(1)
+    seen_R = s_R > s_R[0] * torch.finfo(torch.float64).eps ** 0.5
+    root_R = torch.where(seen_R, s_R, 1.0).sqrt()
+    small_SR, large_RL = u_SR * (root_R * seen_R), (u_SR.T @ d_SL) * (seen_R / root_R)[:, None]
+    a_RI, b_OR = (small_SR.T, large_RL.T) if tall else (large_RL, small_SR)
+    return a_RI.float().contiguous(), b_OR.float().contiguous()
