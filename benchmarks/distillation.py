@@ -22,12 +22,12 @@ _TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.den
 _BINARY = {"kind": "classification", "labels": ["negative", "positive"], "max_length": 40}
 _TOPICS = ["business", "entertainment", "politics", "sports", "tech"]
 TASKS: dict[str, dict[str, Any]] = {
-    "movie-reviews": {"task": _BINARY, "rows": 1000, "epochs": 3, "foreign": "bbc-news"},
+    "movie-reviews": {"task": _BINARY, "rows": 500, "epochs": 3, "foreign": "bbc-news"},
     "bbc-news": {
-        "task": {"kind": "classification", "labels": _TOPICS, "max_length": 40}, "rows": 400, "epochs": 6,
+        "task": {"kind": "classification", "labels": _TOPICS, "max_length": 40}, "rows": 250, "epochs": 6,
         "foreign": "movie-reviews",
     },
-    "tweets": {"task": _BINARY, "rows": 1000, "epochs": 3, "foreign": "bbc-news"},
+    "tweets": {"task": _BINARY, "rows": 500, "epochs": 3, "foreign": "bbc-news"},
 }
 SINGLE, ENSEMBLE, ALONE = "LoRA, one member", "LoRA ensemble", "student, no teacher"
 FULL, FROM_FULL = "full fine-tuning", "student of full fine-tuning"
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--lr", type=float, default=1e-3, help="of the students")
     parser.add_argument("--train-rows", type=int, default=10**9, help="at most this many; for a quick look")
-    parser.add_argument("--test-rows", type=int, default=1000)
+    parser.add_argument("--test-rows", type=int, default=600)
     parser.add_argument("--no-costs", action="store_true", help="measure no memory and no speed")
     parser.add_argument("--no-full", action="store_true", help="leave the fully fine-tuned teacher out")
     sizes = parser.parse_args()

