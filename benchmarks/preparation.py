@@ -133,11 +133,12 @@ def main() -> None:
     """Time both, in turn, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-magr", action="store_true", help="time without MagR only: both ways share it")
     arguments = parser.parse_args()
     from raylora.spec import parse_spec
 
     rows = []
-    for magr in (False, True):
+    for magr in (False,) if arguments.no_magr else (False, True):
         with tempfile.TemporaryDirectory() as folder:
             spec = parse_spec(_SPEC.format(folder=folder, magr=str(magr).lower()))
             ours(spec)  # once, for the kernels that are compiled per shape
@@ -167,8 +168,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(rows), figsize=(8, 3.6))
-    for axis, row in zip(axes, rows, strict=True):
+    figure, axes = plt.subplots(1, len(rows), figsize=(4 * len(rows) + 1, 3.6), squeeze=False)
+    for axis, row in zip(axes[0], rows, strict=True):
         names = list(row["seconds"])
         axis.bar(names, [statistics.median(row["seconds"][name]) for name in names], color=["#0072B2", "#D55E00"])
         for index, name in enumerate(names):
