@@ -133,7 +133,7 @@ class Parts:
         self.spec = spec
         self.task = registry.load("task", spec.task.kind).build(spec.task)
         self.adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
-        self.base = load_base(spec.base, spec.adapter, self.task, device)
+        self.base = load_base(spec.base, spec.adapter, self.task, device, prepared_base(spec, self.task))
         self.sets = load_sets(spec.data, spec.evaluation, self.task, self.base.tokenizer)
         self.units = units_of(spec)
 
@@ -166,6 +166,20 @@ class Parts:
 def make_parts(make_spec: Callable[..., Any]) -> Callable[..., Parts]:
     """Return a function from changes of the small spec to its loaded parts."""
     return lambda **changes: Parts(make_spec(**changes))
+
+
+def prepared_base(spec: Any, task: Any) -> Any:
+    """Return where a spec's prepared base lies, prepared if need be; None for kinds that are quantised as loaded."""
+    import torch
+
+    from raylora.engine.prepare_base import ensure_prepared, open_base
+    from raylora.engine.prepared import bases_folder, is_prepared_kind
+
+    if not is_prepared_kind(spec.base):
+        return None
+    found = open_base(spec.base, task, bases_folder(spec.storage_path))
+    ensure_prepared(spec.base, task, found, torch.device("cpu"))
+    return found.store
 
 
 def trajectory(trainer: Any) -> list[dict[str, dict[str, Any]]]:

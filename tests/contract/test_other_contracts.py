@@ -13,6 +13,8 @@ from raylora.adapters.packed import stack
 from raylora.engine.forward import pack_gradients
 from raylora.spec import TaskSpec
 
+READS = {"optq": {"source": "pypi:bbc-news", "samples": 8, "length": 64, "held_out": 0}}
+"""What kinds that look at data are given to read."""
 TASKS: dict[str, dict[str, Any]] = {"classification": {"num_labels": 2}, "multiple_choice": {"options": 2}}
 
 
@@ -21,7 +23,8 @@ TASKS: dict[str, dict[str, Any]] = {"classification": {"num_labels": 2}, "multip
 def test_a_base_loads_on_a_cpu_and_gradients_reach_the_adapters(
     kind: str, dtype: str, make_parts: Callable[..., Any]
 ) -> None:
-    parts = make_parts(base__quantization=kind, base__dtype=dtype, adapter__target_modules="all-linear")
+    parts = make_parts(base__quantization=kind, base__dtype=dtype, base__calibration=READS.get(kind),
+                       adapter__target_modules="all-linear")
     before = {n: p.detach().clone() for n, p in parts.base.model.named_parameters()}
     members = [parts.member(unit, trained=0.05) for unit in parts.units]
     outcome = pack_gradients(
@@ -38,7 +41,8 @@ def test_a_base_loads_on_a_cpu_and_gradients_reach_the_adapters(
 
 @pytest.mark.parametrize("kind", registry.kinds("quantization"))
 def test_a_quantised_base_predicts_nearly_what_the_base_predicts(kind: str, make_parts: Callable[..., Any]) -> None:
-    plain, quantised = make_parts(), make_parts(base__quantization=kind)
+    plain = make_parts()
+    quantised = make_parts(base__quantization=kind, base__calibration=READS.get(kind))
     batch = plain.batch(0, 16)
     with torch.no_grad():
         one, two = (
