@@ -38,6 +38,7 @@ from raylora.engine.prepared import (
     install,
     solved_layers,
     store_of,
+    summary_of,
     weight_of,
     weights_sha256,
 )
@@ -131,7 +132,7 @@ def ensure_prepared(
             time.sleep(_WAIT_S)
             if should_stop():
                 raise Interrupted("stopped while waiting for the base", signal_number=should_stop()) from None
-    return store.read_json(f"{SUMMARY}/summary.json")
+    return summary_of(store)
 
 
 class _Preparation:

@@ -76,7 +76,7 @@ def by_kind(summary: dict[str, Any]) -> Table:
     """Return the mean relative errors per kind of layer."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for layer in summary["layers"]:
-        kinds.setdefault(".".join(part for part in _inner(layer["name"]).split(".")), []).append(layer)
+        kinds.setdefault(_inner(layer["name"]), []).append(layer)
     rows = [(f"{kind} ({len(layers)})", _cells(layers, stages(summary))) for kind, layers in kinds.items()]
     rows.append((f"all ({len(summary['layers'])})", _cells(summary["layers"], stages(summary))))
     return Table([], [STAGES[key][0] for key in stages(summary)], rows)

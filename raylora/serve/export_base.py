@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raylora import registry
-from raylora.adapters.base import is_linear, site_of
+from raylora.adapters.base import site_of
 from raylora.adapters.export import to_peft
 from raylora.adapters.lora import Spec as LoraSpec
+from raylora.data.task import Task
 from raylora.engine.base import export_name, find_heads, shell_model, target_names, weights_folder
 from raylora.engine.blocks import base_linears
+from raylora.engine.lessons import task_of
 from raylora.engine.persist import to_bytes
 from raylora.engine.prepared import all_layers, prepared_store
 from raylora.engine.solve import Solved
@@ -74,8 +75,9 @@ def export_base(run: str, form: str = "base", out: str | None = None, dtype: Dty
         raise UsageError(f"{store.uri}: a base is written to a local folder", "name one with --out")
     target = Path(out or f"{store.uri}/export")
     layers = {layer.name: layer for block in all_layers(prepared, spec.base.quantization) for layer in block}
-    modules = _linears(spec)
-    transposed = {name for name in layers if not isinstance(modules[name], nn.Linear)}
+    task = task_of(spec)
+    shell = shell_model(spec.base, task)
+    transposed = {name for name in layers if not isinstance(shell.get_submodule(name), nn.Linear)}
     if form == "base-packed":
         _check_packable(layers, spec.base.quantization, transposed)
     folder = target / form
@@ -85,15 +87,10 @@ def export_base(run: str, form: str = "base", out: str | None = None, dtype: Dty
     pair, pair_bytes = None, 0
     if any(layer.pair is not None for layer in layers.values()):
         pair = target / f"{form}-pair"
-        pair_bytes = _write_pair(spec, layers, pair)
+        pair_bytes = _write_pair(spec, task, shell, layers, pair)
     (folder / "README.md").write_text(_readme(spec, form, pair), encoding="utf-8")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return ExportedBase(str(folder), size, str(pair) if pair else None, pair_bytes)
-
-
-def _linears(spec: RunSpec) -> dict[str, nn.Module]:
-    shell = shell_model(spec.base, registry.load("task", spec.task.kind).build(spec.task))
-    return {name: module for name, module in shell.named_modules() if is_linear(module)}
 
 
 def _check_packable(layers: Mapping[str, Solved], grid: GridSpec, transposed: Collection[str]) -> None:
@@ -203,19 +200,18 @@ def _write_config(
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_pair(spec: RunSpec, layers: Mapping[str, Solved], folder: Path) -> int:
+def _write_pair(
+    spec: RunSpec, task: Task, shell: nn.Module, layers: Mapping[str, Solved], folder: Path
+) -> int:
     """Write the frozen pair as a LoRA whose scale is one, and return its size in bytes."""
-    task = registry.load("task", spec.task.kind).build(spec.task)
-    shell = shell_model(spec.base, task)
     heads = list(find_heads(shell, []))
-    modules = {name: module for name, module in shell.named_modules() if is_linear(module)}
     assert set(base_linears(shell)) == set(layers)
     pairs = {name: layer.pair for name, layer in layers.items() if layer.pair is not None}
     rank = len(next(iter(pairs.values()))[0])
     tensors: dict[str, Tensor] = {}
     for name, (a_RI, b_OR) in pairs.items():
         tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = a_RI, b_OR
-    sites = [site_of(name, modules[name]) for name in pairs]
+    sites = [site_of(name, shell.get_submodule(name)) for name in pairs]
     # A classifier's adapter would have to bring a head, and the pair belongs to the base alone.
     task_type = "CAUSAL_LM" if task.auto_class == "AutoModelForCausalLM" else "FEATURE_EXTRACTION"
     lora = LoraSpec(rank=rank, alpha=float(rank))
