@@ -1,65 +1,109 @@
 """What an ensemble's student keeps and saves: KD-LoRA (arXiv 2410.20777) with one teacher, with an ensemble, without.
 
-    python -m benchmarks.distillation
+    python -m benchmarks.distillation                # teacher: LoRA members on mpnet-base; student: MiniLM-L6
+    python -m benchmarks.distillation --pair minilm  # teacher: on MiniLM-L6; student: three of its six layers
 
-The teacher is an ensemble of LoRA members on a 4-bit MiniLM-L6; the student has three of its six layers, LoRA and a
-head of its own. Every seed trains a teacher and its students anew on the same rows; the table holds mean and standard
-error over seeds. Where the adapter kind ``full`` is registered, a fully fine-tuned MiniLM-L6 is a teacher too.
+Every seed trains a teacher and its students anew on the same rows; the table holds mean and standard error over seeds.
+Results are written after every contender, by any number of processes at once (``--go-on``, ``--tasks``); memory and
+speed of all contenders are measured when everything is trained, on seed 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from benchmarks import record
 
-_TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+_BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+_MPNET = ["attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"]
 _BINARY = {"kind": "classification", "labels": ["negative", "positive"], "max_length": 40}
-_TOPICS = ["business", "entertainment", "politics", "sports", "tech"]
+_TOPICS = {
+    "kind": "classification", "labels": ["business", "entertainment", "politics", "sports", "tech"], "max_length": 40,
+}
 TASKS: dict[str, dict[str, Any]] = {
-    "movie-reviews": {"task": _BINARY, "rows": 500, "epochs": 3, "foreign": "bbc-news"},
-    "bbc-news": {
-        "task": {"kind": "classification", "labels": _TOPICS, "max_length": 40}, "rows": 250, "epochs": 6,
-        "foreign": "movie-reviews",
-    },
-    "tweets": {"task": _BINARY, "rows": 500, "epochs": 3, "foreign": "bbc-news"},
+    "movie-reviews": {"task": _BINARY, "foreign": "bbc-news"},
+    "bbc-news": {"task": _TOPICS, "foreign": "movie-reviews"},
+    "tweets": {"task": _BINARY, "foreign": "bbc-news"},
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher's base and a student's, and how much they are trained."""
+
+    teacher: str
+    teacher_targets: list[str]
+    members: int
+    lr: float
+    full_lr: float
+    student: str
+    student_members: int
+    """Of the student that is an ensemble itself; 1 leaves it out."""
+    rows: dict[str, int]
+    epochs: dict[str, float]
+    student_epochs: dict[str, float]
+    transfer: dict[str, int]
+    """Rows of the same source that only the teacher labels."""
+    result: str
+
+
+PAIRS = {
+    "mpnet": Pair(
+        "pypi:mpnet-base", _MPNET, 3, 5e-4, 3e-5, "pypi:minilm-l6", 3,
+        rows={"movie-reviews": 500, "bbc-news": 250, "tweets": 500},
+        epochs={"movie-reviews": 2, "bbc-news": 4, "tweets": 2},
+        student_epochs={"movie-reviews": 4, "bbc-news": 8, "tweets": 4},
+        transfer={"movie-reviews": 3000, "bbc-news": 1000, "tweets": 2500},
+        result="distillation",
+    ),
+    "minilm": Pair(
+        "pypi:minilm-l6", _BERT, 4, 1e-3, 5e-5, "pypi:minilm-l6-half", 1,
+        rows={"movie-reviews": 500, "bbc-news": 250, "tweets": 500},
+        epochs={"movie-reviews": 3, "bbc-news": 6, "tweets": 3},
+        student_epochs={"movie-reviews": 6, "bbc-news": 12, "tweets": 6},
+        transfer={},
+        result="distillation_minilm",
+    ),
 }
 SINGLE, ENSEMBLE, ALONE = "LoRA, one member", "LoRA ensemble", "student, no teacher"
 FULL, FROM_FULL = "full fine-tuning", "student of full fine-tuning"
-STUDENTS: dict[str, dict[str, Any]] = {
-    "student of the ensemble": {"teacher": "ensemble", "loss": {"kind": "kl"}},
+FROM_ENSEMBLE, STUDENTS_OF = "student of the ensemble", "ensemble of students of the ensemble"
+LESSONS: dict[str, dict[str, Any]] = {
+    FROM_ENSEMBLE: {"teacher": "ensemble", "loss": {"kind": "kl"}},
     "student of one member": {"teacher": "single", "loss": {"kind": "kl"}},
     "student of the distribution": {"teacher": "ensemble", "loss": {"kind": "dirichlet", "temperature": 2.0}},
+    STUDENTS_OF: {"teacher": "ensemble", "loss": {"kind": "kl"}},
 }
 METRICS = ("accuracy", "nll", "ece", "brier")
-COSTS = ("parameters", "trainable_parameters", "peak_memory_bytes", "latency_ms", "rows_per_s")
+COSTS = ("peak_memory_bytes", "latency_ms", "rows_per_s")
 
 
-def teacher_spec(task: str, seed: int, sizes: argparse.Namespace, folder: str, full: bool = False) -> dict[str, Any]:
+def teacher_spec(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: str, full: bool = False) -> Any:
     """Return the spec of a teacher, as plain data."""
     chosen = TASKS[task]
-    foreign_rows = min(500, sizes.test_rows)
-    adapter: dict[str, Any] = {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": _TARGETS}
+    adapter: dict[str, Any] = {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": pair.teacher_targets}
+    foreign = {"source": f"pypi:{chosen['foreign']}", "rows": min(300, sizes.test_rows)}
     return {
         "name": f"{task}-{'full' if full else 'lora'}-{seed}", "storage_path": folder,
-        "base": {"source": "pypi:minilm-l6", "quantization": "none" if full else "nf4"},
+        "base": {"source": pair.teacher, "quantization": "none" if full else "nf4"},
         "adapter": {"kind": "full"} if full else adapter,
         "task": chosen["task"],
         "data": {
-            "train": {"source": f"pypi:{task}"}, "train_rows": min(chosen["rows"], sizes.train_rows),
+            "train": {"source": f"pypi:{task}"}, "train_rows": min(pair.rows[task], sizes.train_rows),
             "validation_rows": 100, "test_rows": sizes.test_rows,
         },
-        "ensemble": {"members": 1 if full else sizes.members, "seed": 100 * seed},
-        "optimisation": optimisation(5e-5 if full else 1e-3, chosen["epochs"]),
-        "evaluation": {
-            "bootstrap_samples": 0,
-            "out_of_distribution": {"foreign": {"source": f"pypi:{chosen['foreign']}", "rows": foreign_rows}},
-        },
+        "ensemble": {"members": 1 if full else pair.members, "seed": 100 * seed},
+        "optimisation": optimisation(pair.full_lr if full else pair.lr, pair.epochs[task]),
+        "evaluation": {"bootstrap_samples": 0, "out_of_distribution": {"foreign": foreign}},
         "placement": {"workers": 1, "cpus_per_worker": 1},
     }
 
@@ -69,28 +113,45 @@ def optimisation(lr: float, epochs: float) -> dict[str, Any]:
     return {"lr": lr, "epochs": epochs, "micro_batch": 16, "group_by_length": True, "clip_norm": 0.3, "warmup": 0.03}
 
 
-def settings_of(task: str, name: str, seed: int, lr: float, more: dict[str, Any], first: bool, costs: bool) -> Any:
-    """Return the distill section of one student; only a run's first brings the student without a teacher."""
+def settings_of(pair: Pair, task: str, name: str, seed: int, sizes: argparse.Namespace, lesson: dict[str, Any]) -> Any:
+    """Return the distill section of one student; only a teacher's first brings the student without a teacher."""
     from raylora.spec import DistillSpec
 
     student = {
-        "base": {"source": "pypi:minilm-l6-half", "quantization": "nf4"},
-        "adapter": {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": _TARGETS},
-        "seed": 100 * seed, "optimisation": optimisation(lr, 2 * TASKS[task]["epochs"]),
+        "base": {"source": pair.student, "quantization": "nf4"},
+        "adapter": {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": _BERT},
+        "members": pair.student_members if name == STUDENTS_OF else 1,
+        "seed": 100 * seed, "optimisation": optimisation(sizes.lr, pair.student_epochs[task]),
     }
-    folder = "".join(c if c.isalnum() else "-" for c in name)
-    return DistillSpec.model_validate(
-        {"name": folder, "student": student, **more, "alone": first, "costs": costs}
-    )
+    transfer = min(pair.transfer.get(task, 0), sizes.train_rows)
+    return DistillSpec.model_validate({
+        "name": folder_of(name), "student": student, **lesson, "alone": name == FROM_ENSEMBLE, "costs": False,
+        "transfer": {"source": f"pypi:{task}", "rows": transfer} if transfer else None,
+    })
+
+
+def folder_of(name: str) -> str:
+    """Return a contender's name as a run's."""
+    return name.replace(" ", "-").replace("ensemble-of-students", "students").replace("full-fine-tuning", "full")
 
 
 class Table:
-    """Cells by task and contender, one value per seed; written after each."""
+    """Cells by task and contender, one value per seed; the file is the truth, so that processes may share it."""
 
-    def __init__(self, seeds: int) -> None:
-        self.seeds = seeds
-        self.cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        self.path: Path | None = None
+    def __init__(self, result: str, go_on: bool) -> None:
+        self.result, self.path = result, record.RESULTS / f"{result}.json"
+        if not go_on:
+            self.path.unlink(missing_ok=True)
+
+    def cells(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Return what is measured so far."""
+        rows = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        return {(row["task"], row["contender"]): row["per_seed"] for row in rows}
+
+    def has(self, task: str, seed: int, *names: str) -> bool:
+        """Return whether every one of the contenders was measured with a seed."""
+        cells = self.cells()
+        return all(any(cell["seed"] == seed for cell in cells.get((task, name), [])) for name in names)
 
     def add(self, task: str, name: str, seed: int, found: dict[str, Any], wall_s: float) -> None:
         """Take one contender of one seed, say it, and write everything there is."""
@@ -100,97 +161,135 @@ class Table:
             "mutual_information": test["mutual_information"],
             "auroc_entropy": foreign["predictive_entropy"],
             "auroc_mutual_information": foreign.get("mutual_information"),
-            **{key: found[key] for key in COSTS if key in found}, "wall_s": wall_s,
+            "parameters": found["parameters"], "trainable_parameters": found["trainable_parameters"],
+            "wall_s": wall_s,
         }
-        self.cells.setdefault((task, name), []).append(cell)
         said = "  ".join(f"{key} {cell[key]:.4f}" for key in (*METRICS, "auroc_entropy"))
-        print(f"{task:14s} seed {seed}  {name:28s} {said}  {wall_s:.0f} s", flush=True)
-        self.path = record.write("distillation", self.rows(), self.summary(), "benchmarks.distillation")
+        print(f"{task:14s} seed {seed}  {name:38s} {said}  {wall_s:.0f} s", flush=True)
+        self._change(task, name, lambda cells: [*(one for one in cells if one["seed"] != seed), cell])
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row per task and contender: mean and standard error over the seeds so far, and the costs."""
-        return [self._row(task, name, cells) for (task, name), cells in self.cells.items()]
+    def add_costs(self, task: str, name: str, costs: dict[str, Any]) -> None:
+        """Put memory and speed beside the first seed of a contender."""
+        print(f"{task:14s} {name:38s} " + "  ".join(f"{key} {costs[key]:,.1f}" for key in COSTS), flush=True)
+        measured = {key: costs[key] for key in COSTS}
+        self._change(task, name, lambda cells: [one | measured if one["seed"] == 0 else one for one in cells])
 
-    def _row(self, task: str, name: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
-        row: dict[str, Any] = {"task": task, "contender": name, "seeds": len(cells)}
-        for key in (*METRICS, "mutual_information", "auroc_entropy", "auroc_mutual_information"):
-            values = [cell[key] for cell in cells if cell[key] is not None]
-            if values:
-                row[key] = statistics.fmean(values)
-                row[f"{key}_se"] = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-        for key in COSTS:
-            row[key] = next((cell[key] for cell in cells if key in cell), None)
-        kept = [
-            cell["accuracy"] / whole["accuracy"]
-            for cell, whole in zip(cells, self.cells.get((task, ENSEMBLE), []), strict=False)
-        ]
-        return {**row, "retained_accuracy": statistics.fmean(kept) if kept else None, "per_seed": cells}
-
-    def summary(self) -> dict[str, Any]:
-        """Return per task what the teacher is worth: each student against the one without, seed by seed."""
-        found: dict[str, Any] = {}
-        for (task, name), cells in self.cells.items():
-            alone = self.cells.get((task, ALONE), [])
-            if not name.startswith("student of") or len(alone) < len(cells):
-                continue
-            gains = {key: [a[key] - b[key] for a, b in zip(cells, alone, strict=False)] for key in ("accuracy", "nll")}
-            found.setdefault(task, {})[name] = {
-                key: {"mean": statistics.fmean(values),
-                      "se": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None}
-                for key, values in gains.items()
-            }
-        return found
+    def _change(self, task: str, name: str, change: Any) -> None:
+        with FileLock(Path(tempfile.gettempdir()) / f"raylora-{self.result}.lock"):
+            cells = self.cells()
+            cells[task, name] = sorted(change(cells.get((task, name), [])), key=lambda one: one["seed"])
+            record.write(self.result, rows_of(cells), summary_of(cells), "benchmarks.distillation")
 
 
-def measure(task: str, seed: int, sizes: argparse.Namespace, folder: str, table: Table) -> None:
-    """Train one seed's teacher and its students."""
+Cells = dict[tuple[str, str], list[dict[str, Any]]]
+
+
+def rows_of(cells: Cells) -> list[dict[str, Any]]:
+    """Return one row per task and contender: mean and standard error over the seeds so far, and the costs."""
+    return [_row(task, name, own, cells.get((task, ENSEMBLE), [])) for (task, name), own in cells.items()]
+
+
+def _row(task: str, name: str, own: list[dict[str, Any]], whole: list[dict[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"task": task, "contender": name, "seeds": len(own)}
+    for key in (*METRICS, "mutual_information", "auroc_entropy", "auroc_mutual_information"):
+        values = [cell[key] for cell in own if cell.get(key) is not None]
+        if values:
+            row |= {key: statistics.fmean(values), f"{key}_se": error(values)}
+    for key in ("parameters", "trainable_parameters", *COSTS):
+        row[key] = next((cell[key] for cell in own if key in cell), None)
+    of_seed = {cell["seed"]: cell["accuracy"] for cell in whole}
+    kept = [cell["accuracy"] / of_seed[cell["seed"]] for cell in own if cell["seed"] in of_seed]
+    if kept:
+        row |= {"retained_accuracy": statistics.fmean(kept), "retained_accuracy_se": error(kept)}
+    return {**row, "per_seed": own}
+
+
+def summary_of(cells: Cells) -> dict[str, Any]:
+    """Return per task each student against the one without a teacher, and against the student of one member."""
+    found: dict[str, Any] = {}
+    for (task, name), own in cells.items():
+        if not name.startswith(("student of", "ensemble of students")):
+            continue
+        for other in (ALONE, "student of one member"):
+            of_seed = {cell["seed"]: cell for cell in cells.get((task, other), [])}
+            both = [(cell, of_seed[cell["seed"]]) for cell in own if cell["seed"] in of_seed]
+            if both and name != other:
+                gains = {key: [a[key] - b[key] for a, b in both] for key in ("accuracy", "nll", "ece")}
+                found.setdefault(task, {}).setdefault(name, {})[f"against {other}"] = {
+                    key: {"mean": statistics.fmean(values), "se": error(values)} for key, values in gains.items()
+                }
+    return found
+
+
+def error(values: list[float]) -> float:
+    """Return the standard error of a mean; 0 for one value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def train(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: str, table: Table) -> None:
+    """Train one seed's ensemble and its students."""
     from raylora.client import distil
-    from raylora.engine.local import run_in_process
-    from raylora.engine.prepare import prepare
-    from raylora.spec import build_spec
 
-    started = time.perf_counter()
-    prepared = prepare(build_spec(teacher_spec(task, seed, sizes, folder)))
-    run_in_process(prepared)
-    trained_s = time.perf_counter() - started
-    for number, (name, more) in enumerate(STUDENTS.items()):
-        started, first = time.perf_counter(), number == 0
-        costs = seed == 0 and not sizes.no_costs
-        found = distil(
-            prepared.store.uri, settings_of(task, name, seed, sizes.lr, more, first, costs and first), local=True
-        )["contenders"]
+    lessons = {name: more for name, more in LESSONS.items() if name != STUDENTS_OF or pair.student_members > 1}
+    if table.has(task, seed, SINGLE, ENSEMBLE, ALONE, *lessons):
+        return
+    uri, trained_s = run_teacher(teacher_spec(pair, task, seed, sizes, folder))
+    for name, more in lessons.items():
+        started = time.perf_counter()
+        found = distil(uri, settings_of(pair, task, name, seed, sizes, more), local=True)["contenders"]
         wall_s = time.perf_counter() - started
-        if first:
+        if name == FROM_ENSEMBLE:
             table.add(task, SINGLE, seed, found["single"], trained_s)
             table.add(task, ENSEMBLE, seed, found["teacher"], trained_s)
             table.add(task, ALONE, seed, found["alone"], wall_s)
         table.add(task, name, seed, found["student"], wall_s)
 
 
-def measure_full(task: str, seed: int, sizes: argparse.Namespace, folder: str, table: Table) -> None:
-    """Train one seed's fully fine-tuned teacher and its student, where that adapter kind is registered."""
-    from raylora import registry
+def train_full(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: str, table: Table) -> None:
+    """Train one seed's fully fine-tuned teacher and its student."""
     from raylora.client import distil
+
+    if table.has(task, seed, FULL, FROM_FULL):
+        return
+    uri, trained_s = run_teacher(teacher_spec(pair, task, seed, sizes, folder, full=True))
+    started = time.perf_counter()
+    settings = settings_of(pair, task, FROM_FULL, seed, sizes, {"loss": {"kind": "kl"}})
+    found = distil(uri, settings, local=True)["contenders"]
+    table.add(task, FULL, seed, found["teacher"], trained_s)
+    table.add(task, FROM_FULL, seed, found["student"], time.perf_counter() - started)
+
+
+def run_teacher(spec: dict[str, Any]) -> tuple[str, float]:
+    """Train a teacher, unless a kept folder holds it already; return where it is, and the seconds it took."""
     from raylora.engine.local import run_in_process
     from raylora.engine.prepare import prepare
     from raylora.spec import build_spec
 
-    if "full" not in registry.kinds("adapter"):
-        return
     started = time.perf_counter()
-    prepared = prepare(build_spec(teacher_spec(task, seed, sizes, folder, full=True)))
+    prepared = prepare(build_spec(spec))
     run_in_process(prepared)
-    costs = seed == 0 and not sizes.no_costs
-    found = distil(
-        prepared.store.uri, settings_of(task, FROM_FULL, seed, sizes.lr, {"loss": {"kind": "kl"}}, False, costs),
-        local=True,
-    )["contenders"]
-    wall_s = time.perf_counter() - started
-    table.add(task, FULL, seed, found["teacher"], wall_s)
-    table.add(task, FROM_FULL, seed, found["student"], wall_s)
+    return prepared.store.uri, time.perf_counter() - started
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
+def measure_costs(pair: Pair, task: str, sizes: argparse.Namespace, folder: str, table: Table) -> None:
+    """Measure memory and speed of every contender of seed 0, all in one go."""
+    from raylora.engine.costs import Contender, measure
+    from raylora.engine.members import finished_members
+    from raylora.store.run_store import RunStore
+
+    taught, full = (f"{folder}/{task}-{kind}-0" for kind in ("lora", "full"))
+    places = {ENSEMBLE: taught, ALONE: f"{taught}/{folder_of(FROM_ENSEMBLE)}-alone"}
+    places |= {name: f"{taught}/{folder_of(name)}" for name in LESSONS if table.has(task, 0, name)}
+    if table.has(task, 0, FULL):
+        places |= {FULL: full, FROM_FULL: f"{full}/{folder_of(FROM_FULL)}"}
+    contenders = [Contender(name, uri, tuple(finished_members(RunStore(uri)))) for name, uri in places.items()]
+    contenders.append(Contender(SINGLE, taught, contenders[0].members[:1]))
+    for name, costs in measure(contenders).items():
+        if name != "measured_on":
+            table.add_costs(task, name, costs)
+
+
+def plot(rows: list[dict[str, Any]], result: str) -> None:
     """Draw accuracy, NLL and ECE of every contender, with standard errors over seeds."""
     import matplotlib
 
@@ -204,7 +303,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
         chosen = [row for row in rows if row["task"] == task][::-1]
         for axis, (key, factor, name) in zip(grid[line], shown, strict=True):
             for height, row in enumerate(chosen):
-                taught = row["contender"].startswith("student")
+                taught = "student" in row["contender"]
                 axis.errorbar(factor * row[key], height, xerr=factor * row[f"{key}_se"], marker="o", capsize=3,
                               linestyle="none", color="tab:orange" if taught else "tab:blue")
             axis.set_yticks(range(len(chosen)), [row["contender"] for row in chosen] if axis is grid[line][0] else [])
@@ -212,29 +311,36 @@ def plot(rows: list[dict[str, Any]]) -> None:
             axis.set_title(f"{task}: test {name}, mean ± s.e.", fontsize=10)
             axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(record.RESULTS / "distillation.png", dpi=130)
+    figure.savefig(record.RESULTS / f"{result}.png", dpi=130)
 
 
 def main() -> None:
     """Measure every cell and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pair", choices=list(PAIRS), default="mpnet")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--members", type=int, default=4, help="of the teacher")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--lr", type=float, default=1e-3, help="of the students")
     parser.add_argument("--train-rows", type=int, default=10**9, help="at most this many; for a quick look")
     parser.add_argument("--test-rows", type=int, default=600)
     parser.add_argument("--no-costs", action="store_true", help="measure no memory and no speed")
     parser.add_argument("--no-full", action="store_true", help="leave the fully fine-tuned teacher out")
+    parser.add_argument("--go-on", action="store_true", help="keep what the result holds already")
+    parser.add_argument("--keep", help="a folder for the runs, which are thrown away otherwise")
     sizes = parser.parse_args()
-    table = Table(sizes.seeds)
-    with tempfile.TemporaryDirectory() as folder:
-        for task in sizes.tasks:
-            for seed in range(sizes.seeds):
-                measure(task, seed, sizes, folder, table)
+    pair = PAIRS[sizes.pair]
+    table = Table(pair.result, sizes.go_on)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = sizes.keep or temporary
+        for seed in range(sizes.seeds):
+            for task in sizes.tasks:
+                train(pair, task, seed, sizes, folder, table)
                 if not sizes.no_full:
-                    measure_full(task, seed, sizes, folder, table)
-    plot(table.rows())
+                    train_full(pair, task, seed, sizes, folder, table)
+        if not sizes.no_costs:
+            for task in sizes.tasks:
+                measure_costs(pair, task, sizes, folder, table)
+    plot(rows_of(table.cells()), pair.result)
     print(table.path)
 
 

@@ -139,6 +139,12 @@ DATASETS = {
         _rated("tweets", "tweets"),
         _rated("nyt-editorials", "nytEditorialSnippets"),
         Asset("bbc-news", _BBC, conversions.topic_texts, "MIT (package); BBC news texts, for research use"),
+        Asset(
+            "sarcasm-headlines",
+            _EVALS,
+            conversions.headlines,
+            "MIT (package); headlines of a satirical and of an ordinary paper, collected by Misra and Arora (2023)",
+        ),
         Asset("quartz", _EVALS, conversions.quartz, "MIT (package); QuaRTz, CC BY 4.0 (Tafjord et al., 2019)"),
     )
 }

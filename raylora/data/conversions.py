@@ -144,6 +144,17 @@ def quartz(archive: Path, target: Path) -> None:
     _write_rows(target, rows)
 
 
+def headlines(archive: Path, target: Path) -> None:
+    """Convert chat-formatted headlines to text and whether they are earnest (0) or satire (1); each text once."""
+    lines = _member(archive, "evals/registry/data/sarcasm/samples.jsonl").decode("utf-8").split("\n")
+    rows: dict[str, dict[str, Any]] = {}
+    for index, line in enumerate(filter(None, lines)):
+        sample = json.loads(line)
+        text = sample["input"][-1]["content"].strip()
+        rows.setdefault(text, {"id": f"headline-{index}", "text": text, "label": int(sample["ideal"])})
+    _write_rows(target, rows.values())
+
+
 def _member(archive: Path | IO[bytes], ending: str) -> bytes:
     for _, content in members(archive, lambda name: name.endswith(ending)):
         return content

@@ -50,6 +50,15 @@ def test_quartz_has_two_choices_and_balanced_answers() -> None:
     assert all(len(row["choices"]) == 2 and all(row["choices"]) and row["question"] for row in rows)
 
 
+def test_headlines_are_earnest_or_satire_and_stand_there_once() -> None:
+    rows = rows_of("sarcasm-headlines")
+    assert len({row["text"] for row in rows}) == len(rows) == 28_498
+    assert set(Counter(row["label"] for row in rows)) == {0, 1}
+    labels = {row["text"]: row["label"] for row in rows}
+    assert labels["inclement weather prevents liar from getting to work"] == 1
+    assert labels["eat your veggies: 9 deliciously different recipes"] == 0
+
+
 def test_half_a_model_has_every_other_layer_of_the_whole() -> None:
     import safetensors.torch
     import torch
