@@ -130,7 +130,7 @@ def measure(base: str, quantization: str, batch: int, members: int, threads: int
 
 def peak_memory(base: str, quantization: str, batch: int, members: int, threads: int, mode: str) -> int:
     """Return the peak resident bytes of a process that takes three steps in one mode."""
-    from raylora.engine.memory import peak_memory_bytes
+    from raylora.engine.machine import peak_memory_bytes
 
     bench = Bench(base, quantization, batch, members, threads)
     (call,) = bench.contenders([mode]).values()

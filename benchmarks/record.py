@@ -36,6 +36,8 @@ def machine() -> dict[str, Any]:
     import psutil
     import torch
 
+    from raylora.engine.machine import multiplies_bfloat16
+
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -45,7 +47,7 @@ def machine() -> dict[str, Any]:
         "processor": model,
         "cores": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "bf16_native": bool(torch.cpu.get_capabilities().get("amx_bf16")),
+        "bf16_native": multiplies_bfloat16(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "python": platform.python_version(),
     }

@@ -45,11 +45,10 @@ def _packages() -> list[Finding]:
 
 
 def _processor() -> Finding:
-    import torch
+    from raylora.engine.machine import multiplies_bfloat16
 
-    native = torch.cpu.get_capabilities()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if native.get("amx_bf16") or native.get("avx512_bf16"):
+    if multiplies_bfloat16():
         return Finding("ok", f"{cores} CPU(s), bfloat16 multiplied natively: base.dtype auto means bfloat16")
     return Finding("ok", f"{cores} CPU(s) without bfloat16: base.dtype auto means float32, several times slower")
 

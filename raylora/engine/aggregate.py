@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from raylora.engine import persist
+from raylora.engine.machine import machine
 from raylora.engine.prepared import prepared_store, summary_of
 from raylora.engine.units import LAST_LAYER, MC_DROPOUT, MEMBER, units_of
 from raylora.ensemble.predictions import Predictions
@@ -117,20 +116,6 @@ def _peaks(jobs: Sequence[dict[str, Any]], key: str) -> list[int]:
     for job in jobs:
         peaks[job["pid"]] = max(peaks.get(job["pid"], 0), job[key])
     return list(peaks.values())
-
-
-def machine() -> dict[str, Any]:
-    """Return what kind of machine this is, without its name."""
-    import torch
-
-    return {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "bf16_native": bool(torch.cpu.get_capabilities().get("amx_bf16")),
-    }
 
 
 def _versions() -> dict[str, str]:

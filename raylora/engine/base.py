@@ -19,6 +19,7 @@ from raylora.adapters.base import Adapter, Site, WholeModel, find_sites, is_line
 from raylora.adapters.packed import Slot, attach
 from raylora.data import assets
 from raylora.data.task import Task
+from raylora.engine.machine import multiplies_bfloat16
 from raylora.engine.prepared import all_layers, install, is_prepared_kind
 from raylora.errors import BaseError
 from raylora.quant.linear import QuantizedLinear
@@ -79,8 +80,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    native = torch.cpu.get_capabilities()
-    return torch.bfloat16 if native.get("amx_bf16") or native.get("avx512_bf16") else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 def source_folder(spec: BaseSpec) -> str:

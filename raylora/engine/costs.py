@@ -144,7 +144,7 @@ def _memory(contender: Contender) -> dict[str, Any]:
 
 def _own_peak_bytes() -> int:
     """Return this process's peak; ``getrusage`` would give that of the parent it was forked from, if larger."""
-    from raylora.engine.memory import peak_memory_bytes
+    from raylora.engine.machine import peak_memory_bytes
 
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []

@@ -29,7 +29,7 @@ from raylora.engine.base import (
 )
 from raylora.engine.blocks import Block, Stream, advance, find_blocks, observe, open_stream
 from raylora.engine.calibration import Calibration, load_calibration
-from raylora.engine.memory import peak_memory_bytes
+from raylora.engine.machine import peak_memory_bytes
 from raylora.engine.persist import to_bytes
 from raylora.engine.prepared import (
     SUMMARY,

@@ -22,7 +22,7 @@ from raylora.engine.aggregate import aggregate
 from raylora.engine.base import Base, compute_device, load_base
 from raylora.engine.deepspeed import start_deepspeed
 from raylora.engine.lessons import Lessons, read_lessons, sets_of, task_of
-from raylora.engine.memory import peak_memory_bytes
+from raylora.engine.machine import peak_memory_bytes
 from raylora.engine.predict import predict_set
 from raylora.engine.prepared import prepared_store
 from raylora.engine.trainer import PackTrainer, Progress, Trainee
