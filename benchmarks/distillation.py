@@ -1,7 +1,7 @@
 """What an ensemble's student keeps and saves: KD-LoRA (arXiv 2410.20777) with one teacher, with an ensemble, without.
 
-    python -m benchmarks.distillation                # teacher: LoRA members on mpnet-base; student: MiniLM-L6
-    python -m benchmarks.distillation --pair minilm  # teacher: on MiniLM-L6; student: three of its six layers
+    python -m benchmarks.distillation                # teacher: members on mpnet-base; student: its lower six layers
+    python -m benchmarks.distillation --pair minilm  # teacher: members on MiniLM-L6; student: three of its six layers
 
 Every seed trains a teacher and its students anew on the same rows; the table holds mean and standard error over seeds.
 Results are written after every contender, by any number of processes at once (``--go-on``, ``--tasks``); memory and
@@ -27,12 +27,13 @@ _BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense"
 _MPNET = ["attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"]
 _BINARY = {"kind": "classification", "labels": ["negative", "positive"], "max_length": 40}
 _TOPICS = {
-    "kind": "classification", "labels": ["business", "entertainment", "politics", "sports", "tech"], "max_length": 40,
+    "kind": "classification", "labels": ["business", "entertainment", "politics", "sports", "tech"], "max_length": 32,
 }
 TASKS: dict[str, dict[str, Any]] = {
     "movie-reviews": {"task": _BINARY, "foreign": "bbc-news"},
     "bbc-news": {"task": _TOPICS, "foreign": "movie-reviews"},
     "tweets": {"task": _BINARY, "foreign": "bbc-news"},
+    "sarcasm-headlines": {"task": {**_BINARY, "labels": ["earnest", "satire"]}, "foreign": "movie-reviews"},
 }
 
 
@@ -41,47 +42,57 @@ class Pair:
     """A teacher's base and a student's, and how much they are trained."""
 
     teacher: str
-    teacher_targets: list[str]
+    targets: list[str]
+    """The linear layers that get a LoRA, in both."""
     members: int
     lr: float
     full_lr: float
     student: str
-    student_members: int
-    """Of the student that is an ensemble itself; 1 leaves it out."""
-    rows: dict[str, int]
-    epochs: dict[str, float]
-    student_epochs: dict[str, float]
-    transfer: dict[str, int]
-    """Rows of the same source that only the teacher labels."""
+    student_lr: float
+    plans: dict[str, Plan]
+    students_of_full: bool
     result: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of a task is used."""
+
+    rows: int
+    epochs: float
+    student: dict[str, float]
+    """``steps`` or ``epochs``, with a teacher and without."""
+    transfer: int = 0
+    """Rows of the same source that only the teacher labels; what is in another set already drops out."""
 
 
 PAIRS = {
     "mpnet": Pair(
-        "pypi:mpnet-base", _MPNET, 3, 5e-4, 3e-5, "pypi:minilm-l6", 3,
-        rows={"movie-reviews": 500, "bbc-news": 250, "tweets": 500},
-        epochs={"movie-reviews": 2, "bbc-news": 4, "tweets": 2},
-        student_epochs={"movie-reviews": 4, "bbc-news": 8, "tweets": 4},
-        transfer={"movie-reviews": 3000, "bbc-news": 1000, "tweets": 2500},
-        result="distillation",
+        "pypi:mpnet-base", _MPNET, 3, 5e-4, 3e-5, "pypi:mpnet-base-half", 7e-4,
+        {
+            "movie-reviews": Plan(rows=500, epochs=2, student={"steps": 240}, transfer=1600),
+            "bbc-news": Plan(rows=250, epochs=4, student={"steps": 150}, transfer=700),
+            "sarcasm-headlines": Plan(rows=500, epochs=2, student={"steps": 240}, transfer=1500),
+        },
+        students_of_full=False, result="distillation",
     ),
     "minilm": Pair(
-        "pypi:minilm-l6", _BERT, 4, 1e-3, 5e-5, "pypi:minilm-l6-half", 1,
-        rows={"movie-reviews": 500, "bbc-news": 250, "tweets": 500},
-        epochs={"movie-reviews": 3, "bbc-news": 6, "tweets": 3},
-        student_epochs={"movie-reviews": 6, "bbc-news": 12, "tweets": 6},
-        transfer={},
-        result="distillation_minilm",
+        "pypi:minilm-l6", _BERT, 4, 1e-3, 5e-5, "pypi:minilm-l6-half", 1e-3,
+        {
+            "movie-reviews": Plan(rows=500, epochs=3, student={"epochs": 6}),
+            "bbc-news": Plan(rows=250, epochs=6, student={"epochs": 12}),
+            "tweets": Plan(rows=500, epochs=3, student={"epochs": 6}),
+        },
+        students_of_full=True, result="distillation_minilm",
     ),
 }
 SINGLE, ENSEMBLE, ALONE = "LoRA, one member", "LoRA ensemble", "student, no teacher"
 FULL, FROM_FULL = "full fine-tuning", "student of full fine-tuning"
-FROM_ENSEMBLE, STUDENTS_OF = "student of the ensemble", "ensemble of students of the ensemble"
+FROM_ENSEMBLE = "student of the ensemble"
 LESSONS: dict[str, dict[str, Any]] = {
     FROM_ENSEMBLE: {"teacher": "ensemble", "loss": {"kind": "kl"}},
     "student of one member": {"teacher": "single", "loss": {"kind": "kl"}},
     "student of the distribution": {"teacher": "ensemble", "loss": {"kind": "dirichlet", "temperature": 2.0}},
-    STUDENTS_OF: {"teacher": "ensemble", "loss": {"kind": "kl"}},
 }
 METRICS = ("accuracy", "nll", "ece", "brier")
 COSTS = ("peak_memory_bytes", "latency_ms", "rows_per_s")
@@ -89,28 +100,28 @@ COSTS = ("peak_memory_bytes", "latency_ms", "rows_per_s")
 
 def teacher_spec(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: str, full: bool = False) -> Any:
     """Return the spec of a teacher, as plain data."""
-    chosen = TASKS[task]
-    adapter: dict[str, Any] = {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": pair.teacher_targets}
-    foreign = {"source": f"pypi:{chosen['foreign']}", "rows": min(300, sizes.test_rows)}
+    chosen, plan = TASKS[task], pair.plans[task]
+    adapter: dict[str, Any] = {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": pair.targets}
+    foreign = {"source": f"pypi:{chosen['foreign']}", "rows": min(200, sizes.test_rows)}
     return {
         "name": f"{task}-{'full' if full else 'lora'}-{seed}", "storage_path": folder,
         "base": {"source": pair.teacher, "quantization": "none" if full else "nf4"},
         "adapter": {"kind": "full"} if full else adapter,
         "task": chosen["task"],
         "data": {
-            "train": {"source": f"pypi:{task}"}, "train_rows": min(pair.rows[task], sizes.train_rows),
+            "train": {"source": f"pypi:{task}"}, "train_rows": min(plan.rows, sizes.train_rows),
             "validation_rows": 100, "test_rows": sizes.test_rows,
         },
         "ensemble": {"members": 1 if full else pair.members, "seed": 100 * seed},
-        "optimisation": optimisation(pair.full_lr if full else pair.lr, pair.epochs[task]),
+        "optimisation": optimisation(pair.full_lr if full else pair.lr, {"epochs": plan.epochs}),
         "evaluation": {"bootstrap_samples": 0, "out_of_distribution": {"foreign": foreign}},
         "placement": {"workers": 1, "cpus_per_worker": 1},
     }
 
 
-def optimisation(lr: float, epochs: float) -> dict[str, Any]:
+def optimisation(lr: float, length: dict[str, float]) -> dict[str, Any]:
     """Return a schedule that teachers and students share but for its length and rate."""
-    return {"lr": lr, "epochs": epochs, "micro_batch": 16, "group_by_length": True, "clip_norm": 0.3, "warmup": 0.03}
+    return {"lr": lr, **length, "micro_batch": 16, "group_by_length": True, "clip_norm": 0.3, "warmup": 0.03}
 
 
 def settings_of(pair: Pair, task: str, name: str, seed: int, sizes: argparse.Namespace, lesson: dict[str, Any]) -> Any:
@@ -119,11 +130,10 @@ def settings_of(pair: Pair, task: str, name: str, seed: int, sizes: argparse.Nam
 
     student = {
         "base": {"source": pair.student, "quantization": "nf4"},
-        "adapter": {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": _BERT},
-        "members": pair.student_members if name == STUDENTS_OF else 1,
-        "seed": 100 * seed, "optimisation": optimisation(sizes.lr, pair.student_epochs[task]),
+        "adapter": {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": pair.targets},
+        "seed": 100 * seed, "optimisation": optimisation(pair.student_lr, pair.plans[task].student),
     }
-    transfer = min(pair.transfer.get(task, 0), sizes.train_rows)
+    transfer = min(pair.plans[task].transfer, sizes.train_rows)
     return DistillSpec.model_validate({
         "name": folder_of(name), "student": student, **lesson, "alone": name == FROM_ENSEMBLE, "costs": False,
         "transfer": {"source": f"pypi:{task}", "rows": transfer} if transfer else None,
@@ -132,14 +142,15 @@ def settings_of(pair: Pair, task: str, name: str, seed: int, sizes: argparse.Nam
 
 def folder_of(name: str) -> str:
     """Return a contender's name as a run's."""
-    return name.replace(" ", "-").replace("ensemble-of-students", "students").replace("full-fine-tuning", "full")
+    return name.replace(" ", "-").replace("full-fine-tuning", "full")
 
 
 class Table:
     """Cells by task and contender, one value per seed; the file is the truth, so that processes may share it."""
 
-    def __init__(self, result: str, go_on: bool) -> None:
-        self.result, self.path = result, record.RESULTS / f"{result}.json"
+    def __init__(self, pair: str, go_on: bool) -> None:
+        self.pair, self.result = pair, PAIRS[pair].result
+        self.path = record.RESULTS / f"{self.result}.json"
         if not go_on:
             self.path.unlink(missing_ok=True)
 
@@ -178,7 +189,9 @@ class Table:
         with FileLock(Path(tempfile.gettempdir()) / f"raylora-{self.result}.lock"):
             cells = self.cells()
             cells[task, name] = sorted(change(cells.get((task, name), [])), key=lambda one: one["seed"])
-            record.write(self.result, rows_of(cells), summary_of(cells), "benchmarks.distillation")
+            # Whether in one go or in several, this is what was measured.
+            command = f"python -m benchmarks.distillation --pair {self.pair}"
+            record.write(self.result, rows_of(cells), summary_of(cells), "benchmarks.distillation", command)
 
 
 Cells = dict[tuple[str, str], list[dict[str, Any]]]
@@ -208,7 +221,7 @@ def summary_of(cells: Cells) -> dict[str, Any]:
     """Return per task each student against the one without a teacher, and against the student of one member."""
     found: dict[str, Any] = {}
     for (task, name), own in cells.items():
-        if not name.startswith(("student of", "ensemble of students")):
+        if not name.startswith("student of"):
             continue
         for other in (ALONE, "student of one member"):
             of_seed = {cell["seed"]: cell for cell in cells.get((task, other), [])}
@@ -230,11 +243,10 @@ def train(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: s
     """Train one seed's ensemble and its students."""
     from raylora.client import distil
 
-    lessons = {name: more for name, more in LESSONS.items() if name != STUDENTS_OF or pair.student_members > 1}
-    if table.has(task, seed, SINGLE, ENSEMBLE, ALONE, *lessons):
+    if table.has(task, seed, SINGLE, ENSEMBLE, ALONE, *LESSONS):
         return
     uri, trained_s = run_teacher(teacher_spec(pair, task, seed, sizes, folder))
-    for name, more in lessons.items():
+    for name, more in LESSONS.items():
         started = time.perf_counter()
         found = distil(uri, settings_of(pair, task, name, seed, sizes, more), local=True)["contenders"]
         wall_s = time.perf_counter() - started
@@ -246,12 +258,19 @@ def train(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: s
 
 
 def train_full(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: str, table: Table) -> None:
-    """Train one seed's fully fine-tuned teacher and its student."""
+    """Train one seed's fully fine-tuned teacher and, for some pairs, its student."""
     from raylora.client import distil
+    from raylora.store.run_store import RunStore
 
-    if table.has(task, seed, FULL, FROM_FULL):
+    if table.has(task, seed, FULL, *([FROM_FULL] if pair.students_of_full else [])):
         return
     uri, trained_s = run_teacher(teacher_spec(pair, task, seed, sizes, folder, full=True))
+    if not pair.students_of_full:
+        metrics = RunStore(uri).read_json("metrics.json")
+        trained = metrics["parameters"]["per_member_trainable"]
+        counts = {"parameters": trained, "trainable_parameters": trained}
+        table.add(task, FULL, seed, {**metrics["ensemble"], **counts}, trained_s)
+        return
     started = time.perf_counter()
     settings = settings_of(pair, task, FROM_FULL, seed, sizes, {"loss": {"kind": "kl"}})
     found = distil(uri, settings, local=True)["contenders"]
@@ -280,8 +299,8 @@ def measure_costs(pair: Pair, task: str, sizes: argparse.Namespace, folder: str,
     taught, full = (f"{folder}/{task}-{kind}-0" for kind in ("lora", "full"))
     places = {ENSEMBLE: taught, ALONE: f"{taught}/{folder_of(FROM_ENSEMBLE)}-alone"}
     places |= {name: f"{taught}/{folder_of(name)}" for name in LESSONS if table.has(task, 0, name)}
-    if table.has(task, 0, FULL):
-        places |= {FULL: full, FROM_FULL: f"{full}/{folder_of(FROM_FULL)}"}
+    places |= {FULL: full} if table.has(task, 0, FULL) else {}
+    places |= {FROM_FULL: f"{full}/{folder_of(FROM_FULL)}"} if table.has(task, 0, FROM_FULL) else {}
     contenders = [Contender(name, uri, tuple(finished_members(RunStore(uri)))) for name, uri in places.items()]
     contenders.append(Contender(SINGLE, taught, contenders[0].members[:1]))
     for name, costs in measure(contenders).items():
@@ -319,26 +338,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pair", choices=list(PAIRS), default="mpnet")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the students")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="by default all of the pair")
     parser.add_argument("--train-rows", type=int, default=10**9, help="at most this many; for a quick look")
-    parser.add_argument("--test-rows", type=int, default=600)
+    parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--no-costs", action="store_true", help="measure no memory and no speed")
     parser.add_argument("--no-full", action="store_true", help="leave the fully fine-tuned teacher out")
     parser.add_argument("--go-on", action="store_true", help="keep what the result holds already")
     parser.add_argument("--keep", help="a folder for the runs, which are thrown away otherwise")
     sizes = parser.parse_args()
     pair = PAIRS[sizes.pair]
-    table = Table(pair.result, sizes.go_on)
+    tasks = sizes.tasks or list(pair.plans)
+    table = Table(sizes.pair, sizes.go_on)
     with tempfile.TemporaryDirectory() as temporary:
         folder = sizes.keep or temporary
         for seed in range(sizes.seeds):
-            for task in sizes.tasks:
+            for task in tasks:
                 train(pair, task, seed, sizes, folder, table)
                 if not sizes.no_full:
                     train_full(pair, task, seed, sizes, folder, table)
         if not sizes.no_costs:
-            for task in sizes.tasks:
+            for task in tasks:
                 measure_costs(pair, task, sizes, folder, table)
     plot(rows_of(table.cells()), pair.result)
     print(table.path)

