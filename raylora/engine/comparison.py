@@ -82,5 +82,5 @@ def _in_use(counts: dict[str, int], members: int) -> int:
 
 def _targets(work: Distillation) -> dict[str, Any]:
     facts = work.teaching.store.read_json(FACTS)
-    shown = ("rows", "members", "tokens", "size_bytes", "rounding_error", "made_s")
+    shown = ("rows", "members", "tokens", "positions", "size_bytes", "rounding_error", "made_s")
     return {key: facts[key] for key in shown if facts.get(key) is not None}
