@@ -45,11 +45,21 @@ def teacher_spec(seed: int, sizes: argparse.Namespace, folder: str) -> dict[str,
     }
 
 
+def finished(spec: Any) -> tuple[str, dict[str, Any]]:
+    """Return where a run lies and its metrics; it is carried out unless that was done before."""
+    from raylora.engine.distil import is_finished
+    from raylora.engine.local import run_in_process
+    from raylora.engine.prepare import prepare
+    from raylora.store.run_store import RunStore
+
+    store = RunStore.for_spec(spec)
+    return store.uri, store.read_json("metrics.json") if is_finished(store) else run_in_process(prepare(spec))
+
+
 def train_student(run: str, seed: int, lr: float, sizes: argparse.Namespace, k: int | None) -> dict[str, Any]:
     """Train a student on the top k, or without a teacher, and return its metrics, where it lies, and its targets."""
     from raylora.engine.distil import prepare_distillation
     from raylora.engine.local import run_in_process
-    from raylora.engine.prepare import prepare
     from raylora.spec import DistillSpec
 
     work = prepare_distillation(run, DistillSpec.model_validate({
@@ -64,9 +74,8 @@ def train_student(run: str, seed: int, lr: float, sizes: argparse.Namespace, k: 
         run_in_process(work.teaching)
     spec = work.student if k is not None else work.alone
     assert spec is not None
-    prepared = prepare(spec)
-    metrics = run_in_process(prepared)
-    return {"metrics": metrics, "uri": prepared.store.uri, "targets": work.teaching.store.read_json("targets.json")}
+    uri, metrics = finished(spec)
+    return {"metrics": metrics, "uri": uri, "targets": work.teaching.store.read_json("targets.json")}
 
 
 def cells_of(found: dict[str, Any], lr: float, epochs: float) -> dict[str, Any]:
@@ -122,13 +131,10 @@ class Table:
 
 def measure(seed: int, sizes: argparse.Namespace, folder: str, table: Table, rates: dict[str, float]) -> dict[str, str]:
     """Train one seed's teacher and students; return the runs by contender. The first seed fills in ``rates``."""
-    from raylora.engine.local import run_in_process
-    from raylora.engine.prepare import prepare
     from raylora.spec import build_spec
 
-    prepared = prepare(build_spec(teacher_spec(seed, sizes, folder)))
-    metrics = run_in_process(prepared)
-    run, counts = prepared.store.uri, metrics["parameters"]
+    run, metrics = finished(build_spec(teacher_spec(seed, sizes, folder)))
+    counts = metrics["parameters"]
     own = counts["per_member_trainable"]
     epoch_s = metrics["timing"]["train_s"]
     for name, found, members in ((TEACHER, metrics["ensemble"], MEMBERS), (SINGLE, metrics["members"][0], 1)):
@@ -262,6 +268,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=8)
     parser.add_argument("--memory-rows", type=int, nargs="*", default=[16, 32], help="blocks to make targets of")
     parser.add_argument("--no-costs", action="store_true", help="measure no latency and no memory of prediction")
+    parser.add_argument("--folder", help="keep the runs there; called again, what is finished is not done again")
     parser.add_argument("--grow", nargs=3, help=argparse.SUPPRESS)
     sizes = parser.parse_args()
     if sizes.grow:
@@ -269,7 +276,8 @@ def main() -> None:
         print(json.dumps(grow(run, int(rows), int(k))))
         return
     table, rates, first = Table(), dict[str, float](), {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = sizes.folder or temporary
         for seed in range(sizes.seeds):
             uris = measure(seed, sizes, folder, table, rates)
             first = first or uris
