@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from raylora.report.entries import Entry
@@ -27,15 +28,16 @@ def _figure(record: dict[str, Any]) -> Drawn:
     cost = next(key for key in _COSTS if all(key in row.content for row in rows))
     panels = [*shown, cost]
     lines = (len(panels) + 1) // 2
-    figure = Figure(figsize=(5.8, (0.75 + 0.3 * len(rows)) * lines), layout="constrained")
-    for number_of, (axes, panel) in enumerate(zip(figure.subplots(lines, 2, squeeze=False).flat, panels, strict=True)):
+    layout = ConstrainedLayoutEngine(wspace=0.06, hspace=0.06)
+    figure = Figure(figsize=(5.8, (0.75 + 0.3 * len(rows)) * lines), layout=layout)
+    for place, (axes, panel) in enumerate(zip(figure.subplots(lines, 2, squeeze=False).flat, panels, strict=True)):
         if panel == cost:
             _cost_panel(axes, rows, cost)
         else:
             _metric_panel(axes, rows, panel)
-        axes.set_yticks(range(len(rows)), [row.label for row in rows] if number_of % 2 == 0 else [])
+        axes.set_yticks(range(len(rows)), [row.label for row in rows] if place % 2 == 0 else [])
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
     words = "; ".join(
         f"{row.label} {number(cell.value, 'nll')}"
         for row in rows[::-1] if (cell := row.cell("eval", "test", "nll")) is not None
