@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table as ConsoleTable
@@ -34,8 +35,8 @@ def distillation_table(record: dict[str, Any]) -> ConsoleTable:
 def _section(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": record["name"], "headline": [worth(record), kept(record)], "sentence": _targets(record["targets"]),
-        "compared": "alone" in record["contenders"], "quality": _quality(record), "costs": _costs(record),
-        "measured": _measured(record.get("measured_on")),
+        "compared": "alone" in record["contenders"], "intervals": _has_intervals(record),
+        "quality": _quality(record), "costs": _costs(record), "measured": _measured(record.get("measured_on")),
     }
 
 
@@ -46,7 +47,8 @@ def worth(record: dict[str, Any]) -> str:
     if taught is None or alone is None:
         return "No student was trained without a teacher, so what the teacher was worth is not known."
     gain = number(abs(alone.value - taught.value), "nll")
-    verdict = f"the teacher was worth {gain}" if taught.value < alone.value else f"the teacher cost it {gain}"
+    nats = f"{gain} nats{' per token' if _language(record) else ''}"
+    verdict = f"the teacher was worth {nats}" if taught.value < alone.value else f"the teacher cost it {nats}"
     if gain == number(0.0, "nll"):
         verdict = "the teacher made next to no difference"
     doubt = " (the intervals overlap: other rows may say otherwise)" if _overlap(taught, alone) else ""
@@ -60,21 +62,27 @@ def kept(record: dict[str, Any]) -> str:
     """Return what the student kept of its teacher, and for which share of the costs, in words."""
     teacher, student = record["contenders"]["teacher"], record["contenders"]["student"]
     said, told = teacher["eval"]["test"], student["eval"]["test"]
-    if "accuracy" in said:
-        first = (
-            f"It keeps {100 * student['retained_accuracy']:.1f} % of the teacher's accuracy "
-            f"({number(told['accuracy'], 'accuracy')} of {number(said['accuracy'], 'accuracy')})"
-        )
-    else:
-        first = (
-            f"Its perplexity is {number(told['perplexity'], 'perplexity')}, "
-            f"the teacher's {number(said['perplexity'], 'perplexity')}"
-        )
     shares = [f"{100 * student['parameters'] / teacher['parameters']:.0f} % of the parameters"]
     if "latency_ms" in student:
         shares.append(f"{100 * student['latency_ms'] / teacher['latency_ms']:.0f} % of the latency")
         shares.append(f"{100 * student['peak_memory_bytes'] / teacher['peak_memory_bytes']:.0f} % of the peak memory")
-    return f"{first}, with {', '.join(shares[:-1])}{' and ' if shares[1:] else ''}{shares[-1]}."
+    cost = f"{', '.join(shares[:-1])}{' and ' if shares[1:] else ''}{shares[-1]}"
+    if _language(record):
+        perplexities = [number(one["perplexity"], "perplexity") for one in (told, said)]
+        return f"With {cost} its perplexity is {perplexities[0]}, the teacher's {perplexities[1]}."
+    return (
+        f"It keeps {100 * student['retained_accuracy']:.1f} % of the teacher's accuracy "
+        f"({number(told['accuracy'], 'accuracy')} of {number(said['accuracy'], 'accuracy')}), with {cost}."
+    )
+
+
+def _language(record: dict[str, Any]) -> bool:
+    return "perplexity" in record["contenders"]["teacher"]["eval"]["test"]
+
+
+def _has_intervals(record: dict[str, Any]) -> bool:
+    cells = [entry.cell("eval", "test", "nll") for entry in _entries(record)]
+    return any(cell is not None and cell.low is not None for cell in cells)
 
 
 def _with_interval(cell: Cell) -> str:
@@ -92,8 +100,9 @@ def _overlap(one: Cell, other: Cell) -> bool:
 def _targets(taught: dict[str, Any]) -> str:
     """Return who taught on what, and what the targets took."""
     members = len(taught["members"])
+    rows = "blocks of text" if taught.get("tokens") else "rows"
     text = (
-        f"Taught by {members} member{'s' if members > 1 else ''} on {taught['rows']:,} rows; the targets take "
+        f"Taught by {members} member{'s' if members > 1 else ''} on {taught['rows']:,} {rows}; the targets take "
         f"{size(taught['size_bytes'])}"
     )
     if taught.get("tokens") and taught.get("positions"):
@@ -124,8 +133,7 @@ def _entries(record: dict[str, Any]) -> list[Entry]:
 def _quality(record: dict[str, Any]) -> Table:
     rows = _entries(record)
     sets, foreign = list(rows[0].content["eval"]), list(rows[0].content["ood"])
-    language = "perplexity" in rows[0].content["eval"][sets[0]]
-    shown = ("nll", "perplexity") if language else ("accuracy", "nll", "brier", "ece")
+    shown = ("nll", "perplexity") if _language(record) else ("accuracy", "nll", "brier", "ece")
     keys = [(name, metric) for name in sets for metric in shown]
     # A student that keeps its teacher's disagreement can be asked for it; the score is the AUROC of that.
     keys += [(name, metric) for name in foreign for metric in ("predictive_entropy", "mutual_information")]
@@ -140,21 +148,20 @@ def _quality(record: dict[str, Any]) -> Table:
 
 
 def _costs(record: dict[str, Any]) -> Table:
-    heads = ["Parameters", "Trained", "Peak memory", "Latency", "Throughput"]
-    rows = []
-    for entry in _entries(record):
-        found = entry.content
-        rows.append((entry.label, [
-            Text(f"{found['parameters']:,}"),
-            Text(f"{found['trainable_parameters']:,}"),
-            Text(size(found["peak_memory_bytes"]) if "peak_memory_bytes" in found else MISSING),
-            Text(f"{found['latency_ms']:.1f} ms" if "latency_ms" in found else MISSING),
-            Text(f"{found['rows_per_s']:,.0f} / s" if "rows_per_s" in found else MISSING),
-        ]))
-    shares = [entry.content.get("retained_accuracy") for entry in _entries(record)]
-    if all(share is None for share in shares):  # a language model is not right or wrong
-        return Table([], heads, rows)
-    first = [Text(MISSING if share is None else f"{100 * share:.1f} %") for share in shares]
-    return Table([], ["Accuracy kept", *heads], [
-        (label, [one, *cells]) for one, (label, cells) in zip(first, rows, strict=True)
-    ])
+    """Return a column for everything that was measured of any contender."""
+    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "retained_accuracy": ("Accuracy kept", lambda share: f"{100 * share:.1f} %"),
+        "parameters": ("Parameters", lambda count: f"{count:,}"),
+        "trainable_parameters": ("Trained", lambda count: f"{count:,}"),
+        "peak_memory_bytes": ("Peak memory", size),
+        "latency_ms": ("Latency", lambda value_ms: f"{value_ms:.1f} ms"),
+        "rows_per_s": ("Throughput", lambda rate: f"{rate:,.1f} / s" if rate < 10 else f"{rate:,.0f} / s"),
+    }
+    rows = _entries(record)
+    known = [key for key in shown if any(row.content.get(key) is not None for row in rows)]
+
+    def text(row: Entry, key: str) -> Text:
+        value = row.content.get(key)
+        return Text(MISSING if value is None else shown[key][1](value))
+
+    return Table([], [shown[key][0] for key in known], [(row.label, [text(row, key) for key in known]) for row in rows])
