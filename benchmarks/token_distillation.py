@@ -275,7 +275,9 @@ def main() -> None:
         run, rows, k = sizes.grow
         print(json.dumps(grow(run, int(rows), int(k))))
         return
-    table, rates, first = Table(), dict[str, float](), {}
+    table = Table()
+    rates: dict[str, float] = {}
+    first: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = sizes.folder or temporary
         for seed in range(sizes.seeds):
