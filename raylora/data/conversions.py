@@ -25,7 +25,8 @@ _MODEL_FILES = {
     "tokenizer_config.json",
     "vocab.txt",
 }
-_LAYER = re.compile(r"(?P<before>(?:.*\.)?encoder\.layer\.)(?P<number>\d+)(?P<after>\..*)")
+_LAYER = re.compile(r"(?P<before>(?:.*\.)?(?:encoder\.layer|layers)\.)(?P<number>\d+)(?P<after>\..*)")
+"""A BERT's ``encoder.layer.3.output.dense.weight``, or a Llama's ``model.layers.3.mlp.up_proj.weight``."""
 _QUARTZ = re.compile(r"(?P<question>.*)\n\n A: (?P<a>.*)\n B: (?P<b>.*)", re.DOTALL)
 
 
@@ -43,8 +44,8 @@ def packaged_model(root: str) -> Callable[[Path, Path], None]:
     return convert
 
 
-def some_layers(root: str, layers: Sequence[int]) -> Callable[[Path, Path], None]:
-    """Return a conversion that keeps some of a packaged model's layers and all the rest of it.
+def some_layers(whole: Callable[[Path, Path], None], layers: Sequence[int]) -> Callable[[Path, Path], None]:
+    """Return a conversion that makes the whole model, then keeps some of its layers and all the rest of it.
 
     So DistilBERT's student was begun (arXiv 1910.01108): a small model that already reads the large one's embeddings.
     """
@@ -52,14 +53,22 @@ def some_layers(root: str, layers: Sequence[int]) -> Callable[[Path, Path], None
     def convert(archive: Path, target: Path) -> None:
         import safetensors.torch
 
-        packaged_model(root)(archive, target)
-        kept = {}
+        whole(archive, target)
+        kept, found_layers = {}, set()
         for name, tensor in safetensors.torch.load((target / "model.safetensors").read_bytes()).items():
             found = _LAYER.fullmatch(name)
             if found is None:
                 kept[name] = tensor
-            elif int(found["number"]) in layers:
-                kept[f"{found['before']}{list(layers).index(int(found['number']))}{found['after']}"] = tensor
+                continue
+            number = int(found["number"])
+            found_layers.add(number)
+            if number in layers:
+                kept[f"{found['before']}{list(layers).index(number)}{found['after']}"] = tensor
+        if not found_layers.issuperset(layers):
+            raise DataError(
+                f"{archive.name}: of the layers {sorted(layers)} the model has {sorted(found_layers) or 'none'}",
+                "its tensors may name layers in a way that conversions do not know yet",
+            )
         safetensors.torch.save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
         config = json.loads((target / "config.json").read_text(encoding="utf-8"))
         config["num_hidden_layers"] = len(layers)

@@ -59,8 +59,9 @@ def distillations(store: RunStore) -> list[dict[str, Any]]:
 def _row(label: str, store: RunStore, group: str, members: int) -> dict[str, Any]:
     """Return one contender: its metrics on the run's sets, and its parameters."""
     metrics = store.read_json("metrics.json")
-    # Baselines may be off in the spec; member 0 is measured in any case.
-    found = metrics["ensemble"] if group == "ensemble" else metrics["members"][0]
+    # As a baseline member 0 has intervals; baselines may be off in the spec, but it is measured in any case.
+    single = metrics.get("baselines", {}).get("single") or metrics["members"][0]
+    found = metrics["ensemble"] if group == "ensemble" else single
     counts = metrics["parameters"]
     return {
         "label": label,
@@ -82,5 +83,5 @@ def _in_use(counts: dict[str, int], members: int) -> int:
 
 def _targets(work: Distillation) -> dict[str, Any]:
     facts = work.teaching.store.read_json(FACTS)
-    shown = ("rows", "members", "tokens", "size_bytes", "rounding_error", "made_s")
+    shown = ("rows", "members", "tokens", "positions", "size_bytes", "rounding_error", "made_s")
     return {key: facts[key] for key in shown if facts.get(key) is not None}

@@ -17,7 +17,7 @@ import torch
 
 from raylora import control, registry
 from raylora.data.task import Example
-from raylora.distill import ClassificationTargets, Keys, TokenTargetsWriter
+from raylora.distill import ClassificationTargets, Keys, TokenTargets, TokenTargetsWriter
 from raylora.engine.forward import pack_scores
 from raylora.engine.lessons import predicting, read_outputs, sets_of, taught_content
 from raylora.engine.members import read_members
@@ -179,26 +179,35 @@ class TeacherBench:
         with writer:
             for example in examples:
                 batch = task.collate([example], base.tokenizer).to(base.device)
-                said = [pack_scores(base, adapter, task, pack, batch)[0] for pack in self.packs]
                 chosen_T = predicting(batch)[0]
-                each = (logits_TV[:-1][chosen_T].float() for pack_MTV in said for logits_TV in pack_MTV)
+                # A generator: the logits of one pack at a time, which over a vocabulary are the largest thing here.
+                each = (
+                    logits_TV[:-1][chosen_T].float()
+                    for pack in self.packs for logits_TV in pack_scores(base, adapter, task, pack, batch)[0]
+                )
                 writer.add(example.id, self.content_of[example.id], each)
         return files
 
     def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:
-        """Check that every shard verifies and declare the targets done. Raises: StoreError for a damaged one."""
+        """Check every shard, one at a time, and declare the targets done. Raises: StoreError for a damaged one."""
+        shards = [self._check_shard(name) for name in units]
         facts = {**self.store.read_json(FACTS), "made_s": time.time() - started_at, "done": True}
-        files = {name: self.store.load_result(f"shards/{name}") for name in units}
-        facts["size_bytes"] = sum(len(content) for one in files.values() for content in one.values())
-        if self.teaching.tokens is not None:
-            self.store.write_json(FACTS, facts)
-            return facts
-        found = [ClassificationTargets.from_files(one) for one in files.values()]
-        facts["rounding_error"] = max(one.rounding_error for one in found)
-        if sum(len(one.keys) for one in found) != facts["rows"]:
+        if sum(one.pop("rows") for one in shards) != facts["rows"]:
             raise StoreError(f"{self.store.uri}: the shards do not add up to {facts['rows']} rows", "delete the folder")
+        for key in shards[0]:
+            facts[key] = (max if key == "rounding_error" else sum)(one[key] for one in shards)
         self.store.write_json(FACTS, facts)
         return facts
+
+    def _check_shard(self, name: str) -> dict[str, Any]:
+        """Return a committed shard's rows and bytes, and of logits the rounding error, of tokens the positions."""
+        files = self.store.load_result(f"shards/{name}")
+        size_bytes = sum(map(len, files.values()))
+        if self.teaching.tokens is None:
+            targets = ClassificationTargets.from_files(files)
+            return {"rows": len(targets.keys), "size_bytes": size_bytes, "rounding_error": targets.rounding_error}
+        tokens = TokenTargets(files.__getitem__, [name])
+        return {"rows": len(tokens.keys), "size_bytes": size_bytes, "positions": tokens.positions}
 
 
 def shard_names(rows: int, shard_rows: int) -> tuple[str, ...]:

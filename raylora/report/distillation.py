@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table as ConsoleTable
 
 from raylora.report.entries import Cell, Entry, columns
 from raylora.report.formatting import NAMES, duration, number, size
-from raylora.report.tables import MISSING, Table, Text
+from raylora.report.tables import MISSING, Table, Text, text_of
 
 
 def sections(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return, per student, its name, sentences about it and two tables: what it says, and what it costs."""
+    """Return, per student, its name, what it kept in words, and two tables: what it says, and what it costs."""
     return [_section(one) for one in metrics.get("distillation") or []]
 
 
@@ -32,24 +33,94 @@ def distillation_table(record: dict[str, Any]) -> ConsoleTable:
 
 
 def _section(record: dict[str, Any]) -> dict[str, Any]:
-    taught = record["targets"]
-    members = len(taught["members"])
-    sentence = (
-        f"Taught by {members} member{'s' if members > 1 else ''} on {taught['rows']:,} rows; the targets take "
-        f"{size(taught['size_bytes'])} and took {duration(taught['made_s'])}, once."
-    )
     return {
-        "name": record["name"], "sentence": sentence, "measured": _measured(record.get("measured_on")),
-        "quality": _quality(record), "costs": _costs(record),
+        "name": record["name"], "headline": [worth(record), kept(record)], "sentence": _targets(record["targets"]),
+        "compared": "alone" in record["contenders"], "intervals": _has_intervals(record),
+        "quality": _quality(record), "costs": _costs(record), "measured": _measured(record.get("measured_on")),
     }
+
+
+def worth(record: dict[str, Any]) -> str:
+    """Return what the teacher was worth to its student, in words."""
+    found = {entry.key: entry.cell("eval", "test", "nll") for entry in _entries(record)}
+    taught, alone = found["student"], found.get("alone")
+    if taught is None or alone is None:
+        return "No student was trained without a teacher, so what the teacher was worth is not known."
+    gain = number(abs(alone.value - taught.value), "nll")
+    nats = f"{gain} nats{' per token' if _language(record) else ''}"
+    verdict = f"the teacher was worth {nats}" if taught.value < alone.value else f"the teacher cost it {nats}"
+    if gain == number(0.0, "nll"):
+        verdict = "the teacher made next to no difference"
+    doubt = " (the intervals overlap: other rows may say otherwise)" if _overlap(taught, alone) else ""
+    return (
+        f"Taught, the student has a test NLL of {_with_interval(taught)}, against {_with_interval(alone)} without a "
+        f"teacher: {verdict}{doubt}."
+    )
+
+
+def kept(record: dict[str, Any]) -> str:
+    """Return what the student kept of its teacher, and for which share of the costs, in words."""
+    teacher, student = record["contenders"]["teacher"], record["contenders"]["student"]
+    said, told = teacher["eval"]["test"], student["eval"]["test"]
+    shares = [f"{100 * student['parameters'] / teacher['parameters']:.0f} % of the parameters"]
+    if "latency_ms" in student:
+        shares.append(f"{100 * student['latency_ms'] / teacher['latency_ms']:.0f} % of the latency")
+        shares.append(f"{100 * student['peak_memory_bytes'] / teacher['peak_memory_bytes']:.0f} % of the peak memory")
+    cost = f"{', '.join(shares[:-1])}{' and ' if shares[1:] else ''}{shares[-1]}"
+    if _language(record):
+        perplexities = [number(one["perplexity"], "perplexity") for one in (told, said)]
+        return f"With {cost} its perplexity is {perplexities[0]}, the teacher's {perplexities[1]}."
+    return (
+        f"It keeps {100 * student['retained_accuracy']:.1f} % of the teacher's accuracy "
+        f"({number(told['accuracy'], 'accuracy')} of {number(said['accuracy'], 'accuracy')}), with {cost}."
+    )
+
+
+def _language(record: dict[str, Any]) -> bool:
+    return "perplexity" in record["contenders"]["teacher"]["eval"]["test"]
+
+
+def _has_intervals(record: dict[str, Any]) -> bool:
+    cells = [entry.cell("eval", "test", "nll") for entry in _entries(record)]
+    return any(cell is not None and cell.low is not None for cell in cells)
+
+
+def _with_interval(cell: Cell) -> str:
+    if cell.low is None or cell.high is None:
+        return number(cell.value, "nll")
+    return f"{number(cell.value, 'nll')} ({number(cell.low, 'nll')} to {number(cell.high, 'nll')})"
+
+
+def _overlap(one: Cell, other: Cell) -> bool:
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return False
+    return one.low <= other.high and other.low <= one.high
+
+
+def _targets(taught: dict[str, Any]) -> str:
+    """Return who taught on what, and what the targets took."""
+    members = len(taught["members"])
+    rows = "blocks of text" if taught.get("tokens") else "rows"
+    text = (
+        f"Taught by {members} member{'s' if members > 1 else ''} on {taught['rows']:,} {rows}; the targets take "
+        f"{size(taught['size_bytes'])}"
+    )
+    if taught.get("tokens") and taught.get("positions"):
+        k, positions = taught["tokens"][0], taught["positions"]
+        text += (
+            f", {taught['size_bytes'] / positions:.0f} bytes for each of {positions:,} tokens (the {k} most probable "
+            "next tokens and the mass of all others),"
+        )
+    return f"{text} and took {duration(taught['made_s'])} to make, once."
 
 
 def _measured(where: dict[str, Any] | None) -> str:
     if where is None:
         return ""
+    threads = f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}"
     return (
         f"Latency is one row, throughput batches of {where['batch_rows']}, tokens ready: medians of {where['rounds']} "
-        f"rounds in which all take turns in one process ({where['device']}, {where['threads']} threads). Peak memory "
+        f"rounds in which all take turns in one process ({where['device']}, {threads}). Peak memory "
         "is that of a fresh process which loads the model and predicts one batch, libraries included; on a GPU the "
         "device's."
     )
@@ -62,44 +133,35 @@ def _entries(record: dict[str, Any]) -> list[Entry]:
 def _quality(record: dict[str, Any]) -> Table:
     rows = _entries(record)
     sets, foreign = list(rows[0].content["eval"]), list(rows[0].content["ood"])
-    language = "perplexity" in rows[0].content["eval"][sets[0]]
-    shown = ("nll", "perplexity") if language else ("accuracy", "nll", "ece", "brier")
+    shown = ("nll", "perplexity") if _language(record) else ("accuracy", "nll", "brier", "ece")
     keys = [(name, metric) for name in sets for metric in shown]
-    keys += [(name, "predictive_entropy") for name in foreign]
     # A student that keeps its teacher's disagreement can be asked for it; the score is the AUROC of that.
-    keys += [(name, "mutual_information") for name in foreign]
+    keys += [(name, metric) for name in foreign for metric in ("predictive_entropy", "mutual_information")]
     part = dict.fromkeys(sets, "eval") | dict.fromkeys(foreign, "ood")
     cells = columns(rows, keys, lambda row, name, metric: row.cell(part[name], name, metric))
     lines = [
-        (row.label, [_text(cell, metric) for cell, (_, metric) in zip(line, keys, strict=True)])
+        (row.label, [text_of(cell, metric) for cell, (_, metric) in zip(line, keys, strict=True)])
         for row, line in zip(rows, cells, strict=True)
     ]
     heads = [f"AUROC of {NAMES[metric].lower()}" if part[name] == "ood" else NAMES[metric] for name, metric in keys]
-    groups = [(name, len(shown)) for name in sets]
-    return Table(groups + [(name, 1) for name, _ in keys[len(sets) * len(shown):]], heads, lines)
+    return Table([(name, len(shown)) for name in sets] + [(name, 2) for name in foreign], heads, lines)
 
 
 def _costs(record: dict[str, Any]) -> Table:
-    heads = ["Accuracy kept", "Parameters", "Trained", "Peak memory", "Latency", "Throughput"]
-    rows = []
-    for entry in _entries(record):
-        found = entry.content
-        kept = found.get("retained_accuracy")
-        rows.append((entry.label, [
-            Text(MISSING if kept is None else f"{100 * kept:.1f} %"),
-            Text(f"{found['parameters']:,}"),
-            Text(f"{found['trainable_parameters']:,}"),
-            Text(size(found["peak_memory_bytes"]) if "peak_memory_bytes" in found else MISSING),
-            Text(f"{found['latency_ms']:.1f} ms" if "latency_ms" in found else MISSING),
-            Text(f"{found['rows_per_s']:,.0f} / s" if "rows_per_s" in found else MISSING),
-        ]))
-    return Table([], heads, rows)
+    """Return a column for everything that was measured of any contender."""
+    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "retained_accuracy": ("Accuracy kept", lambda share: f"{100 * share:.1f} %"),
+        "parameters": ("Parameters", lambda count: f"{count:,}"),
+        "trainable_parameters": ("Trained", lambda count: f"{count:,}"),
+        "peak_memory_bytes": ("Peak memory", size),
+        "latency_ms": ("Latency", lambda value_ms: f"{value_ms:.1f} ms"),
+        "rows_per_s": ("Throughput", lambda rate: f"{rate:,.1f} / s" if rate < 10 else f"{rate:,.0f} / s"),
+    }
+    rows = _entries(record)
+    known = [key for key in shown if any(row.content.get(key) is not None for row in rows)]
 
+    def text(row: Entry, key: str) -> Text:
+        value = row.content.get(key)
+        return Text(MISSING if value is None else shown[key][1](value))
 
-def _text(cell: Cell | None, metric: str) -> Text:
-    if cell is None:
-        return Text(MISSING)
-    small = ""
-    if cell.low is not None and cell.high is not None:
-        small = f"{number(cell.low, metric).removesuffix(' %')} to {number(cell.high, metric)}"
-    return Text(number(cell.value, metric), small, cell.best)
+    return Table([], [shown[key][0] for key in known], [(row.label, [text(row, key) for key in known]) for row in rows])

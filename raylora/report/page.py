@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from raylora.report import base_page, distillation, figures, figures_uncertainty, tables
+from raylora.report import base_page, distillation, figures, figures_distillation, figures_uncertainty, tables
 from raylora.report.entries import scored_sets, set_names
 from raylora.report.figures import Drawn
 from raylora.report.formatting import flat
@@ -102,6 +102,7 @@ def _draw(metrics: dict[str, Any]) -> dict[str, Sequence[Drawn]]:
         "detection": figures_uncertainty.detection(metrics),
         "decomposition": figures_uncertainty.decomposition(metrics),
         "disagreement": figures_uncertainty.disagreement(metrics),
+        "students": figures_distillation.kept(metrics),
         "preparation": base_page.layer_errors(metrics["preparation"]) if metrics.get("preparation") else [],
     }
 

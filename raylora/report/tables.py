@@ -150,7 +150,7 @@ def _grouped(
     keys = [(name, metric) for name in names for metric in shown]
     cells = columns(rows, keys, cell)
     lines = [
-        (row.label, [_text(one, metric) for one, (_, metric) in zip(line, keys, strict=True)])
+        (row.label, [text_of(one, metric) for one, (_, metric) in zip(line, keys, strict=True)])
         for row, line in zip(rows, cells, strict=True)
         if any(one is not None for one in line)
     ]
@@ -159,7 +159,8 @@ def _grouped(
     return Table([(name, len(shown)) for name in names], [NAMES[metric] for _, metric in keys], lines)
 
 
-def _text(cell: Cell | None, metric: str) -> Text:
+def text_of(cell: Cell | None, metric: str) -> Text:
+    """Return a number as a table shows it, with its interval or its standard error below it."""
     if cell is None:
         return Text(MISSING)
     small = ""

@@ -11,9 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from raylora.client import _start, distil, run_local
-from raylora.engine.distil import prepare_distillation
+from raylora import client
+from raylora.client import _start, distil, launch, run_local
+from raylora.engine.distil import Distillation, prepare_distillation
 from raylora.engine.lessons import load_targets, targets_uri
+from raylora.engine.local import run_in_process
 from raylora.spec import DistillSpec, RunSpec
 from raylora.store.run_store import RunStore
 
@@ -24,10 +26,26 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / "members" / "member-000" / "adapter_model.safetensors")
 
 
+def shards_of(work: Distillation) -> dict[str, bytes]:
+    """Return every file of targets by its name, manifests left out."""
+    shards = Path(work.teaching.store.uri) / "shards"
+    return {file.name: file.read_bytes() for file in shards.glob("*/rows-*")}
+
+
 def coordinator_memory() -> int:
     """Return what the coordinators hold now, found by what Ray calls them."""
     titles = {p: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
     return sum(p.memory_info().rss for p, title in titles.items() if "ray::Coordinator" in title)
+
+
+def make_targets(work: Distillation, grows_at_most: int) -> list[str]:
+    """Make targets on Ray, check that the coordinator stays as small as it starts, and return the run's events."""
+    seen: list[int] = []
+    facts = _start(work.teaching).join(lambda status: seen.append(coordinator_memory()))
+    assert facts == {} and work.teaching.is_done
+    held = [size for size in seen if size]
+    assert held and held[-1] - held[0] < grows_at_most, held  # it sees the names of shards, and starts workers
+    return [record["event"] for record in work.teaching.store.read_events()]
 
 
 def test_a_student_taught_on_ray_equals_one_taught_in_process(
@@ -44,12 +62,7 @@ def test_a_student_taught_on_ray_equals_one_taught_in_process(
 
     work = prepare_distillation(str(uris[1]), settings, shard_rows=8)
     assert len(work.teaching.shards) == 25
-    seen: list[int] = []
-    facts = _start(work.teaching).join(lambda status: seen.append(coordinator_memory()))
-    assert facts == {} and work.teaching.is_done
-    held = [size for size in seen if size]
-    assert held and held[-1] - held[0] < 40 * 2**20, held  # it sees the names of shards, and starts two workers
-    events = [record["event"] for record in work.teaching.store.read_events()]
+    events = make_targets(work, grows_at_most=40 * 2**20)
     assert events.count("JobFinished") == 25 and events.count("WorkerReady") >= 1  # the second may come too late
 
     on_ray = distil(str(uris[1]), settings)
@@ -78,3 +91,38 @@ def test_the_same_shards_give_the_same_student_bit_for_bit(
     for name in ("student", "student-alone"):
         ours, theirs = (weights(tmp_path / where / "demo" / name) for where in ("local", "ray"))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_language_model_taught_on_ray_equals_one_taught_in_process(
+    make_spec: Callable[..., RunSpec], tiny_model: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(
+        base__source=tiny_model("llama"), adapter__target_modules=["q_proj", "v_proj"],
+        task={"kind": "language_modelling", "max_length": 16}, optimisation__steps=3, evaluation__bootstrap_samples=0,
+        data__train_rows=50, data__validation_rows=4, data__test_rows=4, placement__workers=2,
+    )
+    settings = DistillSpec.model_validate({
+        "student": {
+            "base": {"source": tiny_model("gpt2"), "dtype": "float32", "quantization": "none"},
+            "adapter": {"rank": 2, "target_modules": "all-linear"},
+        },
+        "loss": {"kind": "topk_kl", "top_k": 16_384}, "alone": False, "costs": False,
+    })
+    uris = [str(tmp_path / where / "demo") for where in ("local", "ray")]
+    run_local(spec.model_copy(update={"storage_path": str(tmp_path / "local")}))
+    launch(spec.model_copy(update={"storage_path": str(tmp_path / "ray")})).wait()
+    in_process, on_ray = (prepare_distillation(uri, settings, shard_rows=16) for uri in uris)
+    run_in_process(in_process.teaching)
+    events = make_targets(on_ray, grows_at_most=30 * 2**20)
+    assert events.count("JobFinished") == len(on_ray.teaching.shards) >= 4
+    assert on_ray.teaching.store.read_json("targets.json")["size_bytes"] > 60 * 2**20  # passed on, they would show
+    ours, theirs = shards_of(in_process), shards_of(on_ray)
+    assert ours == theirs and len(ours) == 2 * len(on_ray.teaching.shards)
+
+    record, same = distil(uris[1], settings), distil(uris[0], settings, local=True)
+    assert record["contenders"] == same["contenders"]
+    one, other = (weights(Path(uri) / "student") for uri in uris)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+    monkeypatch.setattr(client, "_carry_out", lambda *work: pytest.fail("something was done again"))
+    assert distil(uris[1], settings) == record

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from raylora.data import assets, packages
+from raylora.data import assets, conversions, packages
 from raylora.errors import BaseError, DataError
 
 RATED = {
@@ -71,6 +71,38 @@ def test_half_a_model_has_every_other_layer_of_the_whole() -> None:
     assert not [name for name in ours if ".layer.3." in name]
     assert torch.equal(ours["embeddings.word_embeddings.weight"], theirs["embeddings.word_embeddings.weight"])
     assert (half / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
+
+
+def test_half_a_llama_has_the_first_and_the_last_layers_of_the_whole() -> None:
+    import torch
+    import transformers
+
+    whole, half = (
+        transformers.AutoModelForCausalLM.from_pretrained(assets.model_folder(name), dtype=torch.bfloat16)
+        for name in ("smollm2-135m", "smollm2-135m-half")
+    )
+    assert half.config.num_hidden_layers == len(half.model.layers) == 15
+    for ours, theirs in zip(half.model.layers, [*whole.model.layers[:8], *whole.model.layers[23:]], strict=True):
+        assert torch.equal(ours.mlp.up_proj.weight, theirs.mlp.up_proj.weight)
+        assert torch.equal(ours.self_attn.k_proj.weight, theirs.self_attn.k_proj.weight)
+    assert torch.equal(half.lm_head.weight, whole.lm_head.weight)
+
+
+def test_layers_that_a_model_does_not_have_cannot_be_kept(tmp_path: Path) -> None:
+    import safetensors.torch
+    import torch
+
+    def whole(archive: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "config.json").write_text('{"num_hidden_layers": 2}')
+        tensors = {f"model.layers.{n}.mlp.weight": torch.full((2,), float(n)) for n in range(2)}
+        safetensors.torch.save_file({**tensors, "norm": torch.ones(2)}, target / "model.safetensors")
+
+    conversions.some_layers(whole, [1])(Path("a.whl"), tmp_path / "half")
+    kept = safetensors.torch.load_file(tmp_path / "half" / "model.safetensors")
+    assert set(kept) == {"model.layers.0.mlp.weight", "norm"} and kept["model.layers.0.mlp.weight"][0] == 1
+    with pytest.raises(DataError, match=r"a\.whl: of the layers \[1, 2\] the model has \[0, 1\]"):
+        conversions.some_layers(whole, [1, 2])(Path("a.whl"), tmp_path / "more")
 
 
 def test_models_lie_in_folders_that_transformers_loads() -> None:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from raylora.adapters.packed import stack
 from raylora.distill import TokenTargets
+from raylora.engine import teach
 from raylora.engine.comparison import compare
 from raylora.engine.distil import prepare_distillation
 from raylora.engine.forward import pack_gradients, pack_scores
 from raylora.engine.lessons import Lessons, load_targets, predicting
 from raylora.engine.local import run_in_process
 from raylora.engine.prepare import prepare
-from raylora.engine.teach import TeacherBench
+from raylora.engine.teach import FACTS, TeacherBench, shard_names
 from raylora.errors import DataError, SpecError
 from raylora.report.distillation import distillation_table, sections
 from raylora.spec import DistillSpec
@@ -118,6 +122,48 @@ def test_a_member_that_teaches_itself_has_nothing_to_learn(teacher: str, tiny_mo
     assert abs(found.losses_K[0]) < 1e-3
     size = max(float(g.abs().max()) for g in own.gradients[0].values())
     assert max(float(g.abs().max()) for g in found.gradients[0].values()) < 0.01 * size
+
+
+def traced_peak(bench: TeacherBench, shards: Sequence[str]) -> int:
+    """Make, commit and check these shards; return the most bytes that Python objects and arrays took meanwhile."""
+    tracemalloc.start()
+    for name in shards:
+        bench.run_job(name, [name], lambda progress: None, lambda: 0)
+    bench.aggregate(shards, 0.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_a_growing_transfer_set_takes_no_more_memory(
+    teacher: str, tiny_model: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = prepare_distillation(teacher, settings(tiny_model("llama"), loss={"kind": "topk_kl", "top_k": 4096}))
+    apart = replace(work.teaching.teaching, packs=(("member-000",), ("member-001",)), shard_rows=4)
+    logits: list[StorageWeakRef] = []
+    alive: list[int] = []
+
+    def watched(*args: Any) -> Any:
+        alive.append(sum(not one.expired() for one in logits))
+        said = pack_scores(*args)
+        logits.append(StorageWeakRef(said[0].untyped_storage()))
+        return said
+
+    monkeypatch.setattr(teach, "pack_scores", watched)
+    peaks, sizes = {}, {}
+    for shards in (1, 2, 8):  # the first warms up
+        store = RunStore(str(tmp_path / f"targets-{shards}"))
+        bench = TeacherBench(work.teacher, store, 1, 0, apart)
+        bench.load()
+        rows = [replace(bench.examples[n % 4], id=f"row-{n}") for n in range(4 * shards)]  # equally long shards
+        bench.examples, bench.content_of = rows, {example.id: example.id for example in rows}
+        store.write_json(FACTS, {"rows": len(rows)})
+        peaks[shards] = traced_peak(bench, shard_names(len(rows), 4))
+        sizes[shards] = store.read_json(FACTS)["size_bytes"]
+    one_shard = sizes[8] // 8
+    assert one_shard > 2**18 and sizes[8] > 3.9 * sizes[2]
+    assert peaks[8] - peaks[2] < one_shard / 4, (peaks, sizes)
+    assert len(alive) == 2 * 4 * 11 and max(alive) <= 1  # of one example and pack, while the next one's are made
 
 
 def test_other_tokenizers_and_losses_are_refused(

@@ -222,6 +222,64 @@ def test_a_language_model_has_perplexity_and_no_reliability(tmp_path):
     assert "Perplexity" in render_table(found)
 
 
+def distilled(language: bool = False, alone: float | None = 0.77, measured: bool = True) -> dict:
+    """Return the comparison that a distillation leaves in a run."""
+
+    def row(label: str, nll: float, parameters: int) -> dict:
+        scores = {"nll": nll, "perplexity": math.exp(nll)} if language else {"nll": nll, "accuracy": 0.8, "ece": 0.1}
+        costs = {"peak_memory_bytes": parameters * 4, "latency_ms": parameters / 1e6, "rows_per_s": 100.0}
+        return {
+            "label": label, "eval": {"test": scores | {"intervals": {"nll": [nll - 0.02, nll + 0.02]}}}, "ood": {},
+            "parameters": parameters, "trainable_parameters": 1_000_000, **(costs if measured else {}),
+            "retained_accuracy": None if language else 1.0,
+        }
+
+    rows = {"teacher": row("Teacher: ensemble of 4", 0.5, 20_000_000), "student": row("Student (kl)", 0.6, 5_000_000)}
+    if alone is not None:
+        rows["alone"] = row("Student without a teacher", alone, 5_000_000)
+    targets = {"rows": 300, "members": [0, 1, 2, 3], "size_bytes": 130_000, "made_s": 12.0}
+    if language:
+        targets |= {"tokens": [32, 1.0], "positions": 1000}
+    where = {"device": "cpu", "threads": 1, "rounds": 10, "batch_rows": 64}
+    return {"name": "student", "taught_by": "ensemble", "targets": targets, "contenders": rows,
+            **({"measured_on": where} if measured else {})}
+
+
+def test_a_distillation_says_what_the_teacher_was_worth_and_what_was_kept(metrics, tmp_path):
+    paths = write_report(metrics | {"distillation": [distilled(), distilled() | {"name": "other"}]}, tmp_path)
+    page = Page(paths[0].read_text(encoding="utf-8"))
+    text = " ".join(page.words)
+    assert "test NLL of 0.600 (0.580 to 0.620), against 0.770 (0.750 to 0.790) without a teacher" in text
+    assert "the teacher was worth 0.170 nats." in text and "the intervals overlap" not in text
+    assert "It keeps 100.0 % of the teacher's accuracy (80.0 % of 80.0 %), with 25 % of the parameters, " in text
+    assert "25 % of the latency and 25 % of the peak memory" in text
+    assert [one for one in page.headings if "Distilled" in one] == ["Distilled: student", "Distilled: other"]
+    assert {"distilled-student.png", "distilled-other.png"} <= {path.name for path in paths}
+    assert any("Student without a teacher 0.770" in image["alt"] for image in page.images)
+
+
+@pytest.mark.parametrize(("alone", "said"), [
+    (0.61, "the teacher was worth 0.010 nats (the intervals overlap"),
+    (0.5, "the teacher cost it 0.100 nats."),
+    (0.6002, "the teacher made next to no difference (the intervals overlap"),
+    (None, "what the teacher was worth is not known"),
+])
+def test_a_teacher_that_brought_nothing_is_not_praised(metrics, tmp_path, monkeypatch, alone, said):
+    monkeypatch.setattr("raylora.report.page._png", lambda drawn: b"")
+    found = metrics | {"distillation": [distilled(alone=alone, measured=False)]}
+    text = " ".join(Page(write_report(found, tmp_path)[0].read_text(encoding="utf-8")).words)
+    assert said in text and "with 25 % of the parameters." in text and "atency" not in text
+
+
+def test_a_distilled_language_model_has_perplexities_and_bytes_per_token(tmp_path):
+    found = summarise({"ensemble": fake_language_group(3)}, FEW) | surroundings(3)
+    found["distillation"] = [distilled(language=True)]
+    text = " ".join(Page(write_report(found, tmp_path)[0].read_text(encoding="utf-8")).words)
+    assert "peak memory its perplexity is 1.82, the teacher's 1.65." in text and "worth 0.170 nats per token" in text
+    assert "on 300 blocks of text; the targets take 127.0 KiB" in text
+    assert "130 bytes for each of 1,000 tokens (the 32 most probable" in text and "Accuracy kept" not in text
+
+
 def test_one_member_makes_no_claim(tmp_path):
     found = summarise({"ensemble": fake_group(1)}, FEW)
     assert headline(found) == ["One member was trained, so there is no ensemble to compare with it."]
