@@ -36,7 +36,7 @@ from raylora.errors import Interrupted, TrainingError
 from raylora.spec import RunSpec
 
 _HISTORY_POINTS = 500
-_LOWER_IS_BETTER = {"nll": True, "brier": True, "ece": True, "accuracy": False}
+_LOWER_IS_BETTER = {"nll": True, "brier": True, "ece": True, "rmse": True, "accuracy": False}
 
 
 @dataclass
