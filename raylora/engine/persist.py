@@ -142,7 +142,7 @@ def join_members(parts: Sequence[Sequence[Predictions]]) -> list[Predictions]:
         expected = [p.expected_entropy_MN for p in same_set if p.expected_entropy_MN is not None]
         joined.append(Predictions(
             name=first.name, role=first.role, ids=first.ids, labels_N=first.labels_N,
-            **{first.field: values},  # type: ignore[arg-type]
+            **{first.field: values},
             expected_entropy_MN=torch.cat(expected) if expected else None,
         ))
     return joined

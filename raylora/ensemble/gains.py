@@ -40,7 +40,7 @@ def classification_gains(part: Predictions, settings: Settings) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Measured:
-    """A contender's metrics on the rows as they are, and over the same resamples of them, S (none without intervals)."""
+    """A contender's metrics on the rows as they are, and over the same resamples of them, S."""
 
     point: Mapping[str, float | None]
     drawn: Mapping[str, Tensor]

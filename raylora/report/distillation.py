@@ -8,6 +8,7 @@ from rich.table import Table as ConsoleTable
 
 from raylora.report.entries import Cell, Entry, columns
 from raylora.report.formatting import NAMES, duration, number, size
+from raylora.report.shown import shown_of_scores
 from raylora.report.tables import MISSING, Table, Text
 
 
@@ -62,12 +63,10 @@ def _entries(record: dict[str, Any]) -> list[Entry]:
 def _quality(record: dict[str, Any]) -> Table:
     rows = _entries(record)
     sets, foreign = list(rows[0].content["eval"]), list(rows[0].content["ood"])
-    language = "perplexity" in rows[0].content["eval"][sets[0]]
-    shown = ("nll", "perplexity") if language else ("accuracy", "nll", "ece", "brier")
-    keys = [(name, metric) for name in sets for metric in shown]
-    keys += [(name, "predictive_entropy") for name in foreign]
+    show = shown_of_scores(rows[0].content["eval"][sets[0]])
+    keys = [(name, metric) for name in sets for metric in show.compared]
     # A student that keeps its teacher's disagreement can be asked for it; the score is the AUROC of that.
-    keys += [(name, "mutual_information") for name in foreign]
+    keys += [(name, score) for score in show.kept for name in foreign]
     part = dict.fromkeys(sets, "eval") | dict.fromkeys(foreign, "ood")
     cells = columns(rows, keys, lambda row, name, metric: row.cell(part[name], name, metric))
     lines = [
@@ -75,16 +74,17 @@ def _quality(record: dict[str, Any]) -> Table:
         for row, line in zip(rows, cells, strict=True)
     ]
     heads = [f"AUROC of {NAMES[metric].lower()}" if part[name] == "ood" else NAMES[metric] for name, metric in keys]
-    groups = [(name, len(shown)) for name in sets]
-    return Table(groups + [(name, 1) for name, _ in keys[len(sets) * len(shown):]], heads, lines)
+    groups = [(name, len(show.compared)) for name in sets]
+    return Table(groups + [(name, 1) for name, _ in keys[len(sets) * len(show.compared):]], heads, lines)
 
 
 def _costs(record: dict[str, Any]) -> Table:
-    heads = ["Accuracy kept", "Parameters", "Trained", "Peak memory", "Latency", "Throughput"]
+    metric = record.get("retained_metric") or "accuracy"
+    heads = [f"{NAMES[metric]} kept", "Parameters", "Trained", "Peak memory", "Latency", "Throughput"]
     rows = []
     for entry in _entries(record):
         found = entry.content
-        kept = found.get("retained_accuracy")
+        kept = found.get("retained_score", found.get("retained_accuracy"))
         rows.append((entry.label, [
             Text(MISSING if kept is None else f"{100 * kept:.1f} %"),
             Text(f"{found['parameters']:,}"),

@@ -117,7 +117,7 @@ class EarlyStoppingSpec(Frozen):
     """Stop a member when its validation metric has not improved for ``patience`` epochs, and keep its best state."""
 
     metric: Literal["nll", "accuracy", "brier", "ece", "rmse"] = "nll"
-    """``nll`` for every task; ``accuracy``, ``brier`` and ``ece`` where there are classes, ``rmse`` for a regression."""
+    """``nll`` serves every task; ``accuracy``, ``brier`` and ``ece`` need classes, ``rmse`` a regression."""
     patience: int = Field(default=1, ge=1)
 
 
