@@ -8,7 +8,6 @@ Shapes: N examples.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -64,8 +63,9 @@ class Regression(SequenceTask):
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise BadRow(f"label {value!r} is not a number")
-        # Weights and losses are float32, where a larger number is infinite; comparing works for integers of any size.
-        if math.isnan(value) or abs(value) > torch.finfo(torch.float32).max:
+        # Losses are float32, where a larger number is infinite. NaN is not less than anything, and an integer of any
+        # size can be compared.
+        if not abs(value) <= torch.finfo(torch.float32).max:
             raise BadRow(f"label {value!r} is not a finite number")
         self._check_scale(value)
         return float(value)
