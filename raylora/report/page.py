@@ -98,7 +98,7 @@ def _image(png: bytes, drawn: Drawn) -> dict[str, str]:
 def _draw(metrics: dict[str, Any]) -> dict[str, Sequence[Drawn]]:
     return {
         "reliability": figures.reliability(metrics),
-        "values": figures_regression.values(metrics),
+        "predicted": figures_regression.values(metrics),
         "coverage": figures_regression.coverage(metrics),
         "risk_coverage": figures.risk_coverage(metrics),
         "member_curve": figures.member_curve(metrics),
