@@ -1,7 +1,8 @@
 """Regression: one real value for a text or a pair of texts, in the label's own units.
 
 Labels are not standardised: a member's head then gives the value itself, here and in any program that loads the
-exported adapter, and nothing has to be undone (GLUE's STS-B is trained so, on 0 .. 5).
+exported adapter, and nothing has to be undone (GLUE's STS-B is trained so, on 0 .. 5). A fresh head starts at the mean
+label instead.
 
 Shapes: N examples.
 """

@@ -140,7 +140,8 @@ def _mean_member(members: list[dict[str, Any]]) -> dict[str, Any]:
     """Average the members' metrics, not their predictions; what is undefined for one of them is left out."""
     averaged: dict[str, Any] = {}
     for name in members[0]["eval"]:
-        values = {key: [member["eval"][name][key] for member in members] for key in METRICS}
+        known = (*METRICS, "epistemic_std", "total_std")
+        values = {key: [member["eval"][name][key] for member in members] for key in known}
         averaged[name] = {key: mean_and_error(found) for key, found in values.items() if None not in found}
     return {"eval": averaged, "ood": {}}
 

@@ -68,7 +68,7 @@ def test_a_task_spec_reads_back_equal_and_builds_the_whole_seam(kind: str) -> No
     task = module.build(spec)
     assert task.auto_class.startswith("AutoModelFor") and task.columns
     assert task.num_classes in (None, 1) or task.num_classes == len(task.label_names) >= 2
-    assert predicts_value(task) is (task.num_classes == 1) and (task.label_names == []) is (task.num_classes in (None, 1))
+    assert (task.label_names == []) is (task.num_classes is None or predicts_value(task))
     for method in ("model_kwargs", "forward_kwargs", "padding_side", "check", "content", "label", "tokenise",
                    "blocks", "collate", "scores", "loss"):
         assert callable(getattr(task, method))
