@@ -306,7 +306,9 @@ def doctor(as_json: AsJson = False) -> None:
 
 def _predicted(predictions: Sequence[Any]) -> Table:
     """Return what an ensemble says, a row each: classes, or the values of a regression."""
-    if hasattr(predictions[0], "value"):
+    from raylora.serve.predictor import ValuePrediction
+
+    if isinstance(predictions[0], ValuePrediction):
         table = Table("row", "value", "95 % interval", "epistemic std", "std")
         for one in predictions:
             reach = "n/a" if one.interval_95 is None else "{:.3f} to {:.3f}".format(*one.interval_95)
