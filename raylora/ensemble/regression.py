@@ -32,8 +32,8 @@ from raylora.errors import DataError, SpecError
 COMPARED = ("rmse", "mae", "pearson", "spearman", "nll")
 CURVE_METRICS = ("rmse", "nll", "pearson", "mae")
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-POINTS = 300
-"""A page shows no more points than this; they are taken at even steps through the set."""
+POINTS = 120
+"""With more, the bars of a figure run together; they are taken at even steps through the set."""
 
 
 def summarise_regression(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:

@@ -22,12 +22,12 @@ def values(metrics: dict[str, Any]) -> list[Drawn]:
         label, value = points["label"], points["value"]
         ends = min([*label, *value]), max([*label, *value])
         axes.plot(ends, ends, color="#555555", linewidth=1, linestyle="--", label="right")
-        bars = (("total_std", COLOURS["mean_member"], 0.8, 0.3, "total"), ("epistemic_std", "#003F6B", 1.6, 0.9,
-                                                                             "between members"))
+        bars = (("total_std", COLOURS["mean_member"], 1.0, 0.5, "total"),
+                ("epistemic_std", COLOURS["single"], 2.2, 0.9, "between members"))
         for key, tint, width, alpha, words in bars:
             axes.errorbar(label, value, yerr=points[key], fmt="none", ecolor=tint, elinewidth=width, alpha=alpha,
                           label=f"± one std, {words}")
-        axes.plot(label, value, "o", color=COLOURS["ensemble"], markersize=3, alpha=0.8)
+        axes.plot(label, value, "o", color=COLOURS["ensemble"], markersize=3.5)
         axes.set(title=name, xlabel="true value", ylabel="predicted value (mean of the members)")
         figure.legend(loc="outside lower center", ncols=3)
         rows = metrics.get("sets", {}).get(name, {}).get("rows", len(label))

@@ -199,7 +199,7 @@ def test_disagreement_detects_foreign_rows_only_where_there_is_somebody_to_disag
     assert "epistemic_std" not in summary["baselines"]["single"]["ood"]["foreign"]
     plots = summary["plots"]
     assert list(plots["ood_histograms"]["foreign"]) == ["epistemic_std"]
-    assert all(len(column) == 200 for column in plots["values"]["test"].values())
+    assert all(len(column) == 120 for column in plots["values"]["test"].values())
     curve = plots["coverage"]["test"]["ensemble"]
     share = summary["ensemble"]["eval"]["test"]["coverage_95"]
     assert curve["observed"][curve["nominal"].index(0.95)] == pytest.approx(share)
