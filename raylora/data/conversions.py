@@ -164,6 +164,34 @@ def headlines(archive: Path, target: Path) -> None:
     _write_rows(target, rows.values())
 
 
+def similar_pairs(split: str) -> Callable[[Path, Path], None]:
+    """Return a conversion of one split of the STS benchmark: pairs of texts, and how alike they are, 0 .. 5.
+
+    A pair that occurs again, either way round, is dropped: within a split its later row, and across splits the row
+    that is farther from the official test set, which stays whole.
+    """
+
+    def convert(archive: Path, target: Path) -> None:
+        seen: set[tuple[str, ...]] = set()
+        for name in ("test", "dev", "train"):
+            kept = []
+            lines = _member(archive, f"sts_b/sts-{name}.csv").decode("utf-8").split("\n")
+            # Not csv, whatever its name: fields are split by tabs, quotes belong to the text, and some rows say at
+            # their end where the texts came from.
+            for genre, source, year, number, score, *texts in (line.split("\t") for line in lines if line):
+                pair = tuple(sorted(" ".join(text.casefold().split()) for text in texts[:2]))
+                if pair not in seen:
+                    seen.add(pair)
+                    kept.append({
+                        "id": f"{name}-{source}-{year}-{number}", "text": texts[0].strip(),
+                        "text_pair": texts[1].strip(), "label": float(score), "genre": genre, "split": name,
+                    })
+            if name == split:
+                _write_rows(target, kept)
+
+    return convert
+
+
 def _member(archive: Path | IO[bytes], ending: str) -> bytes:
     for _, content in members(archive, lambda name: name.endswith(ending)):
         return content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.splits import Pool, divide, fresh, judge, read_pool
-from raylora.data.task import UNLABELLED, BadRow, Example, Task
+from raylora.data.task import UNLABELLED, BadRow, Example, Task, unlabelled
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec
 
@@ -40,20 +41,28 @@ class LoadedSet:
 
     def describe(self, label_names: Sequence[str]) -> str:
         """Return one line for people."""
-        known = [example.label for example in self.examples if example.label not in (None, UNLABELLED)]
-        counts, unlabelled = Counter(label for label in known if label is not None), len(self.examples) - len(known)
-        shares = ", ".join(f"{label_names[label]} {counts[label]:,}" for label in sorted(counts))
+        said, without = self._labels(label_names)
         longest = max(len(sequence) for example in self.examples for sequence in example.sequences)
         parts = [f"{self.name}: {len(self.examples):,} examples from {self.origin}"]
-        if shares or not self.labelled:
-            parts.append(f"labels {shares}" if shares else "unlabelled")
+        if said or not self.labelled:
+            parts.append(f"labels {said}" if said else "unlabelled")
         parts.append(f"longest {longest} tokens")
-        without = ((unlabelled, "without label"),) if shares else ()
-        left_out = (self.truncated, "truncated"), (self.skipped, "skipped"), (self.duplicates, "duplicates")
-        for count, what in (*without, *left_out):
+        counts = (without, "without label"), (self.truncated, "truncated"), (self.skipped, "skipped")
+        for count, what in (*counts, (self.duplicates, "duplicates")):
             if count:
                 parts.append(f"{count:,} {what}")
         return "; ".join(parts)
+
+    def _labels(self, label_names: Sequence[str]) -> tuple[str, int]:
+        """Return the shares of the classes or the range of the values in words, and how many rows lack a label."""
+        found = [example.label for example in self.examples]
+        values = [label for label in found if isinstance(label, float) and not math.isnan(label)]
+        if values:
+            said = f"{min(values):g} to {max(values):g}, mean {sum(values) / len(values):.3g}"
+            return said, len(found) - len(values)
+        classes = Counter(label for label in found if isinstance(label, int) and label != UNLABELLED)
+        said = ", ".join(f"{label_names[label]} {classes[label]:,}" for label in sorted(classes))
+        return said, len(found) - classes.total() if classes else 0
 
     def preview(self, count: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Return the first examples as id, label and decoded tokens, one line each."""
@@ -145,7 +154,9 @@ def load_sets(
         return sets
     seen = set(loaded.text_keys) | sets.evaluated_keys()
     extra = fresh(read_pool("transfer", transfer, data, task, False, base_dir), seen)
-    return replace(sets, train=_with_transfer(loaded, _tokenised(extra, data, task, tokenizer)))
+    return replace(sets, train=_with_transfer(
+        loaded, _tokenised(extra, data, task, tokenizer), unlabelled(task)
+    ))
 
 
 def load_set(
@@ -190,11 +201,11 @@ def _tokenised(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
     )
 
 
-def _with_transfer(train: LoadedSet, extra: LoadedSet) -> LoadedSet:
+def _with_transfer(train: LoadedSet, extra: LoadedSet, no_label: int | float) -> LoadedSet:
     """Return the training set with rows that only a teacher labels; their ids cannot be mistaken for its own."""
     examples = [
         *train.examples,
-        *(replace(example, id=f"transfer:{example.id}", label=UNLABELLED) for example in extra.examples),
+        *(replace(example, id=f"transfer:{example.id}", label=no_label) for example in extra.examples),
     ]
     return replace(
         train, origin=f"{train.origin} and {extra.origin}", examples=examples, labelled=False,
@@ -211,10 +222,10 @@ def content_hash(content: str) -> str:
 
 
 def _check_classes(train: LoadedSet, task: Task) -> None:
-    classes = {example.label for example in train.examples}
-    if task.label_column is not None and len(classes) == 1:
-        (only,) = classes
-        name = task.label_names[only] if only is not None else only
+    labels = {example.label for example in train.examples}
+    if task.label_column is not None and len(labels) == 1:
+        (only,) = labels
+        name = task.label_names[only] if isinstance(only, int) else only
         raise DataError(
             f"all {len(train.examples):,} training rows of {train.origin} have one label, {name!r}",
             "check the label column and how the file is sorted: there is nothing to learn",

@@ -6,6 +6,7 @@ K positions whose logits the model returned (the last K of T), V vocabulary, C c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -20,7 +21,7 @@ from raylora.spec import TaskSpec
 
 PaddingSide = Literal["left", "right"]
 UNLABELLED = -1
-"""The label of a training row that only a teacher can say something about."""
+"""The class of a training row that only a teacher can say something about; see :func:`unlabelled`."""
 
 
 class BadRow(ValueError):
@@ -33,7 +34,8 @@ class Example:
 
     id: str
     sequences: tuple[tuple[int, ...], ...]
-    label: int | None
+    label: int | float | None
+    """A class's index, or a real value."""
     spans: tuple[int, ...] = ()
     """Per sequence, the first token whose probability counts; empty where only classes are scored."""
     token_types: tuple[tuple[int, ...], ...] | None = None
@@ -47,7 +49,7 @@ class Batch:
     input_ids_BT: Tensor
     attention_mask_BT: Tensor
     labels_N: Tensor | None
-    """int64, or None where the examples have no labels."""
+    """int64 classes or float32 values, or None where the examples have no labels."""
     position_ids_BT: Tensor | None = None
     """Given with left padding only: absolute positions must count from the first real token."""
     token_type_ids_BT: Tensor | None = None
@@ -86,7 +88,7 @@ class Task(Protocol):
     auto_class: str
     """``AutoModelForSequenceClassification`` or ``AutoModelForCausalLM``."""
     num_classes: int | None
-    """None where the task is not a choice among classes."""
+    """1 where the answer is a real value, None where it is neither that nor a choice among classes."""
     label_names: list[str]
     columns: tuple[str, ...]
     """Columns that every set must have, the label's apart."""
@@ -109,8 +111,8 @@ class Task(Protocol):
     def content(self, row: Mapping[str, Any]) -> str:
         """Return the row's text, by which duplicates are found. Raises: BadRow."""
 
-    def label(self, row: Mapping[str, Any]) -> int | None:
-        """Return the row's class, or None where it has no label column. Raises: BadRow."""
+    def label(self, row: Mapping[str, Any]) -> int | float | None:
+        """Return the row's class or value, or None where it has no label column. Raises: BadRow."""
 
     def tokenise(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
         """Return the example and whether it was truncated. Raises: BadRow."""
@@ -122,10 +124,20 @@ class Task(Protocol):
         """Pad examples on the tokenizer's padding side."""
 
     def scores(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return float32 scores_NC whose softmax over C is the model's prediction."""
+        """Return float32 scores_NC whose softmax over C is the model's prediction, or which, for C = 1, are it."""
 
     def loss(self, scores: Tensor, batch: Batch) -> Tensor:
         """Return the float32 loss_N of each example. Raises: DataError without labels."""
+
+
+def predicts_value(task: Task) -> bool:
+    """Return whether the answer to a row is one real value."""
+    return task.num_classes == 1
+
+
+def unlabelled(task: Task) -> int | float:
+    """Return the label of a row that has none: -1 is no class, but it may be somebody's real value."""
+    return math.nan if predicts_value(task) else UNLABELLED
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -5,7 +5,14 @@ Plain tensors and bytes; nothing here knows Ray, a model or a tokenizer.
 
 from raylora.distill.base import Annealed, Loss, LossSpec, TemperedSpec
 from raylora.distill.keys import Keys, content_hash
-from raylora.distill.targets import ClassificationTargets, RegressionTargets, join_members, merge
+from raylora.distill.targets import (
+    ClassificationTargets,
+    MemberTargets,
+    RegressionTargets,
+    join_members,
+    merge,
+    read_targets,
+)
 from raylora.distill.token_reader import TokenTargets, join_workers
 from raylora.distill.tokens import TokenTargetsWriter
 from raylora.distill.topk import TopK, merge_topk
@@ -16,6 +23,7 @@ __all__ = [
     "Keys",
     "Loss",
     "LossSpec",
+    "MemberTargets",
     "RegressionTargets",
     "TemperedSpec",
     "TokenTargets",
@@ -26,4 +34,5 @@ __all__ = [
     "join_workers",
     "merge",
     "merge_topk",
+    "read_targets",
 ]

@@ -24,7 +24,7 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read_facts(content: bytes | None, name: str, kind: str) -> dict[str, Any]:
+def read_facts(content: bytes | None, name: str, *kinds: str) -> dict[str, Any]:
     """Return a JSON file of facts. Raises: StoreError if it is missing, damaged or says another format or kind."""
     if content is None:
         raise StoreError(f"{name} is missing", INCOMPLETE)
@@ -33,8 +33,9 @@ def read_facts(content: bytes | None, name: str, kind: str) -> dict[str, Any]:
         found = (facts["format"], facts["kind"])
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{name} is damaged: {error}", DAMAGED) from error
-    if found != (FORMAT, kind):
-        raise StoreError(f"{name} holds {found[1]} targets of format {found[0]}, not {kind} of {FORMAT}", DAMAGED)
+    if found not in [(FORMAT, kind) for kind in kinds]:
+        wanted = " or ".join(kinds)
+        raise StoreError(f"{name} holds {found[1]} targets of format {found[0]}, not {wanted} of {FORMAT}", DAMAGED)
     return facts
 
 

@@ -43,11 +43,21 @@ def compare(work: Distillation) -> dict[str, Any]:
             rows[name] |= costs
         if "alone" in rows:  # the same model: its costs are the student's
             rows["alone"] |= measured["student"]
-    accuracy = rows["teacher"]["eval"]["test"].get("accuracy")  # a language model has none
-    for row in rows.values():
-        row["retained_accuracy"] = row["eval"]["test"]["accuracy"] / accuracy if accuracy else None
+    record["retained_metric"] = _retained(rows)
     work.store.write_json(f"{FOLDER}/{work.settings.name}.json", record)
     return record
+
+
+def _retained(rows: dict[str, dict[str, Any]]) -> str | None:
+    """Tell every contender its share of the teacher's score, and return which score; a language model has none."""
+    taught = rows["teacher"]["eval"]["test"]
+    metric = next((name for name in ("accuracy", "pearson") if name in taught), None)
+    for row in rows.values():
+        own, whole = (one.get(metric) if metric else None for one in (row["eval"]["test"], taught))
+        # A teacher whose values do not rise with the labels has nothing of which there could be a share.
+        row["retained_score"] = own / whole if own is not None and whole is not None and whole > 0 else None
+        row["retained_accuracy"] = row["retained_score"] if metric == "accuracy" else None
+    return metric
 
 
 def distillations(store: RunStore) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from raylora import control, registry
-from raylora.data.task import Task
+from raylora.data.task import Task, predicts_value
 from raylora.distill import Keys, Loss
 from raylora.engine.base import load_config, load_tokenizer
 from raylora.engine.lessons import TOKEN_LEVEL, sets_of, student_task, targets_uri, task_of, taught_content
@@ -177,7 +177,8 @@ def _try_loss(settings: DistillSpec, task: Task, members: int) -> None:
         return
     loss: Loss = registry.load("loss", settings.loss.kind).build(settings.loss)
     outputs_BO = torch.zeros(1, loss.outputs(task.num_classes))
-    loss.per_example(outputs_BO, torch.zeros(1, members, task.num_classes), None)
+    targets = torch.zeros(1, members) if predicts_value(task) else torch.zeros(1, members, task.num_classes)
+    loss.per_example(outputs_BO, targets, None)
 
 
 def _tokens(settings: DistillSpec) -> tuple[int, float] | None:

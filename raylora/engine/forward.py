@@ -200,10 +200,15 @@ def start_tensors(base: Base, adapter: Adapter) -> Tensors:
     return tensors
 
 
-def initial_member(base: Base, adapter: Adapter, head: Mapping[str, Tensor], seed: int) -> Tensors:
+def initial_member(
+    base: Base, adapter: Adapter, head: Mapping[str, Tensor], seed: int, start_value: float = 0.0
+) -> Tensors:
     """Return a fresh member: the adapter's tensors, and a head drawn anew where the checkpoint has none.
 
     Everything comes from one generator seeded by the member, so equal seeds give equal members.
+
+    Args:
+        start_value: the bias of a head drawn anew that has one output.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = adapter.build(base.sites, generator) if base.sites else {}
@@ -219,5 +224,7 @@ def initial_member(base: Base, adapter: Adapter, head: Mapping[str, Tensor], see
             value = torch.zeros_like(value)
             if key == "weight":
                 value.normal_(0.0, base.initializer_range, generator=generator)
+            elif value.numel() == 1:
+                value.fill_(start_value)
         tensors[HEAD + name] = value.clone()
     return tensors

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from raylora import registry
 from raylora.data.sets import DataSets, content_hash, load_sets
-from raylora.data.task import Batch, Task
-from raylora.distill import Annealed, ClassificationTargets, Loss, TokenTargets, merge
+from raylora.data.task import Batch, Task, predicts_value
+from raylora.distill import Annealed, Loss, MemberTargets, TokenTargets, merge, read_targets
 from raylora.errors import DataError, SpecError, StoreError
 from raylora.spec import KindSpec, RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
 TOKEN_LEVEL = "topk_kl"
+VALUES = "mse"
 
 
 def task_of(spec: RunSpec) -> Task:
@@ -50,8 +51,13 @@ def student_task(task: Task, loss_spec: KindSpec) -> Task:
     if (task.num_classes is None) != (loss_spec.kind == TOKEN_LEVEL):
         raise SpecError(
             f"distill.loss: {loss_spec.kind} for task.kind {task.spec.kind}: {TOKEN_LEVEL} teaches language models "
-            "token by token, all others teach classes",
-            f"use {TOKEN_LEVEL}" if task.num_classes is None else "use kl, reverse_kl, js, dirichlet or multi_head",
+            "token by token, all others teach a class or a value at a time",
+            f"use {TOKEN_LEVEL}" if task.num_classes is None else _teachable(task),
+        )
+    if predicts_value(task) and loss_spec.kind != VALUES:
+        raise SpecError(
+            f"distill.loss: {loss_spec.kind} teaches probabilities of classes, and {task.spec.kind} has one real value",
+            _teachable(task),
         )
     if task.num_classes is None:
         return task
@@ -64,6 +70,10 @@ def student_task(task: Task, loss_spec: KindSpec) -> Task:
             "use kl or dirichlet, or task.kind classification",
         )
     return cast(Task, StudentTask(task, loss, outputs))
+
+
+def _teachable(task: Task) -> str:
+    return f"use {VALUES}" if predicts_value(task) else "use kl, reverse_kl, js, dirichlet or multi_head"
 
 
 class StudentTask:
@@ -104,7 +114,7 @@ def read_outputs(task: Task, outputs_MNO: Tensor) -> tuple[Tensor, Tensor | None
 class Lessons:
     """Takes the place of the task's loss while a student trains; no teacher is asked any more."""
 
-    def __init__(self, task: Task, loss: Loss, targets: ClassificationTargets | TokenTargets) -> None:
+    def __init__(self, task: Task, loss: Loss, targets: MemberTargets | TokenTargets) -> None:
         self.task, self.loss, self.targets = task, loss, targets
 
     def losses(self, logits: Tensor, batch: Batch, progress: float) -> Tensor:
@@ -116,8 +126,8 @@ class Lessons:
         loss = self.loss.at(progress) if isinstance(self.loss, Annealed) else self.loss
         if isinstance(self.targets, TokenTargets):
             return self._token_losses(loss, self.targets, logits, batch)
-        targets_BMC = self.targets.gather(batch.ids).to(logits.device)
-        return loss.per_example(self.task.scores(logits, batch), targets_BMC, batch.labels_N)
+        targets = self.targets.gather(batch.ids).to(logits.device)
+        return loss.per_example(self.task.scores(logits, batch), targets, batch.labels_N)
 
     def _token_losses(self, loss: Loss, targets: TokenTargets, logits_BTV: Tensor, batch: Batch) -> Tensor:
         """Return the mean over each block's target tokens, as the task's own loss has it."""
@@ -174,7 +184,7 @@ def targets_uri(run_uri: str, key: str) -> str:
     return f"{run_uri}/targets/{key}"
 
 
-def load_targets(store: RunStore) -> ClassificationTargets | TokenTargets:
+def load_targets(store: RunStore) -> MemberTargets | TokenTargets:
     """Return all shards of finished targets as one; those of tokens are read when they are asked for.
 
     Raises:
@@ -185,9 +195,7 @@ def load_targets(store: RunStore) -> ClassificationTargets | TokenTargets:
         raise StoreError(f"{store.uri}: the targets are not complete", "run `raylora distill` again: it continues")
     if facts["tokens"] is not None:
         return TokenTargets(lambda file: store.storage.read(f"shards/{_shard_of(file)}/{file}"), facts["shards"])
-    return merge([
-        ClassificationTargets.from_files(store.load_result(f"shards/{name}")) for name in facts["shards"]
-    ])
+    return merge([read_targets(store.load_result(f"shards/{name}")) for name in facts["shards"]])
 
 
 def _shard_of(file: str) -> str:

@@ -102,7 +102,7 @@ def pack_predictions(sets: Sequence[Predictions]) -> dict[str, bytes]:
             tensors[f"{item.name}/labels"] = item.labels_N
         if item.expected_entropy_MN is not None:
             tensors[f"{item.name}/expected_entropy"] = item.expected_entropy_MN
-        listing.append({"name": item.name, "role": item.role, "ids": item.ids, "is_language": item.is_language})
+        listing.append({"name": item.name, "role": item.role, "ids": item.ids, "field": item.field})
     return {"predictions.safetensors": to_bytes(tensors), "sets.json": json.dumps(listing).encode()}
 
 
@@ -116,10 +116,15 @@ def unpack_predictions(files: Mapping[str, bytes]) -> list[Predictions]:
             ids=item["ids"],
             labels_N=tensors.get(f"{item['name']}/labels"),
             expected_entropy_MN=tensors.get(f"{item['name']}/expected_entropy"),
-            **{"token_logprobs_MN" if item["is_language"] else "logits_MNC": tensors[f"{item['name']}/values"]},
+            **{_field(item): tensors[f"{item['name']}/values"]},
         )
         for item in json.loads(files["sets.json"])
     ]
+
+
+def _field(listed: Mapping[str, Any]) -> str:
+    """Return what members predicted; predictions from before there were regressions say whether it was language."""
+    return listed.get("field") or ("token_logprobs_MN" if listed["is_language"] else "logits_MNC")
 
 
 def join_members(parts: Sequence[Sequence[Predictions]]) -> list[Predictions]:
@@ -134,10 +139,10 @@ def join_members(parts: Sequence[Sequence[Predictions]]) -> list[Predictions]:
         if any(p.name != first.name or p.ids != first.ids for p in same_set):
             raise StoreError(f"members were evaluated on different rows of set {first.name!r}")
         values = torch.cat([p.values for p in same_set])
-        key = "token_logprobs_MN" if first.is_language else "logits_MNC"
         expected = [p.expected_entropy_MN for p in same_set if p.expected_entropy_MN is not None]
         joined.append(Predictions(
-            name=first.name, role=first.role, ids=first.ids, labels_N=first.labels_N, **{key: values},
+            name=first.name, role=first.role, ids=first.ids, labels_N=first.labels_N,
+            **{first.field: values},
             expected_entropy_MN=torch.cat(expected) if expected else None,
         ))
     return joined

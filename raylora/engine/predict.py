@@ -13,11 +13,12 @@ from torch import Tensor
 
 from raylora.adapters.base import Adapter
 from raylora.data.order import derive_seed
-from raylora.data.task import Example, Task
+from raylora.data.task import Example, Task, predicts_value
 from raylora.engine.base import Base
 from raylora.engine.forward import pack_scores
 from raylora.engine.lessons import read_outputs
 from raylora.ensemble.aggregate import mean_probabilities
+from raylora.ensemble.gaussian import fit_noise
 from raylora.ensemble.metrics import evaluate
 from raylora.ensemble.predictions import Predictions, Role
 from raylora.spec import EvaluationSpec
@@ -31,7 +32,7 @@ def predict(
 ) -> tuple[Tensor, list[str]]:
     """Return (values, ids): outputs M x N x C, or log-probabilities M x N of every target token.
 
-    Outputs are logits for all but some students (:func:`raylora.engine.lessons.read_outputs`).
+    Outputs are logits for all but some students (:func:`raylora.engine.lessons.read_outputs`), or for C = 1 values.
 
     Rows of like length are batched together, since padding is computed too, and put back in order.
 
@@ -66,6 +67,10 @@ def predict_set(
     values, ids = predict(base, adapter, task, stacked, examples, batch, dropout_seeds)
     labels = [example.label for example in examples if example.label is not None]
     labelled = task.num_classes is not None and len(labels) == len(examples)
+    if predicts_value(task):
+        return Predictions(
+            name=name, role=role, ids=ids, labels_N=torch.tensor(labels) if labelled else None, real_MN=values[..., 0]
+        )
     values, expected_MN = read_outputs(task, values)
     key: Any = "logits_MNC" if task.num_classes is not None else "token_logprobs_MN"
     return Predictions(
@@ -78,15 +83,26 @@ def validation_metrics(
     base: Base, adapter: Adapter, task: Task, stacked: Mapping[str, Tensor], examples: Sequence[Example],
     evaluation: EvaluationSpec,
 ) -> list[dict[str, float]]:
-    """Return each member's metrics on the validation split; only ``nll`` for language modelling."""
+    """Return each member's metrics on the validation split.
+
+    Only ``nll`` for language modelling; ``nll`` and ``rmse`` for a regression, the former with the noise that fits the
+    member best on this very split, so that the two rise and fall together.
+    """
     found = predict_set(base, adapter, task, stacked, examples, "validation", "validation", evaluation.batch)
     if found.is_language:
         return [{"nll": -float(row_N.double().mean())} for row_N in found.values]
     labels_N = found.labels()
+    if found.is_real:
+        return [_value_metrics(own_N, labels_N) for own_N in found.values]
     return [
         evaluate(mean_probabilities(logits_NC[None]), labels_N, evaluation.bins, _METRICS)
         for logits_NC in found.logits()
     ]
+
+
+def _value_metrics(value_N: Tensor, labels_N: Tensor) -> dict[str, float]:
+    error_N = value_N.double() - labels_N.double()
+    return {"nll": fit_noise(value_N[None], labels_N).nll, "rmse": float((error_N**2).mean().sqrt())}
 
 
 def _batches(examples: Sequence[Example], rows: int) -> Iterator[list[int]]:

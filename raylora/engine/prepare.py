@@ -13,7 +13,7 @@ import torch
 from raylora import control, registry
 from raylora.adapters.base import Noted, is_linear
 from raylora.data.sets import DataSets
-from raylora.data.task import Task
+from raylora.data.task import Task, predicts_value
 from raylora.engine.base import adapter_sites, compute_dtype, find_heads, load_config, load_tokenizer, shell_model
 from raylora.engine.blocks import base_linears
 from raylora.engine.count import adapter_parameters
@@ -99,7 +99,7 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     heads = list(find_heads(shell, []))
     check_baselines(spec, bool(heads))
     check_weights(spec)
-    _check_early_stopping(spec, task)
+    _check_task(spec, task)
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
     sites = adapter_sites(shell, adapter, heads)
     members = adapter_parameters(adapter, sites, shell, heads) + sum(
@@ -193,11 +193,27 @@ def data_record(sets: DataSets) -> dict[str, Any]:
     }
 
 
-def _check_early_stopping(spec: RunSpec, task: Task) -> None:
-    rule = spec.ensemble.regularisers.early_stopping
-    if rule is not None and rule.metric != "nll" and task.num_classes is None:
+def _check_task(spec: RunSpec, task: Task) -> None:
+    """Refuse what an ensemble is asked to do that means nothing for its task. Raises: SpecError."""
+    regularisers, kind = spec.ensemble.regularisers, spec.task.kind
+    known = ["nll"]
+    if task.num_classes is not None:
+        known += ["rmse"] if predicts_value(task) else ["accuracy", "brier", "ece"]
+    rule = regularisers.early_stopping
+    if rule is not None and rule.metric not in known:
         raise SpecError(
-            f"ensemble.regularisers.early_stopping.metric: {spec.task.kind} has no {rule.metric}", "use nll"
+            f"ensemble.regularisers.early_stopping.metric: {kind} has no {rule.metric}", f"use {' or '.join(known)}"
+        )
+    if predicts_value(task) and regularisers.kl is not None:
+        raise SpecError(
+            f"ensemble.regularisers.kl: a model of {kind} gives one value, not a distribution to compare with the "
+            "base's, and the base's own head is not trained",
+            "use early_stopping, decay_a, decay_b or decay_head",
+        )
+    if predicts_value(task) and spec.ensemble.aggregate != "mean_probabilities":
+        raise SpecError(
+            f"ensemble.aggregate: {spec.ensemble.aggregate} is for classes, and {kind} has no logits",
+            "leave it out: members' values are averaged, their distributions mixed",
         )
 
 

@@ -16,8 +16,16 @@ from typing import Any, Protocol
 import torch
 
 from raylora import control, registry
-from raylora.data.task import Example
-from raylora.distill import ClassificationTargets, Keys, TokenTargets, TokenTargetsWriter
+from raylora.data.task import Example, predicts_value
+from raylora.distill import (
+    ClassificationTargets,
+    Keys,
+    MemberTargets,
+    RegressionTargets,
+    TokenTargets,
+    TokenTargetsWriter,
+    read_targets,
+)
 from raylora.engine.forward import pack_scores
 from raylora.engine.lessons import predicting, read_outputs, sets_of, taught_content
 from raylora.engine.members import read_members
@@ -147,18 +155,22 @@ class TeacherBench:
                 self.store.commit_result(f"shards/{name}", files)
         return {}
 
-    def _targets(self, examples: Sequence[Example]) -> ClassificationTargets:
+    def _targets(self, examples: Sequence[Example]) -> MemberTargets:
         adapter = registry.load("adapter", self.spec.adapter.kind).build(self.spec.adapter)
         task, batch = self.bench.task, self.spec.evaluation.batch
         parts = [predict(self.bench.base, adapter, task, pack, examples, batch)[0] for pack in self.packs]
         names = self._column_names()
         order = sorted(range(len(names)), key=names.__getitem__)
-        logits_MNC, _ = read_outputs(task, torch.cat(parts)[order])
-        ids = [example.id for example in examples]
+        outputs_MNC, ids = torch.cat(parts)[order], [example.id for example in examples]
+        keys = Keys(ids, [self.content_of[i] for i in ids])
+        whose: dict[str, Any] = {
+            "teacher_digest": self.teaching.digest, "members": [number_of(names[index]) for index in order],
+        }
+        if predicts_value(task):
+            return RegressionTargets.from_values(keys, outputs_MNC[..., 0].T, **whose)
+        logits_MNC, _ = read_outputs(task, outputs_MNC)
         return ClassificationTargets.from_logits(
-            Keys(ids, [self.content_of[i] for i in ids]), logits_MNC.transpose(0, 1),
-            teacher_digest=self.teaching.digest, members=[number_of(names[index]) for index in order],
-            label_names=task.label_names,
+            keys, logits_MNC.transpose(0, 1), label_names=task.label_names, **whose
         )
 
     def _column_names(self) -> list[str]:
@@ -204,7 +216,7 @@ class TeacherBench:
         files = self.store.load_result(f"shards/{name}")
         size_bytes = sum(map(len, files.values()))
         if self.teaching.tokens is None:
-            targets = ClassificationTargets.from_files(files)
+            targets = read_targets(files)
             return {"rows": len(targets.keys), "size_bytes": size_bytes, "rounding_error": targets.rounding_error}
         tokens = TokenTargets(files.__getitem__, [name])
         return {"rows": len(tokens.keys), "size_bytes": size_bytes, "positions": tokens.positions}

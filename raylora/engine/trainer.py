@@ -16,7 +16,7 @@ from torch import Tensor
 from raylora.adapters.base import HEAD, Adapter, Tensors
 from raylora.adapters.packed import stack
 from raylora.data.order import Order
-from raylora.data.task import Batch, Example, Task
+from raylora.data.task import Batch, Example, Task, predicts_value
 from raylora.engine.base import Base, head_tensors
 from raylora.engine.deepspeed import MemberOptimiser
 from raylora.engine.forward import (
@@ -36,7 +36,7 @@ from raylora.errors import Interrupted, TrainingError
 from raylora.spec import RunSpec
 
 _HISTORY_POINTS = 500
-_LOWER_IS_BETTER = {"nll": True, "brier": True, "ece": True, "accuracy": False}
+_LOWER_IS_BETTER = {"nll": True, "brier": True, "ece": True, "rmse": True, "accuracy": False}
 
 
 @dataclass
@@ -293,7 +293,9 @@ class PackTrainer:
             )
 
     def _new(self, unit: Unit, head: Mapping[str, Tensor]) -> Trainee:
-        tensors = initial_member(self.base, self.adapter, head, unit.stream("init"))
+        tensors = initial_member(
+            self.base, self.adapter, head, unit.stream("init"), start_value(self.task, self.train)
+        )
         lengths = tuple(max(map(len, example.sequences)) for example in self.train)
         order = Order(
             len(self.train), self.spec.optimisation.micro_batch, order_seed(unit, self.spec),
@@ -309,3 +311,15 @@ class PackTrainer:
             tensors, self.adapter, self.spec.optimisation, self.spec.ensemble.regularisers, self.total,
             self.base.device, start_tensors(self.base, self.adapter),
         )
+
+
+def start_value(task: Task, train: Sequence[Example]) -> float:
+    """Return what a fresh head says before it has learnt anything: of a regression the mean label, else 0.
+
+    A head that starts at 0 is first pushed to the mean by everything that can push it, and adapters bent to that end
+    were seen to forget the text (the loss stays at the labels' variance).
+    """
+    if not predicts_value(task):
+        return 0.0
+    known = [example.label for example in train if example.label is not None and not math.isnan(example.label)]
+    return math.fsum(known) / max(1, len(known))

@@ -8,7 +8,7 @@ Shapes: S draws, N rows, D documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from raylora.ensemble.metrics import METRICS, RowScores, draw_metrics
 
 CHUNK = 2_000_000
 """Row indices held at once: bounds the memory of many resamples of a large set."""
+
+
+Kernel = Callable[[Tensor], dict[str, Tensor]]
+"""Row indices S x N -> each metric over those rows, S."""
 
 
 def row_draws(rows: int, samples: int, seed: int) -> Iterator[Tensor]:
@@ -32,8 +36,13 @@ def bootstrap_metrics(
     scores: RowScores, bins: int, samples: int, seed: int, names: Sequence[str] = METRICS
 ) -> dict[str, Tensor]:
     """Return each named metric over ``samples`` resamples of the rows, S."""
-    chunks = [draw_metrics(scores, draws_SN, bins, names) for draws_SN in row_draws(len(scores.nll_N), samples, seed)]
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in names}
+    return resampled(lambda draws_SN: draw_metrics(scores, draws_SN, bins, names), len(scores.nll_N), samples, seed)
+
+
+def resampled(kernel: Kernel, rows: int, samples: int, seed: int) -> dict[str, Tensor]:
+    """Return each metric of a kernel over ``samples`` resamples of the rows, S."""
+    chunks = [kernel(draws_SN) for draws_SN in row_draws(rows, samples, seed)]
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
 def bootstrap_token_nll(nll_N: Tensor, ids: Sequence[str], samples: int, seed: int) -> Tensor:
@@ -53,3 +62,8 @@ def interval(values_S: Tensor, confidence: float) -> list[float]:
     tail = (1 - confidence) / 2
     low, high = np.quantile(values_S.numpy(), [tail, 1 - tail])
     return [float(low), float(high)]
+
+
+def interval_if_defined(values_S: Tensor, confidence: float) -> list[float] | None:
+    """Return the interval, or None if some resample had no such number: a correlation of equal values is none."""
+    return None if bool(values_S.isnan().any()) else interval(values_S, confidence)

@@ -7,19 +7,21 @@ Shapes: S bootstrap samples, N rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from raylora.ensemble.aggregate import aggregate_logits
-from raylora.ensemble.bootstrap import bootstrap_metrics, bootstrap_token_nll, interval
+from raylora.ensemble.bootstrap import bootstrap_metrics, bootstrap_token_nll, interval, interval_if_defined
 from raylora.ensemble.groups import Settings
 from raylora.ensemble.metrics import RowScores, point_metrics, score_rows
 from raylora.ensemble.predictions import Predictions
 
 COMPARED = ("accuracy", "nll", "brier", "ece")
-HIGHER_IS_BETTER = frozenset({"accuracy"})
+HIGHER_IS_BETTER = frozenset({"accuracy", "pearson", "spearman", "r2"})
 
 
 def classification_gains(part: Predictions, settings: Settings) -> dict[str, Any]:
@@ -29,20 +31,38 @@ def classification_gains(part: Predictions, settings: Settings) -> dict[str, Any
     members = [
         score_rows(torch.log_softmax(logits_NC.double(), dim=-1), labels_N, part.name) for logits_NC in logits_MNC
     ]
+    return gains_over_members(
+        Measured(point_metrics(pooled, bins, COMPARED), _resample(pooled, settings)),
+        [Measured(point_metrics(one, bins, COMPARED), _resample(one, settings)) for one in members],
+        COMPARED, settings,
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A contender's metrics on the rows as they are, and over the same resamples of them, S."""
+
+    point: Mapping[str, float | None]
+    drawn: Mapping[str, Tensor]
+
+
+def gains_over_members(
+    pooled: Measured, members: Sequence[Measured], metrics: Sequence[str], settings: Settings
+) -> dict[str, Any]:
+    """Return ``{over_mean_member, over_single: {metric: {gain, interval}}}``; what is undefined is left out."""
     gains: dict[str, Any] = {"over_mean_member": {}, "over_single": {}}
-    point, point_members = point_metrics(pooled, bins, COMPARED), [point_metrics(m, bins, COMPARED) for m in members]
-    drawn = _resample(pooled, settings)
-    drawn_members = [_resample(member, settings) for member in members]
-    for metric in COMPARED:
+    for metric in metrics:
         sign = 1.0 if metric in HIGHER_IS_BETTER else -1.0
-        values = [one[metric] for one in point_members]
-        draws = [one[metric] for one in drawn_members] if drawn else []
-        for name, count in (("over_mean_member", len(members)), ("over_single", 1)):
-            gain = sign * (point[metric] - sum(values[:count]) / count)
-            gains[name][metric] = {"gain": gain}
-            if drawn:
-                difference_S = sign * (drawn[metric] - torch.stack(draws[:count]).mean(dim=0))
-                gains[name][metric]["interval"] = interval(difference_S, settings.evaluation.confidence)
+        for name, others in (("over_mean_member", members), ("over_single", members[:1])):
+            values = [one.point[metric] for one in (pooled, *others)]
+            known = [value for value in values if value is not None]
+            if len(known) < len(values):
+                continue
+            gains[name][metric] = {"gain": sign * (known[0] - sum(known[1:]) / len(others))}
+            if pooled.drawn:
+                mean_S = torch.stack([one.drawn[metric] for one in others]).mean(dim=0)
+                found = interval_if_defined(sign * (pooled.drawn[metric] - mean_S), settings.evaluation.confidence)
+                gains[name][metric] |= {"interval": found} if found is not None else {}
     return gains
 
 

@@ -15,11 +15,13 @@ from raylora.errors import DataError
 
 Role = Literal["validation", "test", "in_distribution", "out_of_distribution"]
 ROLES: tuple[str, ...] = ("validation", "test", "in_distribution", "out_of_distribution")
+FIELDS: tuple[str, ...] = ("logits_MNC", "token_logprobs_MN", "real_MN")
+"""What a member can say of a row: classes, a text's own tokens, or a value."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Predictions:
-    """The predictions of M members for one set; exactly one of ``logits_MNC`` and ``token_logprobs_MN`` is given.
+    """The predictions of M members for one set; exactly one of the three ``FIELDS`` is given.
 
     Raises DataError, naming the set, for empty or non-finite predictions, labels out of range and mismatched lengths.
     """
@@ -32,6 +34,8 @@ class Predictions:
     labels_N: Tensor | None = None
     token_logprobs_MN: Tensor | None = None
     """The log-probability that each member gives to each target token."""
+    real_MN: Tensor | None = None
+    """The value that each member of a regression gives to each row."""
     expected_entropy_MN: Tensor | None = None
     """For members that are themselves distributions over classifiers (a Dirichlet, several heads): the entropy that
     each expects of one of its classifiers. None for ordinary members, for whom it is the entropy of their softmax."""
@@ -39,8 +43,11 @@ class Predictions:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise self._error(f"unknown role {self.role!r}", f"known: {', '.join(ROLES)}")
-        if (self.logits_MNC is None) == (self.token_logprobs_MN is None):
-            raise self._error("has to have either logits or token log-probabilities", "give exactly one of them")
+        given = [name for name in FIELDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise self._error(
+                "has to have either logits, token log-probabilities or real values", "give exactly one of them"
+            )
         self._check_values()
         if len(self.ids) != self.rows:
             raise self._error(f"{len(self.ids)} ids for {self.rows} predictions", "give one id per row (or token)")
@@ -50,12 +57,18 @@ class Predictions:
             )
         if self.labels_N is not None and self.logits_MNC is not None:
             check_labels(self.labels_N, self.rows, self.logits_MNC.shape[2], self.name)
+        if self.labels_N is not None and self.real_MN is not None:
+            check_values(self.labels_N, self.rows, self.name)
+
+    @property
+    def field(self) -> str:
+        """Return which of ``FIELDS`` is given."""
+        return next(name for name in FIELDS if getattr(self, name) is not None)
 
     @property
     def values(self) -> Tensor:
         """Return the predictions, M x N x C or M x N."""
-        values = self.logits_MNC if self.logits_MNC is not None else self.token_logprobs_MN
-        assert values is not None
+        values: Tensor = getattr(self, self.field)
         return values
 
     @property
@@ -69,25 +82,28 @@ class Predictions:
         return self.values.shape[1]
 
     @property
+    def is_real(self) -> bool:
+        """Return whether these are the values of a regression."""
+        return self.real_MN is not None
+
+    @property
     def is_language(self) -> bool:
         """Return whether these are token log-probabilities."""
         return self.token_logprobs_MN is not None
 
     def member(self, index: int) -> Predictions:
         """Return the same set as predicted by one member alone (M = 1)."""
-        if self.logits_MNC is not None:
-            expected = self.expected_entropy_MN
-            return replace(
-                self, logits_MNC=self.logits_MNC[index : index + 1],
-                expected_entropy_MN=None if expected is None else expected[index : index + 1],
-            )
-        assert self.token_logprobs_MN is not None
-        return replace(self, token_logprobs_MN=self.token_logprobs_MN[index : index + 1])
+        expected = self.expected_entropy_MN
+        changes: dict[str, Tensor | None] = {
+            self.field: self.values[index : index + 1],
+            "expected_entropy_MN": None if expected is None else expected[index : index + 1],
+        }
+        return replace(self, **changes)  # type: ignore[arg-type]
 
     def logits(self) -> Tensor:
         """Return the logits, M x N x C, or raise DataError where there are only token log-probabilities."""
         if self.logits_MNC is None:
-            raise self._error("has no logits", "language modelling is summarised by token log-probabilities")
+            raise self._error("has no logits", f"it has {self.field}, which is summarised in another way")
         return self.logits_MNC
 
     def labels(self) -> Tensor:
@@ -119,8 +135,7 @@ class Predictions:
 
 def check_labels(labels_N: Tensor, rows: int, classes: int, name: str) -> None:
     """Raise DataError unless there are ``rows`` integer labels in [0, classes)."""
-    if labels_N.shape != (rows,):
-        raise DataError(f"set {name!r}: labels of shape {tuple(labels_N.shape)} for {rows} rows", "one label per row")
+    _check_one_each(labels_N, rows, name)
     if labels_N.is_floating_point():
         raise DataError(f"set {name!r}: labels are floating point", "give integer class indices")
     low, high = int(labels_N.min()), int(labels_N.max())
@@ -129,3 +144,17 @@ def check_labels(labels_N: Tensor, rows: int, classes: int, name: str) -> None:
             f"set {name!r}: labels range over {low}..{high}, but there are {classes} classes",
             f"labels must lie in 0..{classes - 1}",
         )
+
+
+def check_values(labels_N: Tensor, rows: int, name: str) -> None:
+    """Raise DataError unless there are ``rows`` finite real labels."""
+    _check_one_each(labels_N, rows, name)
+    if not labels_N.is_floating_point():
+        raise DataError(f"set {name!r}: labels are {labels_N.dtype}, not real values", "give floating-point labels")
+    if not bool(torch.isfinite(labels_N).all()):
+        raise DataError(f"set {name!r}: labels are NaN or infinite", "leave out the rows that have no label")
+
+
+def _check_one_each(labels_N: Tensor, rows: int, name: str) -> None:
+    if labels_N.shape != (rows,):
+        raise DataError(f"set {name!r}: labels of shape {tuple(labels_N.shape)} for {rows} rows", "one label per row")

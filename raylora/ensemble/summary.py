@@ -12,8 +12,16 @@ from raylora.ensemble.aggregate import RULES
 from raylora.ensemble.classification import summarise_classification
 from raylora.ensemble.groups import Group, Settings, check_groups
 from raylora.ensemble.language import summarise_language
+from raylora.ensemble.regression import summarise_regression
 from raylora.errors import SpecError, suggest
 from raylora.spec.run import EvaluationSpec
+
+SUMMARIES = {
+    "logits_MNC": summarise_classification,
+    "token_logprobs_MN": summarise_language,
+    "real_MN": summarise_regression,
+}
+"""What members predict -> how it is summarised."""
 
 
 def summarise(
@@ -32,7 +40,7 @@ def summarise(
     check_groups(groups)
     settings = Settings(evaluation, aggregate, seed)
     sets = {part.name: {"role": part.role, "rows": part.rows} for part in groups["ensemble"]}
-    summary_of = summarise_language if groups["ensemble"][0].is_language else summarise_classification
+    summary_of = SUMMARIES[groups["ensemble"][0].field]
     with one_thread():
         return {"sets": sets, "confidence": evaluation.confidence, **summary_of(groups, settings)}
 

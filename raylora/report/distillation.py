@@ -9,6 +9,7 @@ from rich.table import Table as ConsoleTable
 
 from raylora.report.entries import Cell, Entry, columns
 from raylora.report.formatting import NAMES, duration, number, size
+from raylora.report.shown import shown_of_scores
 from raylora.report.tables import MISSING, Table, Text, text_of
 
 
@@ -70,9 +71,12 @@ def kept(record: dict[str, Any]) -> str:
     if _language(record):
         perplexities = [number(one["perplexity"], "perplexity") for one in (told, said)]
         return f"With {cost} its perplexity is {perplexities[0]}, the teacher's {perplexities[1]}."
+    metric, share = record["retained_metric"], student["retained_score"]
+    if share is None:
+        return f"The teacher itself learnt nothing of which a share could be kept; the student has {cost}."
     return (
-        f"It keeps {100 * student['retained_accuracy']:.1f} % of the teacher's accuracy "
-        f"({number(told['accuracy'], 'accuracy')} of {number(said['accuracy'], 'accuracy')}), with {cost}."
+        f"It keeps {100 * share:.1f} % of the teacher's {NAMES[metric].lower()} "
+        f"({number(told[metric], metric)} of {number(said[metric], metric)}), with {cost}."
     )
 
 
@@ -133,10 +137,10 @@ def _entries(record: dict[str, Any]) -> list[Entry]:
 def _quality(record: dict[str, Any]) -> Table:
     rows = _entries(record)
     sets, foreign = list(rows[0].content["eval"]), list(rows[0].content["ood"])
-    shown = ("nll", "perplexity") if _language(record) else ("accuracy", "nll", "brier", "ece")
-    keys = [(name, metric) for name in sets for metric in shown]
+    show = shown_of_scores(rows[0].content["eval"][sets[0]])
+    keys = [(name, metric) for name in sets for metric in show.compared]
     # A student that keeps its teacher's disagreement can be asked for it; the score is the AUROC of that.
-    keys += [(name, metric) for name in foreign for metric in ("predictive_entropy", "mutual_information")]
+    keys += [(name, score) for name in foreign for score in show.kept]
     part = dict.fromkeys(sets, "eval") | dict.fromkeys(foreign, "ood")
     cells = columns(rows, keys, lambda row, name, metric: row.cell(part[name], name, metric))
     lines = [
@@ -144,13 +148,15 @@ def _quality(record: dict[str, Any]) -> Table:
         for row, line in zip(rows, cells, strict=True)
     ]
     heads = [f"AUROC of {NAMES[metric].lower()}" if part[name] == "ood" else NAMES[metric] for name, metric in keys]
-    return Table([(name, len(shown)) for name in sets] + [(name, 2) for name in foreign], heads, lines)
+    groups = [(name, len(show.compared)) for name in sets] + [(name, len(show.kept)) for name in foreign]
+    return Table(groups, heads, lines)
 
 
 def _costs(record: dict[str, Any]) -> Table:
     """Return a column for everything that was measured of any contender."""
+    metric = record.get("retained_metric") or "accuracy"
     shown: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "retained_accuracy": ("Accuracy kept", lambda share: f"{100 * share:.1f} %"),
+        "retained_score": (f"{NAMES[metric]} kept", lambda share: f"{100 * share:.1f} %"),
         "parameters": ("Parameters", lambda count: f"{count:,}"),
         "trainable_parameters": ("Trained", lambda count: f"{count:,}"),
         "peak_memory_bytes": ("Peak memory", size),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raylora.report.formatting import HIGHER_IS_BETTER
+from raylora.report.formatting import cost
 
 BASELINE_LABELS = {
     "single": "Single LoRA (member 0)",
@@ -87,12 +87,12 @@ def columns(
     """Return cells by row and column, the best of each column marked; ``keys`` are pairs of set and metric."""
     table = [[cell(row, name, metric) for name, metric in keys] for row in rows]
     for index, (_, metric) in enumerate(keys):
-        values = [line[index].value for line in table if line[index] is not None]  # type: ignore[union-attr]
-        if not values or max(values) - min(values) <= 1e-9 * max(map(abs, values)):  # nobody is best where all tie
+        found = [(line, one, cost(one.value, metric)) for line in table if (one := line[index]) is not None]
+        costs = [value for _, _, value in found if value is not None]
+        if not costs or max(costs) - min(costs) <= 1e-9 * max(map(abs, costs)):  # nobody is best where all tie
             continue
-        best = max(values) if metric in HIGHER_IS_BETTER else min(values)
-        for line in table:
-            found = line[index]
-            if found is not None and abs(found.value - best) <= 1e-9 * max(1.0, abs(best)):
-                line[index] = replace(found, best=True)
+        best = min(costs)
+        for line, one, value in found:
+            if value is not None and abs(value - best) <= 1e-9 * max(1.0, abs(best)):
+                line[index] = replace(one, best=True)
     return table

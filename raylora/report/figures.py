@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from raylora.report.entries import entries, scored_sets
 from raylora.report.formatting import NAMES
+from raylora.report.shown import shown
 
 COLOURS = {
     "ensemble": "#0072B2",
@@ -75,13 +76,13 @@ def reliability(metrics: dict[str, Any]) -> list[Drawn]:
     """Per set: accuracy against confidence with counts, ensemble above single, before and after temperature."""
     drawn = []
     for name, groups in metrics.get("plots", {}).get("reliability", {}).items():
-        shown = [key for key in ("ensemble", "single") if key in groups]
-        stages = [stage for stage in ("before", "after") if any(stage in groups[key] for key in shown)]
-        figure = Figure(figsize=(2.8 * len(stages), 3.3 * len(shown) + 0.3), layout="constrained")
+        pair = [key for key in ("ensemble", "single") if key in groups]
+        stages = [stage for stage in ("before", "after") if any(stage in groups[key] for key in pair)]
+        figure = Figure(figsize=(2.8 * len(stages), 3.3 * len(pair) + 0.3), layout="constrained")
         figure.suptitle(name, fontsize=11)
-        ratios = [3, 1] * len(shown)
-        axes = figure.subplots(2 * len(shown), len(stages), squeeze=False, height_ratios=ratios)
-        for (row, key), (column, stage) in itertools.product(enumerate(shown), enumerate(stages)):
+        ratios = [3, 1] * len(pair)
+        axes = figure.subplots(2 * len(pair), len(stages), squeeze=False, height_ratios=ratios)
+        for (row, key), (column, stage) in itertools.product(enumerate(pair), enumerate(stages)):
             bins = groups[key].get(stage, [])
             words = {"before": "as predicted", "after": "temperature-scaled"}[stage] if len(stages) > 1 else ""
             axes[2 * row][column].set_title(f"{key.capitalize()} {words}".strip())
@@ -155,11 +156,11 @@ def member_curve(metrics: dict[str, Any]) -> list[Drawn]:
         curve = metrics.get("m_curve", {}).get(name, [])
         if len(curve) < 2:
             continue
-        shown = [metric for metric in ("nll", "accuracy", "brier", "ece") if metric in curve[0]] or ["nll"]
-        rows, wide = (2, 2) if len(shown) > 2 else (1, len(shown))
+        drawable = [metric for metric in shown(metrics).curve if all(metric in point for point in curve)] or ["nll"]
+        rows, wide = (2, 2) if len(drawable) > 2 else (1, len(drawable))
         figure = Figure(figsize=(5.6, 2.2 * rows + 0.3 if rows > 1 else 3.6), layout="constrained")
         panels = figure.subplots(rows, wide, squeeze=False).flat
-        for axes, metric in zip(panels, shown, strict=True):
+        for axes, metric in zip(panels, drawable, strict=True):
             _curve_panel(axes, curve, metric)
         figure.suptitle(name, fontsize=11)
         drawn.append(Drawn(f"members-{name}", figure, f"Metrics on {name} against the number of members"))
@@ -184,12 +185,13 @@ def training(metrics: dict[str, Any]) -> list[Drawn]:
     titles = {
         "loss": "training loss",
         "validation_nll": "validation NLL",
+        "validation_rmse": "validation RMSE",
         "grad_norm": "gradient norm",
         "lr": "learning rate",
     }
-    shown = [key for key in titles if any(row.get(key) is not None for rows in runs.values() for row in rows)]
+    recorded = [key for key in titles if any(row.get(key) is not None for rows in runs.values() for row in rows)]
     drawn = []
-    for key in shown:
+    for key in recorded:
         figure = Figure(figsize=(5.4, 4.0), layout="constrained")
         axes = figure.subplots()
         tints = matplotlib.colormaps["viridis"].resampled(max(2, len(runs) + 1))

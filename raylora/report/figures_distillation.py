@@ -24,7 +24,8 @@ def kept(metrics: dict[str, Any]) -> list[Drawn]:
 
 def _figure(record: dict[str, Any]) -> Drawn:
     rows = [Entry(key, one["label"], one) for key, one in record["contenders"].items()][::-1]
-    shown = [metric for metric in ("nll", "accuracy", "ece") if rows[0].cell("eval", "test", metric) is not None]
+    metrics = ("nll", "accuracy", "ece", "pearson", "rmse")
+    shown = [metric for metric in metrics if rows[0].cell("eval", "test", metric) is not None]
     cost = next(key for key in _COSTS if all(key in row.content for row in rows))
     panels = [*shown, cost]
     lines = (len(panels) + 1) // 2

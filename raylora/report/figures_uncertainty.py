@@ -14,6 +14,7 @@ SCORE_LABELS = {
     "max_probability": "1 - max probability",
     "predictive_entropy": "predictive entropy (nats)",
     "mutual_information": "mutual information (nats)",
+    "epistemic_std": "standard deviation over the members",
 }
 
 

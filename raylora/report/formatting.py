@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-PERCENT = frozenset({"accuracy"})
-HIGHER_IS_BETTER = frozenset({"accuracy", "max_probability", "predictive_entropy", "mutual_information"})
-"""Accuracy, and the three detection scores, whose AUROC is what a table shows under their names."""
+PERCENT = frozenset({"accuracy", "coverage_95"})
+HIGHER_IS_BETTER = frozenset({
+    "accuracy", "pearson", "spearman", "r2",
+    "max_probability", "predictive_entropy", "mutual_information", "epistemic_std",
+})
+"""Accuracy and correlations, and the detection scores, whose AUROC is what a table shows under their names."""
+AIMED_AT = {"coverage_95": 0.95}
+"""Metrics that are best at a value, not at an end."""
+NEITHER = frozenset({"total_std"})
+"""Numbers that no contender is better for."""
 NAMES = {
     "accuracy": "Accuracy",
     "nll": "NLL",
@@ -19,7 +26,24 @@ NAMES = {
     "max_probability": "Max probability",
     "predictive_entropy": "Predictive entropy",
     "mutual_information": "Mutual information",
+    "rmse": "RMSE",
+    "mae": "MAE",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "r2": "R²",
+    "coverage_95": "95 % coverage",
+    "epistemic_std": "Epistemic std",
+    "total_std": "Total std",
 }
+
+
+def cost(value: float, metric: str) -> float | None:
+    """Return a number that is least for the best contender, or None where there is no best."""
+    if metric in NEITHER:
+        return None
+    if metric in AIMED_AT:
+        return abs(value - AIMED_AT[metric])
+    return -value if metric in HIGHER_IS_BETTER else value
 
 
 def number(value: float, metric: str = "") -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from raylora.report.entries import scored_sets, set_names
-from raylora.report.formatting import PERCENT, difference, number
+from raylora.report.formatting import NAMES, PERCENT, difference, number
+from raylora.report.shown import shown
 
 OTHERS = {"over_mean_member": "its average member", "over_single": "a single LoRA"}
 LOUD_TERMS = {
@@ -13,6 +14,8 @@ LOUD_TERMS = {
     "accuracy": "accuracy",
     "brier": "Brier score (lower is better)",
     "ece": "calibration error (ECE, lower is better)",
+    "rmse": "root mean squared error (RMSE, lower is better)",
+    "pearson": "Pearson correlation",
 }
 
 
@@ -24,9 +27,9 @@ def headline(metrics: dict[str, Any]) -> list[str]:
     members = metrics["ensemble"].get("members", 0)
     if members < 2:
         return ["One member was trained, so there is no ensemble to compare with it.", *_degraded(metrics)]
-    sentences = [_comparison(metrics, sets[0], "nll")]
-    sentences += [_comparison(metrics, sets[0], metric) for metric in ("accuracy", "ece", "brier")]
-    sentences += [_comparison(metrics, name, "nll") for name in sets[1:]]
+    first, *more = shown(metrics).told
+    sentences = [_comparison(metrics, sets[0], metric) for metric in (first, *more)]
+    sentences += [_comparison(metrics, name, first) for name in sets[1:]]
     sentences += [_detection(metrics, name) for name in set_names(metrics, "out_of_distribution")]
     return [*[sentence for sentence in sentences if sentence], *_degraded(metrics)]
 
@@ -68,14 +71,15 @@ def _verdict(gain: dict[str, Any], metric: str, other: str) -> str:
 
 
 def _detection(metrics: dict[str, Any], name: str) -> str:
-    """Compare by predictive entropy alone: picking the best of several scores afterwards would flatter."""
-    value = metrics["ensemble"].get("ood", {}).get(name, {}).get("predictive_entropy")
+    """Compare by one score alone: picking the best of several afterwards would flatter."""
+    score = shown(metrics).detected_by
+    value = metrics["ensemble"].get("ood", {}).get(name, {}).get(score)
     if value is None:
         return ""
-    single = metrics.get("baselines", {}).get("single", {}).get("ood", {}).get(name, {}).get("predictive_entropy")
+    single = metrics.get("baselines", {}).get("single", {}).get("ood", {}).get(name, {}).get(score)
     against = f", that of a single LoRA with {number(single)}" if single is not None else ""
     return (
-        f"The ensemble's predictive entropy tells inputs from {name} from test inputs with an AUROC of "
+        f"The ensemble's {NAMES[score].lower()} tells inputs from {name} from test inputs with an AUROC of "
         f"{number(value)}{against} (1 is perfect, 0.5 is guessing)."
     )
 

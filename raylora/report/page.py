@@ -10,11 +10,20 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from raylora.report import base_page, distillation, figures, figures_distillation, figures_uncertainty, tables
+from raylora.report import (
+    base_page,
+    distillation,
+    figures,
+    figures_distillation,
+    figures_regression,
+    figures_uncertainty,
+    tables,
+)
 from raylora.report.entries import scored_sets, set_names
 from raylora.report.figures import Drawn
 from raylora.report.formatting import flat
 from raylora.report.headline import headline
+from raylora.report.shown import kind_of
 
 DPI = 130
 SAFE = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
@@ -52,14 +61,15 @@ def render(metrics: dict[str, Any], images: dict[str, list[dict[str, str]]]) -> 
         run_facts=flat({key: value for key, value in run.items() if key not in ("name", "degraded")}),
         degraded=bool(run.get("degraded")),
         headline=headline(metrics),
-        language=metrics.get("kind") == "language_modelling",
+        kind=kind_of(metrics),
         confidence=f"{100 * metrics.get('confidence', 0.95):g} %",
         test=(scored_sets(metrics) or ["test"])[0],
         foreign=set_names(metrics, "out_of_distribution"),
         comparison=tables.comparison(metrics),
-        selective=tables.selective(metrics),
+        apart=tables.apart(metrics),
         scaled=tables.scaled(metrics),
         temperatures=tables.temperatures(metrics),
+        noises=tables.noises(metrics),
         shift=tables.shift(metrics),
         detection=tables.detection(metrics),
         members=tables.members(metrics),
@@ -96,6 +106,8 @@ def _image(png: bytes, drawn: Drawn) -> dict[str, str]:
 def _draw(metrics: dict[str, Any]) -> dict[str, Sequence[Drawn]]:
     return {
         "reliability": figures.reliability(metrics),
+        "predicted": figures_regression.values(metrics),
+        "coverage": figures_regression.coverage(metrics),
         "risk_coverage": figures.risk_coverage(metrics),
         "member_curve": figures.member_curve(metrics),
         "training": figures.training(metrics),

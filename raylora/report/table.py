@@ -8,13 +8,13 @@ from rich.table import Table
 
 from raylora.report.entries import Cell, columns, entries, scored_sets, set_names
 from raylora.report.formatting import NAMES, number
+from raylora.report.shown import shown
 
 
 def console_table(metrics: dict[str, Any]) -> Table:
     """Return one row per contender: test metrics, NLL under shift, AUROC of detection; the best of a column is bold."""
     rows = entries(metrics)
-    language = metrics.get("kind") == "language_modelling"
-    keys = _keys(metrics, language)
+    keys = _keys(metrics)
     table = Table(title=metrics.get("run", {}).get("name"), header_style="bold")
     table.add_column("")
     for part, name, metric in keys:
@@ -28,13 +28,12 @@ def console_table(metrics: dict[str, Any]) -> Table:
     return table
 
 
-def _keys(metrics: dict[str, Any], language: bool) -> list[tuple[str, str, str]]:
-    test, *shifted = scored_sets(metrics) or ["test"]
-    first = ("nll", "perplexity") if language else ("accuracy", "nll", "brier", "ece")
-    keys = [("eval", test, metric) for metric in first] + [("eval", name, "nll") for name in shifted]
-    if not language:
-        foreign = set_names(metrics, "out_of_distribution")
-        keys += [("ood", name, "predictive_entropy") for name in foreign]
+def _keys(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    test, *others = scored_sets(metrics) or ["test"]
+    show = shown(metrics)
+    keys = [("eval", test, metric) for metric in show.compared] + [("eval", name, "nll") for name in others]
+    if show.detected_by:
+        keys += [("ood", name, show.detected_by) for name in set_names(metrics, "out_of_distribution")]
     return keys
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from raylora.report.entries import Cell, Entry, columns, entries, member_entries, scored_sets, set_names
 from raylora.report.formatting import NAMES, difference, flat, number
+from raylora.report.shown import shown
 
 MISSING = "n/a"
 
@@ -35,7 +36,7 @@ def comparison(metrics: dict[str, Any]) -> Table | None:
     return _grouped(
         entries(metrics),
         scored_sets(metrics),
-        ("nll", "perplexity") if _language(metrics) else ("accuracy", "nll", "brier", "ece"),
+        shown(metrics).compared,
         lambda row, name, metric: row.cell("eval", name, metric),
     )
 
@@ -52,20 +53,18 @@ def scaled(metrics: dict[str, Any]) -> Table | None:
 
 def members(metrics: dict[str, Any]) -> Table | None:
     """Each member on every labelled set."""
-    shown = ("nll", "perplexity") if _language(metrics) else ("accuracy", "nll", "ece", "aurc")
     return _grouped(
-        member_entries(metrics), scored_sets(metrics), shown, lambda row, name, metric: row.cell("eval", name, metric)
+        member_entries(metrics), scored_sets(metrics), shown(metrics).members,
+        lambda row, name, metric: row.cell("eval", name, metric),
     )
 
 
-def selective(metrics: dict[str, Any]) -> Table | None:
-    """The two metrics that the comparison leaves out."""
-    if _language(metrics):
-        return None
+def apart(metrics: dict[str, Any]) -> Table | None:
+    """The metrics that the comparison leaves out."""
     return _grouped(
         entries(metrics),
         scored_sets(metrics),
-        ("adaptive_ece", "aurc"),
+        shown(metrics).apart,
         lambda row, name, metric: row.cell("eval", name, metric),
     )
 
@@ -75,27 +74,24 @@ def detection(metrics: dict[str, Any]) -> Table | None:
     foreign = [
         name for name in set_names(metrics, "out_of_distribution") if name in metrics.get("ensemble", {}).get("ood", {})
     ]
-    scores = ("max_probability", "predictive_entropy", "mutual_information")
-    return _grouped(entries(metrics), foreign, scores, lambda row, name, metric: row.cell("ood", name, metric))
+    return _grouped(
+        entries(metrics), foreign, shown(metrics).detection, lambda row, name, metric: row.cell("ood", name, metric)
+    )
 
 
 def shift(metrics: dict[str, Any]) -> Table | None:
     """How much each contender loses from the test set to each other labelled set."""
     test, *others = scored_sets(metrics) or [""]
-    shown = ("nll",) if _language(metrics) else ("accuracy", "nll", "ece")
+    told = shown(metrics).shifted
     if not others:
         return None
-    keys = [(name, metric) for name in others for metric in shown]
+    keys = [(name, metric) for name in others for metric in told]
     rows = [
         (row.label, [_change(row.cell("eval", test, m), row.cell("eval", name, m), m) for name, m in keys])
         for row in entries(metrics)
     ]
-    groups = [(f"{test} → {name}", len(shown)) for name in others]
+    groups = [(f"{test} → {name}", len(told)) for name in others]
     return Table(groups, [NAMES[metric] for _, metric in keys], rows)
-
-
-def _language(metrics: dict[str, Any]) -> bool:
-    return metrics.get("kind") == "language_modelling"
 
 
 def _change(before: Cell | None, after: Cell | None, metric: str) -> Text:
@@ -113,6 +109,21 @@ def temperatures(metrics: dict[str, Any]) -> list[str]:
             told = not row.content.get("temperature_fit", {}).get("degenerate", False)
             note = "" if told else " (the validation split could not tell, so it stays 1)"
             phrases.append(f"{row.label}: T = {row.content['temperature']:.2f}{note}")
+    return phrases
+
+
+def noises(metrics: dict[str, Any]) -> list[str]:
+    """Return one phrase per contender of a regression: its noise, and how far its members differ on the test set."""
+    test = (scored_sets(metrics) or [""])[0]
+    phrases = []
+    for row in entries(metrics):
+        if "noise_std" in row.content:
+            phrase = f"{row.label}: noise {number(row.content['noise_std'])}"
+            between = row.content["eval"][test]["epistemic_std"]
+            phrase += f", between members {number(between)} on average" if between else ""
+            if row.content["noise_fit"]["degenerate"]:
+                phrase += " (the validation labels were hit all but exactly, so the noise is a guess)"
+            phrases.append(phrase)
     return phrases
 
 
@@ -144,10 +155,10 @@ def data(metrics: dict[str, Any]) -> Table | None:
 def _grouped(
     rows: Sequence[Entry],
     names: Sequence[str],
-    shown: Sequence[str],
+    told: Sequence[str],
     cell: Callable[[Entry, str, str], Cell | None],
 ) -> Table | None:
-    keys = [(name, metric) for name in names for metric in shown]
+    keys = [(name, metric) for name in names for metric in told]
     cells = columns(rows, keys, cell)
     lines = [
         (row.label, [text_of(one, metric) for one, (_, metric) in zip(line, keys, strict=True)])
@@ -156,7 +167,7 @@ def _grouped(
     ]
     if not lines:
         return None
-    return Table([(name, len(shown)) for name in names], [NAMES[metric] for _, metric in keys], lines)
+    return Table([(name, len(told)) for name in names], [NAMES[metric] for _, metric in keys], lines)
 
 
 def text_of(cell: Cell | None, metric: str) -> Text:

@@ -10,6 +10,7 @@ import torch
 
 from raylora import registry
 from raylora.adapters.packed import stack
+from raylora.data.task import predicts_value
 from raylora.engine.forward import pack_gradients
 from raylora.spec import TaskSpec
 
@@ -66,7 +67,8 @@ def test_a_task_spec_reads_back_equal_and_builds_the_whole_seam(kind: str) -> No
     assert type(spec).model_validate_json(spec.model_dump_json()) == spec
     task = module.build(spec)
     assert task.auto_class.startswith("AutoModelFor") and task.columns
-    assert task.num_classes is None or task.num_classes == len(task.label_names) >= 2
+    assert task.num_classes in (None, 1) or task.num_classes == len(task.label_names) >= 2
+    assert (task.label_names == []) is (task.num_classes is None or predicts_value(task))
     for method in ("model_kwargs", "forward_kwargs", "padding_side", "check", "content", "label", "tokenise",
                    "blocks", "collate", "scores", "loss"):
         assert callable(getattr(task, method))

@@ -1,0 +1,216 @@
+"""The summary of a regression run.
+
+Shapes: M members, N rows, S bootstrap samples.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raylora.ensemble.bootstrap import interval, interval_if_defined, resampled
+from raylora.ensemble.gains import Measured, gains_over_members
+from raylora.ensemble.gaussian import Noise, coverage, epistemic_std, fit_noise, mixture_nll, total_std
+from raylora.ensemble.groups import (
+    Group,
+    Settings,
+    check_jensen,
+    mean_and_error,
+    member_subsets,
+    one_member,
+    with_role,
+)
+from raylora.ensemble.ood import auroc, bootstrap_auroc, histograms
+from raylora.ensemble.predictions import Predictions
+from raylora.ensemble.regression_metrics import METRICS, draw_metrics, point_metrics, score_values
+from raylora.errors import DataError, SpecError
+
+COMPARED = ("rmse", "mae", "pearson", "spearman", "nll")
+CURVE_METRICS = ("rmse", "nll", "pearson", "mae")
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+POINTS = 120
+"""With more, the bars of a figure run together; they are taken at even steps through the set."""
+
+
+def summarise_regression(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+    """Return the summary described in docs/metrics.md.
+
+    Raises:
+        SpecError: the rule is one for logits.
+        DataError: a group has no labelled validation set, which its noise is fitted on.
+    """
+    if settings.rule != "mean_probabilities":
+        raise SpecError(
+            f"ensemble.aggregate: {settings.rule} is for classes, a value has no logits", "use mean_probabilities"
+        )
+    ensemble = groups["ensemble"]
+    size = ensemble[0].members
+    baselines = {"single": one_member(ensemble, 0), **{k: v for k, v in groups.items() if k != "ensemble"}}
+    members = [{"index": m, **describe_group(one_member(ensemble, m), settings, intervals=False)} for m in range(size)]
+    noise = noise_of(ensemble)
+    _check_identities(ensemble, noise)
+    labelled = with_role(ensemble, "test", "in_distribution")
+    return {
+        "kind": "regression",
+        "aggregate": settings.rule,
+        "members": members,
+        "ensemble": {"members": size, **describe_group(ensemble, settings)},
+        "mean_member": _mean_member(members),
+        "baselines": {
+            name: {"members": group[0].members, **describe_group(group, settings)} for name, group in baselines.items()
+        },
+        "gains": {part.name: _gains(part, ensemble, settings) for part in labelled},
+        "m_curve": {part.name: _curve(part, ensemble, settings) for part in labelled},
+        "pairwise_kl": {part.name: pairwise_kl(part.values, noise.std).tolist() for part in ensemble},
+        "plots": _plots({"ensemble": ensemble, **baselines}),
+    }
+
+
+def noise_of(group: Group) -> Noise:
+    """Return the noise around a group's members, fitted on its validation set. Raises: DataError without one."""
+    validation = with_role(group, "validation")
+    if not validation:
+        raise DataError(
+            "a regression's noise is fitted on a validation set, and there is none", "predict one, with its labels"
+        )
+    return fit_noise(validation[0].values, validation[0].labels())
+
+
+def describe_group(group: Group, settings: Settings, intervals: bool = True) -> dict[str, Any]:
+    """Return the fitted noise, ``eval`` and ``ood`` of a group."""
+    noise = noise_of(group)
+    return {
+        "noise_std": noise.std,
+        "noise_fit": {"nll": noise.nll, "degenerate": noise.degenerate},
+        "eval": {
+            part.name: _describe_set(part, noise.std, settings, intervals)
+            for part in with_role(group, "test", "in_distribution")
+        },
+        "ood": _describe_ood(group, noise.std, settings, intervals),
+    }
+
+
+def pairwise_kl(real_MN: Tensor, noise_std: float) -> Tensor:
+    """Return ``KL(N(v_i, s^2) || N(v_j, s^2)) = (v_i - v_j)^2 / 2 s^2`` averaged over rows, M x M."""
+    difference_MMN = (real_MN[:, None] - real_MN[None]).double()
+    return (difference_MMN**2).mean(dim=2) / (2 * noise_std**2)
+
+
+def _describe_set(part: Predictions, noise_std: float, settings: Settings, intervals: bool) -> dict[str, Any]:
+    scores = score_values(part.values, part.labels(), noise_std)
+    described: dict[str, Any] = {"rows": part.rows, **point_metrics(scores), **_doubt(part, noise_std)}
+    if intervals and settings.samples:
+        drawn = resampled(lambda draws_SN: draw_metrics(scores, draws_SN), part.rows, settings.samples, settings.seed)
+        found = {key: interval_if_defined(values_S, settings.evaluation.confidence) for key, values_S in drawn.items()}
+        described["intervals"] = {key: value for key, value in found.items() if value is not None}
+    return described
+
+
+def _doubt(part: Predictions, noise_std: float) -> dict[str, float]:
+    return {
+        "epistemic_std": float(epistemic_std(part.values).mean()),
+        "total_std": float(total_std(part.values, noise_std).mean()),
+    }
+
+
+def _describe_ood(group: Group, noise_std: float, settings: Settings, intervals: bool) -> dict[str, Any]:
+    described: dict[str, Any] = {}
+    for part in with_role(group, "out_of_distribution"):
+        values: dict[str, Any] = {"rows": part.rows, "uncertainty": _doubt(part, noise_std)}
+        if part.members > 1:  # one member disagrees with nobody
+            familiar, foreign = _scores(with_role(group, "test")[0]), _scores(part)
+            values["epistemic_std"] = auroc(familiar, foreign)
+            if intervals and settings.samples:
+                drawn = bootstrap_auroc(familiar, foreign, settings.samples, settings.seed)
+                values["intervals"] = {"epistemic_std": interval(drawn, settings.evaluation.confidence)}
+        described[part.name] = values
+    return described
+
+
+def _scores(part: Predictions) -> Tensor:
+    # Twelve digits: the order in which members are summed must not break ties.
+    return epistemic_std(part.values).round(decimals=12)
+
+
+def _mean_member(members: list[dict[str, Any]]) -> dict[str, Any]:
+    """Average the members' metrics, not their predictions; what is undefined for one of them is left out."""
+    averaged: dict[str, Any] = {}
+    for name in members[0]["eval"]:
+        known = (*METRICS, "epistemic_std", "total_std")
+        values = {key: [member["eval"][name][key] for member in members] for key in known}
+        averaged[name] = {key: mean_and_error(found) for key, found in values.items() if None not in found}
+    return {"eval": averaged, "ood": {}}
+
+
+def _check_identities(ensemble: Group, noise: Noise) -> None:
+    # Both are convex in what is averaged; the NLL only at one noise for all, as members fit their own elsewhere.
+    for part in with_role(ensemble, "test", "in_distribution"):
+        labels_N, own = part.labels().double(), [part.member(m).values for m in range(part.members)]
+        squared = float(((part.values.double().mean(dim=0) - labels_N) ** 2).mean())
+        check_jensen(squared, [float(((v.double() - labels_N) ** 2).mean()) for v in own], "squared error", part.name)
+        nll = float(mixture_nll(part.values, labels_N, noise.std).mean())
+        check_jensen(nll, [float(mixture_nll(v, labels_N, noise.std).mean()) for v in own], "nll", part.name)
+
+
+def _gains(part: Predictions, ensemble: Group, settings: Settings) -> dict[str, Any]:
+    """Compare the ensemble with its members, each with the noise of its own."""
+
+    def measured(group: Group, own: Predictions) -> Measured:
+        scores = score_values(own.values, own.labels(), noise_of(group).std)
+        drawn = resampled(
+            lambda draws_SN: draw_metrics(scores, draws_SN, COMPARED), own.rows, settings.samples, settings.seed
+        ) if settings.samples else {}
+        return Measured(point_metrics(scores, COMPARED), drawn)
+
+    members = [measured(one_member(ensemble, m), part.member(m)) for m in range(part.members)]
+    return gains_over_members(measured(ensemble, part), members, COMPARED, settings)
+
+
+def _curve(part: Predictions, ensemble: Group, settings: Settings) -> list[dict[str, float]]:
+    """Return, for sizes 1..M, the mean and spread of each metric over subsets, each with the noise of its own."""
+    validation = with_role(ensemble, "validation")[0]
+    curve = []
+    for size in range(1, part.members + 1):
+        subsets = [list(subset) for subset in member_subsets(part.members, size, settings.seed)]
+        values = []
+        for subset in subsets:
+            noise = fit_noise(validation.values[subset], validation.labels())
+            scores = score_values(part.values[subset], part.labels(), noise.std)
+            values.append(point_metrics(scores, CURVE_METRICS))
+        point: dict[str, float] = {"members": size, "subsets": len(subsets)}
+        for metric in CURVE_METRICS:
+            known = [value for one in values if (value := one[metric]) is not None]
+            if len(known) == len(values):
+                point |= {metric: statistics.fmean(known), f"{metric}_std": statistics.pstdev(known)}
+        curve.append(point)
+    return curve
+
+
+def _plots(groups: Mapping[str, Group]) -> dict[str, Any]:
+    """Return points of the ensemble, interval coverage by set and group, and histograms of disagreement."""
+    data: dict[str, Any] = {"values": {}, "coverage": {}, "ood_histograms": {}}
+    for name, group in groups.items():
+        noise_std = noise_of(group).std
+        for part in with_role(group, "test", "in_distribution"):
+            share_L = coverage(part.values, part.labels(), noise_std, LEVELS).double().mean(dim=1)
+            data["coverage"].setdefault(part.name, {})[name] = {"nominal": list(LEVELS), "observed": share_L.tolist()}
+            if name == "ensemble":
+                data["values"][part.name] = _points(part, noise_std)
+    familiar = _scores(with_role(groups["ensemble"], "test")[0])
+    for part in with_role(groups["ensemble"], "out_of_distribution"):
+        if part.members > 1:
+            data["ood_histograms"][part.name] = {"epistemic_std": histograms(familiar, _scores(part))}
+    return data
+
+
+def _points(part: Predictions, noise_std: float) -> dict[str, list[float]]:
+    kept = torch.linspace(0, part.rows - 1, min(part.rows, POINTS)).round().long()
+    columns = {
+        "label": part.labels().double(), "value": part.values.double().mean(dim=0),
+        "epistemic_std": epistemic_std(part.values), "total_std": total_std(part.values, noise_std),
+    }
+    return {key: column_N[kept].tolist() for key, column_N in columns.items()}
