@@ -231,7 +231,7 @@ def plot(rows: list[dict[str, Any]], memory: list[dict[str, Any]]) -> None:
         scores.plot(row["nll"], height, "|", color=colour, markersize=18)
         scores.annotate(f"{row['nll']:.3f}", (row["nll"], height), (0, 9), textcoords="offset points", ha="center",
                         fontsize=8)
-    scores.set_yticks(range(len(rows)), [row["contender"] for row in rows[::-1]])
+    scores.set_yticks(range(len(rows)), [f"{row['contender']} (seeds: {row['seeds']})" for row in rows[::-1]])
     scores.set_ylim(-0.6, len(rows) - 0.3)
     scores.set_title("test NLL (nats per token): seeds and mean", fontsize=10)
     alone = [cell["nll"] for row in rows if row["contender"] == ALONE for cell in row["per_seed"]]
@@ -247,10 +247,10 @@ def plot(rows: list[dict[str, Any]], memory: list[dict[str, Any]]) -> None:
     sizes.set_xlabel("bytes per token")
     sizes.set_title("NLL below the student without a teacher", fontsize=10)
     for one in memory:
-        peaks.bar(str(one["rows"]), (one["peak_bytes"] - one["loaded_bytes"]) / 2**20, color="tab:green", width=0.5)
-        peaks.bar(str(one["rows"]), one["targets_bytes"] / 2**20, color="tab:purple", width=0.2)
+        name = f"{one['rows']}\n({one['targets_bytes'] / 2**20:.1f} MiB written)"
+        peaks.bar(name, (one["peak_bytes"] - one["loaded_bytes"]) / 2**20, color="tab:green", width=0.5)
     peaks.set_xlabel("blocks of text taught")
-    peaks.set_title("MiB while targets are made: green growth of\nthe process, purple the targets written", fontsize=10)
+    peaks.set_title("growth of the process meanwhile (MiB)", fontsize=10)
     for axis in (scores, sizes, peaks):
         axis.grid(alpha=0.3)
     figure.tight_layout()
