@@ -173,7 +173,6 @@ class Table:
             "auroc_entropy": foreign["predictive_entropy"],
             "auroc_mutual_information": foreign.get("mutual_information"),
             "parameters": found["parameters"], "trainable_parameters": found["trainable_parameters"],
-            "wall_s": wall_s,
         }
         said = "  ".join(f"{key} {cell[key]:.4f}" for key in (*METRICS, "auroc_entropy"))
         print(f"{task:14s} seed {seed}  {name:38s} {said}  {wall_s:.0f} s", flush=True)
