@@ -243,8 +243,11 @@ def test_an_ensemble_teaches_values_and_the_share_kept_is_one_of_correlation(
     torch.testing.assert_close(single.gather(ids), targets.gather(ids)[:, :1], atol=1e-5, rtol=0)
     page = Path(uri, "report.html")
     told = CliRunner().invoke(app, ["report", uri])
-    assert told.exit_code == 0 and "Pearson kept" in told.stdout and "RMSE" in told.stdout, told.output
-    assert "Distilled: student" in page.read_text() and "Pearson kept" in page.read_text()
+    assert told.exit_code == 0 and "RMSE" in told.stdout, told.output
+    assert "Distilled: student" in page.read_text()
+    # So small a model may learn nothing, and of nothing there is no share.
+    for text in (" ".join(told.stdout.split()), page.read_text()):
+        assert ("Pearson kept" in text) is (teacher > 0)
 
 
 def test_a_resumed_student_is_bit_equal(make: Make, settings: Make) -> None:
