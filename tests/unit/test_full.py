@@ -100,8 +100,9 @@ def test_steps_are_a_plain_loops(
         optimizer.step()
         own = dict(model.named_parameters())
         for name, tensor in found["member-000"].items():
+            # AdamW divides by the gradient's own size: where that is near zero its rounding is a share of the step.
             torch.testing.assert_close(
-                tensor, own[name.removeprefix("head:")].detach(), rtol=1e-6, atol=1e-6,
+                tensor, own[name.removeprefix("head:")].detach(), rtol=1e-6, atol=1e-5,
                 msg=lambda m, name=name: f"{name}: {m}",
             )
     assert max((steps[-1]["member-000"][n] - start[n]).abs().max() for n in start) > 5e-3
