@@ -15,7 +15,7 @@ from raylora.ensemble.bootstrap import bootstrap_metrics, interval
 from raylora.ensemble.calibration import Temperature, fit_temperature
 from raylora.ensemble.curves import member_curve, plot_data
 from raylora.ensemble.gains import classification_gains
-from raylora.ensemble.groups import Group, Settings, check_jensen, mean_and_error, one_member, with_role
+from raylora.ensemble.groups import Group, Settings, baselines_of, check_jensen, mean_and_error, one_member, with_role
 from raylora.ensemble.metrics import METRICS, point_metrics, score_rows
 from raylora.ensemble.ood import auroc, bootstrap_auroc, foreign_scores
 from raylora.ensemble.predictions import Predictions
@@ -29,7 +29,7 @@ def summarise_classification(groups: Mapping[str, Group], settings: Settings) ->
     """Return the summary described in docs/metrics.md."""
     ensemble = groups["ensemble"]
     size = ensemble[0].members
-    baselines = {"single": one_member(ensemble, 0), **{k: v for k, v in groups.items() if k != "ensemble"}}
+    baselines = baselines_of(groups)
     members = [{"index": m, **describe_group(one_member(ensemble, m), settings, intervals=False)} for m in range(size)]
     summary: dict[str, Any] = {
         "kind": "classification",

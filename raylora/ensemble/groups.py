@@ -39,6 +39,11 @@ def one_member(group: Group, index: int) -> list[Predictions]:
     return [part.member(index) for part in group]
 
 
+def baselines_of(groups: Mapping[str, Group]) -> dict[str, Group]:
+    """Return what the ensemble is compared with: its member 0 alone, and every other group."""
+    return {"single": one_member(groups["ensemble"], 0), **{k: v for k, v in groups.items() if k != "ensemble"}}
+
+
 def with_role(group: Group, *roles: str) -> list[Predictions]:
     """Return the group's sets that play one of the roles, in order."""
     return [part for part in group if part.role in roles]

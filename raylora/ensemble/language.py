@@ -18,6 +18,7 @@ from raylora.ensemble.gains import language_gains
 from raylora.ensemble.groups import (
     Group,
     Settings,
+    baselines_of,
     check_jensen,
     mean_and_error,
     member_subsets,
@@ -37,7 +38,7 @@ def summarise_language(groups: Mapping[str, Group], settings: Settings) -> dict[
         )
     ensemble = groups["ensemble"]
     size = ensemble[0].members
-    baselines = {"single": one_member(ensemble, 0), **{k: v for k, v in groups.items() if k != "ensemble"}}
+    baselines = baselines_of(groups)
     members = [{"index": m, **_describe(one_member(ensemble, m), settings, False)} for m in range(size)]
     summary: dict[str, Any] = {
         "kind": "language_modelling",

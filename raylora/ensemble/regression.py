@@ -18,6 +18,7 @@ from raylora.ensemble.gaussian import Noise, coverage, epistemic_std, fit_noise,
 from raylora.ensemble.groups import (
     Group,
     Settings,
+    baselines_of,
     check_jensen,
     mean_and_error,
     member_subsets,
@@ -49,7 +50,7 @@ def summarise_regression(groups: Mapping[str, Group], settings: Settings) -> dic
         )
     ensemble = groups["ensemble"]
     size = ensemble[0].members
-    baselines = {"single": one_member(ensemble, 0), **{k: v for k, v in groups.items() if k != "ensemble"}}
+    baselines = baselines_of(groups)
     members = [{"index": m, **describe_group(one_member(ensemble, m), settings, intervals=False)} for m in range(size)]
     noise = noise_of(ensemble)
     _check_identities(ensemble, noise)

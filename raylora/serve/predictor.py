@@ -142,7 +142,6 @@ class LoadedEnsemble:
             for n, example in enumerate(examples)
         ]
 
-
     def _describe_values(
         self, real_MN: Tensor, examples: Sequence[Example], truncated: Sequence[bool]
     ) -> list[ValuePrediction]:
