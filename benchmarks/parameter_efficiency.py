@@ -26,7 +26,7 @@ adapter: {adapter}
 task: {task}
 data: {data}
 ensemble: {{members: {seeds}, seed: 1}}
-optimisation: {{lr: {lr}, epochs: {epochs}, micro_batch: 16, group_by_length: true, clip_norm: 0.3, warmup: 0.03}}
+optimization: {{lr: {lr}, epochs: {epochs}, micro_batch: 16, group_by_length: true, clip_norm: 0.3, warmup: 0.03}}
 evaluation: {{bootstrap_samples: 200}}
 placement: {{workers: 1}}
 """
@@ -77,8 +77,8 @@ def spec_text(task: str, contender: str, seeds: int, lr: float, folder: str) -> 
 def measure(task: str, contender: str, seeds: int, lr: float, folder: str) -> dict[str, Any]:
     """Train and evaluate one contender on one task and return its row."""
     import raylora
-    from raylora.engine.local import run_in_process
-    from raylora.engine.prepare import prepare
+    from raylora.engine.run.local_driver import run_in_process
+    from raylora.engine.run.plan_run import prepare
     from raylora.spec import parse_spec
 
     started = time.perf_counter()
@@ -102,7 +102,7 @@ def measure(task: str, contender: str, seeds: int, lr: float, folder: str) -> di
 
 def adapter_parameters(prepared: Any, raylora: Any) -> int:
     """Return the trainable adapter parameters of one member, the head left out."""
-    from raylora.engine.base import load_config
+    from raylora.engine.model.checkpoint import load_config
 
     return int(raylora.parameter_count(load_config(prepared.spec.base), prepared.spec.adapter))
 
@@ -137,7 +137,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     figure.savefig(record.RESULTS / "parameter_efficiency.png", dpi=130)
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return per task what MoS keeps of LoRA with eight times its parameters, and what each part is worth."""
     found: dict[str, Any] = {}
     for task in TASKS:
@@ -182,7 +182,7 @@ def main() -> None:
                 told += [f"ensemble NLL {row['ensemble']['nll']:.4f}", f"{row['wall_s']:.0f} s"]
                 print("  ".join(told), flush=True)
                 # After every cell: what is measured is kept if a later one fails.
-                path = record.write("parameter_efficiency", rows, summarise(rows), "benchmarks.parameter_efficiency")
+                path = record.write("parameter_efficiency", rows, summarize(rows), "benchmarks.parameter_efficiency")
     plot(rows)
     print(path)
 

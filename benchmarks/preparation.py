@@ -4,7 +4,7 @@
 
 Straightforward: for every linear the whole model runs on the calibration text, its own Gram matrix is summed up,
 OPTQ takes two Cholesky factors and an explicit inverse, CLoQ an eigendecomposition of H and a full SVD of G D^T. Ours:
-one dense and one quantised forward per block, one Gram matrix and one factor per distinct input, the pair from the
+one dense and one quantized forward per block, one Gram matrix and one factor per distinct input, the pair from the
 smaller side. Both use the same MagR and the same OPTQ inner loop; the errors of both are compared. MiniLM-L6, 2 bits.
 """
 
@@ -36,7 +36,7 @@ def ours(spec: Any) -> tuple[float, dict[str, float]]:
     import torch
 
     from raylora import registry
-    from raylora.engine.prepare_base import ensure_prepared, open_base
+    from raylora.engine.quantization.quantize_base import ensure_prepared, open_base
 
     task = registry.load("task", spec.task.kind).build(spec.task)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,9 +52,10 @@ def straightforward(spec: Any) -> tuple[float, dict[str, float]]:
     import torch
 
     from raylora import registry
-    from raylora.engine.base import compute_dtype, load_dense
-    from raylora.engine.blocks import find_blocks
-    from raylora.engine.prepare_base import open_base
+    from raylora.engine.model.checkpoint import load_dense
+    from raylora.engine.model.machine import compute_dtype
+    from raylora.engine.quantization.block_activations import find_blocks
+    from raylora.engine.quantization.quantize_base import open_base
     from raylora.init.cloq import calibration_error
     from raylora.quant.gram import damped
     from raylora.quant.magr import magr
@@ -106,7 +107,7 @@ def _gram(model: Any, name: str, batches: list[dict[str, Any]]) -> Any:
 
 
 def _textbook_optq(weight_OI: Any, h_II: Any, bits: int, group_size: int) -> Any:
-    """Quantise as in arXiv 2210.17323, algorithm 1: two Cholesky factors and an explicit inverse, then our loop."""
+    """Quantize as in arXiv 2210.17323, algorithm 1: two Cholesky factors and an explicit inverse, then our loop."""
     import torch
 
     from raylora.quant.gram import Factor

@@ -38,7 +38,7 @@ def machine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from raylora.engine.machine import multiplies_bfloat16
+    from raylora.engine.model.machine import multiplies_bfloat16
 
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

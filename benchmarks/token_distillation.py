@@ -33,13 +33,13 @@ def teacher_spec(seed: int, sizes: argparse.Namespace, folder: str) -> dict[str,
         "name": f"teacher-{seed}", "storage_path": folder,
         "base": {"source": "pypi:smollm2-135m", **_BASE},
         "adapter": {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": "all-linear"},
-        "task": {"kind": "language_modelling", "max_length": LENGTH},
+        "task": {"kind": "language_modeling", "max_length": LENGTH},
         "data": {
             "train": {"source": "pypi:bbc-news"}, "train_rows": sizes.train_rows, "validation_rows": 4,
             "test_rows": sizes.test_rows,
         },
         "ensemble": {"members": MEMBERS, "seed": 100 * seed},
-        "optimisation": {"lr": 5e-4, "epochs": 1, "micro_batch": 4, "clip_norm": 1.0},
+        "optimization": {"lr": 5e-4, "epochs": 1, "micro_batch": 4, "clip_norm": 1.0},
         "evaluation": {"bootstrap_samples": 0, "batch": 8},
         "placement": {"workers": 1, "cpus_per_worker": 1},
     }
@@ -47,9 +47,9 @@ def teacher_spec(seed: int, sizes: argparse.Namespace, folder: str) -> dict[str,
 
 def finished(spec: Any) -> tuple[str, dict[str, Any]]:
     """Return where a run lies and its metrics; it is carried out unless that was done before."""
-    from raylora.engine.distil import is_finished
-    from raylora.engine.local import run_in_process
-    from raylora.engine.prepare import prepare
+    from raylora.engine.distillation.plan import is_finished
+    from raylora.engine.run.local_driver import run_in_process
+    from raylora.engine.run.plan_run import prepare
     from raylora.store.run_store import RunStore
 
     store = RunStore.for_spec(spec)
@@ -58,8 +58,8 @@ def finished(spec: Any) -> tuple[str, dict[str, Any]]:
 
 def train_student(run: str, seed: int, lr: float, sizes: argparse.Namespace, k: int | None) -> dict[str, Any]:
     """Train a student on the top k, or without a teacher, and return its metrics, where it lies, and its targets."""
-    from raylora.engine.distil import prepare_distillation
-    from raylora.engine.local import run_in_process
+    from raylora.engine.distillation.plan import prepare_distillation
+    from raylora.engine.run.local_driver import run_in_process
     from raylora.spec import DistillSpec
 
     work = prepare_distillation(run, DistillSpec.model_validate({
@@ -67,15 +67,15 @@ def train_student(run: str, seed: int, lr: float, sizes: argparse.Namespace, k: 
         "student": {
             "base": {"source": "pypi:smollm2-135m-half", **_BASE}, "seed": 100 * seed,
             "adapter": {"kind": "lora", "rank": 64, "alpha": 64, "target_modules": "all-linear"},
-            "optimisation": {"lr": lr, "epochs": sizes.epochs, "micro_batch": 2, "clip_norm": 1.0},
+            "optimization": {"lr": lr, "epochs": sizes.epochs, "micro_batch": 2, "clip_norm": 1.0},
         },
     }))
-    if k is not None and not work.teaching.is_done:
-        run_in_process(work.teaching)
+    if k is not None and not work.target_job.is_done:
+        run_in_process(work.target_job)
     spec = work.student if k is not None else work.alone
     assert spec is not None
     uri, metrics = finished(spec)
-    return {"metrics": metrics, "uri": uri, "targets": work.teaching.store.read_json("targets.json")}
+    return {"metrics": metrics, "uri": uri, "targets": work.target_job.store.read_json("targets.json")}
 
 
 def cells_of(found: dict[str, Any], lr: float, epochs: float) -> dict[str, Any]:
@@ -176,25 +176,25 @@ def grow(run: str, rows: int, k: int) -> dict[str, Any]:
     """Make targets in this process; growth is counted from the loaded members and one example's targets on."""
     from dataclasses import replace
 
-    from raylora.engine.teach import FACTS, TeacherBench, Teaching, shard_names
+    from raylora.engine.distillation.target_job import FACTS, TargetJob, TargetSession, shard_names
     from raylora.store.run_store import RunStore
 
     with tempfile.TemporaryDirectory() as folder:
         spec, store = RunStore(run).read_spec(), RunStore(folder)
         packs = (tuple(f"member-{m:03d}" for m in range(MEMBERS)),)
-        bench = TeacherBench(spec, store, 1, 0, Teaching(run, "memory", packs, None, (k, 1.0), SHARD_ROWS))
-        bench.load()
-        first = bench.examples
-        bench.examples = [replace(first[n % len(first)], id=f"row-{n}") for n in range(rows)]
-        bench.content_of = {example.id: example.id for example in bench.examples}
-        RunStore(f"{folder}/warm").commit_result("shards/one", bench._tokens("one", bench.examples[:1]))
+        session = TargetSession(spec, store, 1, 0, TargetJob(run, "memory", packs, None, (k, 1.0), SHARD_ROWS))
+        session.load()
+        first = session.examples
+        session.examples = [replace(first[n % len(first)], id=f"row-{n}") for n in range(rows)]
+        session.content_of = {example.id: example.id for example in session.examples}
+        RunStore(f"{folder}/warm").commit_result("shards/one", session._tokens("one", session.examples[:1]))
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of loading, is forgotten
         before = _status("VmRSS")
         names = shard_names(rows, SHARD_ROWS)
         store.write_json(FACTS, {"rows": rows})
         for name in names:
-            bench.run_job(name, [name], lambda progress: None, lambda: 0)
-        facts = bench.aggregate(names, 0.0)
+            session.run_job(name, [name], lambda progress: None, lambda: 0)
+        facts = session.aggregate(names, 0.0)
         peak = _status("VmHWM")
     return {"rows": rows, "k": k, "targets_bytes": facts["size_bytes"], "loaded_bytes": before, "peak_bytes": peak}
 
@@ -206,8 +206,8 @@ def _status(key: str) -> int:
 
 def costs(uris: dict[str, str], k: int) -> dict[str, Any]:
     """Return latency, throughput and peak memory of the first seed's teacher, member and student."""
-    from raylora.engine.costs import Contender
-    from raylora.engine.costs import measure as measured
+    from raylora.engine.distillation.costs import Contender
+    from raylora.engine.distillation.costs import measure as measured
 
     names = tuple(f"member-{m:03d}" for m in range(MEMBERS))
     return measured([

@@ -1,4 +1,4 @@
-"""raylora: ensembles of low-rank adapters over one frozen, quantised base, on Ray.
+"""raylora: ensembles of low-rank adapters over one frozen, quantized base, on Ray.
 
     >>> import raylora
     >>> spec = raylora.read_spec("examples/quickstart.yaml")
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from raylora.client import RunHandle, attach, distil, launch, resume, run_local
-    from raylora.engine.count import parameter_count
+    from raylora.client import RunHandle, attach, distill_run, launch, resume, run_local
+    from raylora.engine.model.parameter_count import parameter_count
     from raylora.errors import RayloraError
     from raylora.serve.export import export_run
     from raylora.serve.predictor import LoadedEnsemble, Prediction, ValuePrediction, load_ensemble
@@ -28,7 +28,7 @@ _HOMES = {
     "RayloraError": "raylora.errors",
     "RunHandle": "raylora.client",
     "attach": "raylora.client",
-    "distil": "raylora.client",
+    "distill_run": "raylora.client",
     "read_distill": "raylora.spec",
     "launch": "raylora.client",
     "resume": "raylora.client",
@@ -38,7 +38,7 @@ _HOMES = {
     "ValuePrediction": "raylora.serve.predictor",
     "load_ensemble": "raylora.serve.predictor",
     "export_run": "raylora.serve.export",
-    "parameter_count": "raylora.engine.count",
+    "parameter_count": "raylora.engine.model.parameter_count",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -72,14 +72,14 @@ def init(
 def validate(
     spec_file: SpecFile,
     overrides: Overrides = None,
-    preview: Annotated[int, typer.Option(help="Show this many tokenised training rows.")] = 0,
+    preview: Annotated[int, typer.Option(help="Show this many tokenized training rows.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Check a spec, its data and its base, without starting or writing anything."""
-    from raylora.engine.base import load_tokenizer
-    from raylora.engine.distil import check_ahead
-    from raylora.engine.lessons import task_of
-    from raylora.engine.prepare import prepare
+    from raylora.engine.distillation.plan import check_ahead
+    from raylora.engine.model.checkpoint import load_tokenizer
+    from raylora.engine.run.plan_run import prepare
+    from raylora.engine.training.distillation_loss import task_of
 
     spec = raylora.read_spec(spec_file, overrides or [])
     prepared = prepare(spec)
@@ -97,7 +97,7 @@ def validate(
 @_command
 def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say who would train what, where, with how much memory, and why."""
-    from raylora.engine.prepare import prepare
+    from raylora.engine.run.plan_run import prepare
 
     prepared = prepare(raylora.read_spec(spec_file, overrides or []))
     found = prepared.plan
@@ -125,7 +125,7 @@ def prepare(
     report: Annotated[bool, typer.Option(help="Write report.html with the error of every layer.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantise a spec's base on its calibration text, once; every run that asks for the same finds it."""
+    """Quantize a spec's base on its calibration text, once; every run that asks for the same finds it."""
     from raylora.client import prepare_base
     from raylora.report.base_page import base_table, write_base_report
 
@@ -179,7 +179,7 @@ def distill(
     as_json: AsJson = False,
 ) -> None:
     """Have a finished run teach a smaller student, and compare the two; call again to continue."""
-    _distil(run_path, raylora.read_distill(student, overrides or []), local, as_json)
+    _distill(run_path, raylora.read_distill(student, overrides or []), local, as_json)
 
 
 @app.command()
@@ -237,7 +237,7 @@ def export(
     run_path: RunPath,
     form: Annotated[str, typer.Option("--format", help=(
         "peft-lora: members as folders that PEFT loads. checkpoint: fully fine-tuned members as whole models. "
-        "base, base-packed: a prepared base as a checkpoint, dequantised or packed, and its pair."
+        "base, base-packed: a prepared base as a checkpoint, dequantized or packed, and its pair."
     ))] = "peft-lora",
     output: Annotated[str | None, typer.Option("--out", help="Where to; by default RUN/export.")] = None,
     member: Annotated[list[str] | None, typer.Option("--member", help="Only this one; may be repeated.")] = None,
@@ -267,7 +267,7 @@ def export(
 def report(run_path: RunPath, as_json: AsJson = False) -> None:
     """Write the report of a finished run again and print its table."""
     from raylora.client import publish_report
-    from raylora.engine.comparison import distillations
+    from raylora.engine.distillation.compare import distillations
     from raylora.report.distillation import distillation_table
     from raylora.store.run_store import RunStore
 
@@ -339,7 +339,7 @@ def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
     if spec.distill is None or not as_json:  # one JSON document per command
         _show_result(store, metrics, as_json)
     if spec.distill is not None:
-        _distil(store.uri, spec.distill, local, as_json)
+        _distill(store.uri, spec.distill, local, as_json)
     if metrics["run"]["degraded"]:
         raise typer.Exit(DEGRADED)
 
@@ -356,8 +356,8 @@ def _students(store: Any) -> dict[str, str]:
     }
 
 
-def _distil(run_path: str, settings: Any, local: bool, as_json: bool) -> None:
-    from raylora.client import distil
+def _distill(run_path: str, settings: Any, local: bool, as_json: bool) -> None:
+    from raylora.client import distill_run
     from raylora.report.distillation import distillation_table
     from raylora.store.run_store import RunStore
 
@@ -367,7 +367,7 @@ def _distil(run_path: str, settings: Any, local: bool, as_json: bool) -> None:
     store = RunStore(run_path)
     say(f"checking {store.uri}, the student and its data ...")
     with _progress() as show:
-        record = distil(run_path, settings, local, _LocalLines(), _say_block, show, say)
+        record = distill_run(run_path, settings, local, _LocalLines(), _say_block, show, say)
     if as_json:
         print(json.dumps({"run": store.uri, "metrics": f"{store.uri}/metrics.json",
                           "student": f"{store.uri}/{settings.name}", "report": f"{store.uri}/report.html",

@@ -18,15 +18,15 @@ from ray.util import list_named_actors
 from raylora import control
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
 from raylora.actors.preparer import solve_on_cluster
-from raylora.engine.base import compute_device
-from raylora.engine.comparison import compare, distillations
-from raylora.engine.distil import check_ahead, is_finished, prepare_distillation
-from raylora.engine.lessons import task_of
-from raylora.engine.local import OnProgress, conclude, run_in_process, signals_handled_by
-from raylora.engine.prepare import Prepared, local_inventory, prepare
-from raylora.engine.prepare_base import OnBlock, ensure_prepared
-from raylora.engine.solve import Solve, solve_here
-from raylora.engine.teach import PreparedTeaching
+from raylora.engine.distillation.compare import compare, distillations
+from raylora.engine.distillation.plan import check_ahead, is_finished, prepare_distillation
+from raylora.engine.distillation.target_job import TargetPlan
+from raylora.engine.model.machine import compute_device
+from raylora.engine.quantization.layer_solver import Solve, solve_here
+from raylora.engine.quantization.quantize_base import OnBlock, ensure_prepared
+from raylora.engine.run.local_driver import OnProgress, conclude, run_in_process, signals_handled_by
+from raylora.engine.run.plan_run import Prepared, local_inventory, prepare
+from raylora.engine.training.distillation_loss import task_of
 from raylora.errors import Interrupted, RayloraError, RunDirectoryError, SpecError, TrainingError
 from raylora.placement.plan import Inventory
 from raylora.report.page import write_report
@@ -62,7 +62,7 @@ def prepare_base(
     Layers are solved side by side on the cluster that ``RAY_ADDRESS`` names or on a local one, else in this process.
 
     Raises:
-        UsageError: bad input, or a base that is quantised as it is loaded and needs no preparation.
+        UsageError: bad input, or a base that is quantized as it is loaded and needs no preparation.
         Interrupted: a signal came; the blocks so far are committed.
     """
     prepared = prepare(spec)
@@ -163,7 +163,7 @@ def launch(spec: RunSpec, dashboard: bool = False) -> RunHandle:
     return _start(prepared)
 
 
-def distil(
+def distill_run(
     run: str, settings: DistillSpec, local: bool = False, on_progress: OnProgress = lambda job, progress: None,
     on_block: OnBlock = lambda done: None, on_status: OnStatus = lambda status: None,
     on_stage: Callable[[str], None] = lambda what: None,
@@ -183,10 +183,10 @@ def distil(
     """
     work = prepare_distillation(run, settings, None if local else _inventory())
     try:
-        if not work.teaching.is_done:
-            shards, where = len(work.teaching.shards), work.teaching.store.uri
-            on_stage(f"making targets of {work.teaching.rows:,} rows in {shards} shard(s), in {where}")
-            _carry_out(work.teaching, local, on_progress, on_block, on_status)
+        if not work.target_job.is_done:
+            shards, where = len(work.target_job.shards), work.target_job.store.uri
+            on_stage(f"making targets of {work.target_job.rows:,} rows in {shards} shard(s), in {where}")
+            _carry_out(work.target_job, local, on_progress, on_block, on_status)
         for student in work.students():
             store = RunStore.for_spec(student)
             if not is_finished(store):
@@ -205,7 +205,7 @@ def distil(
 
 
 def _carry_out(
-    prepared: Prepared | PreparedTeaching, local: bool, on_progress: OnProgress, on_block: OnBlock,
+    prepared: Prepared | TargetPlan, local: bool, on_progress: OnProgress, on_block: OnBlock,
     on_status: OnStatus,
 ) -> None:
     if local:
@@ -303,13 +303,13 @@ def publish_report(store: RunStore) -> None:
             store.storage.write(path.relative_to(folder).as_posix(), path.read_bytes())
 
 
-def _start(prepared: Prepared | PreparedTeaching) -> RunHandle:
+def _start(prepared: Prepared | TargetPlan) -> RunHandle:
     name = coordinator_name(prepared.store.uri)
     _clear_name(name, prepared.spec.run_name())
     prepared.begin()
-    teaching = prepared.teaching if isinstance(prepared, PreparedTeaching) else None
+    target_job = prepared.target_job if isinstance(prepared, TargetPlan) else None
     coordinator = Coordinator.options(name=name, namespace=NAMESPACE).remote(  # type: ignore[attr-defined]
-        prepared.spec, prepared.store.uri, prepared.plan, [ray.put(prepared.base)], teaching
+        prepared.spec, prepared.store.uri, prepared.plan, [ray.put(prepared.base)], target_job
     )
     workers = [f"worker-{index}" for index in range(prepared.plan.workers)]
     return RunHandle(coordinator, prepared.store, coordinator.run.remote(prepared.start_event(workers)))

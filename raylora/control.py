@@ -43,12 +43,12 @@ class RunStarted:
     min_members: int
     max_failures: int
     prepare_base: bool = False
-    """The base is quantised on calibration text first, before any worker starts."""
+    """The base is quantized on calibration text first, before any worker starts."""
 
 
 @dataclass(frozen=True)
 class BasePrepared:
-    """The base is quantised and committed."""
+    """The base is quantized and committed."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ _EVENTS: dict[str, Any] = {c.__name__: c for c in Event.__args__}
 # --- commands: what to do -------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class PrepareBase:
-    """Quantise the base on its calibration text; answered by BasePrepared, BaseFailed or PreparationInterrupted."""
+    """Quantize the base on its calibration text; answered by BasePrepared, BaseFailed or PreparationInterrupted."""
 
 
 @dataclass(frozen=True)

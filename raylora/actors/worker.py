@@ -1,4 +1,4 @@
-"""The worker actor: owns one GPU, or a share of the CPUs, and does jobs on its workbench."""
+"""The worker actor: owns one GPU, or a share of the CPUs, and does jobs on its session."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class Worker:
     It is never restarted by Ray: the coordinator starts a new one, which loads the last commit.
     """
 
-    def __init__(self, spec: RunSpec, store_uri: str, cpus: int, gpus: int, teaching: Any = None) -> None:
-        """Train the run of a spec or, given a teaching, make targets with its members."""
-        self.spec, self.store, self.teaching = spec, RunStore(store_uri), teaching
+    def __init__(self, spec: RunSpec, store_uri: str, cpus: int, gpus: int, target_job: Any = None) -> None:
+        """Train the run of a spec or, given a target_job, make targets with its members."""
+        self.spec, self.store, self.target_job = spec, RunStore(store_uri), target_job
         self.cpus, self.gpus = cpus, gpus
         self.signal_number = 0
 
     def load(self) -> None:
         """Import the libraries and load base and data; the slow part of a start."""
-        from raylora.engine.teach import make_bench
+        from raylora.engine.distillation.target_job import make_session
 
         self.telemetry = Telemetry(self.spec.run_name())
-        self.bench = make_bench(self.spec, self.store, self.cpus, self.gpus, self.teaching)
-        self.bench.load()
+        self.session = make_session(self.spec, self.store, self.cpus, self.gpus, self.target_job)
+        self.session.load()
 
     def run_job(self, job: str, units: Sequence[str], coordinator: Any) -> dict[str, str]:
         """Train, evaluate and commit a pack, or make targets; return the units that failed with their reasons.
@@ -47,11 +47,11 @@ class Worker:
             if summary is not None:
                 coordinator.report.remote(job, summary)
 
-        return self.bench.run_job(job, units, report, lambda: self.signal_number)
+        return self.session.run_job(job, units, report, lambda: self.signal_number)
 
     def aggregate(self, units: Sequence[str], started_at: float) -> None:
         """Write what the committed units come to: the run's metrics, or that the targets are complete."""
-        self.bench.aggregate(units, started_at)
+        self.session.aggregate(units, started_at)
 
     @ray.method(concurrency_group="control")
     def stop(self, signal_number: int) -> None:

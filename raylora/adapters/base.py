@@ -19,7 +19,7 @@ Tensors = dict[str, Tensor]
 """A member: named float32 tensors. Adapter names start with the site, head names with ``head:``."""
 
 WeightOf = Callable[[str], Tensor]
-"""A site's name -> its frozen weight, O x I, in float32 (dequantised)."""
+"""A site's name -> its frozen weight, O x I, in float32 (dequantized)."""
 
 HEAD = "head:"
 
@@ -48,7 +48,7 @@ class Adapter(Protocol):
     def build(self, sites: Sequence[Site], generator: torch.Generator) -> Tensors:
         """Return a fresh member's float32 tensors, drawn from the generator only."""
 
-    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+    def frozen_tensors(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
         """Return what a member needs but does not train (index draws, frozen factors), or nothing.
 
         A pure function of the member's seed and the frozen base, so it is never saved: it is made again.
@@ -57,14 +57,14 @@ class Adapter(Protocol):
     def decay_group(self, name: str) -> str:
         """Return ``a`` or ``b``: which of the two decays a tensor takes (arXiv 2310.00035, section 3)."""
 
-    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Any]:
-        """Return per site what ``packed_delta`` needs, once per optimiser step, from all tensors stacked over K."""
+    def materialize(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Any]:
+        """Return per site what ``packed_delta`` needs, once per optimizer step, from all tensors stacked over K."""
 
     def packed_delta(self, x_KNI: Tensor, at_site: Any) -> Tensor:
         """Return y_KNO, each member's own change of its own inputs."""
 
     def delta_weight(self, tensors: Mapping[str, Tensor], site: Site) -> Tensor:
-        """Return the change as a weight, O x I, in float32, from one member's trained and fixed tensors."""
+        """Return the change as a weight, O x I, in float32, from one member's trained and frozen tensors."""
 
 
 @runtime_checkable
@@ -84,7 +84,7 @@ class PeftWritten(PeftNative, Protocol):
 
 
 @runtime_checkable
-class OverWeights(Protocol):
+class NeedsBaseWeights(Protocol):
     """A kind whose start or change depends on the frozen layer itself, as DoRA's norms do."""
 
     def from_weights(self, tensors: Tensors, sites: Sequence[Site], weight_of: WeightOf) -> Tensors:
@@ -93,7 +93,7 @@ class OverWeights(Protocol):
     def packed_delta_over(self, linear: nn.Module, base_KNO: Tensor, x_KNI: Tensor, at_site: Any) -> Tensor:
         """Return y_KNO as ``packed_delta`` does, given the frozen layer and what it makes of x."""
 
-    def why_not_on(self, quantization: str) -> str:
+    def unsupported_reason(self, quantization: str) -> str:
         """Return why it cannot be put over weights of this kind, or nothing if it can."""
 
 
@@ -104,15 +104,15 @@ class WholeModel(Protocol):
     def own_weights(self, model: nn.Module, heads: Collection[str]) -> dict[str, nn.Parameter]:
         """Return the parameters that a member starts from and replaces, by name; tied ones once. Raises: BaseError."""
 
-    def why_not_on(self, quantization: str) -> str:
+    def unsupported_reason(self, quantization: str) -> str:
         """Return why weights of this kind cannot be trained, or nothing if they can."""
 
 
 @runtime_checkable
-class Alone(Protocol):
+class Unpackable(Protocol):
     """A kind whose members train one at a time instead of sharing a forward."""
 
-    def why_alone(self) -> str:
+    def unpackable_reason(self) -> str:
         """Return the reason that a plan gives."""
 
 
@@ -121,7 +121,7 @@ class LoraExpandable(Protocol):
     """A kind that PEFT does not know, whose change can be written out as a pair of matrices per layer."""
 
     def as_lora(self, tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> tuple[AdapterSpec, Tensors]:
-        """Return a LoRA spec and tensors with the same change, from one member's trained and fixed tensors."""
+        """Return a LoRA spec and tensors with the same change, from one member's trained and frozen tensors."""
 
 
 @runtime_checkable

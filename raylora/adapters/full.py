@@ -48,7 +48,7 @@ class FullModel:
         """Return no tensors: a member starts from the base's weights, not from a draw."""
         return {}
 
-    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+    def frozen_tensors(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
         """Return nothing: all of a member is trained."""
         return {}
 
@@ -56,7 +56,7 @@ class FullModel:
         """Return the model's parameters by name, those of the heads apart; tied ones once, under their first name.
 
         Raises:
-            BaseError: the checkpoint is quantised already, so that its codes cannot be trained.
+            BaseError: the checkpoint is quantized already, so that its codes cannot be trained.
         """
         found = {
             name: parameter for name, parameter in model.named_parameters()
@@ -66,7 +66,7 @@ class FullModel:
         if codes or getattr(getattr(model, "config", None), "quantization_config", None):
             which = f" ({codes[0]} holds codes)" if codes else ""
             raise BaseError(
-                f"adapter.kind: full trains every weight, and this base is quantised{which}",
+                f"adapter.kind: full trains every weight, and this base is quantized{which}",
                 "give the model as it was before with quantization none, or use another adapter",
             )
         return found
@@ -75,12 +75,12 @@ class FullModel:
         """Return ``a`` for matrices and ``b`` for biases and norms, which are usually left undecayed."""
         return "b" if _UNDECAYED.search(name) else "a"
 
-    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Any]:
+    def materialize(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Any]:
         """Return nothing for any site: the weights stand in the base's place instead."""
         return {}
 
     def packed_delta(self, x_KNI: Tensor, at_site: Any) -> Tensor:
-        """Never called: no site has anything materialised."""
+        """Never called: no site has anything materialized."""
         raise AssertionError("a member that is a whole model has no delta")
 
     def delta_weight(self, tensors: Mapping[str, Tensor], site: Site) -> Tensor:
@@ -92,11 +92,11 @@ class FullModel:
         """Return what a person should know before training."""
         return ["members start alike from the base's weights: they differ by their heads and data order"]
 
-    def why_alone(self) -> str:
+    def unpackable_reason(self) -> str:
         """Return why a pack holds one member of this kind."""
         return "one member per forward: every weight is its own"
 
-    def why_not_on(self, quantization: str) -> str:
+    def unsupported_reason(self, quantization: str) -> str:
         """Return why codes cannot be trained, or nothing for weights that are stored as they are."""
         return "" if quantization == "none" else "full trains every weight, and codes have no gradient"
 

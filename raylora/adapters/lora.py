@@ -54,7 +54,7 @@ class Lora:
             tensors[f"{site.name}.lora_B"] = torch.zeros(site.out_features, self.spec.rank)
         return tensors
 
-    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+    def frozen_tensors(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
         """Return nothing: all of a member is trained."""
         return {}
 
@@ -62,7 +62,7 @@ class Lora:
         """Return which decay a tensor takes, by its name."""
         return "a" if name.endswith(".lora_A") else "b"
 
-    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor]]:
+    def materialize(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return per site (A_KIR, B_KRO) as views; the scale is folded into the smaller product, not here."""
         return {
             site.name: (

@@ -48,7 +48,7 @@ class LoraXs:
         """Return M = 0 for every site."""
         return {f"{site.name}.xs_M": torch.zeros(self.spec.rank, self.spec.rank) for site in sites}
 
-    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+    def frozen_tensors(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
         """Return A = V_R^T and B = U_R S_R of every frozen weight, the same for every member."""
         tensors: Tensors = {}
         for site in sites:
@@ -60,7 +60,7 @@ class LoraXs:
         """Return ``b``: M is the factor that starts at zero, as B does elsewhere."""
         return "b"
 
-    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor]]:
+    def materialize(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return per site (A_KRI, (B M)_KOR)."""
         return {
             site.name: (
@@ -83,7 +83,7 @@ class LoraXs:
         return ["members start alike: they differ by their heads, data order and dropout"]
 
     def as_lora(self, tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> tuple[AdapterSpec, Tensors]:
-        """Return the same change as LoRA, from one member's trained and fixed tensors."""
+        """Return the same change as LoRA, from one member's trained and frozen tensors."""
         pairs = {}
         for site in sites:
             a_RI, m_RR, b_OR = (tensors[f"{site.name}.xs_{key}"] for key in "AMB")

@@ -64,7 +64,7 @@ class MeLora:
             tensors[f"{site.name}.mini_B"] = torch.zeros(g, site.out_features // g, r)
         return tensors
 
-    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+    def frozen_tensors(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
         """Return nothing: all of a member is trained."""
         return {}
 
@@ -72,7 +72,7 @@ class MeLora:
         """Return which decay a tensor takes, by its name."""
         return "a" if name.endswith(".mini_A") else "b"
 
-    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor]]:
+    def materialize(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return per site (A_KGRC, B_KGDR) as they are stored."""
         return {site.name: (stacked[f"{site.name}.mini_A"], stacked[f"{site.name}.mini_B"]) for site in sites}
 
@@ -89,7 +89,7 @@ class MeLora:
         return self.scale * torch.block_diag(*(b_GDR @ a_GRC))
 
     def as_lora(self, tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> tuple[AdapterSpec, Tensors]:
-        """Return the same change as LoRA, from one member's trained and fixed tensors."""
+        """Return the same change as LoRA, from one member's trained and frozen tensors."""
         pairs = {}
         for site in sites:
             a_GRC, b_GDR = tensors[f"{site.name}.mini_A"], tensors[f"{site.name}.mini_B"]

@@ -107,7 +107,7 @@ class Mos:
             tensors[f"pool.{name}.B"] = torch.zeros(group.rows, group.shard_shapes[1])
         return tensors
 
-    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+    def frozen_tensors(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
         """Return which rows each layer reads, as ``<site>.index``, 2 x r*l."""
         return {
             f"{site.name}.index": draw_index(group, layer, seed, self.spec.pair_dissociation)
@@ -118,7 +118,7 @@ class Mos:
         """Return which decay a tensor takes, by its name."""
         return "a" if name.endswith(".A") else "b"
 
-    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, AtSite]:
+    def materialize(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, AtSite]:
         """Return per site (A_KIR, B_KRO, scale), with one gather per pool for all its layers and all members.
 
         Backward, a gather is one ``index_add``, and ``unbind`` one stack.

@@ -58,7 +58,7 @@ class Nola:
             tensors[f"{site.name}.nola_b"] = torch.zeros(self.spec.bases)
         return tensors
 
-    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+    def frozen_tensors(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
         """Return the member's own random bases, drawn from its seed site after site."""
         generator = torch.Generator().manual_seed(seed)
         p, r = self.spec.bases, self.spec.rank
@@ -73,7 +73,7 @@ class Nola:
         """Return which decay a tensor takes, by its name."""
         return "a" if name.endswith(".nola_a") else "b"
 
-    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor]]:
+    def materialize(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return per site (A_KRI, B_KOR)."""
         return {site.name: _combine(stacked, site) for site in sites}
 
@@ -92,7 +92,7 @@ class Nola:
         return [f"the random bases of one member take {4 * numbers / 1e6:.0f} MB while it is in use"]
 
     def as_lora(self, tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> tuple[AdapterSpec, Tensors]:
-        """Return the same change as LoRA, from one member's trained and fixed tensors."""
+        """Return the same change as LoRA, from one member's trained and frozen tensors."""
         one = {name: t[None] for name, t in tensors.items()}
         pairs = {site.name: _combine(one, site) for site in sites}
         return written_out(self.spec, self.scale, {name: (a[0], b[0]) for name, (a, b) in pairs.items()})

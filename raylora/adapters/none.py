@@ -34,7 +34,7 @@ class NoAdapter:
         """Return no tensors."""
         return {}
 
-    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+    def frozen_tensors(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
         """Return nothing: all of a member is trained."""
         return {}
 
@@ -42,12 +42,12 @@ class NoAdapter:
         """Never asked: there are no adapter tensors."""
         raise KeyError(name)
 
-    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, None]:
+    def materialize(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, None]:
         """Return nothing for any site, which leaves the base's own output."""
         return {}
 
     def packed_delta(self, x_KNI: Tensor, at_site: None) -> Tensor:
-        """Never called: no site has anything materialised."""
+        """Never called: no site has anything materialized."""
         raise AssertionError("a member without an adapter has no delta")
 
     def delta_weight(self, tensors: Mapping[str, Tensor], site: Site) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raylora.adapters.base import HEAD, Adapter, OverWeights, Site, Tensors, WholeModel
+from raylora.adapters.base import HEAD, Adapter, NeedsBaseWeights, Site, Tensors, WholeModel
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Pack:
     heads: Mapping[str, Tensor]
     """Stacked head tensors, ``<module>.weight`` K x O x I and ``<module>.bias`` K x O."""
     dropout: Dropout | None = None
-    over: OverWeights | None = None
+    over: NeedsBaseWeights | None = None
     """The adapter again, if its change depends on the frozen layer."""
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Stacked weights that stand in for the base's own, where members are whole models."""
@@ -195,16 +195,16 @@ def make_pack(
     adapter: Adapter, sites: Sequence[Site], stacked: Mapping[str, Tensor], dropout: Dropout | None = None,
     adapters_on: bool = True,
 ) -> Pack:
-    """Split stacked tensors into adapters and heads and materialise the adapters once.
+    """Split stacked tensors into adapters and heads and materialize the adapters once.
 
     Args:
         adapters_on: ``False`` keeps the heads and leaves the base as it was before any training, the
-            reference of the KL regulariser.
+            reference of the KL regularizer.
     """
     heads = {n.removeprefix(HEAD): t for n, t in stacked.items() if n.startswith(HEAD)}
     inner = {n: t for n, t in stacked.items() if not n.startswith(HEAD)}
     members = len(next(iter(stacked.values())))
-    at_site = adapter.materialise(inner, sites) if adapters_on and inner else {}
-    over = adapter if isinstance(adapter, OverWeights) else None
+    at_site = adapter.materialize(inner, sites) if adapters_on and inner else {}
+    over = adapter if isinstance(adapter, NeedsBaseWeights) else None
     weights = inner if adapters_on and isinstance(adapter, WholeModel) else {}
     return Pack(adapter, members, at_site, heads, dropout if adapters_on else None, over, weights)

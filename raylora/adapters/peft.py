@@ -84,7 +84,7 @@ class Spec(AdapterSpec):
         if start not in _STARTS:
             names = ", ".join(map(repr, _STARTS))
             raise ValueError(f"options.init_lora_weights: {start!r} needs calibration data, is not the same twice "
-                             f"or changes the quantised base that all members share; use one of {names}")
+                             f"or changes the quantized base that all members share; use one of {names}")
         if self.options.get("use_dora") and start not in (True, "gaussian"):
             raise ValueError(f"options.use_dora: does not go with init_lora_weights {start!r}; leave one out")
         return self
@@ -131,22 +131,22 @@ class Peft:
             found |= {name: tensor for name, tensor in start.items() if wanted in name}
         return found
 
-    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+    def frozen_tensors(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
         """Return PEFT's frozen projections, and the factors of a decomposed start; every member has the same."""
-        fixed = dict(self._layers(sites).frozen)
+        frozen_tensors = dict(self._layers(sites).frozen)
         for site in sites if self.decomposed else ():
             weight_OI = weight_of(site.name)
             one = inject(self.spec.method, self.spec.options, [site], 0, {site.name: weight_OI})
             a_RI, b_OR = (one.trained[f"{site.name}.lora_{key}"] for key in "AB")
             scale = float(one.layers[site.name].scaling["default"])  # type: ignore[index]
-            fixed |= {f"{site.name}.start_A": a_RI, f"{site.name}.start_B": scale * b_OR}
-        return fixed
+            frozen_tensors |= {f"{site.name}.start_A": a_RI, f"{site.name}.start_B": scale * b_OR}
+        return frozen_tensors
 
     def decay_group(self, name: str) -> str:
         """Return ``a`` for what meets the input first, ``b`` for everything else."""
         return "a" if name.rpartition(".")[2] in _FIRST_FACTORS else "b"
 
-    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, _AtSite]:
+    def materialize(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, _AtSite]:
         """Return per site PEFT's layer and each member's tensors for it."""
         injected = self._layers(sites)
         at_site = {}
@@ -192,7 +192,7 @@ class Peft:
         sites = next(sites for sites in self._injected if site in sites) if self._injected else (site,)
         stacked = {name: tensor.float()[None] for name, tensor in tensors.items()}
         eye_II = torch.eye(site.in_features, device=next(iter(stacked.values())).device)
-        return self.packed_delta(eye_II[None], self.materialise(stacked, sites)[site.name])[0].T
+        return self.packed_delta(eye_II[None], self.materialize(stacked, sites)[site.name])[0].T
 
     # --- what the engine asks of kinds that are not like the others ---------------------------------
     def notes(self, sites: Sequence[Site]) -> list[str]:
@@ -202,11 +202,11 @@ class Peft:
         start = self.spec.options["init_lora_weights"]
         return [f"members start alike from {start}: they differ by their heads, data order and dropout"]
 
-    def why_alone(self) -> str:
+    def unpackable_reason(self) -> str:
         """Return why a pack holds one member of this kind."""
         return f"one member per forward: PEFT's {self.spec.method} layers hold one member at a time"
 
-    def why_not_on(self, quantization: str) -> str:
+    def unsupported_reason(self, quantization: str) -> str:
         """Return why PEFT cannot work over weights of this kind, or nothing if it can."""
         if self.decomposed and quantization != "none":
             start = self.spec.options["init_lora_weights"]

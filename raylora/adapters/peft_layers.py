@@ -1,7 +1,7 @@
 """PEFT's own layers without a model: a tree of stand-ins into which PEFT injects a method, and what came of it.
 
 The stand-ins have the shapes and the paths of the adapted layers but no weights, so the base is never touched
-and nothing has to be restored. PEFT initialises, names and computes; raylora holds the numbers.
+and nothing has to be restored. PEFT initializes, names and computes; raylora holds the numbers.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -65,7 +65,7 @@ def inject(
     """Let PEFT build a method for the sites, drawing from the seed alone.
 
     Args:
-        weights: site -> O x I, for initialisations that look at the frozen weight; else it is taken as zero.
+        weights: site -> O x I, for initializations that look at the frozen weight; else it is taken as zero.
 
     Raises:
         BaseError: PEFT refuses; its own words are in the message.

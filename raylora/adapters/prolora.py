@@ -87,7 +87,7 @@ class ProLora:
                 tensors[f"{site.name}.unshared_B"] = torch.zeros(site.out_features, u)
         return tensors
 
-    def fixed(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
+    def frozen_tensors(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
         """Return nothing: all of a member is trained."""
         return {}
 
@@ -95,7 +95,7 @@ class ProLora:
         """Return which decay a tensor takes, by its name."""
         return "a" if name.endswith("_A") else "b"
 
-    def materialise(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor]]:
+    def materialize(self, stacked: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return per site (A_KRI, B_KOR), rolled out of the shared chunks."""
         return {site.name: self._expand(stacked, site) for site in sites}
 
@@ -109,7 +109,7 @@ class ProLora:
         return self.scale * (b_KOR[0] @ a_KRI[0])
 
     def as_lora(self, tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> tuple[AdapterSpec, Tensors]:
-        """Return the same change as LoRA, from one member's trained and fixed tensors."""
+        """Return the same change as LoRA, from one member's trained and frozen tensors."""
         one = {name: t[None] for name, t in tensors.items()}
         pairs = {site.name: self._expand(one, site) for site in sites}
         return written_out(self.spec, self.scale, {name: (a[0], b[0]) for name, (a, b) in pairs.items()})

@@ -1,4 +1,4 @@
-"""All sets of a run: read, split without leakage, tokenised, counted and described."""
+"""All sets of a run: read, split without leakage, tokenized, counted and described."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.splits import Pool, divide, fresh, judge, read_pool
-from raylora.data.task import UNLABELLED, BadRow, Example, Task, unlabelled
+from raylora.data.task import UNLABELED, BadRow, Example, Task, unlabeled
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec
 
@@ -25,7 +25,7 @@ class LoadedSet:
     name: str
     origin: str
     examples: list[Example]
-    labelled: bool
+    labeled: bool
     truncated: int
     """Rows cut to ``task.max_length``."""
     skipped: int
@@ -44,8 +44,8 @@ class LoadedSet:
         said, without = self._labels(label_names)
         longest = max(len(sequence) for example in self.examples for sequence in example.sequences)
         parts = [f"{self.name}: {len(self.examples):,} examples from {self.origin}"]
-        if said or not self.labelled:
-            parts.append(f"labels {said}" if said else "unlabelled")
+        if said or not self.labeled:
+            parts.append(f"labels {said}" if said else "unlabeled")
         parts.append(f"longest {longest} tokens")
         counts = (without, "without label"), (self.truncated, "truncated"), (self.skipped, "skipped")
         for count, what in (*counts, (self.duplicates, "duplicates")):
@@ -60,7 +60,7 @@ class LoadedSet:
         if values:
             said = f"{min(values):g} to {max(values):g}, mean {sum(values) / len(values):.3g}"
             return said, len(found) - len(values)
-        classes = Counter(label for label in found if isinstance(label, int) and label != UNLABELLED)
+        classes = Counter(label for label in found if isinstance(label, int) and label != UNLABELED)
         said = ", ".join(f"{label_names[label]} {classes[label]:,}" for label in sorted(classes))
         return said, len(found) - classes.total() if classes else 0
 
@@ -94,7 +94,7 @@ class DataSets:
         return [loaded.describe(self.label_names) for loaded in self.all()]
 
     def preview(self, count: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Return the first tokenised training examples, for people to check the format."""
+        """Return the first tokenized training examples, for people to check the format."""
         return self.train.preview(count, tokenizer)
 
     def evaluated_keys(self) -> set[str]:
@@ -115,7 +115,7 @@ def load_sets(
     base_dir: Path | None = None,
     transfer: SetSpec | None = None,
 ) -> DataSets:
-    """Read, check, split and tokenise every set of a run; relative file paths start at ``base_dir``.
+    """Read, check, split and tokenize every set of a run; relative file paths start at ``base_dir``.
 
     Rows of ``transfer`` join the training set without labels, but for texts that are in any other set.
 
@@ -136,18 +136,18 @@ def load_sets(
         used |= parts[name].keys()
     known = train.keys() | parts["validation"].keys()
 
-    def named(specs: Mapping[str, SetSpec], labelled: bool) -> dict[str, LoadedSet]:
-        pools = {name: read_pool(name, spec, data, task, labelled, base_dir) for name, spec in specs.items()}
-        return {name: _tokenised(fresh(pool, known), data, task, tokenizer) for name, pool in pools.items()}
+    def named(specs: Mapping[str, SetSpec], labeled: bool) -> dict[str, LoadedSet]:
+        pools = {name: read_pool(name, spec, data, task, labeled, base_dir) for name, spec in specs.items()}
+        return {name: _tokenized(fresh(pool, known), data, task, tokenizer) for name, pool in pools.items()}
 
-    loaded = _tokenised(train, data, task, tokenizer)
+    loaded = _tokenized(train, data, task, tokenizer)
     _check_classes(loaded, task)
     sets = DataSets(
         train=loaded,
-        validation=_tokenised(parts["validation"], data, task, tokenizer),
-        test=_tokenised(parts["test"], data, task, tokenizer),
-        in_distribution=named(evaluation.in_distribution, labelled=True),
-        out_of_distribution=named(evaluation.out_of_distribution, labelled=False),
+        validation=_tokenized(parts["validation"], data, task, tokenizer),
+        test=_tokenized(parts["test"], data, task, tokenizer),
+        in_distribution=named(evaluation.in_distribution, labeled=True),
+        out_of_distribution=named(evaluation.out_of_distribution, labeled=False),
         label_names=list(task.label_names),
     )
     if transfer is None:
@@ -155,7 +155,7 @@ def load_sets(
     seen = set(loaded.text_keys) | sets.evaluated_keys()
     extra = fresh(read_pool("transfer", transfer, data, task, False, base_dir), seen)
     return replace(sets, train=_with_transfer(
-        loaded, _tokenised(extra, data, task, tokenizer), unlabelled(task)
+        loaded, _tokenized(extra, data, task, tokenizer), unlabeled(task)
     ))
 
 
@@ -165,26 +165,26 @@ def load_set(
     data: DataSpec,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    labelled: bool,
+    labeled: bool,
     base_dir: Path | None = None,
 ) -> LoadedSet:
-    """Read and tokenise one set on its own, as for a prediction; nothing is dropped as a duplicate.
+    """Read and tokenize one set on its own, as for a prediction; nothing is dropped as a duplicate.
 
     Raises:
         DataError: as :func:`load_sets`.
     """
     task.check(tokenizer)
-    return _tokenised(read_pool(name, spec, data, task, labelled, base_dir), data, task, tokenizer)
+    return _tokenized(read_pool(name, spec, data, task, labeled, base_dir), data, task, tokenizer)
 
 
-def _tokenised(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -> LoadedSet:
+def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -> LoadedSet:
     examples: list[Example] = []
     content_of: dict[str, str] = {}
     bad: list[str] = []
     truncated = 0
     for good in pool.rows:
         try:
-            example, cut = task.tokenise(good.row.values, good.id, tokenizer)
+            example, cut = task.tokenize(good.row.values, good.id, tokenizer)
             content_of[good.id] = content_hash(task.content(good.row.values))
         except BadRow as error:
             bad.append(f"{good.row.place}: {error}")
@@ -196,7 +196,7 @@ def _tokenised(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
         raise DataError(f"{pool.name}: {pool.origin} has no usable row", "check its columns and its text")
     skipped, digest = pool.skipped + len(bad), _digest(examples)
     return LoadedSet(
-        pool.name, pool.origin, examples, pool.labelled, truncated, skipped, pool.duplicates, digest,
+        pool.name, pool.origin, examples, pool.labeled, truncated, skipped, pool.duplicates, digest,
         frozenset(pool.keys()), content_of,
     )
 
@@ -208,7 +208,7 @@ def _with_transfer(train: LoadedSet, extra: LoadedSet, no_label: int | float) ->
         *(replace(example, id=f"transfer:{example.id}", label=no_label) for example in extra.examples),
     ]
     return replace(
-        train, origin=f"{train.origin} and {extra.origin}", examples=examples, labelled=False,
+        train, origin=f"{train.origin} and {extra.origin}", examples=examples, labeled=False,
         truncated=train.truncated + extra.truncated, skipped=train.skipped + extra.skipped,
         duplicates=train.duplicates + extra.duplicates, content_hash=_digest(examples),
         text_keys=train.text_keys | extra.text_keys,

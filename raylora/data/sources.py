@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylora.data.assets import PREFIX, dataset_file
+from raylora.data.catalog.assets import PREFIX, dataset_file
 from raylora.errors import DataError, suggest
 from raylora.spec import SetSpec
 

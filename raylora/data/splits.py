@@ -1,4 +1,4 @@
-"""The good rows of a set, drawn and divided by content before anything is tokenised.
+"""The good rows of a set, drawn and divided by content before anything is tokenized.
 
 A text that was trained on, or that chose when to stop, is never evaluated on: splits are made by content,
 and own evaluation sets lose the rows whose text was already used.
@@ -44,7 +44,7 @@ class Pool:
     name: str
     origin: str
     rows: list[GoodRow]
-    labelled: bool
+    labeled: bool
     skipped: int = 0
     duplicates: int = 0
 
@@ -54,7 +54,7 @@ class Pool:
 
 
 def read_pool(
-    name: str, spec: SetSpec, data: DataSpec, task: Task, labelled: bool, base_dir: Path | None = None
+    name: str, spec: SetSpec, data: DataSpec, task: Task, labeled: bool, base_dir: Path | None = None
 ) -> Pool:
     """Read a set, check each row against the task, and draw ``spec.rows`` of the good ones.
 
@@ -63,13 +63,13 @@ def read_pool(
     """
     table = load_rows(spec, base_dir)
     label = task.label_column
-    if not labelled:  # an out-of-distribution set may have labels, but of another task
+    if not labeled:  # an out-of-distribution set may have labels, but of another task
         table = _without(table, label)
-    require_columns(table, (*task.columns, *((label,) if labelled and label else ())), task.optional_columns)
+    require_columns(table, (*task.columns, *((label,) if labeled and label else ())), task.optional_columns)
     bad, rows = list(table.bad), []
     for row_id, row in zip(_ids(table), table.rows, strict=True):
         try:
-            if task.label(row.values) is None and labelled and label:
+            if task.label(row.values) is None and labeled and label:
                 raise BadRow(f"no {label!r}")
             rows.append(GoodRow(row_id, text_key(task.content(row.values)), row))
         except BadRow as error:
@@ -77,7 +77,7 @@ def read_pool(
     judge(name, bad, len(table.rows) + len(table.bad), data)
     if spec.rows is not None and spec.rows < len(rows):
         rows = _drawn(rows, spec.rows, data.seed, "rows", name)
-    return Pool(name, table.origin, rows, labelled, len(bad))
+    return Pool(name, table.origin, rows, labeled, len(bad))
 
 
 def divide(pool: Pool, sizes: Mapping[str, int], data: DataSpec) -> tuple[Pool, dict[str, Pool]]:
@@ -108,7 +108,7 @@ def divide(pool: Pool, sizes: Mapping[str, int], data: DataSpec) -> tuple[Pool, 
     for name, size in sizes.items():
         chosen = texts[start : start + size]
         repeats = sum(counts[key] - 1 for key in chosen)
-        parts[name] = Pool(name, pool.origin, [first[key] for key in chosen], pool.labelled, duplicates=repeats)
+        parts[name] = Pool(name, pool.origin, [first[key] for key in chosen], pool.labeled, duplicates=repeats)
         start += size
     return replace(pool, rows=rows), parts
 

@@ -20,8 +20,8 @@ from raylora.errors import DataError
 from raylora.spec import TaskSpec
 
 PaddingSide = Literal["left", "right"]
-UNLABELLED = -1
-"""The class of a training row that only a teacher can say something about; see :func:`unlabelled`."""
+UNLABELED = -1
+"""The class of a training row that only a teacher can say something about; see :func:`unlabeled`."""
 
 
 class BadRow(ValueError):
@@ -30,7 +30,7 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row: a token sequence, or one per option."""
+    """One tokenized row: a token sequence, or one per option."""
 
     id: str
     sequences: tuple[tuple[int, ...], ...]
@@ -114,11 +114,11 @@ class Task(Protocol):
     def label(self, row: Mapping[str, Any]) -> int | float | None:
         """Return the row's class or value, or None where it has no label column. Raises: BadRow."""
 
-    def tokenise(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
+    def tokenize(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
         """Return the example and whether it was truncated. Raises: BadRow."""
 
     def blocks(self, example: Example) -> list[Example]:
-        """Return the pieces of an example that are batched on their own; all but language modelling have one."""
+        """Return the pieces of an example that are batched on their own; all but language modeling have one."""
 
     def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Batch:
         """Pad examples on the tokenizer's padding side."""
@@ -135,9 +135,9 @@ def predicts_value(task: Task) -> bool:
     return task.num_classes == 1
 
 
-def unlabelled(task: Task) -> int | float:
+def unlabeled(task: Task) -> int | float:
     """Return the label of a row that has none: -1 is no class, but it may be somebody's real value."""
-    return math.nan if predicts_value(task) else UNLABELLED
+    return math.nan if predicts_value(task) else UNLABELED
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -253,7 +253,7 @@ def token_logprobs(logits_BKV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 def require_labels(batch: Batch) -> Tensor:
     """Return labels_N. Raises: DataError when the batch has none."""
     if batch.labels_N is None:
-        raise DataError(f"examples {batch.ids[0]} ... have no labels", "a loss needs a labelled set")
+        raise DataError(f"examples {batch.ids[0]} ... have no labels", "a loss needs a labeled set")
     return batch.labels_N
 
 

@@ -42,7 +42,7 @@ class Loss(Protocol):
             student_outputs: B x O, any float type; computed on in at least float32.
             targets: what the matching targets' ``gather`` returned for the same examples, on the same device.
             labels: one per example, -1 (NaN for real values) where there is none, or None if there are none at
-                all. An unlabelled example keeps its distillation term at the weight ``1 - task_weight``: its
+                all. An unlabeled example keeps its distillation term at the weight ``1 - task_weight``: its
                 share of the batch's gradient does not depend on who else has a label.
         """
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raylora.distill.files import pack_facts, sha256
-from raylora.distill.losses import mixture
+from raylora.distill.loss_functions import mixture
 from raylora.distill.topk import FLOOR, TopK, top_k
 from raylora.errors import DataError
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raylora.distill.losses import at_least_float32
+from raylora.distill.loss_functions import at_least_float32
 from raylora.errors import DataError
 
 FLOOR = -65504.0
@@ -113,7 +113,7 @@ def merge_bound(parts: Sequence[TopK], weights: Sequence[float]) -> Tensor:
 
 
 def teacher_logp(targets: TopK) -> Tensor:
-    """Return the teacher's log-probabilities over K tokens and the tail, P x (K + 1), normalised again after float16.
+    """Return the teacher's log-probabilities over K tokens and the tail, P x (K + 1), normalized again after float16.
 
     Without that the KL of equal distributions would be off zero by the rounding of the largest probability.
     """

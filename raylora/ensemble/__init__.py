@@ -7,7 +7,7 @@ from raylora.ensemble.aggregate import aggregate_logits, mean_logits, mean_proba
 from raylora.ensemble.calibration import Temperature, fit_temperature
 from raylora.ensemble.metrics import evaluate
 from raylora.ensemble.predictions import Predictions
-from raylora.ensemble.summary import summarise
+from raylora.ensemble.summary import summarize
 from raylora.ensemble.uncertainty import Uncertainty, decompose, pairwise_kl
 
 __all__ = [
@@ -21,5 +21,5 @@ __all__ = [
     "mean_logits",
     "mean_probabilities",
     "pairwise_kl",
-    "summarise",
+    "summarize",
 ]

@@ -25,7 +25,7 @@ SCALED = ("nll", "brier", "ece")
 """What a temperature can change and a reader asks for; accuracy under ``mean_logits`` never moves."""
 
 
-def summarise_classification(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+def summarize_classification(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
     """Return the summary described in docs/metrics.md."""
     ensemble = groups["ensemble"]
     size = ensemble[0].members
@@ -42,12 +42,12 @@ def summarise_classification(groups: Mapping[str, Group], settings: Settings) ->
         },
     }
     _check_identities(summary, settings.rule)
-    labelled = with_role(ensemble, "test", "in_distribution")
+    labeled = with_role(ensemble, "test", "in_distribution")
     fitted = {"ensemble": summary["ensemble"], **summary["baselines"]}
     temperatures = {name: part["temperature"] for name, part in fitted.items() if "temperature" in part}
     return summary | {
-        "gains": {part.name: classification_gains(part, settings) for part in labelled},
-        "m_curve": {part.name: member_curve(part, settings) for part in labelled},
+        "gains": {part.name: classification_gains(part, settings) for part in labeled},
+        "m_curve": {part.name: member_curve(part, settings) for part in labeled},
         "pairwise_kl": {part.name: pairwise_kl(part.logits()).tolist() for part in ensemble},
         "plots": plot_data({"ensemble": ensemble, **baselines}, temperatures, settings),
     }
@@ -56,9 +56,9 @@ def summarise_classification(groups: Mapping[str, Group], settings: Settings) ->
 def describe_group(group: Group, settings: Settings, intervals: bool = True) -> dict[str, Any]:
     """Return ``eval``, ``ood`` and, where a validation set allows it, the fitted ``temperature`` of a group."""
     temperature = _temperature(group, settings)
-    labelled = with_role(group, "test", "in_distribution")
+    labeled = with_role(group, "test", "in_distribution")
     description: dict[str, Any] = {
-        "eval": {part.name: _describe_set(part, temperature, settings, intervals) for part in labelled},
+        "eval": {part.name: _describe_set(part, temperature, settings, intervals) for part in labeled},
         "ood": _describe_ood(group, settings, intervals),
     }
     if temperature is not None:

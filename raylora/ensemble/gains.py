@@ -25,7 +25,7 @@ HIGHER_IS_BETTER = frozenset({"accuracy", "pearson", "spearman", "r2"})
 
 
 def classification_gains(part: Predictions, settings: Settings) -> dict[str, Any]:
-    """Return ``{over_mean_member, over_single: {metric: {gain, interval}}}`` for one labelled set."""
+    """Return ``{over_mean_member, over_single: {metric: {gain, interval}}}`` for one labeled set."""
     logits_MNC, labels_N, bins = part.logits(), part.labels(), settings.evaluation.bins
     pooled = score_rows(aggregate_logits(logits_MNC, settings.rule), labels_N, part.name)
     members = [

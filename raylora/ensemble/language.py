@@ -1,4 +1,4 @@
-"""The summary of a language-modelling run, from the log-probability that each member gives each target token.
+"""The summary of a language-modeling run, from the log-probability that each member gives each target token.
 
 Shapes: M members, N tokens, S bootstrap samples.
 """
@@ -29,19 +29,19 @@ from raylora.ensemble.predictions import Predictions
 from raylora.errors import SpecError
 
 
-def summarise_language(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+def summarize_language(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
     """Return the summary described in docs/metrics.md; SpecError for a rule that needs whole distributions."""
     if settings.rule != "mean_probabilities":
         raise SpecError(
             f"aggregate {settings.rule!r} needs the logits of the whole vocabulary",
-            "use aggregate: mean_probabilities for language modelling",
+            "use aggregate: mean_probabilities for language modeling",
         )
     ensemble = groups["ensemble"]
     size = ensemble[0].members
     baselines = baselines_of(groups)
     members = [{"index": m, **_describe(one_member(ensemble, m), settings, False)} for m in range(size)]
     summary: dict[str, Any] = {
-        "kind": "language_modelling",
+        "kind": "language_modeling",
         "aggregate": settings.rule,
         "members": members,
         "ensemble": {"members": size, **_describe(ensemble, settings, True)},

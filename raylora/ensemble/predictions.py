@@ -29,7 +29,7 @@ class Predictions:
     name: str
     role: Role
     ids: list[str]
-    """One per row; for language modelling one per token, repeated for the tokens of one document."""
+    """One per row; for language modeling one per token, repeated for the tokens of one document."""
     logits_MNC: Tensor | None = None
     labels_N: Tensor | None = None
     token_logprobs_MN: Tensor | None = None
@@ -103,13 +103,13 @@ class Predictions:
     def logits(self) -> Tensor:
         """Return the logits, M x N x C, or raise DataError where there are only token log-probabilities."""
         if self.logits_MNC is None:
-            raise self._error("has no logits", f"it has {self.field}, which is summarised in another way")
+            raise self._error("has no logits", f"it has {self.field}, which is summarized in another way")
         return self.logits_MNC
 
     def labels(self) -> Tensor:
         """Return the labels, N, or raise DataError where the set has none."""
         if self.labels_N is None:
-            raise self._error("has no labels", "only out-of-distribution sets may be unlabelled")
+            raise self._error("has no labels", "only out-of-distribution sets may be unlabeled")
         return self.labels_N
 
     def _check_values(self) -> None:

@@ -37,12 +37,12 @@ POINTS = 120
 """With more, the bars of a figure run together; they are taken at even steps through the set."""
 
 
-def summarise_regression(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+def summarize_regression(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
     """Return the summary described in docs/metrics.md.
 
     Raises:
         SpecError: the rule is one for logits.
-        DataError: a group has no labelled validation set, which its noise is fitted on.
+        DataError: a group has no labeled validation set, which its noise is fitted on.
     """
     if settings.rule != "mean_probabilities":
         raise SpecError(
@@ -54,7 +54,7 @@ def summarise_regression(groups: Mapping[str, Group], settings: Settings) -> dic
     members = [{"index": m, **describe_group(one_member(ensemble, m), settings, intervals=False)} for m in range(size)]
     noise = noise_of(ensemble)
     _check_identities(ensemble, noise)
-    labelled = with_role(ensemble, "test", "in_distribution")
+    labeled = with_role(ensemble, "test", "in_distribution")
     return {
         "kind": "regression",
         "aggregate": settings.rule,
@@ -64,8 +64,8 @@ def summarise_regression(groups: Mapping[str, Group], settings: Settings) -> dic
         "baselines": {
             name: {"members": group[0].members, **describe_group(group, settings)} for name, group in baselines.items()
         },
-        "gains": {part.name: _gains(part, ensemble, settings) for part in labelled},
-        "m_curve": {part.name: _curve(part, ensemble, settings) for part in labelled},
+        "gains": {part.name: _gains(part, ensemble, settings) for part in labeled},
+        "m_curve": {part.name: _curve(part, ensemble, settings) for part in labeled},
         "pairwise_kl": {part.name: pairwise_kl(part.values, noise.std).tolist() for part in ensemble},
         "plots": _plots({"ensemble": ensemble, **baselines}),
     }

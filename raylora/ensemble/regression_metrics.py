@@ -68,17 +68,17 @@ def draw_metrics(scores: ValueScores, draws_SN: Tensor, names: Sequence[str] = M
 
 def _correlation(one_SN: Tensor, two_SN: Tensor) -> Tensor:
     """Return Pearson's r of each draw."""
-    one_SN, two_SN = _centred(one_SN), _centred(two_SN)
+    one_SN, two_SN = _centered(one_SN), _centered(two_SN)
     product_S = (one_SN * two_SN).sum(dim=1)
     return (product_S / ((one_SN**2).sum(dim=1) * (two_SN**2).sum(dim=1)).sqrt()).clamp(-1, 1)
 
 
 def _r2(squared_error_SN: Tensor, label_SN: Tensor) -> Tensor:
     """Return ``1 - sum e^2 / sum (y - mean y)^2`` of each draw."""
-    return 1 - squared_error_SN.sum(dim=1) / (_centred(label_SN) ** 2).sum(dim=1)
+    return 1 - squared_error_SN.sum(dim=1) / (_centered(label_SN) ** 2).sum(dim=1)
 
 
-def _centred(x_SN: Tensor) -> Tensor:
+def _centered(x_SN: Tensor) -> Tensor:
     """Subtract each draw's mean; a draw of equal values becomes NaN, and not the rounding error of its mean."""
     constant_S1 = (x_SN == x_SN[:, :1]).all(dim=1, keepdim=True)
     return (x_SN - x_SN.mean(dim=1, keepdim=True)).masked_fill(constant_S1, math.nan)

@@ -1,4 +1,4 @@
-"""The one entry point from predictions to numbers: ``summarise``."""
+"""The one entry point from predictions to numbers: ``summarize``."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import torch
 
 from raylora.ensemble.aggregate import RULES
-from raylora.ensemble.classification import summarise_classification
+from raylora.ensemble.classification import summarize_classification
 from raylora.ensemble.groups import Group, Settings, check_groups
-from raylora.ensemble.language import summarise_language
-from raylora.ensemble.regression import summarise_regression
+from raylora.ensemble.language import summarize_language
+from raylora.ensemble.regression import summarize_regression
 from raylora.errors import SpecError, suggest
 from raylora.spec.run import EvaluationSpec
 
 SUMMARIES = {
-    "logits_MNC": summarise_classification,
-    "token_logprobs_MN": summarise_language,
-    "real_MN": summarise_regression,
+    "logits_MNC": summarize_classification,
+    "token_logprobs_MN": summarize_language,
+    "real_MN": summarize_regression,
 }
-"""What members predict -> how it is summarised."""
+"""What members predict -> how it is summarized."""
 
 
-def summarise(
+def summarize(
     groups: Mapping[str, Group],
     evaluation: EvaluationSpec,
     aggregate: str = "mean_probabilities",

@@ -1,1 +1,1 @@
-"""Low-rank pairs that make up for a layer's quantisation error before training starts."""
+"""Low-rank pairs that make up for a layer's quantization error before training starts."""

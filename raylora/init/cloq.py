@@ -1,4 +1,4 @@
-"""CLoQ: the rank-R pair that best undoes a layer's quantisation error on calibration inputs (arXiv 2501.18475).
+"""CLoQ: the rank-R pair that best undoes a layer's quantization error on calibration inputs (arXiv 2501.18475).
 
 With D = W - Q (O x I), H = X^T X + damping and any root G, G^T G = H, the paper takes the SVD G D^T = P Z V^T:
 
@@ -67,7 +67,7 @@ class Spec(CompensationSpec):
 
 
 class Cloq:
-    """Quantise, then compensate what was lost."""
+    """Quantize, then compensate what was lost."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec

@@ -1,4 +1,4 @@
-"""LoftQ: alternate between quantising W - B A and the SVD of W - Q; no data (arXiv 2310.08659, algorithm 1).
+"""LoftQ: alternate between quantizing W - B A and the SVD of W - Q; no data (arXiv 2310.08659, algorithm 1).
 
 Shapes: O outputs, I inputs, R rank.
 """
@@ -24,7 +24,7 @@ class Spec(CompensationSpec):
 
 
 class LoftQ:
-    """Quantise and compensate in turn."""
+    """Quantize and compensate in turn."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -32,7 +32,7 @@ class LoftQ:
     def solve(
         self, weight_OI: Tensor, quantize: Callable[[Tensor], Any], gram_II: Tensor, name: str
     ) -> tuple[Any, Tensor, Tensor]:
-        """Return (Q, A_RI, B_OR); the Gram matrix is looked at by the quantiser at most."""
+        """Return (Q, A_RI, B_OR); the Gram matrix is looked at by the quantizer at most."""
         return loftq(weight_OI, quantize, self.spec.rank, self.spec.iterations)
 
 
@@ -42,7 +42,7 @@ def build(spec: Spec) -> LoftQ:
 
 
 class Dequantizable(Protocol):
-    """What a quantiser returns: a tensor that is already rounded, or codes."""
+    """What a quantizer returns: a tensor that is already rounded, or codes."""
 
     def dequantize(self) -> Tensor:
         """Return the weight, O x I, in float32."""

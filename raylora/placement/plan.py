@@ -23,14 +23,14 @@ class Demand:
     groups: tuple[tuple[str, ...], ...]
     """Units that may share a forward, group by group."""
     base_bytes: int
-    """The quantised base, once per worker."""
+    """The quantized base, once per worker."""
     member_bytes: int
     """A member's float32 tensors, gradients and two moments."""
     activation_bytes: int
     """What one member's micro-batch keeps for its backward pass."""
     runtime_bytes: int = 2_000_000_000
     """The interpreter with torch and transformers."""
-    why_alone: str = ""
+    unpackable_reason: str = ""
     """Why the members are groups of their own, if they are."""
 
 
@@ -68,7 +68,7 @@ def make_plan(demand: Demand, inventory: Inventory, spec: PlacementSpec) -> Plan
     Raises:
         PlacementError: more is asked for than there is; the message says what there is.
     """
-    reasons: list[str] = [demand.why_alone] if demand.why_alone else []
+    reasons: list[str] = [demand.unpackable_reason] if demand.unpackable_reason else []
     gpus_each = (1 if inventory.gpus else 0) if spec.gpus_per_worker == "auto" else spec.gpus_per_worker
     units = sum(len(group) for group in demand.groups)
     largest = max(len(group) for group in demand.groups)
@@ -141,7 +141,7 @@ def _per_pack(
         raise PlacementError(
             f"placement: one member needs about {_worker_bytes(demand, 1, gpus_each) / 1e9:.1f} GB, "
             f"a worker has {share / 1e9:.1f} GB",
-            "lower optimisation.micro_batch or task.max_length, or quantise the base",
+            "lower optimization.micro_batch or task.max_length, or quantize the base",
         )
     wanted = math.ceil(largest / workers)
     packed = min(wanted, fits)

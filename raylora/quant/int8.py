@@ -8,7 +8,7 @@ from raylora.spec import QuantizationSpec
 
 
 class Spec(QuantizationSpec):
-    """8-bit weights; activations are quantised row by row as they are multiplied."""
+    """8-bit weights; activations are quantized row by row as they are multiplied."""
 
     kind: Literal["int8"] = "int8"
     threshold: float = 6.0
@@ -16,7 +16,7 @@ class Spec(QuantizationSpec):
 
 
 def build(spec: Spec, compute_dtype: Any, skip_modules: list[str]) -> Any:
-    """Return the quantisation config that ``from_pretrained`` takes."""
+    """Return the quantization config that ``from_pretrained`` takes."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -1,4 +1,4 @@
-"""Dequantising, wherever the tensors are: pure torch, or one Triton kernel on CUDA.
+"""Dequantizing, wherever the tensors are: pure torch, or one Triton kernel on CUDA.
 
 Both compute (code - zero) * scale in float32, where it is exact, and round once to the type asked for: they agree
 bit by bit.

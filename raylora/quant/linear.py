@@ -53,7 +53,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The quantised weight in the compute type, WITHOUT the pair; dequantised anew each time it is asked for."""
+        """The quantized weight in the compute type, WITHOUT the pair; dequantized anew each time it is asked for."""
         return self.quantized.dequantize(self.compute_dtype)
 
     def dense_weight(self) -> Tensor:
@@ -95,10 +95,10 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Multiply(torch.autograd.Function):
-    """x Q^T with no gradient to Q, which is dequantised again in the backward pass rather than kept until then.
+    """x Q^T with no gradient to Q, which is dequantized again in the backward pass rather than kept until then.
 
     F.linear would keep the dense weight of every layer alive from its forward to its backward pass: the very memory
-    that quantising saves.
+    that quantizing saves.
     """
 
     @staticmethod

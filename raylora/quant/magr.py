@@ -1,4 +1,4 @@
-"""MagR: shrink each group's largest weights where the data will not notice, before quantising (arXiv 2406.00800).
+"""MagR: shrink each group's largest weights where the data will not notice, before quantizing (arXiv 2406.00800).
 
     min over W'   1/2 ||X (W' - W)^T||_F^2 + a * sum over groups ||w'_group||_inf        X of top singular value 1
 

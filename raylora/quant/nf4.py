@@ -8,15 +8,15 @@ from raylora.spec import QuantizationSpec
 
 
 class Spec(QuantizationSpec):
-    """4-bit weights, dequantised as they are multiplied; works on CPU and GPU."""
+    """4-bit weights, dequantized as they are multiplied; works on CPU and GPU."""
 
     kind: Literal["nf4"] = "nf4"
     double_quant: bool = True
-    """Quantise the block scales too: 0.37 bits less per weight."""
+    """Quantize the block scales too: 0.37 bits less per weight."""
 
 
 def build(spec: Spec, compute_dtype: Any, skip_modules: list[str]) -> Any:
-    """Return the quantisation config that ``from_pretrained`` takes."""
+    """Return the quantization config that ``from_pretrained`` takes."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -8,11 +8,11 @@ from raylora.spec import QuantizationSpec
 
 
 class Spec(QuantizationSpec):
-    """No quantisation."""
+    """No quantization."""
 
     kind: Literal["none"] = "none"
 
 
 def build(spec: Spec, compute_dtype: Any, skip_modules: list[str]) -> None:
-    """Return what transformers is told about quantisation: nothing."""
+    """Return what transformers is told about quantization: nothing."""
     return None

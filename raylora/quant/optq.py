@@ -50,7 +50,7 @@ def optq(
     weight_OI: Tensor, factor: Factor, bits: int, group_size: int, shrink: float | None = None, block: int = 128,
     name: str = "weight",
 ) -> Quantized:
-    """Return the weight quantised with error compensation.
+    """Return the weight quantized with error compensation.
 
     A group's grid is fitted when the pass reaches it, to weights that hold every correction so far: a block therefore
     ends where a group begins. Raise BaseError for unsupported bits or group sizes, entries that are not finite, and a
@@ -119,5 +119,5 @@ def quantizer(spec: Spec) -> Callable[[Tensor, Factor | None, str], Quantized]:
 
 
 def build(spec: Spec, compute_dtype: Any, skip_modules: list[str]) -> None:
-    """Return what transformers is told about quantisation: nothing, the layers are put in afterwards."""
+    """Return what transformers is told about quantization: nothing, the layers are put in afterwards."""
     return None

@@ -1,4 +1,4 @@
-"""A quantised weight: packed codes, a float16 scale and an integer zero point per group.
+"""A quantized weight: packed codes, a float16 scale and an integer zero point per group.
 
 Shapes: O outputs, I inputs, G groups per row.
 """

@@ -50,5 +50,5 @@ def quantizer(spec: Spec) -> Callable[[Tensor, Any, str], Quantized]:
 
 
 def build(spec: Spec, compute_dtype: Any, skip_modules: list[str]) -> None:
-    """Return what transformers is told about quantisation: nothing, the layers are put in afterwards."""
+    """Return what transformers is told about quantization: nothing, the layers are put in afterwards."""
     return None

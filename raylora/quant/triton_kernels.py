@@ -1,4 +1,4 @@
-"""Dequantising on CUDA in one pass over the codes: unpack, subtract the zero point, scale, round once.
+"""Dequantizing on CUDA in one pass over the codes: unpack, subtract the zero point, scale, round once.
 
 Imported only where Triton is (torch's CUDA builds bring it). Checked in Triton's interpreter on a CPU against the
 torch path; never run on a device so far. ``tests/gpu/test_gpu_quant.py`` is the check for one.

@@ -19,13 +19,13 @@ from raylora.report.formatting import duration, flat, number, size
 from raylora.report.tables import Table, Text
 
 STAGES = {
-    "quantized": ("before", "quantised, without a pair"),
+    "quantized": ("before", "quantized, without a pair"),
     "svd": ("SVD of the error", "with the SVD of the error, which looks at no data"),
     "compensated": ("with its pair", "with the pair that the base has"),
     "theory": ("theory", "the least that any pair of this rank leaves"),
 }
 """Error of a layer -> its column, and its line in the figure."""
-_COLOURS = {"quantized": "#D55E00", "svd": "#8A6D00", "compensated": "#0072B2", "theory": "#000000"}
+_COLORS = {"quantized": "#D55E00", "svd": "#8A6D00", "compensated": "#0072B2", "theory": "#000000"}
 
 
 def section(summary: dict[str, Any]) -> dict[str, Any]:
@@ -100,12 +100,12 @@ def layer_errors(summary: dict[str, Any]) -> list[Drawn]:
     for key in stages(summary):
         values = [100 * layer[key] / layer["weight"] for layer in summary["layers"]]
         line = "--" if key == "theory" else "-"
-        axes.plot(range(1, len(values) + 1), values, line, color=_COLOURS[key], linewidth=1.3, marker=".",
+        axes.plot(range(1, len(values) + 1), values, line, color=_COLORS[key], linewidth=1.3, marker=".",
                   markersize=3 if key != "theory" else 0, label=STAGES[key][1])
     axes.set_xlabel("linear layer, first block to last")
     axes.set_ylabel("error, % of the outputs' norm")
     axes.set_ylim(bottom=0)
-    axes.set_title("What quantising cost each layer on the calibration inputs")
+    axes.set_title("What quantizing cost each layer on the calibration inputs")
     figure.legend(loc="outside lower center", ncols=2)
     words = "; ".join(
         f"{STAGES[key][1]}: mean {100 * fmean(_shares(summary['layers'], key)):.1f} %" for key in stages(summary)

@@ -29,7 +29,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Entry:
-    """One row: what it is called and what summarise() said of it."""
+    """One row: what it is called and what summarize() said of it."""
 
     key: str
     label: str
@@ -75,7 +75,7 @@ def set_names(metrics: dict[str, Any], role: str) -> list[str]:
 
 
 def scored_sets(metrics: dict[str, Any]) -> list[str]:
-    """Return the labelled sets, the test set first."""
+    """Return the labeled sets, the test set first."""
     known = metrics.get("ensemble", {}).get("eval", {})
     ordered = [name for role in ("test", "in_distribution", "out_of_distribution") for name in set_names(metrics, role)]
     return [name for name in ordered if name in known]

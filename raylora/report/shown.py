@@ -39,7 +39,7 @@ _KINDS = {
         detected_by="predictive_entropy",
         kept=("predictive_entropy", "mutual_information"),
     ),
-    "language_modelling": Shown(
+    "language_modeling": Shown(
         compared=("nll", "perplexity"),
         apart=(),
         members=("nll", "perplexity"),
@@ -74,5 +74,5 @@ def kind_of(metrics: dict[str, Any]) -> str:
 
 def shown_of_scores(scores: dict[str, Any]) -> Shown:
     """Return what is shown of one set's ``eval``, whose metrics tell which kind of run it belongs to."""
-    kind = "language_modelling" if "perplexity" in scores else "regression" if "rmse" in scores else "classification"
+    kind = "language_modeling" if "perplexity" in scores else "regression" if "rmse" in scores else "classification"
     return _KINDS[kind]

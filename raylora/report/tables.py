@@ -24,7 +24,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Two heading rows (groups that span columns, then columns) and labelled rows."""
+    """Two heading rows (groups that span columns, then columns) and labeled rows."""
 
     groups: list[tuple[str, int]]
     heads: list[str]
@@ -32,7 +32,7 @@ class Table:
 
 
 def comparison(metrics: dict[str, Any]) -> Table | None:
-    """Everyone on every labelled set."""
+    """Everyone on every labeled set."""
     return _grouped(
         entries(metrics),
         scored_sets(metrics),
@@ -52,7 +52,7 @@ def scaled(metrics: dict[str, Any]) -> Table | None:
 
 
 def members(metrics: dict[str, Any]) -> Table | None:
-    """Each member on every labelled set."""
+    """Each member on every labeled set."""
     return _grouped(
         member_entries(metrics), scored_sets(metrics), shown(metrics).members,
         lambda row, name, metric: row.cell("eval", name, metric),
@@ -80,7 +80,7 @@ def detection(metrics: dict[str, Any]) -> Table | None:
 
 
 def shift(metrics: dict[str, Any]) -> Table | None:
-    """How much each contender loses from the test set to each other labelled set."""
+    """How much each contender loses from the test set to each other labeled set."""
     test, *others = scored_sets(metrics) or [""]
     told = shown(metrics).shifted
     if not others:

@@ -18,24 +18,15 @@ from raylora import registry
 from raylora.adapters.base import HEAD, Adapter, LoraExpandable, PeftNative, Site, WholeModel
 from raylora.adapters.export import to_peft
 from raylora.data.task import Task
-from raylora.engine.base import (
-    Base,
-    adapter_sites,
-    compute_device,
-    export_name,
-    find_heads,
-    load_base,
-    load_dense,
-    load_tokenizer,
-    quiet,
-    shell_model,
-    target_names,
-)
-from raylora.engine.lessons import task_of
-from raylora.engine.members import member_facts, member_tensors
-from raylora.engine.persist import check_layout, layout_of, to_bytes
-from raylora.engine.prepared import prepared_store
-from raylora.engine.units import units_of
+from raylora.engine.model.base import Base, load_base
+from raylora.engine.model.checkpoint import export_name, load_dense, load_tokenizer, quiet, shell_model
+from raylora.engine.model.machine import compute_device
+from raylora.engine.model.quantized_layers import prepared_store
+from raylora.engine.model.serialization import check_layout, layout_of, to_bytes
+from raylora.engine.model.sites import adapter_sites, find_heads, target_names
+from raylora.engine.run.finished_members import member_facts, member_tensors
+from raylora.engine.training.distillation_loss import task_of
+from raylora.engine.training.member_plan import member_plans_of
 from raylora.errors import RunDirectoryError, UsageError, suggest
 from raylora.spec import RunSpec
 from raylora.store import commit
@@ -121,10 +112,10 @@ def _as_lora(
     # The shell does not know what the checkpoint lacks; the member does: it trained it.
     heads = list(find_heads(shell, [n.removeprefix(HEAD) for n in head]))
     sites = adapter_sites(shell, adapter, heads)
-    seeds = {unit.name: unit.stream("fixed") for unit in units_of(spec)}
-    fixed = adapter.fixed(sites, seeds[name], _weights(store, spec, task))
-    check_layout(name, facts.get("layout"), layout_of(_shapes(adapter, sites), fixed))
-    lora, written = adapter.as_lora({**tensors, **fixed}, sites)
+    seeds = {unit.name: unit.stream("fixed") for unit in member_plans_of(spec)}
+    frozen_tensors = adapter.frozen_tensors(sites, seeds[name], _weights(store, spec, task))
+    check_layout(name, facts.get("layout"), layout_of(_shapes(adapter, sites), frozen_tensors))
+    lora, written = adapter.as_lora({**tensors, **frozen_tensors}, sites)
     task_type = "SEQ_CLS" if task.auto_class == "AutoModelForSequenceClassification" else "CAUSAL_LM"
     peft = to_peft(
         {**written, **head}, lora, sites, target_names(shell, sites, heads), task_type, export_name(spec.base)

@@ -1,8 +1,8 @@
 """A prepared base as a checkpoint that others load, with its pair as a PEFT adapter on it.
 
-Two forms: ``base`` has every weight dequantised, in any program's reach; ``base-packed`` keeps the codes, in the
-pack-quantized format of compressed-tensors, which transformers dequantises as it loads. Everything that was not
-quantised is copied from the original checkpoint, tensor by tensor.
+Two forms: ``base`` has every weight dequantized, in any program's reach; ``base-packed`` keeps the codes, in the
+pack-quantized format of compressed-tensors, which transformers dequantizes as it loads. Everything that was not
+quantized is copied from the original checkpoint, tensor by tensor.
 
 Shapes: O outputs, I inputs, G groups per row, R rank.
 """
@@ -26,12 +26,12 @@ from raylora.adapters.base import site_of
 from raylora.adapters.export import to_peft
 from raylora.adapters.lora import Spec as LoraSpec
 from raylora.data.task import Task
-from raylora.engine.base import export_name, find_heads, shell_model, target_names, weights_folder
-from raylora.engine.blocks import base_linears
-from raylora.engine.lessons import task_of
-from raylora.engine.persist import to_bytes
-from raylora.engine.prepared import all_layers, prepared_store
-from raylora.engine.solve import Solved
+from raylora.engine.model.checkpoint import export_name, shell_model, weights_folder
+from raylora.engine.model.quantized_layers import Solved, all_layers, prepared_store
+from raylora.engine.model.serialization import to_bytes
+from raylora.engine.model.sites import find_heads, target_names
+from raylora.engine.quantization.block_activations import base_linears
+from raylora.engine.training.distillation_loss import task_of
 from raylora.errors import BaseError, RunDirectoryError, UsageError
 from raylora.quant.packing import pack_codes, unpack_codes
 from raylora.quant.quantized import Quantized
@@ -68,7 +68,7 @@ def export_base(run: str, form: str = "base", out: str | None = None, dtype: Dty
     prepared = prepared_store(store)
     if prepared is None or not isinstance(spec.base.quantization, GridSpec):
         raise UsageError(
-            f"{store.uri}: its base is quantised by {spec.base.quantization.kind} as it is loaded",
+            f"{store.uri}: its base is quantized by {spec.base.quantization.kind} as it is loaded",
             "export its members: --format peft-lora",
         )
     if not store.storage.is_local and out is None:
@@ -109,7 +109,7 @@ def _write_checkpoint(
     source: Path, folder: Path, layers: Mapping[str, Solved], transposed: Collection[str], form: str, grid: GridSpec,
     dtype: Dtype,
 ) -> None:
-    """Copy a checkpoint with the quantised weights in the place of the original ones."""
+    """Copy a checkpoint with the quantized weights in the place of the original ones."""
     staging = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -227,7 +227,7 @@ def _readme(spec: RunSpec, form: str, pair: Path | None) -> str:
     grid = spec.base.quantization
     assert isinstance(grid, GridSpec)
     loads = (
-        "It loads with `from_pretrained` like the original; its weights are dequantised." if form == "base" else
+        "It loads with `from_pretrained` like the original; its weights are dequantized." if form == "base" else
         "It is in the pack-quantized format of `compressed-tensors`. In transformers, with that package installed: "
         "`from_pretrained(folder, quantization_config=CompressedTensorsConfig(dequantize=True))`."
     )

@@ -18,11 +18,12 @@ from raylora import registry
 from raylora.adapters.base import Tensors
 from raylora.data.sources import load_rows
 from raylora.data.task import BadRow, Example, Task, predicts_value
-from raylora.engine.base import Base, compute_device, load_base
-from raylora.engine.lessons import read_outputs, task_of
-from raylora.engine.members import finished_members, member_facts, member_tensors, stacked_members
-from raylora.engine.predict import predict
-from raylora.engine.prepared import prepared_store
+from raylora.engine.model.base import Base, load_base
+from raylora.engine.model.machine import compute_device
+from raylora.engine.model.quantized_layers import prepared_store
+from raylora.engine.run.finished_members import finished_members, member_facts, member_tensors, stacked_members
+from raylora.engine.training.distillation_loss import read_outputs, task_of
+from raylora.engine.training.predict import predict
 from raylora.ensemble.aggregate import aggregate_logits
 from raylora.ensemble.gaussian import epistemic_std, half_width
 from raylora.ensemble.regression_metrics import LEVEL
@@ -107,7 +108,7 @@ class LoadedEnsemble:
         for index, text in enumerate(texts):
             row = {"text": text} if isinstance(text, str) else dict(text)
             row.pop(self.task.label_column or "", None)
-            example, cut = self._tokenise(row, index)
+            example, cut = self._tokenize(row, index)
             examples.append(example)
             truncated.append(cut)
         outputs_MNO, _ = predict(self.base, self._adapter, self.task, self._stacked, examples, batch)
@@ -116,9 +117,9 @@ class LoadedEnsemble:
         logits_MNC, expected_MN = read_outputs(self.task, outputs_MNO)
         return self._describe(logits_MNC, expected_MN, examples, truncated)
 
-    def _tokenise(self, row: dict[str, Any], index: int) -> tuple[Example, bool]:
+    def _tokenize(self, row: dict[str, Any], index: int) -> tuple[Example, bool]:
         try:
-            return self.task.tokenise(row, str(row.get("id", index)), self.base.tokenizer)
+            return self.task.tokenize(row, str(row.get("id", index)), self.base.tokenizer)
         except BadRow as error:
             raise DataError(f"row {index}: {error}", f"a row has the columns {', '.join(self.task.columns)}") from None
 

@@ -61,7 +61,7 @@ class GridSpec(QuantizationSpec):
 
 
 class CompensationSpec(KindSpec):
-    """A low-rank pair that makes up for what quantisation lost, computed once per base."""
+    """A low-rank pair that makes up for what quantization lost, computed once per base."""
 
     rank: int = Field(default=64, ge=1)
     trainable: bool = False

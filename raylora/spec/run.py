@@ -49,7 +49,7 @@ class SetSpec(Frozen):
 
 
 class CalibrationSpec(SetSpec):
-    """Plain text that the base reads while it is quantised; its labels, if it has any, are not looked at."""
+    """Plain text that the base reads while it is quantized; its labels, if it has any, are not looked at."""
 
     samples: int = Field(default=128, ge=1)
     length: int = Field(default=512, ge=8)
@@ -67,10 +67,10 @@ class BaseSpec(Frozen):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type of the base; ``auto`` is bfloat16 where the processor multiplies it natively, else float32.
-    Adapters, heads and the optimiser always stay in float32."""
+    Adapters, heads and the optimizer always stay in float32."""
     quantization: AnyQuantization = Field(default_factory=lambda: cast(Any, {"kind": "nf4"}))
     compensation: AnyCompensation | None = None
-    """A low-rank pair computed with the quantised weights, by ``cloq`` or ``loftq``; needs rtn or optq."""
+    """A low-rank pair computed with the quantized weights, by ``cloq`` or ``loftq``; needs rtn or optq."""
     calibration: CalibrationSpec | None = None
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """``auto`` is eager on CPU (several times faster backward in bfloat16) and sdpa on GPU."""
@@ -128,8 +128,8 @@ class KLSpec(Frozen):
     direction: Literal["forward", "reverse"] = "forward"
 
 
-class RegularisersSpec(Frozen):
-    """The regularisers of LoRA ensembles; each is off by default and combines with the others."""
+class RegularizersSpec(Frozen):
+    """The regularizers of LoRA ensembles; each is off by default and combines with the others."""
 
     early_stopping: EarlyStoppingSpec | None = None
     kl: KLSpec | None = None
@@ -169,7 +169,7 @@ class EnsembleSpec(Frozen):
     bootstrap: bool = False
     """Draw each member's training rows with replacement."""
     aggregate: Literal["mean_probabilities", "mean_logits"] = "mean_probabilities"
-    regularisers: RegularisersSpec = RegularisersSpec()
+    regularizers: RegularizersSpec = RegularizersSpec()
     min_members: int | None = Field(default=None, ge=1)
     """Finish, marked as degraded, if at least this many members survive; by default all must."""
 
@@ -188,7 +188,7 @@ class EnsembleSpec(Frozen):
         return list(self.seeds) if self.seeds is not None else [self.seed + m for m in range(self.members)]
 
 
-class OptimisationSpec(Frozen):
+class OptimizationSpec(Frozen):
     """How a member is trained; every number is per member, whatever else shares its worker."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -210,7 +210,7 @@ class OptimisationSpec(Frozen):
     """DeepSpeed ZeRO stage over the adapter parameters."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> OptimisationSpec:
+    def _one_length(self) -> OptimizationSpec:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give 'epochs' or 'steps', not both")
         return self
@@ -220,9 +220,9 @@ class EvaluationSpec(Frozen):
     """What is measured after training; the test split is always evaluated under the name ``test``."""
 
     in_distribution: dict[str, SetSpec] = {}
-    """Further labelled sets: the same task on other text."""
+    """Further labeled sets: the same task on other text."""
     out_of_distribution: dict[str, SetSpec] = {}
-    """Unlabelled sets that a sure model should not be sure about; scored by AUROC against ``test``."""
+    """Unlabeled sets that a sure model should not be sure about; scored by AUROC against ``test``."""
     bins: int = Field(default=15, ge=2)
     bootstrap_samples: int = Field(default=200, ge=0)
     confidence: float = Field(default=0.95, gt=0, lt=1)
@@ -279,7 +279,7 @@ class StudentSpec(Frozen):
     members: int = Field(default=1, ge=1)
     """More than one makes the student an ensemble, whose prediction is the one that counts."""
     seed: int = 0
-    optimisation: OptimisationSpec | None = None
+    optimization: OptimizationSpec | None = None
     """By default the teacher's."""
 
 
@@ -309,7 +309,7 @@ class DistillSpec(Frozen):
         return value
 
 
-class LessonSpec(Frozen):
+class DistillFromSpec(Frozen):
     """What makes a run a student's: which targets it learns from, and how. Written by ``raylora distill``."""
 
     targets: str
@@ -331,14 +331,14 @@ class RunSpec(Frozen):
     task: AnyTask
     data: DataSpec
     ensemble: EnsembleSpec = EnsembleSpec()
-    optimisation: OptimisationSpec = OptimisationSpec()
+    optimization: OptimizationSpec = OptimizationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     baselines: BaselinesSpec = BaselinesSpec()
     placement: PlacementSpec = PlacementSpec()
     checkpointing: CheckpointingSpec = CheckpointingSpec()
     distill: DistillSpec | None = None
     """Teach a student when the ensemble is finished."""
-    lesson: LessonSpec | None = None
+    distill_from: DistillFromSpec | None = None
     """Only in a student's own run."""
 
     @field_validator("name")
@@ -357,15 +357,15 @@ class RunSpec(Frozen):
 
     @model_validator(mode="after")
     def _decay_is_stable(self) -> RunSpec:
-        lr, rules = self.optimisation.lr, self.ensemble.regularisers
+        lr, rules = self.optimization.lr, self.ensemble.regularizers
         for key in ("decay_a", "decay_b", "decay_head"):
             decay = getattr(rules, key)
-            if decay and self.optimisation.optimizer == "sgd":
-                raise ValueError(f"ensemble.regularisers.{key} is decoupled decay, which sgd lacks: use adamw")
+            if decay and self.optimization.optimizer == "sgd":
+                raise ValueError(f"ensemble.regularizers.{key} is decoupled decay, which sgd lacks: use adamw")
             if lr * decay >= 1:
                 raise ValueError(
                     f"lr * {key} = {lr * decay:.3g} >= 1: each step would multiply by {1 - lr * decay:.3g}; "
-                    f"lower ensemble.regularisers.{key} below {1 / lr:.3g} or optimisation.lr below {1 / decay:.3g}"
+                    f"lower ensemble.regularizers.{key} below {1 / lr:.3g} or optimization.lr below {1 / decay:.3g}"
                 )
         return self
 
@@ -376,8 +376,8 @@ class RunSpec(Frozen):
         teaches afterwards.
         """
         left_out = {"name", "storage_path", "placement", "checkpointing", "distill"}
-        if self.lesson is None:  # runs from before there were students keep their digest
-            left_out.add("lesson")
+        if self.distill_from is None:  # runs from before there were students keep their digest
+            left_out.add("distill_from")
         return self.model_dump(mode="json", exclude=left_out)
 
     def digest(self) -> str:

@@ -36,8 +36,8 @@ def build(adapter: Any, seed: int) -> dict[str, torch.Tensor]:
     return adapter.build(SITES, torch.Generator().manual_seed(seed))
 
 
-def fixed(adapter: Any, seed: int) -> dict[str, torch.Tensor]:
-    return adapter.fixed(SITES, seed, weight_of)
+def frozen_tensors(adapter: Any, seed: int) -> dict[str, torch.Tensor]:
+    return adapter.frozen_tensors(SITES, seed, weight_of)
 
 
 def weight_of(name: str) -> torch.Tensor:
@@ -48,14 +48,14 @@ def weight_of(name: str) -> torch.Tensor:
 
 def fresh(adapter: Any, seed: int) -> dict[str, torch.Tensor]:
     """Return a whole new member, with what it needs but does not train."""
-    return {**build(adapter, seed), **fixed(adapter, seed)}
+    return {**build(adapter, seed), **frozen_tensors(adapter, seed)}
 
 
 def trained(adapter: Any, seed: int) -> dict[str, torch.Tensor]:
     """Return a whole member whose every trained number is away from where it began."""
     generator = torch.Generator().manual_seed(1000 + seed)
     moved = {n: t + torch.randn(t.shape, generator=generator) * 0.3 for n, t in build(adapter, seed).items()}
-    return {**moved, **fixed(adapter, seed)}
+    return {**moved, **frozen_tensors(adapter, seed)}
 
 
 def stacked(adapter: Any, members: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -83,9 +83,9 @@ def test_building_depends_on_the_generator_alone(adapter: Any) -> None:
 
 def test_what_is_not_trained_depends_on_the_seed_and_the_base_alone(adapter: Any) -> None:
     torch.manual_seed(1)
-    one, state = fixed(adapter, 7), torch.random.get_rng_state()
+    one, state = frozen_tensors(adapter, 7), torch.random.get_rng_state()
     torch.manual_seed(2)
-    two = fixed(adapter, 7)
+    two = frozen_tensors(adapter, 7)
     torch.manual_seed(1)
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator was used"
     assert list(one) == list(two) and all(torch.equal(one[n], two[n]) for n in one)
@@ -97,28 +97,28 @@ def test_a_fresh_member_changes_nothing(change: Any) -> None:
     for site in SITES:
         for member in members:
             assert not change.delta_weight(member, site).any()
-        at_site = change.materialise(stacked(change, members), SITES).get(site.name)
+        at_site = change.materialize(stacked(change, members), SITES).get(site.name)
         if at_site is not None:
             assert not change.packed_delta(torch.randn(3, 5, site.in_features), at_site).any()
 
 
 def test_the_packed_delta_is_each_members_own_weight_times_its_own_input(change: Any) -> None:
     members = [trained(change, seed) for seed in range(3)]
-    materialised = change.materialise(stacked(change, members), SITES)
+    materialized = change.materialize(stacked(change, members), SITES)
     for site in SITES:
         weights = [change.delta_weight(member, site) for member in members]
         assert all(w.shape == (site.out_features, site.in_features) and w.dtype == torch.float32 for w in weights)
-        if site.name not in materialised:
+        if site.name not in materialized:
             assert not any(w.any() for w in weights)
             continue
         x_KNI = torch.randn(3, 5, site.in_features, generator=torch.Generator().manual_seed(0))
-        y_KNO = change.packed_delta(x_KNI, materialised[site.name])
+        y_KNO = change.packed_delta(x_KNI, materialized[site.name])
         for k in range(3):
             expected = x_KNI[k].double() @ weights[k].double().T
             assert expected.norm() > 0.1
             torch.testing.assert_close(y_KNO[k].double(), expected, rtol=1e-4, atol=1e-4)
         alone = change.packed_delta(
-            x_KNI[1:2], change.materialise(stacked(change, members[1:2]), SITES)[site.name]
+            x_KNI[1:2], change.materialize(stacked(change, members[1:2]), SITES)[site.name]
         )
         torch.testing.assert_close(y_KNO[1], alone[0], rtol=1e-5, atol=1e-5)
 
@@ -126,13 +126,13 @@ def test_the_packed_delta_is_each_members_own_weight_times_its_own_input(change:
 def test_gradients_reach_every_tensor_of_the_member_and_of_no_other(adapter: Any) -> None:
     whole = stacked(adapter, [trained(adapter, seed) for seed in range(2)])
     leaves = {n: whole[n].clone().requires_grad_() for n in build(adapter, 0)}
-    materialised = adapter.materialise({**whole, **leaves}, SITES)
+    materialized = adapter.materialize({**whole, **leaves}, SITES)
     total = sum(
-        adapter.packed_delta(torch.randn(2, 5, s.in_features), materialised[s.name])[0].pow(2).sum()
-        for s in SITES if s.name in materialised
+        adapter.packed_delta(torch.randn(2, 5, s.in_features), materialized[s.name])[0].pow(2).sum()
+        for s in SITES if s.name in materialized
     )
     if not leaves:
-        assert not materialised
+        assert not materialized
         return
     total.backward()
     for name, leaf in leaves.items():
@@ -153,11 +153,11 @@ def test_its_names_say_which_site_they_belong_to_or_none(adapter: Any) -> None:
 
 
 def test_the_input_type_is_the_output_type(adapter: Any) -> None:
-    materialised = adapter.materialise(stacked(adapter, [trained(adapter, 0)]), SITES)
+    materialized = adapter.materialize(stacked(adapter, [trained(adapter, 0)]), SITES)
     for site in SITES:
-        if site.name in materialised:
+        if site.name in materialized:
             x = torch.randn(1, 5, site.in_features, dtype=torch.bfloat16)
-            assert adapter.packed_delta(x, materialised[site.name]).dtype == torch.bfloat16
+            assert adapter.packed_delta(x, materialized[site.name]).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", KINDS)

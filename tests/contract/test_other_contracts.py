@@ -1,4 +1,4 @@
-"""What every registered quantisation and task promises; a new kind is tested by being registered."""
+"""What every registered quantization and task promises; a new kind is tested by being registered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from raylora import registry
 from raylora.adapters.packed import stack
 from raylora.data.task import predicts_value
-from raylora.engine.forward import pack_gradients
+from raylora.engine.model.packed_model import pack_gradients
 from raylora.spec import TaskSpec
 
 READS = {"optq": {"source": "pypi:bbc-news", "samples": 8, "length": 64, "held_out": 0}}
@@ -41,13 +41,13 @@ def test_a_base_loads_on_a_cpu_and_gradients_reach_the_adapters(
 
 
 @pytest.mark.parametrize("kind", registry.kinds("quantization"))
-def test_a_quantised_base_predicts_nearly_what_the_base_predicts(kind: str, make_parts: Callable[..., Any]) -> None:
+def test_a_quantized_base_predicts_nearly_what_the_base_predicts(kind: str, make_parts: Callable[..., Any]) -> None:
     plain = make_parts()
-    quantised = make_parts(base__quantization=kind, base__calibration=READS.get(kind))
+    quantized = make_parts(base__quantization=kind, base__calibration=READS.get(kind))
     batch = plain.batch(0, 16)
     with torch.no_grad():
         one, two = (
-            parts.base.model.bert(**batch.model_inputs()).last_hidden_state for parts in (plain, quantised)
+            parts.base.model.bert(**batch.model_inputs()).last_hidden_state for parts in (plain, quantized)
         )
     assert float((one - two).norm() / one.norm()) < 0.25
     assert torch.nn.functional.cosine_similarity(one.flatten(), two.flatten(), dim=0) > 0.97
@@ -69,6 +69,6 @@ def test_a_task_spec_reads_back_equal_and_builds_the_whole_seam(kind: str) -> No
     assert task.auto_class.startswith("AutoModelFor") and task.columns
     assert task.num_classes in (None, 1) or task.num_classes == len(task.label_names) >= 2
     assert (task.label_names == []) is (task.num_classes is None or predicts_value(task))
-    for method in ("model_kwargs", "forward_kwargs", "padding_side", "check", "content", "label", "tokenise",
+    for method in ("model_kwargs", "forward_kwargs", "padding_side", "check", "content", "label", "tokenize",
                    "blocks", "collate", "scores", "loss"):
         assert callable(getattr(task, method))

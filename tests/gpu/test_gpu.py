@@ -9,8 +9,8 @@ import torch
 
 from raylora import registry
 from raylora.client import run_local
-from raylora.engine.trainer import PackTrainer
-from raylora.engine.workbench import Workbench
+from raylora.engine.run.session import TrainingSession
+from raylora.engine.training.trainer import PackTrainer
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
@@ -22,14 +22,14 @@ MakeSpec = Callable[..., RunSpec]
 
 
 def trainers(spec: RunSpec) -> tuple[PackTrainer, list[PackTrainer]]:
-    bench = Workbench(spec, RunStore.for_spec(spec), cpus=1, gpus=1)
-    bench.load()
+    session = TrainingSession(spec, RunStore.for_spec(spec), cpus=1, gpus=1)
+    session.load()
     adapter = registry.load("adapter", "lora").build(spec.adapter)
-    units, sets = list(bench.units.values()), bench.sets
+    units, sets = list(session.units.values()), session.sets
 
     def new(chosen: list) -> PackTrainer:
         return PackTrainer(
-            bench.base, adapter, bench.task, spec, chosen, sets.train.examples, sets.validation.examples
+            session.base, adapter, session.task, spec, chosen, sets.train.examples, sets.validation.examples
         )
 
     return new(units), [new([unit]) for unit in units]
@@ -43,10 +43,10 @@ def test_packed_equals_alone_on_a_gpu(make_spec: MakeSpec, quantization: str) ->
         packed._take_step()
         for one in alone:
             one._take_step()
-        for in_pack, one in zip(packed.trainees, alone, strict=True):
-            assert in_pack.optimiser.parameters["head:classifier.weight"].is_cuda
-            for name, tensor in in_pack.optimiser.tensors().items():
-                torch.testing.assert_close(tensor, one.trainees[0].optimiser.tensors()[name], rtol=1e-3, atol=1e-4)
+        for in_pack, one in zip(packed.states, alone, strict=True):
+            assert in_pack.optimizer.parameters["head:classifier.weight"].is_cuda
+            for name, tensor in in_pack.optimizer.tensors().items():
+                torch.testing.assert_close(tensor, one.states[0].optimizer.tensors()[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_whole_run_on_a_gpu_agrees_with_the_cpu(make_spec: MakeSpec) -> None:

@@ -1,4 +1,4 @@
-"""Dequantising with Triton against torch's own operations, and a quantised layer on a GPU."""
+"""Dequantizing with Triton against torch's own operations, and a quantized layer on a GPU."""
 
 from __future__ import annotations
 

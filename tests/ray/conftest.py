@@ -27,7 +27,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     import ray
 
     from raylora.actors.coordinator import NAMESPACE
-    from raylora.data.assets import cache_folder
+    from raylora.data.catalog.assets import cache_folder
 
     os.environ["RAYLORA_CACHE"] = str(cache_folder())
     before, os.environ["HOME"] = os.environ["HOME"], str(tmp_path_factory.mktemp("home"))

@@ -67,7 +67,7 @@ def test_members_trained_on_ray_equal_members_trained_in_process(make_spec: Make
 
 
 def test_a_killed_worker_costs_nothing_but_time(make_spec: MakeSpec, tmp_path: Path) -> None:
-    spec = make_spec(optimisation__steps=200, checkpointing__every_steps=5, ensemble__members=2, placement__workers=1)
+    spec = make_spec(optimization__steps=200, checkpointing__every_steps=5, ensemble__members=2, placement__workers=1)
     unbroken = spec.model_copy(update={"storage_path": str(tmp_path / "unbroken")})
     run_local(unbroken)
     handle = launch(spec.model_copy(update={"storage_path": str(tmp_path / "broken")}))
@@ -83,7 +83,7 @@ def test_a_killed_worker_costs_nothing_but_time(make_spec: MakeSpec, tmp_path: P
 
 
 def test_an_interrupted_run_commits_and_resumes_bit_equal(make_spec: MakeSpec, tmp_path: Path) -> None:
-    spec = make_spec(optimisation__steps=400, ensemble__members=2, placement__workers=1)
+    spec = make_spec(optimization__steps=400, ensemble__members=2, placement__workers=1)
     run_local(spec.model_copy(update={"storage_path": str(tmp_path / "unbroken")}))
     handle = launch(spec.model_copy(update={"storage_path": str(tmp_path / "broken")}))
 
@@ -115,7 +115,7 @@ def test_more_workers_than_the_cluster_has_are_refused_before_anything_starts(
 
 
 def test_a_second_run_on_one_directory_is_refused_naming_the_holder(make_spec: MakeSpec) -> None:
-    spec = make_spec(optimisation__steps=2000)
+    spec = make_spec(optimization__steps=2000)
     handle = launch(spec)
     wait_until(lambda: handle.store.storage.exists("run.lock"))
     with pytest.raises(RunDirectoryError, match=r"in use by process \d+ on "):

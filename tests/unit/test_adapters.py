@@ -16,9 +16,10 @@ from raylora.adapters import lora, none
 from raylora.adapters.base import find_sites
 from raylora.adapters.export import from_peft, to_peft
 from raylora.adapters.packed import stack
-from raylora.engine.base import compute_dtype, find_heads
-from raylora.engine.forward import pack_scores
-from raylora.engine.persist import to_bytes
+from raylora.engine.model.machine import compute_dtype
+from raylora.engine.model.packed_model import pack_scores
+from raylora.engine.model.serialization import to_bytes
+from raylora.engine.model.sites import find_heads
 from raylora.errors import BaseError
 
 Make = Callable[..., Any]
@@ -52,7 +53,7 @@ def test_auto_is_the_attention_projections_of_every_block(
 def test_all_linear_is_every_layer_but_the_head(
     kind: str, task: str, count: int, heads: list[str], make_parts: Make, tiny_model: Any
 ) -> None:
-    changes = {"task": {"kind": "language_modelling", "max_length": 24}} if task == "lm" else {}
+    changes = {"task": {"kind": "language_modeling", "max_length": 24}} if task == "lm" else {}
     parts = make_parts(base__source=tiny_model(kind), adapter__target_modules="all-linear", **changes)
     assert len(names(parts)) == count and sorted(parts.base.heads) == heads
     assert not {n.rpartition(".")[2] for n in names(parts)} & {"classifier", "score", "lm_head", "out_proj"}
@@ -74,7 +75,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_not_frozen_at_random(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_pooler_that_the_checkpoint_lacks_is_not_quantised(kind: str, make_parts: Make, tiny_model: Any) -> None:
+def test_a_pooler_that_the_checkpoint_lacks_is_not_quantized(kind: str, make_parts: Make, tiny_model: Any) -> None:
     parts = make_parts(base__source=tiny_model("bert_without_pooler"), base__quantization=kind)
     member = parts.member(parts.units[0])
     assert member["head:bert.pooler.dense.weight"].shape == (32, 32)
@@ -145,7 +146,7 @@ PEFT_CASES = [
 def test_peft_loads_a_member_and_predicts_the_same(
     kind: str, task: str, targets: Any, layers: dict, make_parts: Make, tiny_model: Any, tmp_path: Path
 ) -> None:
-    changes: dict[str, Any] = {"task": {"kind": "language_modelling", "max_length": 24}} if task == "lm" else {}
+    changes: dict[str, Any] = {"task": {"kind": "language_modeling", "max_length": 24}} if task == "lm" else {}
     if layers:
         changes["adapter__layers"] = layers
     parts = make_parts(base__source=tiny_model(kind), adapter__target_modules=targets, **changes)
@@ -154,7 +155,7 @@ def test_peft_loads_a_member_and_predicts_the_same(
 
 @pytest.mark.slow
 def test_peft_loads_a_member_of_the_real_base(make_parts: Make, tmp_path: Path) -> None:
-    from raylora.data.assets import model_folder
+    from raylora.data.catalog.assets import model_folder
 
     parts = make_parts(base__source="pypi:minilm-l6", adapter__target_modules="all-linear")
     assert parts.base.export_name == "sentence-transformers/all-MiniLM-L6-v2"

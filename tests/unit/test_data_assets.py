@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from raylora.data import assets, conversions, packages
+from raylora.data.catalog import assets, conversions, packages
 from raylora.errors import BaseError, DataError
 
 RATED = {

@@ -9,9 +9,9 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from raylora.data import assets
-from raylora.data.classification import Classification, Spec, build
+from raylora.data.catalog import assets
 from raylora.data.task import BadRow, Batch, join, pad_id
+from raylora.data.tasks.classification import Classification, Spec, build
 from raylora.errors import DataError
 
 TEXTS = ["short", "a film of some length that nobody should miss , really", "dull"]
@@ -23,7 +23,7 @@ def tokenizer() -> Any:
 
 
 def batch_of(task: Classification, tokenizer: Any, texts: list[str]) -> Batch:
-    examples = [task.tokenise({"text": text, "label": 0}, str(n), tokenizer)[0] for n, text in enumerate(texts)]
+    examples = [task.tokenize({"text": text, "label": 0}, str(n), tokenizer)[0] for n, text in enumerate(texts)]
     return task.collate(examples, tokenizer)
 
 
@@ -65,7 +65,7 @@ def test_model_kwargs_name_the_outputs() -> None:
 def test_pairs_have_token_types_and_lose_tokens_of_the_longer_text(tokenizer: Any) -> None:
     task = build(Spec(num_labels=2, max_length=12))
     row = {"text": "one two", "text_pair": "a b c d e f g h i j k", "label": 1}
-    example, truncated = task.tokenise(row, "x", tokenizer)
+    example, truncated = task.tokenize(row, "x", tokenizer)
     assert truncated and len(example.sequences[0]) == 12 and example.label == 1
     assert "one two [SEP]" in tokenizer.decode(list(example.sequences[0]))
     assert example.token_types is not None and set(example.token_types[0]) == {0, 1}
@@ -125,7 +125,7 @@ def test_losses_are_per_example_in_float32_and_need_labels(tokenizer: Any) -> No
     expected = -torch.log_softmax(scores, -1)[:, 0]
     assert scores.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
-    example, _ = task.tokenise({"text": "x"}, "x", tokenizer)
+    example, _ = task.tokenize({"text": "x"}, "x", tokenizer)
     with pytest.raises(DataError, match="have no labels"):
         task.loss(scores[:1], task.collate([example], tokenizer))
 

@@ -1,4 +1,4 @@
-"""Multiple choice and language modelling on SmolLM2: scores equal a computation by hand, batched or alone."""
+"""Multiple choice and language modeling on SmolLM2: scores equal a computation by hand, batched or alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raylora.data import assets, language_modelling, multiple_choice
+from raylora.data.catalog import assets
 from raylora.data.task import BadRow, Task, join, pad_id
+from raylora.data.tasks import language_modeling as language_modeling
+from raylora.data.tasks import multiple_choice
 from raylora.errors import DataError
 
 ROWS = [
@@ -37,7 +39,7 @@ def model() -> Any:
 
 
 def scores_of(task: Task, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
-    batch = task.collate([task.tokenise(row, str(n), tokenizer)[0] for n, row in enumerate(rows)], tokenizer)
+    batch = task.collate([task.tokenize(row, str(n), tokenizer)[0] for n, row in enumerate(rows)], tokenizer)
     with torch.no_grad():
         return task.scores(model(**batch.model_inputs(), **task.forward_kwargs(batch)).logits, batch)
 
@@ -58,9 +60,9 @@ def test_answer_token_equals_the_letters_logits(model: Any, tokenizer: Any) -> N
     assert [len(ids) for ids in letters] == [1, 1] and scores.shape == (2, 2)
 
 
-@pytest.mark.parametrize("normalise", ["none", "length"])
-def test_option_text_equals_summed_log_probabilities(model: Any, tokenizer: Any, normalise: Any) -> None:
-    spec = multiple_choice.Spec(options=2, scoring="option_text", prompt="{question}", normalise=normalise)
+@pytest.mark.parametrize("normalize", ["none", "length"])
+def test_option_text_equals_summed_log_probabilities(model: Any, tokenizer: Any, normalize: Any) -> None:
+    spec = multiple_choice.Spec(options=2, scoring="option_text", prompt="{question}", normalize=normalize)
     scores = scores_of(multiple_choice.build(spec), model, tokenizer, ROWS)
     for row, row_scores in zip(ROWS, scores, strict=True):
         prompt = tokenizer(row["question"])["input_ids"]
@@ -68,7 +70,7 @@ def test_option_text_equals_summed_log_probabilities(model: Any, tokenizer: Any,
             option = tokenizer(" " + choice, add_special_tokens=False)["input_ids"]
             logp = logprobs(model, prompt + option)
             by_hand = sum(logp[len(prompt) - 1 + n, token] for n, token in enumerate(option))
-            by_hand = by_hand / len(option) if normalise == "length" else by_hand
+            by_hand = by_hand / len(option) if normalize == "length" else by_hand
             assert score.item() == pytest.approx(by_hand.item(), abs=1e-3)
 
 
@@ -77,7 +79,7 @@ def test_a_row_scores_the_same_alone_batched_and_joined(model: Any, tokenizer: A
     task = multiple_choice.build(multiple_choice.Spec(options=2, scoring=scoring))
     alone = torch.cat([scores_of(task, model, tokenizer, [row]) for row in ROWS])
     torch.testing.assert_close(scores_of(task, model, tokenizer, ROWS), alone, atol=1e-4, rtol=1e-5)
-    batches = [task.collate([task.tokenise(row, "x", tokenizer)[0]], tokenizer) for row in ROWS]
+    batches = [task.collate([task.tokenize(row, "x", tokenizer)[0]], tokenizer) for row in ROWS]
     joined = join(batches, pad_id(tokenizer), "left")
     with torch.no_grad():
         kept = model(**joined.model_inputs(), **task.forward_kwargs(joined)).logits
@@ -93,7 +95,7 @@ def test_a_row_scores_the_same_alone_batched_and_joined(model: Any, tokenizer: A
 def test_truncation_keeps_the_options_and_the_end_of_the_question(tokenizer: Any, scoring: Any) -> None:
     task = multiple_choice.build(multiple_choice.Spec(options=2, scoring=scoring, max_length=40))
     row = ROWS[0] | {"question": "long " * 100 + "the end is"}
-    example, truncated = task.tokenise(row, "x", tokenizer)
+    example, truncated = task.tokenize(row, "x", tokenizer)
     text = tokenizer.decode(list(example.sequences[0]))
     assert truncated and max(map(len, example.sequences)) == 40
     assert text.startswith("Question: long") or text.startswith("Question:long")
@@ -102,7 +104,7 @@ def test_truncation_keeps_the_options_and_the_end_of_the_question(tokenizer: Any
         assert tokenizer.decode(list(sequence[span:])) == f" {choice}"
     with pytest.raises(BadRow, match="without its question"):
         short = multiple_choice.Spec(options=2, scoring=scoring, max_length=16)
-        multiple_choice.build(short).tokenise(row, "x", tokenizer)
+        multiple_choice.build(short).tokenize(row, "x", tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_answers_by_index_letter_or_text(answer: Any, index: int) -> None:
 )
 def test_bad_rows(tokenizer: Any, change: dict[str, Any], why: str) -> None:
     with pytest.raises(BadRow, match=why):
-        multiple_choice.build(multiple_choice.Spec(options=2)).tokenise(ROWS[0] | change, "x", tokenizer)
+        multiple_choice.build(multiple_choice.Spec(options=2)).tokenize(ROWS[0] | change, "x", tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_bad_rows(tokenizer: Any, change: dict[str, Any], why: str) -> None:
         ({"prompt": "{options} Answer:"}, "must hold {question} once"),
         ({"prompt": "{question} {context} {options}"}, "no fields but"),
         ({"prompt": "{question} Answer:"}, "needs {options}"),
-        ({"normalise": "length"}, "for scoring: option_text only"),
+        ({"normalize": "length"}, "for scoring: option_text only"),
     ],
 )
 def test_prompts_that_cannot_work(fields: dict[str, str], message: str) -> None:
@@ -148,7 +150,7 @@ def test_prompts_that_cannot_work(fields: dict[str, str], message: str) -> None:
 
 def test_braces_in_a_question_stay_text(tokenizer: Any) -> None:
     row = ROWS[0] | {"question": "What is {options} or {0}?"}
-    example, _ = multiple_choice.build(multiple_choice.Spec(options=2)).tokenise(row, "x", tokenizer)
+    example, _ = multiple_choice.build(multiple_choice.Spec(options=2)).tokenize(row, "x", tokenizer)
     assert "What is {options} or {0}?\nA. Paris" in tokenizer.decode(list(example.sequences[0]))
 
 
@@ -170,10 +172,10 @@ def test_letters_that_are_no_distinct_tokens_are_refused(tokenizer: Any) -> None
 
 
 def test_blocks_hold_every_token_and_loss_is_their_mean_nll(model: Any, tokenizer: Any) -> None:
-    task = language_modelling.build(language_modelling.Spec(max_length=8))
+    task = language_modeling.build(language_modeling.Spec(max_length=8))
     text = "The quick brown fox jumps over the lazy dog, and then it sleeps."
     ids = tokenizer(text)["input_ids"]
-    example, truncated = task.tokenise({"text": text}, "row", tokenizer)
+    example, truncated = task.tokenize({"text": text}, "row", tokenizer)
     blocks = task.blocks(example)
     assert not truncated and [block.id for block in blocks] == ["row#0", "row#1"]
     assert [token for block in blocks for token in block.sequences[0]] == ids
@@ -192,7 +194,7 @@ def test_blocks_hold_every_token_and_loss_is_their_mean_nll(model: Any, tokenize
 
 def test_a_single_token_is_no_text_to_model(tokenizer: Any) -> None:
     with pytest.raises(BadRow, match="nothing to predict"):
-        language_modelling.build(language_modelling.Spec()).tokenise({"text": "a"}, "x", tokenizer)
+        language_modeling.build(language_modeling.Spec()).tokenize({"text": "a"}, "x", tokenizer)
 
 
 @pytest.mark.slow

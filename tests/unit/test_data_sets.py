@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from raylora.data import assets, classification, language_modelling
+from raylora.data.catalog import assets
 from raylora.data.sets import DataSets, LoadedSet, load_set, load_sets
+from raylora.data.tasks import classification
+from raylora.data.tasks import language_modeling as language_modeling
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec
 
@@ -74,8 +76,8 @@ def test_own_evaluation_sets_lose_rows_that_were_used_before(tokenizer: PreTrain
         test=write("test.jsonl", numbered(20, start=18)),
     )
     shifted = write("shifted.jsonl", numbered(10, start=22) + numbered(4, start=24))
-    unlabelled = write("unlabelled.jsonl", [{"text": row["text"]} for row in numbered(5, start=23)])
-    sets = load(tokenizer, data, in_distribution={"near": shifted}, out_of_distribution={"far": unlabelled})
+    unlabeled = write("unlabeled.jsonl", [{"text": row["text"]} for row in numbered(5, start=23)])
+    sets = load(tokenizer, data, in_distribution={"near": shifted}, out_of_distribution={"far": unlabeled})
     sizes = {loaded.name: (len(loaded.examples), loaded.duplicates) for loaded in sets.all()}
     assert sizes["validation"] == (5, 5)  # 15 .. 19 were trained on
     assert sizes["test"] == (13, 7)  # 18, 19 trained on, 20 .. 24 in validation
@@ -95,7 +97,7 @@ def test_out_of_distribution_sets_need_no_labels_and_ignore_foreign_ones(tokeniz
     bare = write("bare.jsonl", [{"text": "no label"}])
     sets = load(tokenizer, data, out_of_distribution={"far": foreign, "bare": bare})
     far = sets.out_of_distribution["far"]
-    assert not far.labelled and {example.label for example in far.examples} == {None}
+    assert not far.labeled and {example.label for example in far.examples} == {None}
     with pytest.raises(DataError, match=r"bare\.jsonl has no column 'label'; it has: text"):
         load(tokenizer, data, in_distribution={"bare": bare})
 
@@ -187,7 +189,7 @@ def test_rows_draws_a_seeded_sample(tokenizer: PreTrainedTokenizerBase) -> None:
 
     def drawn(seed: int) -> list[str]:
         data = DataSpec(train=spec, seed=seed)
-        return [e.id for e in load_set("new", spec, data, TASK, tokenizer, labelled=True).examples]
+        return [e.id for e in load_set("new", spec, data, TASK, tokenizer, labeled=True).examples]
 
     assert len(drawn(0)) == 10 and drawn(0) == drawn(0) != drawn(1)
 
@@ -199,9 +201,9 @@ def test_max_length_beyond_the_model_is_refused(tokenizer: PreTrainedTokenizerBa
 
 
 def test_text_sets_need_no_labels_and_are_cut_into_blocks(tokenizer: PreTrainedTokenizerBase) -> None:
-    task = language_modelling.build(language_modelling.Spec(max_length=8))
+    task = language_modeling.build(language_modeling.Spec(max_length=8))
     rows = [{"text": f"{n} " + "word " * 20} for n in range(6)]
     data = DataSpec(train=write("a.jsonl", rows), validation_rows=1, test_rows=1)
     sets = load_sets(data, EvaluationSpec(), task, tokenizer)
     assert len(sets.train.examples) == 4 * 3 and sets.train.examples[0].id.endswith("#0")
-    assert "unlabelled" not in sets.describe()[0]
+    assert "unlabeled" not in sets.describe()[0]

@@ -12,13 +12,13 @@ from torch import nn
 from raylora.adapters import lora
 from raylora.adapters.base import Site
 from raylora.adapters.packed import Dropout, attach, make_pack, stack
-from raylora.engine.deepspeed import MemberOptimiser, start_deepspeed
-from raylora.engine.schedule import learning_rate_factor
-from raylora.spec import OptimisationSpec, RegularisersSpec
+from raylora.engine.training.optimizer import MemberOptimizer, start_deepspeed
+from raylora.engine.training.schedule import learning_rate_factor
+from raylora.spec import OptimizationSpec, RegularizersSpec
 
 ADAPTER = lora.build(lora.Spec(rank=2, alpha=6.0))
 SHAPES = {"x.lora_A": (2, 5), "x.lora_B": (4, 2), "head:c.weight": (3, 4), "head:c.bias": (3,)}
-DECAYS = RegularisersSpec(decay_a=3.0, decay_b=2.0, decay_head=1.0)
+DECAYS = RegularizersSpec(decay_a=3.0, decay_b=2.0, decay_head=1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,9 +31,9 @@ def tensors(seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor]:
     return {name: scale * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def optimiser(start: dict[str, Any], total: int = 10, decays: RegularisersSpec = DECAYS, **spec: Any) -> Any:
+def optimizer(start: dict[str, Any], total: int = 10, decays: RegularizersSpec = DECAYS, **spec: Any) -> Any:
     settings = {"lr": 0.01, "warmup": 0.2, "clip_norm": 0.5, **spec}
-    return MemberOptimiser(start, ADAPTER, OptimisationSpec(**settings), decays, total, torch.device("cpu"))
+    return MemberOptimizer(start, ADAPTER, OptimizationSpec(**settings), decays, total, torch.device("cpu"))
 
 
 def drive(member: Any, first: int, last: int, accumulation: int = 1) -> None:
@@ -139,8 +139,8 @@ def test_dropout_is_independent_between_members_sites_places_and_steps() -> None
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_adamw_equals_a_float64_loop(stage: int, accumulation: int) -> None:
-    member = optimiser(tensors(), zero_stage=stage, accumulation=accumulation)
-    spec, steps = member.optimisation, 5
+    member = optimizer(tensors(), zero_stage=stage, accumulation=accumulation)
+    spec, steps = member.optimization, 5
     drive(member, 0, steps, accumulation)
     p = {name: t.double() for name, t in tensors().items()}
     m, v = ({name: torch.zeros_like(t) for name, t in p.items()} for _ in range(2))
@@ -165,15 +165,15 @@ def test_adamw_equals_a_float64_loop(stage: int, accumulation: int) -> None:
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_restored_state_goes_on_as_if_nothing_had_happened(stage: int, kind: str) -> None:
-    decays = DECAYS if kind == "adamw" else RegularisersSpec()
+    decays = DECAYS if kind == "adamw" else RegularizersSpec()
     settings = {"zero_stage": stage, "accumulation": 2, "optimizer": kind, "decays": decays}
-    unbroken, broken = (optimiser(tensors(), **settings) for _ in range(2))
+    unbroken, broken = (optimizer(tensors(), **settings) for _ in range(2))
     drive(unbroken, 0, 6, 2)
     drive(broken, 0, 3, 2)
     saved = {n: t.clone() for n, t in broken.tensors().items()}, broken.state()
     assert all(t.dtype == torch.float32 and t.shape == SHAPES[n.partition("|")[0]] for n, t in saved[1].items())
     assert len(saved[1]) == (8 if kind == "adamw" else 0)
-    again = optimiser(saved[0], **settings)
+    again = optimizer(saved[0], **settings)
     again.load_state(saved[1], 3)
     drive(again, 3, 6, 2)
     tolerance = 0.0 if stage == 0 else 1e-7
@@ -186,7 +186,7 @@ def test_restored_state_goes_on_as_if_nothing_had_happened(stage: int, kind: str
 def test_the_zero_stages_give_one_result() -> None:
     found = []
     for stage in (0, 1, 2):
-        member = optimiser(tensors(), zero_stage=stage, accumulation=2)
+        member = optimizer(tensors(), zero_stage=stage, accumulation=2)
         drive(member, 0, 4, 2)
         found.append((member.tensors(), member.state()))
     for parameters, state in found[1:]:
@@ -200,8 +200,8 @@ def test_the_zero_stages_give_one_result() -> None:
                                               ("decay_head", "head:c.weight")])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_decay_shrinks_its_group_by_exactly_one_minus_lr_times_decay(rule: str, group: str, stage: int) -> None:
-    member = optimiser(
-        tensors(), decays=RegularisersSpec(**{rule: 50.0}), warmup=0.0, schedule="constant", zero_stage=stage
+    member = optimizer(
+        tensors(), decays=RegularizersSpec(**{rule: 50.0}), warmup=0.0, schedule="constant", zero_stage=stage
     )
     member.backward({name: torch.zeros(shape) for name, shape in SHAPES.items()})
     member.step()
@@ -212,7 +212,7 @@ def test_a_decay_shrinks_its_group_by_exactly_one_minus_lr_times_decay(rule: str
 
 
 def test_without_a_clip_the_gradient_is_used_as_it_is() -> None:
-    member = optimiser(tensors(), clip_norm=None, optimizer="sgd", decays=RegularisersSpec(), warmup=0.0)
+    member = optimizer(tensors(), clip_norm=None, optimizer="sgd", decays=RegularizersSpec(), warmup=0.0)
     member.backward({name: 100 * t for name, t in tensors(5).items()})
     member.step()
     for name, start in tensors().items():
@@ -220,7 +220,7 @@ def test_without_a_clip_the_gradient_is_used_as_it_is() -> None:
 
 
 def test_an_unstepped_member_has_no_state_and_restores_from_none() -> None:
-    member = optimiser(tensors())
+    member = optimizer(tensors())
     assert member.state() == {}
     member.load_state({}, 0)
     drive(member, 0, 1)
@@ -228,7 +228,7 @@ def test_an_unstepped_member_has_no_state_and_restores_from_none() -> None:
 
 
 def test_two_engines_do_not_share_anything() -> None:
-    one, two, alone = optimiser(tensors(1)), optimiser(tensors(2)), optimiser(tensors(1))
+    one, two, alone = optimizer(tensors(1)), optimizer(tensors(2)), optimizer(tensors(1))
     for number in range(3):
         for member, seed in ((one, number), (two, 50 + number), (alone, number)):
             member.backward(tensors(seed))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
 
-from raylora.distill import Annealed, dirichlet, multi_head
-from raylora.distill.dirichlet import concentrations, dirichlet_nll, smoothed
+from raylora.distill import Annealed
+from raylora.distill.losses import dirichlet, multi_head
+from raylora.distill.losses.dirichlet import concentrations, dirichlet_nll, smoothed
 from raylora.distill.uncertainty import of_dirichlet, of_heads
 from raylora.errors import SpecError
 
@@ -39,15 +40,15 @@ def test_dirichlet_student_recovers_the_distribution_that_the_members_were_drawn
     members_BMC = Dirichlet(alpha_C).sample((1, 8000)).log()
     loss = dirichlet.build(dirichlet.Spec(task_weight=0.0, smoothing=1e-9))
     student_BC = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([student_BC], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([student_BC], max_iter=200, line_search_fn="strong_wolfe")
 
     def step() -> float:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = loss.per_example(student_BC, members_BMC, None).sum()
         value.backward()
         return value.item()
 
-    optimiser.step(step)
+    optimizer.step(step)
     assert student_BC.detach().exp()[0].tolist() == pytest.approx(alpha_C.tolist(), rel=0.05)
     assert student_BC.grad is not None and student_BC.grad.abs().max() < 1e-4  # the likelihood's stationary point
     # the student's disagreement is that of the members, from the members' own probabilities
@@ -98,11 +99,11 @@ def test_members_that_agree_drive_the_precision_to_its_bound_and_no_further() ->
     loss = dirichlet.build(dirichlet.Spec(task_weight=0.0, max_precision=100.0))
     members_BMC = torch.tensor([[[1.0, 0.0, -1.0]] * 4], dtype=torch.float64)
     student_BC = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.Adam([student_BC], lr=0.1)
+    optimizer = torch.optim.Adam([student_BC], lr=0.1)
     for _ in range(400):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.per_example(student_BC, members_BMC, None).sum().backward()
-        optimiser.step()
+        optimizer.step()
     log_alpha_BC = concentrations(student_BC.detach(), 1.0, 100.0)
     assert log_alpha_BC.exp().sum().item() == pytest.approx(100.0, rel=0.01)
     wanted = torch.softmax(members_BMC[0, 0], -1).tolist()

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from raylora.distill import dirichlet, js, kl, losses, mse, multi_head, reverse_kl, topk_kl
+from raylora.distill import loss_functions as losses
+from raylora.distill.losses import dirichlet, js, kl, mse, multi_head, reverse_kl, topk_kl
 from raylora.distill.topk import top_k
 from raylora.errors import SpecError
 
@@ -48,7 +49,7 @@ def reference(kind: str, student: list[float], members: list[list[float]], label
 
 @pytest.mark.parametrize("kind", SOFT)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 7.0])
-def test_divergence_kinds_equal_the_plain_reference_and_skip_the_task_term_of_unlabelled_rows(
+def test_divergence_kinds_equal_the_plain_reference_and_skip_the_task_term_of_unlabeled_rows(
     kind: str, temperature: float
 ) -> None:
     members_BMC, student_BC, labels_B = randn(6, 3, 4), randn(6, 4, seed=1), torch.tensor([0, 3, -1, 2, -1, 1])
@@ -215,7 +216,7 @@ def test_losses_are_per_example_move_with_it_and_depend_on_no_other(kind: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_unlabelled_example_keeps_its_distillation_term_at_its_weight(kind: str) -> None:
+def test_an_unlabeled_example_keeps_its_distillation_term_at_its_weight(kind: str) -> None:
     outputs, targets, labels = sample(kind)
     found_B = KINDS[kind].build(KINDS[kind].Spec(task_weight=0.25)).per_example(outputs, targets, labels)
     taught_B = KINDS[kind].build(KINDS[kind].Spec(task_weight=0.0)).per_example(outputs, targets, None)

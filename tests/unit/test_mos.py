@@ -43,7 +43,7 @@ def member(spec: mos.Spec, seed: int, sites: list[Site] = SITES) -> Tensors:
     adapter, generator = mos.build(spec), torch.Generator().manual_seed(seed)
     pools = adapter.build(sites, generator)
     moved = {n: t + 0.3 * torch.randn(t.shape, generator=generator) for n, t in pools.items()}
-    return {**moved, **adapter.fixed(sites, seed, no_weight)}
+    return {**moved, **adapter.frozen_tensors(sites, seed, no_weight)}
 
 
 def slowly(spec: mos.Spec, tensors: Tensors, site: Site, x_NI: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_forward_and_gradients_equal_the_paper_written_out(spec: mos.Spec) -> No
     whole = stacked(members)
     leaves = {n: t.clone().requires_grad_() for n, t in whole.items() if n.startswith("pool.")}
     slow = [{n: t.clone().requires_grad_() if n.startswith("pool.") else t for n, t in m.items()} for m in members]
-    ready = adapter.materialise({**whole, **leaves}, SITES)
+    ready = adapter.materialize({**whole, **leaves}, SITES)
     torch.use_deterministic_algorithms(True)  # as in training; the fixture puts it back
     generator, total, expected_total = torch.Generator().manual_seed(0), 0.0, 0.0
     for site in SITES:
@@ -94,7 +94,7 @@ def test_the_backward_pass_is_bit_equal_every_time_with_threads() -> None:
     found = []
     for _ in range(3):
         leaves = {n: t.clone().requires_grad_() for n, t in whole.items() if n.startswith("pool.")}
-        ready = adapter.materialise({**whole, **leaves}, sites)
+        ready = adapter.materialize({**whole, **leaves}, sites)
         x_KNI = torch.randn(4, 16, 384, generator=torch.Generator().manual_seed(0))
         sum((adapter.packed_delta(x_KNI, ready[s.name]) ** 2).sum() for s in sites).backward()
         found.append([leaf.grad for leaf in leaves.values()])
@@ -119,7 +119,7 @@ def test_with_all_rows_private_and_whole_it_is_lora_to_the_bit(rank: int, dtype:
     for seed in range(2):
         pools = shards.build(SITES, torch.Generator().manual_seed(seed))
         pairs = plain.build(SITES, torch.Generator().manual_seed(seed))
-        index = shards.fixed(SITES, seed, no_weight)
+        index = shards.frozen_tensors(SITES, seed, no_weight)
         generator = torch.Generator().manual_seed(50 + seed)
         for name in (n for n in pools if n.endswith(".B")):
             pools[name] = torch.randn(pools[name].shape, generator=generator)
@@ -130,7 +130,7 @@ def test_with_all_rows_private_and_whole_it_is_lora_to_the_bit(rank: int, dtype:
             pairs[f"{site.name}.lora_B"] = pools[f"{kind}.B"][idx_b].T.contiguous()
         ours.append({**pools, **index})
         theirs.append(pairs)
-    one, two = shards.materialise(stacked(ours), SITES), plain.materialise(stacked(theirs), SITES)
+    one, two = shards.materialize(stacked(ours), SITES), plain.materialize(stacked(theirs), SITES)
     for site in SITES:
         x_KNI = torch.randn(2, 7, site.in_features, generator=torch.Generator().manual_seed(3)).to(dtype)
         assert torch.equal(shards.packed_delta(x_KNI, one[site.name]), plain.packed_delta(x_KNI, two[site.name]))
@@ -147,7 +147,7 @@ def test_pure_sharing_gives_every_layer_the_same_change() -> None:
 
 # --- the draw ----------------------------------------------------------------------------------------------
 def indices(spec: mos.Spec, seed: int, sites: list[Site] = SITES) -> Tensors:
-    return mos.build(spec).fixed(sites, seed, no_weight)
+    return mos.build(spec).frozen_tensors(sites, seed, no_weight)
 
 
 def test_the_draw_is_the_seeds_own_and_touches_no_global_state() -> None:

@@ -1,4 +1,4 @@
-"""Members made of shards in the engine: packed, regularised, resumed, stored small, and written out for PEFT."""
+"""Members made of shards in the engine: packed, regularized, resumed, stored small, and written out for PEFT."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from raylora.adapters.base import find_sites
 from raylora.adapters.export import to_peft
 from raylora.adapters.packed import stack
 from raylora.cli import app
-from raylora.data.assets import model_folder
-from raylora.engine.forward import StepTensors, fixed_tensors, pack_gradients, pack_scores
-from raylora.engine.local import run_in_process
-from raylora.engine.persist import check_layout, from_bytes, layout_of, to_bytes
-from raylora.engine.predict import predict
-from raylora.engine.prepare import prepare
+from raylora.data.catalog.assets import model_folder
+from raylora.engine.model.packed_model import StepTensors, frozen_tensors_of, pack_gradients, pack_scores
+from raylora.engine.model.serialization import check_layout, from_bytes, layout_of, to_bytes
+from raylora.engine.run.local_driver import run_in_process
+from raylora.engine.run.plan_run import prepare
+from raylora.engine.training.predict import predict
 from raylora.errors import Interrupted, RunDirectoryError, UsageError
 from raylora.serve.export import export_run
 from raylora.serve.predictor import load_ensemble, member_tensors
@@ -44,10 +44,10 @@ MOS = {"kind": "mos", "rank": 3, "equivalent_rank": 2, "private_rank": 1, "shard
        "target_modules": ["query", "value"]}
 EVERYTHING = {
     "ensemble__members": 4, "task__max_length": 40, "adapter": {**MOS, "dropout": 0.1},
-    "optimisation": {
+    "optimization": {
         "lr": 0.005, "steps": 5, "micro_batch": 2, "accumulation": 2, "clip_norm": 0.05, "warmup": 0.5, "eps": 1e-6,
     },
-    "ensemble__regularisers": {"kl": {"beta": 0.5}, "decay_a": 4.0, "decay_b": 1.0, "decay_head": 0.5},
+    "ensemble__regularizers": {"kl": {"beta": 0.5}, "decay_a": 4.0, "decay_b": 1.0, "decay_head": 0.5},
 }
 
 
@@ -66,7 +66,7 @@ def weights(spec: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def whole(parts: Any, unit: Any, trained: float = 0.2) -> dict[str, torch.Tensor]:
-    return {**parts.member(unit, trained), **fixed_tensors(parts.base, parts.adapter, unit.stream("fixed"))}
+    return {**parts.member(unit, trained), **frozen_tensors_of(parts.base, parts.adapter, unit.stream("fixed"))}
 
 
 # --- training ------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_with_all_rows_private_and_whole_training_is_loras(make_parts: Make, tra
     theirs = make_parts(adapter={"kind": "lora", **common})
     expected = trajectory(theirs.trainer())[-1]
     for unit in ours.units:
-        index = fixed_tensors(ours.base, ours.adapter, unit.stream("fixed"))
+        index = frozen_tensors_of(ours.base, ours.adapter, unit.stream("fixed"))
         for site in ours.base.sites:
             one = ours.adapter.delta_weight({**last[unit.name], **index}, site)
             two = theirs.adapter.delta_weight(expected[unit.name], site)
@@ -111,14 +111,14 @@ def test_gradients_over_a_4_bit_base_are_each_members_own(make_parts: Make) -> N
         adapter={**MOS, "dropout": 0.1, "target_modules": "all-linear"},
     )
     members = [parts.member(unit, trained=0.05) for unit in parts.units]
-    fixed = [fixed_tensors(parts.base, parts.adapter, unit.stream("fixed")) for unit in parts.units]
+    frozen_tensors = [frozen_tensors_of(parts.base, parts.adapter, unit.stream("fixed")) for unit in parts.units]
     batches = [parts.batch(0), parts.batch(4)]
     packed = pack_gradients(parts.base, parts.adapter, parts.task, stack(members), batches, [1, 2], KLSpec(beta=0.1),
-                            fixed=stack(fixed))
+                            frozen_tensors=stack(frozen_tensors))
     for k in range(2):
         assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in packed.gradients[k].values())
         alone = pack_gradients(parts.base, parts.adapter, parts.task, stack(members[k : k + 1]), batches[k : k + 1],
-                               [k + 1], KLSpec(beta=0.1), fixed=stack(fixed[k : k + 1]))
+                               [k + 1], KLSpec(beta=0.1), frozen_tensors=stack(frozen_tensors[k : k + 1]))
         one, two = (torch.cat([g.flatten() for g in gradients.values()])
                     for gradients in (packed.gradients[k], alone.gradients[0]))
         assert (one - two).norm() / two.norm() < 0.02
@@ -126,7 +126,7 @@ def test_gradients_over_a_4_bit_base_are_each_members_own(make_parts: Make) -> N
 
 def test_a_whole_run_its_folders_and_its_predictions_again(make_spec: Make) -> None:
     spec = make_spec(
-        adapter=MOS, ensemble__members=3, optimisation={"lr": 0.02, "epochs": 2, "micro_batch": 8},
+        adapter=MOS, ensemble__members=3, optimization={"lr": 0.02, "epochs": 2, "micro_batch": 8},
         baselines={"checkpoints": 2, "last_layer": 1, "mc_dropout": {"dropout": 0.1, "passes": 2}},
     )
     metrics = run(spec)
@@ -145,7 +145,7 @@ def test_a_whole_run_its_folders_and_its_predictions_again(make_spec: Make) -> N
     ensemble = load_ensemble(store.uri, gpus=0)
     rows = [{"text": "A joy from start to end."}, {"text": "Dull."}]
     found = ensemble.predict(rows)
-    examples, _ = zip(*(ensemble._tokenise(row, i) for i, row in enumerate(rows)), strict=True)
+    examples, _ = zip(*(ensemble._tokenize(row, i) for i, row in enumerate(rows)), strict=True)
     batch = ensemble.task.collate(examples, ensemble.base.tokenizer)
     scores = pack_scores(ensemble.base, ensemble._adapter, ensemble.task, ensemble._stacked, batch)[1]
     expected = scores.view(3, 2, 2).double().softmax(-1)
@@ -163,8 +163,8 @@ def test_a_whole_run_its_folders_and_its_predictions_again(make_spec: Make) -> N
 def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Make, stop: int) -> None:
     changes = {
         "adapter": {**MOS, "dropout": 0.1}, "checkpointing": {"every_steps": 2, "num_to_keep": 2},
-        "optimisation": {"lr": 0.005, "steps": 6, "micro_batch": 8, "accumulation": 2, "clip_norm": 0.05},
-        "ensemble__regularisers": {"kl": {"beta": 0.1}, "early_stopping": {"patience": 3}},
+        "optimization": {"lr": 0.005, "steps": 6, "micro_batch": 8, "accumulation": 2, "clip_norm": 0.05},
+        "ensemble__regularizers": {"kl": {"beta": 0.1}, "early_stopping": {"patience": 3}},
     }
 
     def interrupt(job: str, progress: Any) -> None:
@@ -222,7 +222,7 @@ def test_on_the_real_base_a_member_takes_an_eighth_of_loras_bytes() -> None:
 # --- another draw, another base --------------------------------------------------------------------------------
 @pytest.fixture
 def finished(make_spec: Make) -> Any:
-    spec = make_spec(adapter={**MOS, "target_modules": "all-linear"}, optimisation__steps=2)
+    spec = make_spec(adapter={**MOS, "target_modules": "all-linear"}, optimization__steps=2)
     run(spec)
     return spec
 
@@ -251,7 +251,7 @@ def test_a_member_is_not_put_together_with_another_draw_or_base(finished: Any, u
 def test_a_checkpoint_of_another_draw_is_not_continued(make_parts: Make) -> None:
     parts = make_parts(adapter=MOS)
     trainer = parts.trainer()
-    states = {t.unit.name: trainer.state_of(t) for t in trainer.trainees}
+    states = {t.plan.name: trainer.state_of(t) for t in trainer.states}
     parts.trainer().restore(states)
     states["member-001"][1]["layout"]["fixed_sha256"] = "0" * 64
     with pytest.raises(RunDirectoryError, match="the checkpoint of member-001: what its seed draws"):
@@ -278,7 +278,7 @@ EXPORTS = [
     ("bert", "classification", {"kind": "lora", "rank": 4}),
     ("gpt2", "classification", {"target_modules": "all-linear"}),
     ("llama", "classification", {"target_modules": "all-linear"}),
-    ("llama", "language_modelling", {"target_modules": "all-linear"}),
+    ("llama", "language_modeling", {"target_modules": "all-linear"}),
 ]
 
 
@@ -288,9 +288,9 @@ def test_an_exported_member_says_the_same_in_peft(
 ) -> None:
     adapter = {**MOS, **adapter} if adapter.get("kind") != "lora" else {"target_modules": ["query"], **adapter}
     changes: dict[str, Any] = {"base__source": tiny_model(kind), "adapter": adapter, "ensemble__members": 1}
-    if task == "language_modelling":
+    if task == "language_modeling":
         changes["task"] = {"kind": task, "max_length": 24}
-    changes["optimisation"] = {"lr": 0.05, "steps": 3, "micro_batch": 8}
+    changes["optimization"] = {"lr": 0.05, "steps": 3, "micro_batch": 8}
     spec = make_spec(**changes)
     run(spec)
     (written,) = export_run(RunStore.for_spec(spec).uri, out=str(tmp_path / "out"))
@@ -302,9 +302,9 @@ def test_an_exported_member_says_the_same_in_peft(
     parts = make_parts(**changes)
     unit = parts.units[0]
     tensors = member_tensors(RunStore.for_spec(spec).load_result("members/member-000"))
-    fixed = fixed_tensors(parts.base, parts.adapter, unit.stream("fixed"))
+    frozen_tensors = frozen_tensors_of(parts.base, parts.adapter, unit.stream("fixed"))
     batch = parts.batch()
-    logits = pack_scores(parts.base, parts.adapter, parts.task, stack([{**tensors, **fixed}]), batch)[0]
+    logits = pack_scores(parts.base, parts.adapter, parts.task, stack([{**tensors, **frozen_tensors}]), batch)[0]
     base = getattr(transformers, parts.task.auto_class).from_pretrained(
         tiny_model(kind), dtype=torch.float32, attn_implementation="eager", **parts.task.model_kwargs())
     base.config.pad_token_id = parts.base.model.config.pad_token_id
@@ -316,7 +316,7 @@ def test_an_exported_member_says_the_same_in_peft(
 
 
 def test_export_on_the_command_line(make_spec: Make, tmp_path: Path) -> None:
-    spec = make_spec(adapter=MOS, optimisation__steps=1)
+    spec = make_spec(adapter=MOS, optimization__steps=1)
     run(spec)
     uri = RunStore.for_spec(spec).uri
     done = CliRunner().invoke(app, ["export", uri, "--format", "peft-lora", "--member", "member-001", "--json"])
@@ -335,7 +335,7 @@ def test_export_on_the_command_line(make_spec: Make, tmp_path: Path) -> None:
     (["--format", "gguf"], "known: checkpoint, peft-lora"),
 ])
 def test_what_cannot_be_exported_says_why(make_spec: Make, arguments: list[str], says: str) -> None:
-    spec = make_spec(adapter=MOS, optimisation__steps=1, ensemble__members=1)
+    spec = make_spec(adapter=MOS, optimization__steps=1, ensemble__members=1)
     run(spec)
     done = CliRunner().invoke(app, ["export", RunStore.for_spec(spec).uri, *arguments])
     assert done.exit_code == 2 and says in done.output
@@ -344,17 +344,17 @@ def test_what_cannot_be_exported_says_why(make_spec: Make, arguments: list[str],
 
 
 # --- accumulation --------------------------------------------------------------------------------------------
-def test_pools_are_gathered_once_per_optimiser_step(make_parts: Make, monkeypatch: Any) -> None:
-    parts = make_parts(adapter=MOS, optimisation={"steps": 3, "micro_batch": 2, "accumulation": 4})
+def test_pools_are_gathered_once_per_optimizer_step(make_parts: Make, monkeypatch: Any) -> None:
+    parts = make_parts(adapter=MOS, optimization={"steps": 3, "micro_batch": 2, "accumulation": 4})
     gathers: list[int] = []
-    real = type(parts.adapter).materialise
+    real = type(parts.adapter).materialize
 
     def counted(self: Any, *arguments: Any) -> Any:
         if torch.is_grad_enabled():  # not those of the validation
             gathers.append(1)
         return real(self, *arguments)
 
-    monkeypatch.setattr(type(parts.adapter), "materialise", counted)
+    monkeypatch.setattr(type(parts.adapter), "materialize", counted)
     parts.trainer().run(lambda t: None, lambda p: None, lambda: 0)
     assert len(gathers) == 3
 
@@ -362,11 +362,13 @@ def test_pools_are_gathered_once_per_optimiser_step(make_parts: Make, monkeypatc
 def test_micro_batches_that_share_a_gather_have_the_gradients_they_have_alone(make_parts: Make) -> None:
     parts = make_parts(adapter=MOS)
     trained = stack([parts.member(unit, trained=0.2) for unit in parts.units])
-    fixed = stack([fixed_tensors(parts.base, parts.adapter, unit.stream("fixed")) for unit in parts.units])
-    step = StepTensors(parts.base, parts.adapter, trained, fixed, micro_batches=2)
+    frozen_tensors = stack([frozen_tensors_of(parts.base, parts.adapter, unit.stream("fixed")) for unit in parts.units])
+    step = StepTensors(parts.base, parts.adapter, trained, frozen_tensors, micro_batches=2)
     for start in (0, 4):
         batches, seeds = [parts.batch(start)] * len(parts.units), [1] * len(parts.units)
         shared = pack_gradients(parts.base, parts.adapter, parts.task, trained, batches, seeds, step=step)
-        alone = pack_gradients(parts.base, parts.adapter, parts.task, trained, batches, seeds, fixed=fixed)
+        alone = pack_gradients(
+            parts.base, parts.adapter, parts.task, trained, batches, seeds, frozen_tensors=frozen_tensors
+        )
         for one, other in zip(shared.gradients, alone.gradients, strict=True):
             assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -16,10 +16,10 @@ from raylora.adapters import lora
 from raylora.adapters import peft as kind
 from raylora.adapters.export import from_peft, to_peft
 from raylora.adapters.packed import stack
-from raylora.engine.forward import fixed_tensors, pack_gradients, pack_scores
-from raylora.engine.local import run_in_process
-from raylora.engine.persist import from_bytes, to_bytes
-from raylora.engine.prepare import prepare
+from raylora.engine.model.packed_model import frozen_tensors_of, pack_gradients, pack_scores
+from raylora.engine.model.serialization import from_bytes, to_bytes
+from raylora.engine.run.local_driver import run_in_process
+from raylora.engine.run.plan_run import prepare
 from raylora.errors import BaseError, Interrupted
 from raylora.serve.predictor import load_ensemble
 from raylora.store.run_store import RunStore
@@ -60,12 +60,12 @@ def adapter_keys(name: str, **more: Any) -> dict[str, Any]:
 
 def whole(parts: Any, unit: Any, trained: float = 0.0) -> dict[str, torch.Tensor]:
     """Return a member with what it needs but does not train."""
-    return parts.member(unit, trained) | fixed_tensors(parts.base, parts.adapter, unit.stream("fixed"))
+    return parts.member(unit, trained) | frozen_tensors_of(parts.base, parts.adapter, unit.stream("fixed"))
 
 
 def own(parts: Any, member: dict[str, torch.Tensor], unit: Any) -> dict[str, torch.Tensor]:
-    fixed = fixed_tensors(parts.base, parts.adapter, unit.stream("fixed"))
-    return {n: t for n, t in member.items() if n not in fixed}
+    frozen_tensors = frozen_tensors_of(parts.base, parts.adapter, unit.stream("fixed"))
+    return {n: t for n, t in member.items() if n not in frozen_tensors}
 
 
 def logits_of(parts: Any, members: list[dict[str, torch.Tensor]], batch: Any) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_other_architectures_and_transposed_layers_too(
 ) -> None:
     parts = make_parts(
         base__source=tiny_model(architecture), adapter=adapter_keys(name) | {"target_modules": "all-linear"},
-        task={"kind": "language_modelling", "max_length": 24},
+        task={"kind": "language_modeling", "max_length": 24},
     )
     unit, batch = parts.units[0], parts.batch()
     member = whole(parts, unit, trained=0.1)
@@ -159,9 +159,9 @@ def test_gradients_are_those_of_peft(name: str, make_parts: Make, tiny_model: An
     unit, batch = parts.units[0], parts.batch()
     member = whole(parts, unit, trained=0.1)
     trained = own(parts, member, unit)
-    fixed = {n: t for n, t in member.items() if n not in trained}
+    frozen_tensors = {n: t for n, t in member.items() if n not in trained}
     found = pack_gradients(
-        parts.base, parts.adapter, parts.task, stack([trained]), [batch], [1], fixed=stack([fixed])
+        parts.base, parts.adapter, parts.task, stack([trained]), [batch], [1], frozen_tensors=stack([frozen_tensors])
     ).gradients[0]
     files = to_peft(trained, parts.spec.adapter, parts.base.sites, parts.base.target_modules, "SEQ_CLS", "x")
     (tmp_path / "adapter_model.safetensors").write_bytes(to_bytes(files.tensors))
@@ -219,7 +219,7 @@ def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Make) -> Non
 
     changes: dict[str, Any] = {
         "adapter": adapter_keys("dora", dropout=0.1), "checkpointing": {"every_steps": 2},
-        "optimisation": {"lr": 0.005, "steps": 4, "micro_batch": 4},
+        "optimization": {"lr": 0.005, "steps": 4, "micro_batch": 4},
     }
 
     def stop(job: str, progress: Any) -> None:
@@ -241,7 +241,7 @@ def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Make) -> Non
 def test_members_side_by_side_are_the_members_alone(name: str, make_parts: Make, trajectory: Any) -> None:
     """Training takes one at a time; evaluation and prediction put all of them into one forward."""
     parts = make_parts(adapter=adapter_keys(name, dropout=0.1), ensemble__members=3,
-                       optimisation={"lr": 0.01, "steps": 3, "micro_batch": 4, "eps": 1e-6, "warmup": 0.0})
+                       optimization={"lr": 0.01, "steps": 3, "micro_batch": 4, "eps": 1e-6, "warmup": 0.0})
     packed = trajectory(parts.trainer())
     for unit in parts.units:
         alone = trajectory(parts.trainer([unit]))
@@ -266,11 +266,11 @@ def test_members_start_apart_where_the_method_draws(make_parts: Make) -> None:
 @pytest.mark.parametrize(
     "name", [name for name in METHODS if name not in ("pissa", "olora", "loha", "lokr", "hira", "hra")]
 )
-def test_a_quantised_base_carries_them_and_is_not_written_to(
+def test_a_quantized_base_carries_them_and_is_not_written_to(
     name: str, quantization: str, dtype: str, make_parts: Make, trajectory: Any
 ) -> None:
     parts = make_parts(adapter=adapter_keys(name), base__quantization=quantization, base__dtype=dtype,
-                       optimisation={"lr": 0.005, "steps": 2, "micro_batch": 4})
+                       optimization={"lr": 0.005, "steps": 2, "micro_batch": 4})
     before = {n: p.detach().clone() for n, p in parts.base.model.named_parameters()}
     steps = trajectory(parts.trainer(parts.units[:1]))
     inner = [n for n in steps[0][parts.units[0].name] if not n.startswith("head:")]
@@ -283,7 +283,7 @@ def test_a_quantised_base_carries_them_and_is_not_written_to(
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 def test_a_decomposed_start_leaves_the_shared_base_alone(name: str, make_parts: Make, trajectory: Any) -> None:
-    parts = make_parts(adapter=adapter_keys(name), optimisation={"lr": 0.005, "steps": 2, "micro_batch": 4})
+    parts = make_parts(adapter=adapter_keys(name), optimization={"lr": 0.005, "steps": 2, "micro_batch": 4})
     before = {n: p.detach().clone() for n, p in parts.base.model.state_dict().items()}
     trajectory(parts.trainer(parts.units[:1]))
     after = parts.base.model.state_dict()
@@ -292,7 +292,7 @@ def test_a_decomposed_start_leaves_the_shared_base_alone(name: str, make_parts: 
 
 def test_monte_carlo_dropout_beside_it(make_spec: Make) -> None:
     spec = make_spec(adapter=adapter_keys("dora"), ensemble__members=1,
-                     baselines={"mc_dropout": {"dropout": 0.3, "passes": 3}}, optimisation__steps=2)
+                     baselines={"mc_dropout": {"dropout": 0.3, "passes": 3}}, optimization__steps=2)
     metrics = run_in_process(prepare(spec))
     assert metrics["run"]["phase"] == "succeeded"
 
@@ -306,7 +306,7 @@ def test_monte_carlo_dropout_beside_it(make_spec: Make) -> None:
     ({"method": "LORA", "options": {"modules_to_save": ["x"]}}, "not a setting of LORA"),
     ({"method": "LORA", "options": {"init_lora_weights": "eva"}}, "'eva' needs calibration data"),
     ({"method": "LORA", "options": {"init_lora_weights": "pissa_niter_4"}}, "is not the same twice"),
-    ({"method": "LORA", "options": {"init_lora_weights": "loftq"}}, "changes the quantised base"),
+    ({"method": "LORA", "options": {"init_lora_weights": "loftq"}}, "changes the quantized base"),
     ({"method": "LORA", "options": {"init_lora_weights": "pissa", "use_dora": True}}, "leave one out"),
 ])
 def test_what_a_member_cannot_be_is_refused_by_name(keys: dict[str, Any], says: str) -> None:

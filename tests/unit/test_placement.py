@@ -95,7 +95,7 @@ def test_a_pack_never_exceeds_what_was_asked(members: int, limit: int) -> None:
     ({"cpus": 8, "gpus": 2, "workers": 3}, ["2 GPU(s)", "at most 2"]),
     ({"cpus": 2, "gpus": 4, "workers": 3}, ["2 CPU(s) and 4 GPU(s)", "at most 2"]),
     ({"cpus": 4, "gpus": 0, "gpus_per_worker": 1}, ["0 GPU(s)", "placement.gpus_per_worker"]),
-    ({"memory": 1, "cpus": 1}, ["one member needs about 1.7 GB", "a worker has 0.8 GB", "quantise the base"]),
+    ({"memory": 1, "cpus": 1}, ["one member needs about 1.7 GB", "a worker has 0.8 GB", "quantize the base"]),
 ])
 def test_what_does_not_fit_is_refused_saying_what_there_is(given_: dict[str, Any], says: list[str]) -> None:
     with pytest.raises(PlacementError) as caught:

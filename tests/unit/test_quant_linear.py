@@ -1,4 +1,4 @@
-"""A quantised linear layer, against a dense one."""
+"""A quantized linear layer, against a dense one."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_other_bad_input_is_refused() -> None:
 # --- quantized ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_a_quantised_weight_comes_back_from_its_tensors(bits: int, group_size: int) -> None:
+def test_a_quantized_weight_comes_back_from_its_tensors(bits: int, group_size: int) -> None:
     quantized = round_to_nearest(weight(40, 48), bits, group_size)
     again = Quantized.from_tensors(quantized.to_tensors(), bits, group_size, (40, 48))
     assert torch.equal(again.dequantize(), quantized.dequantize())
@@ -138,7 +138,7 @@ def test_a_quantised_weight_comes_back_from_its_tensors(bits: int, group_size: i
         Quantized.from_tensors(quantized.to_tensors(), bits, group_size, (48, 40))
 
 
-def test_dequantising_equals_its_equation() -> None:
+def test_dequantizing_equals_its_equation() -> None:
     generator = torch.Generator().manual_seed(1)
     codes_OI = torch.randint(0, 8, (5, 11), dtype=torch.uint8, generator=generator)
     zeros_OG = torch.randint(0, 8, (5, 3), dtype=torch.uint8, generator=generator)

@@ -12,10 +12,10 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from raylora.data import assets
-from raylora.data.regression import Spec, build
+from raylora.data.catalog import assets
 from raylora.data.sets import load_sets
 from raylora.data.task import BadRow, join, pad_id
+from raylora.data.tasks.regression import Spec, build
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec
 
@@ -60,7 +60,7 @@ def test_a_scale_refuses_what_is_off_it() -> None:
 def test_a_batch_has_float_labels_and_a_squared_error_per_row(tokenizer: Any) -> None:
     task = build(Spec(max_length=12))
     rows = [{"text": "one two", "text_pair": "a b c d e f g h i j k", "label": 1.5}, {"text": "alone", "label": "4"}]
-    examples = [task.tokenise(row, str(n), tokenizer)[0] for n, row in enumerate(rows)]
+    examples = [task.tokenize(row, str(n), tokenizer)[0] for n, row in enumerate(rows)]
     batch = task.collate(examples, tokenizer)
     assert batch.labels_N is not None and batch.labels_N.dtype == torch.float32
     assert batch.labels_N.tolist() == [1.5, 4.0] and batch.input_ids_BT.shape == (2, 12)
@@ -68,16 +68,16 @@ def test_a_batch_has_float_labels_and_a_squared_error_per_row(tokenizer: Any) ->
     assert scores.dtype == torch.float32 and task.loss(scores, batch).tolist() == [0.25, 4.0]
     both = join([batch, batch], pad_id(tokenizer), "right")
     assert both.labels_N is not None and both.labels_N.dtype == torch.float32 and len(both) == 4
-    unlabelled, _ = task.tokenise({"text": "x"}, "x", tokenizer)
+    unlabeled, _ = task.tokenize({"text": "x"}, "x", tokenizer)
     with pytest.raises(DataError, match="have no labels"):
-        task.loss(scores[:1], task.collate([unlabelled], tokenizer))
+        task.loss(scores[:1], task.collate([unlabeled], tokenizer))
 
 
 def test_transfer_rows_have_no_number_for_a_label(tokenizer: Any, tmp_path: Path) -> None:
-    labelled, more = tmp_path / "rows.jsonl", tmp_path / "more.jsonl"
-    labelled.write_text("".join(json.dumps({"text": f"row {n}", "label": n - 1}) + "\n" for n in range(12)))
+    labeled, more = tmp_path / "rows.jsonl", tmp_path / "more.jsonl"
+    labeled.write_text("".join(json.dumps({"text": f"row {n}", "label": n - 1}) + "\n" for n in range(12)))
     more.write_text("".join(json.dumps({"text": f"more {n}", "label": "not looked at"}) + "\n" for n in range(3)))
-    data = DataSpec(train=SetSpec(files=str(labelled)), validation_rows=2, test_rows=2)
+    data = DataSpec(train=SetSpec(files=str(labeled)), validation_rows=2, test_rows=2)
     task = build(Spec())
     plain = load_sets(data, EvaluationSpec(), task, tokenizer)
     sets = load_sets(data, EvaluationSpec(), task, tokenizer, transfer=SetSpec(files=str(more)))

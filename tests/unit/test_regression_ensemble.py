@@ -15,7 +15,7 @@ import torch
 import torchmetrics.functional as tm
 from torch import Tensor
 
-from raylora.ensemble import Predictions, summarise
+from raylora.ensemble import Predictions, summarize
 from raylora.ensemble.bootstrap import row_draws
 from raylora.ensemble.gaussian import FLOOR, coverage, epistemic_std, fit_noise, mixture_nll, total_std
 from raylora.ensemble.regression import pairwise_kl
@@ -52,7 +52,7 @@ def group_of(members: int = 4, seed: int = 0, rows: int = 200) -> list[Predictio
 
 @pytest.fixture(scope="module")
 def summary() -> dict[str, Any]:
-    return summarise({"ensemble": group_of(5), "mc_dropout": group_of(3, seed=7)}, FEW)
+    return summarize({"ensemble": group_of(5), "mc_dropout": group_of(3, seed=7)}, FEW)
 
 
 # --- one number at a time ----------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_disagreement_detects_foreign_rows_only_where_there_is_somebody_to_disag
 
 def test_members_that_all_say_one_number_still_make_a_summary() -> None:
     group = [replace(part, real_MN=torch.full_like(part.values, 2.5)) for part in group_of(3)]
-    found = summarise({"ensemble": group}, FEW)
+    found = summarize({"ensemble": group}, FEW)
     json.dumps(found, allow_nan=False)
     tested = found["ensemble"]["eval"]["test"]
     assert tested["pearson"] is None and "pearson" not in tested["intervals"] and tested["rmse"] > 0
@@ -219,19 +219,19 @@ def test_members_that_all_say_one_number_still_make_a_summary() -> None:
 
 
 def test_one_member_equals_the_single_and_gains_nothing() -> None:
-    found = summarise({"ensemble": group_of(1)}, EvaluationSpec(bootstrap_samples=0))
+    found = summarize({"ensemble": group_of(1)}, EvaluationSpec(bootstrap_samples=0))
     assert found["ensemble"]["eval"] == found["baselines"]["single"]["eval"]
     assert "intervals" not in found["ensemble"]["eval"]["test"]
     assert {one["gain"] for one in found["gains"]["test"]["over_mean_member"].values()} == {0.0}
     assert found["mean_member"]["eval"]["test"]["nll"]["standard_error"] is None
 
 
-def test_what_cannot_be_summarised_is_refused() -> None:
+def test_what_cannot_be_summarized_is_refused() -> None:
     group = group_of(2)
     with pytest.raises(SpecError, match="mean_logits is for classes"):
-        summarise({"ensemble": group}, FEW, "mean_logits")
+        summarize({"ensemble": group}, FEW, "mean_logits")
     with pytest.raises(DataError, match="fitted on a validation set"):
-        summarise({"ensemble": group[1:]}, FEW)
+        summarize({"ensemble": group[1:]}, FEW)
     fields: dict[str, Any] = {"name": "mine", "role": "test", "ids": ["a", "b"]}
     values_MN = torch.zeros(2, 2)
     with pytest.raises(DataError, match=r"'mine': labels are torch.int64"):

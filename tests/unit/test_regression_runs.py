@@ -23,14 +23,14 @@ from typer.testing import CliRunner
 
 from raylora.cli import app
 from raylora.distill import Keys, RegressionTargets
-from raylora.distill.mse import Spec as MseSpec
-from raylora.distill.mse import build as build_mse
-from raylora.engine.comparison import compare
-from raylora.engine.distil import check_ahead, prepare_distillation
-from raylora.engine.lessons import Lessons, load_targets
-from raylora.engine.local import run_in_process
-from raylora.engine.persist import unpack_predictions
-from raylora.engine.prepare import prepare
+from raylora.distill.losses.mse import Spec as MseSpec
+from raylora.distill.losses.mse import build as build_mse
+from raylora.engine.distillation.compare import compare
+from raylora.engine.distillation.plan import check_ahead, prepare_distillation
+from raylora.engine.model.serialization import unpack_predictions
+from raylora.engine.run.local_driver import run_in_process
+from raylora.engine.run.plan_run import prepare
+from raylora.engine.training.distillation_loss import DistillationLoss, load_targets
 from raylora.ensemble.gaussian import epistemic_std, half_width
 from raylora.errors import DataError, Interrupted, SpecError
 from raylora.report import console_table, write_report
@@ -95,7 +95,7 @@ def assert_bit_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
 # --- training ----------------------------------------------------------------------------------------------
 def test_a_resumed_regression_has_bit_equal_members_and_the_same_metrics(make: Make) -> None:
     rules = {"early_stopping": {"metric": "rmse", "patience": 9}}
-    changes = {"ensemble__regularisers": rules, "optimisation": {"lr": 0.005, "epochs": 2, "micro_batch": 8},
+    changes = {"ensemble__regularizers": rules, "optimization": {"lr": 0.005, "epochs": 2, "micro_batch": 8},
                "checkpointing": {"every_steps": 1}}
     whole, broken = make(name="whole", **changes), make(name="broken", **changes)
     expected = run(whole)
@@ -116,18 +116,18 @@ def test_a_fresh_head_starts_at_the_mean_of_the_labels_that_there_are(make_parts
     parts = make_parts(**REGRESSION)
     train = [*parts.sets.train.examples, replace(parts.sets.train.examples[0], label=math.nan)]
     labels = [example.label for example in train[:-1]]
-    for trainee in parts.trainer(train=train).trainees:
-        biases = [tensor for name, tensor in trainee.optimiser.tensors().items() if name.endswith("classifier.bias")]
+    for state in parts.trainer(train=train).states:
+        biases = [tensor for name, tensor in state.optimizer.tensors().items() if name.endswith("classifier.bias")]
         assert [float(bias) for bias in biases] == [pytest.approx(sum(labels) / len(labels))]
     # RoBERTa's head has a layer before its last one, whose biases are many and start at zero; a decoder's has none.
     inner = make_parts(**REGRESSION, base__source=tiny_model("roberta"))
-    tensors = inner.trainer().trainees[0].optimiser.tensors()
+    tensors = inner.trainer().states[0].optimizer.tensors()
     assert not next(t for name, t in tensors.items() if name.endswith("dense.bias")).any()
     assert float(next(t for name, t in tensors.items() if name.endswith("out_proj.bias"))) > 1
 
 
 def test_labels_are_learnt_in_their_own_units(make: Make) -> None:
-    metrics = run(make(optimisation={"lr": 0.01, "steps": 30, "micro_batch": 8}, ensemble__members=1))
+    metrics = run(make(optimization={"lr": 0.01, "steps": 30, "micro_batch": 8}, ensemble__members=1))
     losses = [row["loss"] for row in metrics["training"]["member-000"] if "loss" in row]
     assert max(losses[:3]) < 5 and sum(losses[-10:]) < sum(losses[:10])  # nobody had to climb to the mean first
     points = metrics["plots"]["values"]["test"]
@@ -162,15 +162,15 @@ def test_predictions_are_stored_as_values_and_old_ones_are_still_read(make: Make
 def test_other_adapters_and_baselines_work_untouched(make: Make, adapter: dict[str, Any]) -> None:
     baselines = {"mc_dropout": {"passes": 3}, "last_layer": 2, "checkpoints": 2} if adapter["kind"] == "mos" else {}
     metrics = run(make(adapter=adapter, baselines=baselines, ensemble__members=1,
-                       optimisation={"lr": 0.005, "epochs": 2, "micro_batch": 8}))
+                       optimization={"lr": 0.005, "epochs": 2, "micro_batch": 8}))
     assert set(metrics["baselines"]) == {"single", *baselines}
     assert all(one["noise_std"] > 0 for one in metrics["baselines"].values())
 
 
 @pytest.mark.parametrize(("changes", "says"), [
-    ({"ensemble__regularisers": {"early_stopping": {"metric": "accuracy"}}}, "regression has no accuracy.*nll or rmse"),
-    ({"ensemble__regularisers": {"early_stopping": {"metric": "ece"}}}, "regression has no ece"),
-    ({"ensemble__regularisers": {"kl": {"beta": 0.1}}}, "regularisers.kl: .* one value, not a distribution"),
+    ({"ensemble__regularizers": {"early_stopping": {"metric": "accuracy"}}}, "regression has no accuracy.*nll or rmse"),
+    ({"ensemble__regularizers": {"early_stopping": {"metric": "ece"}}}, "regression has no ece"),
+    ({"ensemble__regularizers": {"kl": {"beta": 0.1}}}, "regularizers.kl: .* one value, not a distribution"),
     ({"ensemble__aggregate": "mean_logits"}, "aggregate: mean_logits is for classes"),
 ])
 def test_what_means_nothing_for_a_value_is_refused_before_anything(
@@ -183,7 +183,7 @@ def test_what_means_nothing_for_a_value_is_refused_before_anything(
 
 def test_classes_have_no_rmse(make_spec: Make) -> None:
     with pytest.raises(SpecError, match="classification has no rmse"):
-        prepare(make_spec(ensemble__regularisers={"early_stopping": {"metric": "rmse"}}))
+        prepare(make_spec(ensemble__regularizers={"early_stopping": {"metric": "rmse"}}))
 
 
 # --- distillation ------------------------------------------------------------------------------------------
@@ -197,14 +197,14 @@ def test_a_students_step_is_plain_torchs(make_parts: Make) -> None:
         Keys([ids[n] for n in backwards], [hashes[n] for n in backwards]), targets_NM[backwards],
         teacher_digest="t", members=[0, 1],
     )
-    lessons = Lessons(parts.task, build_mse(MseSpec(task_weight=0.25)), targets)
+    distillation_loss = DistillationLoss(parts.task, build_mse(MseSpec(task_weight=0.25)), targets)
     batch.labels_N[2] = math.nan  # a transfer row
     head = torch.randn(6, 1, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
-    losses_N = lessons.losses(head, batch, 0.0)
+    losses_N = distillation_loss.losses(head, batch, 0.0)
     losses_N.mean().backward()
     value_N, labels_N = head.detach()[:, 0].clone().requires_grad_(True), batch.labels_N.clone()
-    labelled_N = torch.tensor([1.0, 1, 0, 1, 1, 1])
-    task_N = labelled_N * (value_N - labels_N.nan_to_num(0.0)) ** 2
+    labeled_N = torch.tensor([1.0, 1, 0, 1, 1, 1])
+    task_N = labeled_N * (value_N - labels_N.nan_to_num(0.0)) ** 2
     expected_N = 0.25 * task_N + 0.75 * (value_N - targets_NM.mean(1)) ** 2
     expected_N.mean().backward()
     torch.testing.assert_close(losses_N, expected_N)
@@ -222,8 +222,8 @@ def test_an_ensemble_teaches_values_and_the_share_kept_is_one_of_correlation(
     uri = RunStore.for_spec(spec).uri
     taught = settings(transfer={"files": str(more)}, alone=True)
     work = prepare_distillation(uri, taught, shard_rows=16)
-    run_in_process(work.teaching)
-    targets = load_targets(work.teaching.store)
+    run_in_process(work.target_job)
+    targets = load_targets(work.target_job.store)
     assert isinstance(targets, RegressionTargets) and targets.values.shape == (45, 2)
     assert targets.values.dtype == torch.float32 and targets.rounding_error == 0
     for student in work.students():
@@ -236,8 +236,8 @@ def test_an_ensemble_teaches_values_and_the_share_kept_is_one_of_correlation(
         assert row["retained_score"] == share and row["retained_accuracy"] is None
     assert record == json.loads(json.dumps(work.store.read_json("distillation/student.json"), allow_nan=False))
     one = prepare_distillation(uri, settings(name="one", teacher="single"))
-    run_in_process(one.teaching)
-    single = load_targets(one.teaching.store)
+    run_in_process(one.target_job)
+    single = load_targets(one.target_job.store)
     ids = list(single.keys.ids)
     assert single.members == (0,)
     torch.testing.assert_close(single.gather(ids), targets.gather(ids)[:, :1], atol=1e-5, rtol=0)
@@ -254,7 +254,7 @@ def test_a_resumed_student_is_bit_equal(make: Make, settings: Make) -> None:
     run(spec)
     uri = RunStore.for_spec(spec).uri
     whole = prepare_distillation(uri, settings(name="whole"))
-    run_in_process(whole.teaching)
+    run_in_process(whole.target_job)
     run_in_process(prepare(whole.student))
     broken = prepare_distillation(uri, settings(name="broken"))
     with pytest.raises(Interrupted):

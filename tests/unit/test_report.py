@@ -13,7 +13,7 @@ import pytest
 from ensemble_fakes import fake_group, fake_language_group
 from rich.console import Console
 
-from raylora.ensemble import summarise
+from raylora.ensemble import summarize
 from raylora.report import console_table, write_report
 from raylora.report.entries import columns, entries
 from raylora.report.formatting import difference, duration, flat, number, size
@@ -72,7 +72,7 @@ def metrics():
         "mc_dropout": fake_group(3, seed=7, noise=0.6),
         "checkpoints": fake_group(3, seed=8, noise=0.8),
     }
-    return json.loads(json.dumps(summarise(groups, FEW) | surroundings(5)))
+    return json.loads(json.dumps(summarize(groups, FEW) | surroundings(5)))
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_nothing_at_all_is_still_a_page(tmp_path):
 
 
 def test_a_language_model_has_perplexity_and_no_reliability(tmp_path):
-    found = summarise({"ensemble": fake_language_group(3)}, FEW) | surroundings(3)
+    found = summarize({"ensemble": fake_language_group(3)}, FEW) | surroundings(3)
     page = Page(write_report(found, tmp_path)[0].read_text(encoding="utf-8"))
     assert page.headings == [
         "Results",
@@ -272,7 +272,7 @@ def test_a_teacher_that_brought_nothing_is_not_praised(metrics, tmp_path, monkey
 
 
 def test_a_distilled_language_model_has_perplexities_and_bytes_per_token(tmp_path):
-    found = summarise({"ensemble": fake_language_group(3)}, FEW) | surroundings(3)
+    found = summarize({"ensemble": fake_language_group(3)}, FEW) | surroundings(3)
     found["distillation"] = [distilled(language=True)]
     text = " ".join(Page(write_report(found, tmp_path)[0].read_text(encoding="utf-8")).words)
     assert "peak memory its perplexity is 1.82, the teacher's 1.65." in text and "worth 0.170 nats per token" in text
@@ -281,7 +281,7 @@ def test_a_distilled_language_model_has_perplexities_and_bytes_per_token(tmp_pat
 
 
 def test_one_member_makes_no_claim(tmp_path):
-    found = summarise({"ensemble": fake_group(1)}, FEW)
+    found = summarize({"ensemble": fake_group(1)}, FEW)
     assert headline(found) == ["One member was trained, so there is no ensemble to compare with it."]
     write_report(found, tmp_path)
 
@@ -300,7 +300,7 @@ def test_headline_says_better_worse_or_neither(metrics):
 def test_a_tie_is_called_a_tie(tmp_path):
     one = fake_group(1)
     copies = [replace(part, logits_MNC=part.logits().expand(3, -1, -1)) for part in one]
-    found = summarise({"ensemble": copies}, FEW)
+    found = summarize({"ensemble": copies}, FEW)
     assert "the same as its average member to the digits shown" in headline(found)[0]
     rows = entries(found)
     cells = columns(rows, [("test", "nll")], lambda row, name, metric: row.cell("eval", name, metric))

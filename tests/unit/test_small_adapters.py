@@ -14,8 +14,8 @@ from torch import Tensor
 
 from raylora.adapters import lora, lora_xs, melora, nola, prolora
 from raylora.adapters.base import Site
-from raylora.engine.local import run_in_process
-from raylora.engine.prepare import prepare
+from raylora.engine.run.local_driver import run_in_process
+from raylora.engine.run.plan_run import prepare
 from raylora.errors import BaseError
 from raylora.serve.export import export_run
 from raylora.serve.predictor import load_ensemble
@@ -45,7 +45,7 @@ def trained(kind: str, seed: int = 0) -> tuple[Any, dict[str, Tensor]]:
     adapter = BUILD[kind](SPECS[kind])
     generator = torch.Generator().manual_seed(seed)
     moved = {n: t + torch.randn(t.shape, generator=generator) for n, t in adapter.build([SITE], generator).items()}
-    return adapter, moved | adapter.fixed([SITE], seed, weight_of)
+    return adapter, moved | adapter.frozen_tensors([SITE], seed, weight_of)
 
 
 # --- the equations, one number at a time -------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_the_change_is_the_equation(kind: str) -> None:
     expected = SLOW[kind](member)
     torch.testing.assert_close(adapter.delta_weight(member, SITE), expected, rtol=1e-4, atol=1e-4)
     x = torch.randn(1, 5, 24)
-    at_site = adapter.materialise({n: t[None] for n, t in member.items()}, [SITE])["up"]
+    at_site = adapter.materialize({n: t[None] for n, t in member.items()}, [SITE])["up"]
     torch.testing.assert_close(adapter.packed_delta(x, at_site)[0], x[0] @ expected.T, rtol=1e-3, atol=1e-3)
     spec, pair = adapter.as_lora(member, [SITE])
     torch.testing.assert_close(lora.build(spec).delta_weight(pair, SITE), expected, rtol=1e-4, atol=1e-4)
@@ -127,7 +127,7 @@ def test_a_start_has_the_spread_of_loras() -> None:
     mini = melora.build(melora.Spec(minis=4)).build([wide], generator)["wide.mini_A"]
     assert mini.std() == pytest.approx((1 / 3 / 1024) ** 0.5, rel=0.05)
     random = nola.build(nola.Spec(bases=512, rank=1))
-    member = random.build([wide], generator) | random.fixed([wide], 1, weight_of)
+    member = random.build([wide], generator) | random.frozen_tensors([wide], 1, weight_of)
     a = torch.einsum("p,pri->ri", member["wide.nola_a"], member["wide.bases_A"])
     assert a.std() == pytest.approx(std, rel=0.15)
 
@@ -145,11 +145,11 @@ def test_one_chunk_and_one_mini_are_lora() -> None:
 
 def test_bases_are_the_members_own_and_factors_the_bases() -> None:
     random, square = BUILD["nola"](SPECS["nola"]), BUILD["lora_xs"](SPECS["lora_xs"])
-    one, two = (random.fixed([SITE], seed, weight_of)["up.bases_A"] for seed in (1, 2))
+    one, two = (random.frozen_tensors([SITE], seed, weight_of)["up.bases_A"] for seed in (1, 2))
     assert (one - two).norm() / one.norm() > 0.5
-    one, two = (square.fixed([SITE], seed, weight_of)["up.xs_A"] for seed in (1, 2))
+    one, two = (square.frozen_tensors([SITE], seed, weight_of)["up.xs_A"] for seed in (1, 2))
     assert torch.equal(one, two)
-    flipped = square.fixed([SITE], 1, lambda name: -weight_of(name))
+    flipped = square.frozen_tensors([SITE], 1, lambda name: -weight_of(name))
     assert torch.allclose(flipped["up.xs_A"], one, atol=1e-5), "the sign of a singular vector is no accident"
 
 
@@ -190,7 +190,7 @@ def test_prolora_refuses_chunks_that_repeat(keys: dict[str, int], says: str) -> 
 def test_packed_equals_alone_after_every_step(kind: str, make_parts: Make, trajectory: Any) -> None:
     parts = make_parts(
         adapter={"kind": kind, "target_modules": ["query", "value"], "dropout": 0.1, **RUNS[kind]},
-        ensemble__members=3, optimisation={"lr": 0.01, "steps": 3, "micro_batch": 4, "eps": 1e-6, "warmup": 0.0},
+        ensemble__members=3, optimization={"lr": 0.01, "steps": 3, "micro_batch": 4, "eps": 1e-6, "warmup": 0.0},
     )
     packed = trajectory(parts.trainer())
     for unit in parts.units:
@@ -238,8 +238,8 @@ def check_exported(store: RunStore, source: str) -> None:
 
 def check_reloaded(store: RunStore, atol: float = 1e-4) -> None:
     """Compare what a loaded ensemble says of the test rows with what was recorded of its members."""
-    from raylora.engine.persist import unpack_predictions
-    from raylora.engine.predict import predict
+    from raylora.engine.model.serialization import unpack_predictions
+    from raylora.engine.training.predict import predict
 
     loaded = load_ensemble(store.uri, gpus=0)
     recorded = [unpack_predictions(store.load_result(f"predictions/member-{m:03d}")) for m in range(loaded.members)]

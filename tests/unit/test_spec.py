@@ -53,11 +53,11 @@ CASES = [
     ("ensemble: {members: 3, seeds: [1, 2]}", "run.yaml:10: ensemble: ", "2 seeds for 3 members"),
     ("ensemble: {members: 2, seeds: [1, 1]}", "run.yaml:10: ensemble: ", "seeds repeat"),
     ("ensemble: {members: 2, min_members: 3}", "run.yaml:10: ensemble: ", "only 2 members"),
-    ("optimisation: {epochs: 1, steps: 4}", "run.yaml:10: optimisation: ", "not both"),
-    ("optimisation: {lr: .nan}", "run.yaml:10: optimisation.lr: ", "finite"),
-    ("optimisation: {lr: .inf}", "run.yaml:10: optimisation.lr: ", "finite"),
-    ("optimisation: {betas: [0.9, 1.5]}", "run.yaml:10: optimisation.betas", "less than 1"),
-    ("optimisation: {optimizer: adam}", "run.yaml:10: optimisation.optimizer: ", "'adamw' or 'sgd'"),
+    ("optimization: {epochs: 1, steps: 4}", "run.yaml:10: optimization: ", "not both"),
+    ("optimization: {lr: .nan}", "run.yaml:10: optimization.lr: ", "finite"),
+    ("optimization: {lr: .inf}", "run.yaml:10: optimization.lr: ", "finite"),
+    ("optimization: {betas: [0.9, 1.5]}", "run.yaml:10: optimization.betas", "less than 1"),
+    ("optimization: {optimizer: adam}", "run.yaml:10: optimization.optimizer: ", "'adamw' or 'sgd'"),
     ("placement: {workers: 0}", "run.yaml:10: placement.workers", "at least 1"),
     ("evaluation:\n  in_distribution:\n    test: {files: x}", "run.yaml:10: evaluation: ", "'test' is taken"),
     ("placement: {workers: many}", "run.yaml:10: placement.workers: ", "or: Input should be"),
@@ -78,11 +78,11 @@ def test_a_mistake_is_one_message_with_file_line_key_and_remedy(extra: str, plac
 
 @pytest.mark.parametrize("key", ["decay_a", "decay_b", "decay_head"])
 def test_a_decay_that_flips_the_sign_is_refused_naming_both_keys(key: str) -> None:
-    text = GOOD + f"optimisation: {{lr: 0.01}}\nensemble:\n  regularisers: {{{key}: 100}}\n"
+    text = GOOD + f"optimization: {{lr: 0.01}}\nensemble:\n  regularizers: {{{key}: 100}}\n"
     (found,) = problems(text)
     assert f"lr * {key} = 1 >= 1" in found
-    assert f"ensemble.regularisers.{key} below 100" in found and "optimisation.lr below 0.01" in found
-    assert parse_spec(text.replace("100", "99.9")).ensemble.regularisers
+    assert f"ensemble.regularizers.{key} below 100" in found and "optimization.lr below 0.01" in found
+    assert parse_spec(text.replace("100", "99.9")).ensemble.regularizers
 
 
 def test_every_mistake_is_reported_at_once() -> None:
@@ -128,7 +128,7 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
 # --- in and out ------------------------------------------------------------------------------------------
 def test_a_spec_reads_back_equal(make_spec: Callable[..., Any]) -> None:
     for spec in (parse_spec(GOOD), make_spec(
-        ensemble__regularisers={"kl": {"beta": 0.1}, "early_stopping": {}, "decay_a": 2.0},
+        ensemble__regularizers={"kl": {"beta": 0.1}, "early_stopping": {}, "decay_a": 2.0},
         baselines__mc_dropout={"passes": 4}, adapter__layers={"last": 1}, ensemble__seeds=[3, 4],
         evaluation__in_distribution={"tweets": {"source": "pypi:tweets"}},
     )):
@@ -139,10 +139,10 @@ def test_a_spec_reads_back_equal(make_spec: Callable[..., Any]) -> None:
 @given(st.integers(1, 50), st.floats(1e-6, 1e-2), st.integers(1, 64), st.sampled_from(["linear", "cosine"]))
 @settings(max_examples=40, deadline=None)
 def test_any_numbers_read_back_equal(members: int, lr: float, batch: int, schedule: str) -> None:
-    changes = (f"ensemble.members={members}", f"optimisation.lr={lr!r}", f"optimisation.micro_batch={batch}",
-               f"optimisation.schedule={schedule}")
+    changes = (f"ensemble.members={members}", f"optimization.lr={lr!r}", f"optimization.micro_batch={batch}",
+               f"optimization.schedule={schedule}")
     spec = parse_spec(GOOD, changes)
-    assert (spec.ensemble.members, spec.optimisation.lr) == (members, lr)
+    assert (spec.ensemble.members, spec.optimization.lr) == (members, lr)
     assert parse_spec(dump_spec(spec)) == spec
 
 
@@ -151,7 +151,7 @@ def test_the_digest_knows_neither_name_nor_place_but_everything_else(make_spec: 
     assert make_spec(name="other", storage_path="/elsewhere").digest() == digest
     assert make_spec(name=None).run_name() == f"run-{digest[:8]}"
     changes = {"ensemble__seed": 1, "adapter__rank": 2, "base__quantization": "nf4", "data__seed": 3,
-               "task__max_length": 20, "optimisation__lr": 0.001}
+               "task__max_length": 20, "optimization__lr": 0.001}
     assert len({digest, *(make_spec(**{key: value}).digest() for key, value in changes.items())}) == 7
 
 
@@ -163,8 +163,8 @@ def test_the_digest_is_the_same_in_another_process() -> None:
 
 def test_how_a_default_is_written_does_not_matter() -> None:
     written = GOOD.replace("quantization: nf4", "quantization: {kind: nf4, double_quant: true}")
-    assert parse_spec(written + "optimisation: {epochs: 3}\n").digest() == parse_spec(
-        GOOD + "optimisation: {epochs: 3.0}\nadapter: {kind: lora}\n"
+    assert parse_spec(written + "optimization: {epochs: 3}\n").digest() == parse_spec(
+        GOOD + "optimization: {epochs: 3.0}\nadapter: {kind: lora}\n"
     ).digest()
 
 
@@ -178,17 +178,17 @@ def test_a_spec_is_frozen_and_pickles() -> None:
 def test_overrides_reach_every_depth() -> None:
     spec = parse_spec(GOOD, (
         "ensemble.members=7", "adapter.rank=3", "base.quantization.double_quant=false", "name=other",
-        "task.labels=[a, b, c]", "ensemble.regularisers.kl.beta=0.5",
+        "task.labels=[a, b, c]", "ensemble.regularizers.kl.beta=0.5",
     ))
     assert (spec.ensemble.members, spec.adapter.rank, spec.name) == (7, 3, "other")
     assert spec.base.quantization.double_quant is False and spec.task.labels == ["a", "b", "c"]
-    assert spec.ensemble.regularisers.kl.beta == 0.5
+    assert spec.ensemble.regularizers.kl.beta == 0.5
 
 
 @pytest.mark.parametrize(("override", "says"), [
     ("ensemble.members", "not of the form"), ("=3", "not of the form"),
     ("name.x.y=1", "name: Input should be a valid string"),
-    ("ensemble.membres=3", "did you mean 'members'?"), ("optimisation.lr=[1", "not valid YAML"),
+    ("ensemble.membres=3", "did you mean 'members'?"), ("optimization.lr=[1", "not valid YAML"),
 ])
 def test_a_bad_override_is_explained(override: str, says: str) -> None:
     with pytest.raises(SpecError) as caught:

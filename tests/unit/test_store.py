@@ -251,10 +251,10 @@ def test_a_directory_belongs_to_one_spec(storage: Storage, make_spec: Callable[.
     assert store.check_spec(spec) is False
     store.write_spec(spec)
     assert store.check_spec(spec) is True and store.read_spec() == spec
-    other = make_spec(optimisation__lr=0.001, adapter__rank=2)
+    other = make_spec(optimization__lr=0.001, adapter__rank=2)
     with pytest.raises(RunDirectoryError) as caught:
         store.check_spec(other)
-    assert "optimisation.lr: 0.005 -> 0.001" in str(caught.value) and "adapter.rank: 4 -> 2" in str(caught.value)
+    assert "optimization.lr: 0.005 -> 0.001" in str(caught.value) and "adapter.rank: 4 -> 2" in str(caught.value)
 
 
 def test_another_name_or_place_is_the_same_spec(tmp_path: Path, make_spec: Callable[..., Any]) -> None:

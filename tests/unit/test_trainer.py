@@ -12,22 +12,22 @@ import torch.nn.functional as F
 
 from raylora.adapters.packed import stack
 from raylora.data.order import Order
-from raylora.engine import forward
-from raylora.engine import trainer as trainer_module
-from raylora.engine.forward import pack_gradients, pack_scores
-from raylora.engine.schedule import learning_rate_factor, total_steps
+from raylora.engine.model import packed_model as forward
+from raylora.engine.model.packed_model import pack_gradients, pack_scores
+from raylora.engine.training import trainer as trainer_module
+from raylora.engine.training.schedule import learning_rate_factor, total_steps
 from raylora.errors import TrainingError
-from raylora.spec import OptimisationSpec
+from raylora.spec import OptimizationSpec
 from raylora.spec.run import KLSpec
 
 EVERYTHING = {
     "ensemble__members": 4,
     "adapter__dropout": 0.1,
     "task__max_length": 40,
-    "optimisation": {
+    "optimization": {
         "lr": 0.005, "steps": 6, "micro_batch": 2, "accumulation": 2, "clip_norm": 0.05, "warmup": 0.5, "eps": 1e-6,
     },
-    "ensemble__regularisers": {"kl": {"beta": 0.5}, "decay_a": 4.0, "decay_b": 1.0, "decay_head": 0.5},
+    "ensemble__regularizers": {"kl": {"beta": 0.5}, "decay_a": 4.0, "decay_b": 1.0, "decay_head": 0.5},
 }
 
 
@@ -49,13 +49,13 @@ def test_packed_equals_alone_after_every_step(
         alone = trajectory(trainer)
         for step in range(6):
             assert_members_close(packed[step][unit.name], alone[step][unit.name], rtol=1e-5, atol=1e-5)
-        norms = [point["grad_norm"] for point in trainer.trainees[0].history if "grad_norm" in point]
+        norms = [point["grad_norm"] for point in trainer.states[0].history if "grad_norm" in point]
         assert min(norms) > 0.05, "clipping was not active"
         moved = max((packed[5][unit.name][n] - packed[0][unit.name][n]).abs().max() for n in packed[0][unit.name])
         assert moved > 1e-3
     lengths = {b.input_ids_BT.shape[1] for b in (
         parts.task.collate([parts.sets.train.examples[i] for i in t.order.indices(0)], parts.base.tokenizer)
-        for t in parts.trainer().trainees
+        for t in parts.trainer().states
     )}
     assert len(lengths) > 1, "the members' batches should be padded differently"
 
@@ -118,13 +118,13 @@ def test_my_gradient_is_not_divided_by_the_number_of_members(parts: Any) -> None
 def test_a_member_with_a_huge_loss_does_not_change_the_clipping_of_another(
     make_parts: Callable[..., Any], trajectory: Any
 ) -> None:
-    parts = make_parts(optimisation__clip_norm=0.1, optimisation__steps=3)
+    parts = make_parts(optimization__clip_norm=0.1, optimization__steps=3)
     calm, wild = parts.trainer(), parts.trainer()
     for trainer, factor in ((calm, 1.0), (wild, 1000.0)):
         other = {n: t * (factor if n.startswith("head:") else 1) for n, t in parts.member(parts.units[1], 0.1).items()}
-        trainer.trainees[1].optimiser = trainer._optimiser(other)
+        trainer.states[1].optimizer = trainer._optimizer(other)
     one, two = trajectory(calm), trajectory(wild)
-    losses = [t.trainees[1].history[0]["loss"] for t in (calm, wild)]
+    losses = [t.states[1].history[0]["loss"] for t in (calm, wild)]
     assert losses[1] > 50 * losses[0]
     assert_members_close(one[-1]["member-000"], two[-1]["member-000"], rtol=1e-5, atol=1e-6)
 
@@ -133,11 +133,11 @@ def test_each_member_sees_its_own_rows_once_per_epoch_and_shared_order_is_shared
     make_parts: Callable[..., Any]
 ) -> None:
     own = make_parts(ensemble__members=3)
-    seen = [[i for step in range(5) for i in t.order.indices(step)] for t in own.trainer().trainees]
+    seen = [[i for step in range(5) for i in t.order.indices(step)] for t in own.trainer().states]
     assert all(sorted(rows) == list(range(40)) for rows in seen)
     assert seen[0] != seen[1] != seen[2] and seen[0] != seen[2]
     shared = make_parts(ensemble__members=3, ensemble__data_order="shared")
-    seen = [[i for step in range(5) for i in t.order.indices(step)] for t in shared.trainer().trainees]
+    seen = [[i for step in range(5) for i in t.order.indices(step)] for t in shared.trainer().states]
     assert seen[0] == seen[1] == seen[2] and sorted(seen[0]) == list(range(40))
 
 
@@ -187,7 +187,7 @@ def test_seeds_make_members_differ_and_equal_seeds_make_them_equal(make_parts: C
                     assert not members[i][name].any()
 
 
-# --- regularisers ----------------------------------------------------------------------------------------
+# --- regularizers ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_kl_to_the_base_equals_a_float64_reference(direction: Any, make_parts: Callable[..., Any]) -> None:
     parts = make_parts()
@@ -231,14 +231,14 @@ def test_early_stopping_takes_a_member_out_at_its_best_while_the_others_go_on(
     make_parts: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = make_parts(
-        optimisation={"lr": 0.005, "epochs": 4, "micro_batch": 8},
-        ensemble__regularisers={"early_stopping": {"patience": 1}},
+        optimization={"lr": 0.005, "epochs": 4, "micro_batch": 8},
+        ensemble__regularizers={"early_stopping": {"patience": 1}},
     )
     curve = {"member-000": iter([1.0, 0.5, 0.6]), "member-001": iter([1.0, 0.9, 0.8, 0.7])}
     trainer, at_epoch = parts.trainer(), {}
 
     def fake(base: Any, adapter: Any, task: Any, stacked: Any, *rest: Any) -> list[dict[str, float]]:
-        active = [t.unit.name for t in trainer.trainees if t.training]
+        active = [t.plan.name for t in trainer.states if t.training]
         assert len(next(iter(stacked.values()))) == len(active)
         return [{"nll": next(curve[name])} for name in active]
 
@@ -246,10 +246,10 @@ def test_early_stopping_takes_a_member_out_at_its_best_while_the_others_go_on(
     taken: list[dict[str, float]] = []
 
     def keep(trainer: Any, epoch: int) -> None:
-        at_epoch[epoch] = [{n: p.clone() for n, p in t.optimiser.tensors().items()} for t in trainer.trainees]
+        at_epoch[epoch] = [{n: p.clone() for n, p in t.optimizer.tensors().items()} for t in trainer.states]
 
     trainer.run(lambda t: None, lambda progress: taken.append(progress.losses), lambda: 0, keep)
-    first, second = trainer.trainees
+    first, second = trainer.states
     assert first.stopped_at == 15 and second.stopped_at is None
     assert [sorted(losses) for losses in taken[14:16]] == [["member-000", "member-001"], ["member-001"]]
     assert_members_close(first.result(), at_epoch[2][0], rtol=0, atol=0)
@@ -259,14 +259,14 @@ def test_early_stopping_takes_a_member_out_at_its_best_while_the_others_go_on(
 
 def test_real_overfitting_is_stopped_and_the_best_epoch_is_returned(make_parts: Callable[..., Any]) -> None:
     parts = make_parts(
-        optimisation={"lr": 0.05, "epochs": 8, "micro_batch": 8, "schedule": "constant"}, data__train_rows=16,
-        ensemble__regularisers={"early_stopping": {"patience": 2}},
+        optimization={"lr": 0.05, "epochs": 8, "micro_batch": 8, "schedule": "constant"}, data__train_rows=16,
+        ensemble__regularizers={"early_stopping": {"patience": 2}},
     )
     trainer = parts.trainer()
     trainer.run(lambda t: None, lambda p: None, lambda: 0)
-    for trainee in trainer.trainees:
-        seen = [point["validation_nll"] for point in trainee.history if "validation_nll" in point]
-        assert trainee.best_value == min(seen)
+    for state in trainer.states:
+        seen = [point["validation_nll"] for point in state.history if "validation_nll" in point]
+        assert state.best_value == min(seen)
         assert len(seen) == 8 or len(seen) == seen.index(min(seen)) + 3
 
 
@@ -274,7 +274,7 @@ def test_real_overfitting_is_stopped_and_the_best_epoch_is_returned(make_parts: 
 def spoil(parts: Any, trainer: Any, index: int) -> None:
     tensors = parts.member(parts.units[index])
     tensors["head:classifier.bias"] = torch.full_like(tensors["head:classifier.bias"], math.nan)
-    trainer.trainees[index].optimiser = trainer._optimiser(tensors)
+    trainer.states[index].optimizer = trainer._optimizer(tensors)
 
 
 def test_a_loss_that_is_nan_fails_its_member_and_no_other(make_parts: Callable[..., Any], trajectory: Any) -> None:
@@ -282,7 +282,7 @@ def test_a_loss_that_is_nan_fails_its_member_and_no_other(make_parts: Callable[.
     trainer = parts.trainer()
     spoil(parts, trainer, 1)
     steps = trajectory(trainer)
-    failure = trainer.trainees[1].failure
+    failure = trainer.states[1].failure
     assert "loss is nan at step 1 on examples" in failure
     ids = {e.id for e in parts.sets.train.examples}
     assert failure.split("examples ")[1].split(", ")[0] in ids
@@ -301,22 +301,22 @@ def test_if_every_member_fails_so_does_the_pack(make_parts: Callable[..., Any]) 
 
 
 def test_a_member_that_breaks_in_the_last_update_fails_alone(make_parts: Callable[..., Any]) -> None:
-    parts = make_parts(optimisation__steps=2)
+    parts = make_parts(optimization__steps=2)
     trainer = parts.trainer()
-    optimiser = trainer.trainees[1].optimiser
-    real = optimiser.step
+    optimizer = trainer.states[1].optimizer
+    real = optimizer.step
 
     def step() -> bool:
         done = real()
-        if optimiser.steps_done == 2:
+        if optimizer.steps_done == 2:
             with torch.no_grad():
-                optimiser.parameters["head:classifier.bias"].fill_(math.inf)
+                optimizer.parameters["head:classifier.bias"].fill_(math.inf)
         return done
 
-    optimiser.step = step
+    optimizer.step = step
     trainer.run(lambda t: None, lambda p: None, lambda: 0)
-    assert not trainer.trainees[0].failure
-    assert trainer.trainees[1].failure == "its weights are not finite after step 2"
+    assert not trainer.states[0].failure
+    assert trainer.states[1].failure == "its weights are not finite after step 2"
 
 
 def test_a_gradient_that_is_not_finite_fails_its_member(make_parts: Callable[..., Any], monkeypatch: Any) -> None:
@@ -332,19 +332,19 @@ def test_a_gradient_that_is_not_finite_fails_its_member(make_parts: Callable[...
 
     monkeypatch.setattr(trainer_module, "pack_gradients", broken)
     trainer.run(lambda t: None, lambda p: None, lambda: 0)
-    assert not trainer.trainees[0].failure
-    assert "gradient" in trainer.trainees[1].failure and "step 1" in trainer.trainees[1].failure
+    assert not trainer.states[0].failure
+    assert "gradient" in trainer.states[1].failure and "step 1" in trainer.states[1].failure
 
 
 # --- schedule --------------------------------------------------------------------------------------------
 def test_the_schedule_warms_up_to_one_and_ends_near_zero() -> None:
-    spec = OptimisationSpec(warmup=0.2, steps=10)
+    spec = OptimizationSpec(warmup=0.2, steps=10)
     factors = [learning_rate_factor(spec, step, 10) for step in range(10)]
     assert factors[:3] == [0.5, 1.0, 1.0] and factors[-1] == pytest.approx(1 / 8)
     assert factors[2:] == sorted(factors[2:], reverse=True)
-    cosine = OptimisationSpec(warmup=0.0, schedule="cosine")
+    cosine = OptimizationSpec(warmup=0.0, schedule="cosine")
     assert learning_rate_factor(cosine, 5, 10) == pytest.approx(0.5) and learning_rate_factor(cosine, 0, 10) == 1
-    constant = OptimisationSpec(warmup=0.0, schedule="constant")
+    constant = OptimizationSpec(warmup=0.0, schedule="constant")
     assert {learning_rate_factor(constant, step, 10) for step in range(10)} == {1.0}
 
 
@@ -354,4 +354,4 @@ def test_the_schedule_warms_up_to_one_and_ends_near_zero() -> None:
     (3, {"micro_batch": 8, "accumulation": 4, "epochs": 1}, 1), (40, {"steps": 7}, 7),
 ])
 def test_the_number_of_steps(rows: int, changes: dict[str, Any], steps: int) -> None:
-    assert total_steps(rows, OptimisationSpec(**changes)) == steps
+    assert total_steps(rows, OptimizationSpec(**changes)) == steps

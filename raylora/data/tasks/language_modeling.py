@@ -1,0 +1,107 @@
+"""Next-token prediction on plain text by a causal language model.
+
+Shapes: N = B blocks, T tokens, K = T kept positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from raylora.data.task import (
+    BadRow,
+    Batch,
+    Example,
+    PaddingSide,
+    check_length,
+    collate,
+    leading_ids,
+    require_text,
+    token_logprobs,
+)
+from raylora.spec import TaskSpec
+
+
+class Spec(TaskSpec):
+    """Column ``text``; a row is cut into blocks of ``max_length`` tokens, and nothing of it is dropped."""
+
+    kind: Literal["language_modeling"] = "language_modeling"
+
+
+class LanguageModeling:
+    """The probability of each token given those before it in its block."""
+
+    auto_class = "AutoModelForCausalLM"
+    num_classes: int | None = None
+    columns: tuple[str, ...] = ("text",)
+    optional_columns: tuple[str, ...] = ()
+    label_column: str | None = None
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.label_names: list[str] = []
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Return nothing: the model keeps its own head."""
+        return {}
+
+    def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
+        """Return nothing: every position's logits are needed."""
+        return {}
+
+    def padding_side(self, is_decoder: bool) -> PaddingSide:
+        """Return left, as for every causal model."""
+        return "left"
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a ``max_length`` beyond the model's. Raises: DataError."""
+        check_length(self.spec, tokenizer)
+
+    def content(self, row: Mapping[str, Any]) -> str:
+        """Return the text. Raises: BadRow."""
+        return require_text(row, "text")
+
+    def label(self, row: Mapping[str, Any]) -> int | None:
+        """Return None: the text is its own label."""
+        return None
+
+    def tokenize(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
+        """Return the whole row as one sequence, to be cut by :meth:`blocks`. Raises: BadRow."""
+        text_ids = tokenizer(require_text(row, "text"), add_special_tokens=False, verbose=False)["input_ids"]
+        sequence = (*leading_ids(tokenizer), *text_ids)
+        if len(sequence) < 2:
+            raise BadRow("'text' is a single token: there is nothing to predict")
+        return Example(row_id, (sequence,), None, (1,)), False
+
+    def blocks(self, example: Example) -> list[Example]:
+        """Return pieces of ``max_length`` tokens; the first token of each is context only, and ids get ``#n``."""
+        (sequence,), size = example.sequences, self.spec.max_length
+        pieces = [sequence[start : start + size] for start in range(0, len(sequence), size)]
+        pieces = [piece for piece in pieces if len(piece) > 1]  # a last single token predicts nothing
+        return [replace(example, id=f"{example.id}#{n}", sequences=(piece,)) for n, piece in enumerate(pieces)]
+
+    def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Batch:
+        """Pad blocks on the left; the target mask leaves out padding and each first token."""
+        return collate(examples, tokenizer)
+
+    def token_logprobs(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return logp_BT float32 of each token (0 where it is no target) and mask_BT of the targets."""
+        return token_logprobs(logits, batch)
+
+    def scores(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return logp_BT float32: here the scores are tokens' log-probabilities, not classes' logits."""
+        return token_logprobs(logits, batch)[0]
+
+    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Return loss_N, the mean negative log-likelihood of each block's targets."""
+        assert batch.target_mask_BT is not None
+        return -scores.sum(-1) / batch.target_mask_BT.sum(-1)
+
+
+def build(spec: Spec) -> LanguageModeling:
+    """Return the task that a spec describes."""
+    return LanguageModeling(spec)

@@ -1,0 +1,97 @@
+"""What distillation kept and what it saved: the teacher, one of its members, and the student with and without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raylora.engine.distillation.costs import Contender, measure
+from raylora.engine.distillation.plan import Distillation
+from raylora.engine.distillation.target_job import FACTS
+from raylora.engine.run.finished_members import finished_members
+from raylora.store.run_store import RunStore
+
+FOLDER = "distillation"
+
+
+def compare(work: Distillation) -> dict[str, Any]:
+    """Return the comparison, and write it below ``distillation`` in the teacher's run.
+
+    Raises:
+        StoreError: a member is damaged.
+    """
+    student = RunStore.for_spec(work.student)
+    members, one = finished_members(work.store), finished_members(work.store)[:1]
+    rows = {
+        "teacher": _row(f"Teacher: ensemble of {len(members)}", work.store, "ensemble", len(members)),
+        "single": _row("Teacher's member 0", work.store, "single", 1),
+        "student": _row(f"Student ({work.settings.loss.kind})", student, "ensemble", work.settings.student.members),
+    }
+    if work.alone is not None:
+        rows["alone"] = _row(
+            "Student without a teacher", RunStore.for_spec(work.alone), "ensemble", work.settings.student.members
+        )
+    record: dict[str, Any] = {
+        "name": work.settings.name, "taught_by": work.settings.teacher, "targets": _targets(work), "contenders": rows,
+    }
+    if work.settings.costs:
+        measured = measure([
+            Contender("teacher", work.store.uri, tuple(members)), Contender("single", work.store.uri, tuple(one)),
+            Contender("student", student.uri, tuple(finished_members(student))),
+        ])
+        record["measured_on"] = measured.pop("measured_on")
+        for name, costs in measured.items():
+            rows[name] |= costs
+        if "alone" in rows:  # the same model: its costs are the student's
+            rows["alone"] |= measured["student"]
+    record["retained_metric"] = _retained(rows)
+    work.store.write_json(f"{FOLDER}/{work.settings.name}.json", record)
+    return record
+
+
+def _retained(rows: dict[str, dict[str, Any]]) -> str | None:
+    """Tell every contender its share of the teacher's score, and return which score; a language model has none."""
+    taught = rows["teacher"]["eval"]["test"]
+    metric = next((name for name in ("accuracy", "pearson") if name in taught), None)
+    for row in rows.values():
+        own, whole = (one.get(metric) if metric else None for one in (row["eval"]["test"], taught))
+        # A teacher whose values do not rise with the labels has nothing of which there could be a share.
+        row["retained_score"] = own / whole if own is not None and whole is not None and whole > 0 else None
+        row["retained_accuracy"] = row["retained_score"] if metric == "accuracy" else None
+    return metric
+
+
+def distillations(store: RunStore) -> list[dict[str, Any]]:
+    """Return every comparison that a run has been through, by name."""
+    names = [name for name in store.storage.list(FOLDER) if name.endswith(".json")]
+    return [store.read_json(f"{FOLDER}/{name}") for name in names]
+
+
+def _row(label: str, store: RunStore, group: str, members: int) -> dict[str, Any]:
+    """Return one contender: its metrics on the run's sets, and its parameters."""
+    metrics = store.read_json("metrics.json")
+    # As a baseline member 0 has intervals; baselines may be off in the spec, but it is measured in any case.
+    single = metrics.get("baselines", {}).get("single") or metrics["members"][0]
+    found = metrics["ensemble"] if group == "ensemble" else single
+    counts = metrics["parameters"]
+    return {
+        "label": label,
+        "eval": found["eval"],
+        "ood": found.get("ood", {}),
+        "parameters": _in_use(counts, members),
+        "trainable_parameters": members * counts["per_member_trainable"],
+    }
+
+
+def _in_use(counts: dict[str, int], members: int) -> int:
+    """Return the numbers that members together need to predict."""
+    own = counts["per_member_trainable"]
+    if own >= counts["base"]:  # a fully fine-tuned member uses nothing of the base
+        return members * own
+    # A member's head takes the place of the one that the base was loaded with.
+    return counts["base"] - counts.get("head", 0) + members * own
+
+
+def _targets(work: Distillation) -> dict[str, Any]:
+    facts = work.target_job.store.read_json(FACTS)
+    shown = ("rows", "members", "tokens", "positions", "size_bytes", "rounding_error", "made_s")
+    return {key: facts[key] for key in shown if facts.get(key) is not None}

@@ -1,0 +1,226 @@
+"""From a finished run and a ``distill`` section to checked work: whose targets, which student, which comparison.
+
+Everything that can be wrong is found here, before a worker starts and before a byte is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from raylora import control, registry
+from raylora.data.task import Task, predicts_value
+from raylora.distill import Keys, Loss
+from raylora.engine.distillation.target_job import SHARD_ROWS, TargetJob, TargetPlan, shard_names, teacher_digest
+from raylora.engine.model.checkpoint import load_config, load_tokenizer
+from raylora.engine.run.finished_members import finished_members
+from raylora.engine.run.plan_run import Prepared, prepare
+from raylora.engine.training.distillation_loss import (
+    TOKEN_LEVEL,
+    sets_of,
+    student_task,
+    targets_uri,
+    task_of,
+    taught_content,
+)
+from raylora.errors import DataError, RunDirectoryError, SpecError
+from raylora.placement.plan import Inventory
+from raylora.spec import BaselinesSpec, DistillFromSpec, DistillSpec, EnsembleSpec, RunSpec
+from raylora.store.run_store import RunStore
+
+_PROBE = "Déjà vu: 12,345 tokens -- isn't   that\n\tnaïve? 语言 🙂 <|endoftext|>"
+"""A text on which tokenizers of one vocabulary but other rules come apart."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A teacher, its targets and who learns from them."""
+
+    settings: DistillSpec
+    store: RunStore
+    """Of the teacher."""
+    teacher: RunSpec
+    target_job: TargetPlan
+    student: RunSpec
+    alone: RunSpec | None
+    """The same student without a teacher."""
+
+    def students(self) -> list[RunSpec]:
+        """Return what is trained, in order."""
+        return [self.student, *([self.alone] if self.alone is not None else [])]
+
+
+def prepare_distillation(
+    run: str, settings: DistillSpec, inventory: Inventory | None = None, shard_rows: int = SHARD_ROWS
+) -> Distillation:
+    """Check a run and what it is to teach.
+
+    Raises:
+        UsageError: with what is wrong and how to mend it; nothing was started or written.
+    """
+    store = RunStore(run)
+    spec = spec_in_place(store)
+    check_finished(store)
+    task = task_of(spec)
+    _check_task(settings, task)
+    prepared = prepare(spec, inventory)
+    members = finished_members(store)[: 1 if settings.teacher == "single" else None]
+    _try_loss(settings, task, len(members))
+    content_of = _content_of(spec, task, settings, prepared)
+    tokens = _tokens(settings)
+    digest = teacher_digest(spec, store, members)
+    key = targets_key(digest, content_of, tokens)
+    target_job = TargetJob(store.uri, digest, _packs(prepared, members), settings.transfer, tokens, shard_rows)
+    shards = shard_names(len(content_of), shard_rows)
+    plan = replace(prepared.plan, workers=min(prepared.plan.workers, len(shards)))
+    distill_from = DistillFromSpec(targets=key, teacher=digest, loss=settings.loss, transfer=settings.transfer)
+    student = student_spec(spec, settings, store.uri, settings.name, distill_from)
+    alone = student_spec(spec, settings, store.uri, f"{settings.name}-alone", None) if settings.alone else None
+    if tokens is not None:
+        check_tokenizers(spec, student, task)
+    taught = prepare(student, inventory)
+    Keys(list(content_of), list(content_of.values())).check(taught_content(taught.sets, task))
+    if alone is not None:
+        RunStore.for_spec(alone).check_spec(alone)
+    return Distillation(
+        settings, store, spec,
+        TargetPlan(spec, RunStore(targets_uri(store.uri, key)), plan, target_job, shards, len(content_of)),
+        student, alone,
+    )
+
+
+def check_ahead(spec: RunSpec, inventory: Inventory | None = None) -> None:
+    """Check whom a run is to teach when it is finished: hours later it would be too late to mend it.
+
+    Raises:
+        UsageError: as :func:`prepare_distillation`.
+    """
+    if spec.distill is None:
+        return
+    settings, task = spec.distill, task_of(spec)
+    _check_task(settings, task)
+    _try_loss(settings, task, 1 if settings.teacher == "single" else spec.ensemble.members)
+    distill_from = DistillFromSpec(targets="ahead", teacher="ahead", loss=settings.loss, transfer=settings.transfer)
+    # A name of its own: what is in the student's directory is looked at when the targets are known.
+    student = student_spec(spec, settings, RunStore.for_spec(spec).uri, f"{settings.name}-ahead", distill_from)
+    if _tokens(settings) is not None:
+        check_tokenizers(spec, student, task)
+    prepare(student, inventory)
+
+
+def spec_in_place(store: RunStore) -> RunSpec:
+    """Return the spec of a run directory under the name and path where it now is. Raises: RunDirectoryError."""
+    parent, _, name = store.uri.rpartition("/")
+    return store.read_spec().model_copy(update={"storage_path": parent, "name": name})
+
+
+def is_finished(store: RunStore) -> bool:
+    """Return whether a run has ended well, with all members or with enough of them."""
+    state = control.replay(control.from_record(record) for record in store.read_events())
+    return state.phase in (control.Phase.SUCCEEDED, control.Phase.DEGRADED) and store.storage.exists("metrics.json")
+
+
+def check_finished(store: RunStore) -> None:
+    """Raise RunDirectoryError for a run that cannot teach yet."""
+    if not is_finished(store):
+        raise RunDirectoryError(
+            f"{store.uri}: the run is not finished and cannot teach", f"finish it first: raylora resume {store.uri}"
+        )
+
+
+def student_spec(
+    teacher: RunSpec, settings: DistillSpec, run_uri: str, name: str, distill_from: DistillFromSpec | None
+) -> RunSpec:
+    """Return a student's run: the teacher's data, task and evaluation, the student's model.
+
+    Without ``distill_from`` it is the same student alone.
+    """
+    student, placement = settings.student, teacher.placement
+    if isinstance(placement.workers, int):  # as many as the teacher's members would find nothing to do
+        placement = placement.model_copy(update={"workers": min(placement.workers, student.members)})
+    fields = {
+        "name": name, "storage_path": run_uri, "base": student.base, "adapter": student.adapter,
+        "task": student.task or teacher.task, "data": teacher.data, "evaluation": teacher.evaluation,
+        "ensemble": EnsembleSpec(members=student.members, seed=student.seed),
+        "optimization": student.optimization or teacher.optimization, "baselines": BaselinesSpec(),
+        "placement": placement, "checkpointing": teacher.checkpointing, "distill_from": distill_from,
+    }
+    return RunSpec.model_validate(fields)
+
+
+def targets_key(teacher: str, content_of: Mapping[str, str], tokens: tuple[int, float] | None = None) -> str:
+    """Return by what targets are known: the teacher, each row's id and content, and what is kept of a token."""
+    parts = [teacher, list(content_of.items()), *([tokens] if tokens is not None else [])]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def check_tokenizers(teacher: RunSpec, student: RunSpec, task: Task) -> None:
+    """Refuse models that read a text as different tokens, or number their tokens differently.
+
+    Raises:
+        DataError: with the first difference.
+    """
+    ours, theirs = (load_tokenizer(spec.base, task) for spec in (teacher, student))
+    hint = "a token-level loss needs two models of one tokenizer, such as two sizes of one family"
+    one, two = ours.get_vocab(), theirs.get_vocab()
+    if one != two:
+        different = sorted(token for token in one.keys() | two.keys() if one.get(token) != two.get(token))
+        raise DataError(
+            f"teacher and student have different tokenizers, of {len(one):,} and {len(two):,} tokens: "
+            f"{len(different):,} differ, such as {different[0]!r}", hint,
+        )
+    if ours(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"]:
+        raise DataError(f"teacher and student have one vocabulary, but read {_PROBE!r} as different tokens", hint)
+    sizes = [int(load_config(spec.base).get_text_config().vocab_size) for spec in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        raise DataError(f"the teacher has logits over {sizes[0]} tokens, the student over {sizes[1]}", hint)
+
+
+def _try_loss(settings: DistillSpec, task: Task, members: int) -> None:
+    """Ask the loss about nothing, which is soon done. Raises: SpecError if it cannot learn from so many members."""
+    if task.num_classes is None:
+        return
+    loss: Loss = registry.load("loss", settings.loss.kind).build(settings.loss)
+    outputs_BO = torch.zeros(1, loss.outputs(task.num_classes))
+    targets = torch.zeros(1, members) if predicts_value(task) else torch.zeros(1, members, task.num_classes)
+    loss.per_example(outputs_BO, targets, None)
+
+
+def _tokens(settings: DistillSpec) -> tuple[int, float] | None:
+    loss: Any = settings.loss
+    return (loss.top_k, loss.temperature) if loss.kind == TOKEN_LEVEL else None
+
+
+def _check_task(settings: DistillSpec, task: Task) -> None:
+    if settings.student.task is not None:
+        given = settings.student.task
+        own: Task = registry.load("task", given.kind).build(given)
+        if given.kind != task.spec.kind or own.label_names != task.label_names:
+            raise SpecError(
+                f"distill.student.task: {given.kind} of labels {own.label_names} is not the teacher's "
+                f"{task.spec.kind} of {task.label_names}",
+                "teacher and student need the same labels in the same order; leave task out to take the teacher's",
+            )
+    student_task(task, settings.loss)
+
+
+def _content_of(spec: RunSpec, task: Task, settings: DistillSpec, prepared: Prepared) -> Mapping[str, str]:
+    """Return id -> content hash of the rows that are taught, in their order."""
+    recorded = prepared.store.read_json("data.json")
+    if recorded and recorded["content_hash"] != prepared.sets.content_hash():
+        raise RunDirectoryError(
+            f"{prepared.store.uri}: the data has changed since the teacher was trained", "restore it, or train anew"
+        )
+    if settings.transfer is None:
+        return taught_content(prepared.sets, task)
+    return taught_content(sets_of(spec, task, load_tokenizer(spec.base, task), settings.transfer), task)
+
+
+def _packs(prepared: Prepared, members: list[str]) -> tuple[tuple[str, ...], ...]:
+    packs = (tuple(name for name in units if name in members) for units in prepared.plan.jobs().values())
+    return tuple(pack for pack in packs if pack)

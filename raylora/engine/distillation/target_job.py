@@ -1,0 +1,238 @@
+"""A finished run as a teacher: its members' outputs for every row of the transfer set, made once, shard by shard.
+
+Making targets is a run of the same state machine whose jobs are shards of rows: it is spread over workers, survives
+their loss and is taken up again like any other. Shapes: M members, N rows of a shard, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raylora import control, registry
+from raylora.data.task import Example, predicts_value
+from raylora.distill import (
+    ClassificationTargets,
+    Keys,
+    MemberTargets,
+    RegressionTargets,
+    TokenTargets,
+    TokenTargetsWriter,
+    read_targets,
+)
+from raylora.engine.model.packed_model import pack_scores
+from raylora.engine.run.finished_members import read_members
+from raylora.engine.run.session import Session, TrainingSession
+from raylora.engine.training.distillation_loss import predicting, read_outputs, sets_of, taught_content
+from raylora.engine.training.predict import predict
+from raylora.engine.training.trainer import Progress
+from raylora.errors import Interrupted, StoreError
+from raylora.placement.plan import Plan
+from raylora.spec import RunSpec, SetSpec
+from raylora.store.run_store import RunStore
+
+SHARD_ROWS = 256
+FACTS = "targets.json"
+
+
+@dataclass(frozen=True)
+class TargetJob:
+    """Who teaches, and on what: all that a worker must know beside the teacher's spec."""
+
+    run_uri: str
+    digest: str
+    """Of the teacher: see :func:`teacher_digest`."""
+    packs: tuple[tuple[str, ...], ...]
+    """Its members, by what shares a forward."""
+    transfer: SetSpec | None
+    tokens: tuple[int, float] | None = None
+    """For language models, how many tokens are kept per position and at what temperature."""
+    shard_rows: int = SHARD_ROWS
+
+    @property
+    def members(self) -> list[str]:
+        """The members' names, in order."""
+        return sorted(name for pack in self.packs for name in pack)
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """Checked and ready to be carried out, as :class:`raylora.engine.run.plan_run.Prepared` is for training."""
+
+    spec: RunSpec
+    store: RunStore
+    """Of the targets."""
+    plan: Plan
+    target_job: TargetJob
+    shards: tuple[str, ...]
+    rows: int
+    base: None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all targets are there; then nobody needs to be asked."""
+        return bool((self.store.read_json(FACTS) or {}).get("done"))
+
+    def begin(self) -> None:
+        """Write what the targets will be; the first thing that touches the disk."""
+        self.store.write_json(FACTS, {
+            "done": False, "teacher": self.target_job.digest, "members": self.target_job.members, "rows": self.rows,
+            "shards": list(self.shards), "tokens": self.target_job.tokens,
+        })
+
+    def start_event(self, workers: list[str]) -> control.RunStarted:
+        """Return the event that begins the work or takes it up again; every shard is needed."""
+        return control.RunStarted(
+            jobs={name: [name] for name in self.shards}, workers=workers, required=list(self.shards),
+            min_members=len(self.shards), max_failures=self.spec.checkpointing.max_failures,
+        )
+
+    def make_session(self, cpus: int, gpus: int) -> TargetSession:
+        """Return what a worker makes the targets on."""
+        return TargetSession(self.spec, self.store, cpus, gpus, self.target_job)
+
+
+def make_session(spec: RunSpec, store: RunStore, cpus: int, gpus: int, target_job: TargetJob | None = None) -> Session:
+    """Return the session of a worker that trains, or of one that teaches."""
+    if target_job is None:
+        return TrainingSession(spec, store, cpus, gpus)
+    return TargetSession(spec, store, cpus, gpus, target_job)
+
+
+class TargetSession:
+    """Asks a run's members about rows and commits what they say; it writes nothing else."""
+
+    def __init__(self, spec: RunSpec, store: RunStore, cpus: int, gpus: int, target_job: TargetJob) -> None:
+        """Take the teacher's spec and the store of the targets."""
+        self.spec, self.store, self.target_job = spec, store, target_job
+        self.session = TrainingSession(spec, RunStore(target_job.run_uri), cpus, gpus)
+
+    def load(self) -> None:
+        """Load base, rows and members.
+
+        Raises:
+            RunDirectoryError: the data, or the members, are not what the teacher was trained with.
+        """
+        self.session.load()
+        sets = self.session.sets
+        if self.target_job.transfer is not None:
+            sets = sets_of(self.spec, self.session.task, self.session.base.tokenizer, self.target_job.transfer)
+        self.examples, self.content_of = sets.train.examples, taught_content(sets, self.session.task)
+        self.packs = [
+            read_members(self.spec, self.session.store, self.session.base, pack) for pack in self.target_job.packs
+        ]
+
+    def run_job(
+        self, job: str, unit_names: Sequence[str], report: Callable[[Progress], None], should_stop: Callable[[], int]
+    ) -> dict[str, str]:
+        """Make and commit shards that are not there yet.
+
+        Raises:
+            Interrupted: the shards so far are committed.
+        """
+        for name in unit_names:
+            if should_stop():
+                raise Interrupted("stopped between two shards of targets", signal_number=should_stop())
+            if not self.store.has_result(f"shards/{name}"):
+                first, last = (int(part) for part in name.split("-")[1:])
+                chosen = self.examples[first : last + 1]
+                is_tokens = self.target_job.tokens is not None
+                files = self._tokens(name, chosen) if is_tokens else self._targets(chosen).to_files()
+                self.store.commit_result(f"shards/{name}", files)
+        return {}
+
+    def _targets(self, examples: Sequence[Example]) -> MemberTargets:
+        adapter = registry.load("adapter", self.spec.adapter.kind).build(self.spec.adapter)
+        task, batch = self.session.task, self.spec.evaluation.batch
+        parts = [predict(self.session.base, adapter, task, pack, examples, batch)[0] for pack in self.packs]
+        names = self._column_names()
+        order = sorted(range(len(names)), key=names.__getitem__)
+        outputs_MNC, ids = torch.cat(parts)[order], [example.id for example in examples]
+        keys = Keys(ids, [self.content_of[i] for i in ids])
+        whose: dict[str, Any] = {
+            "teacher_digest": self.target_job.digest, "members": [number_of(names[index]) for index in order],
+        }
+        if predicts_value(task):
+            return RegressionTargets.from_values(keys, outputs_MNC[..., 0].T, **whose)
+        logits_MNC, _ = read_outputs(task, outputs_MNC)
+        return ClassificationTargets.from_logits(
+            keys, logits_MNC.transpose(0, 1), label_names=task.label_names, **whose
+        )
+
+    def _column_names(self) -> list[str]:
+        return [name for pack in self.target_job.packs for name in pack]
+
+    @torch.no_grad()
+    def _tokens(self, name: str, examples: Sequence[Example]) -> dict[str, bytes]:
+        """Return the files of a shard of a language model's targets; logits are cut to the top k row by row."""
+        assert self.target_job.tokens is not None
+        files: dict[str, bytes] = {}
+        base, task, (k, temperature) = self.session.base, self.session.task, self.target_job.tokens
+        adapter = registry.load("adapter", self.spec.adapter.kind).build(self.spec.adapter)
+        writer = TokenTargetsWriter(
+            files.__setitem__, teacher_digest=self.target_job.digest, k=k, temperature=temperature, prefix=name,
+            members=[number_of(member) for member in self.target_job.members],
+            vocabulary=int(base.model.get_output_embeddings().weight.shape[0]),  # type: ignore[operator]
+        )
+        with writer:
+            for example in examples:
+                batch = task.collate([example], base.tokenizer).to(base.device)
+                chosen_T = predicting(batch)[0]
+                # A generator: the logits of one pack at a time, which over a vocabulary are the largest thing here.
+                each = (
+                    logits_TV[:-1][chosen_T].float()
+                    for pack in self.packs for logits_TV in pack_scores(base, adapter, task, pack, batch)[0]
+                )
+                writer.add(example.id, self.content_of[example.id], each)
+        return files
+
+    def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:
+        """Check every shard, one at a time, and declare the targets done. Raises: StoreError for a damaged one."""
+        shards = [self._check_shard(name) for name in units]
+        facts = {**self.store.read_json(FACTS), "made_s": time.time() - started_at, "done": True}
+        if sum(one.pop("rows") for one in shards) != facts["rows"]:
+            raise StoreError(f"{self.store.uri}: the shards do not add up to {facts['rows']} rows", "delete the folder")
+        for key in shards[0]:
+            facts[key] = (max if key == "rounding_error" else sum)(one[key] for one in shards)
+        self.store.write_json(FACTS, facts)
+        return facts
+
+    def _check_shard(self, name: str) -> dict[str, Any]:
+        """Return a committed shard's rows and bytes, and of logits the rounding error, of tokens the positions."""
+        files = self.store.load_result(f"shards/{name}")
+        size_bytes = sum(map(len, files.values()))
+        if self.target_job.tokens is None:
+            targets = read_targets(files)
+            return {"rows": len(targets.keys), "size_bytes": size_bytes, "rounding_error": targets.rounding_error}
+        tokens = TokenTargets(files.__getitem__, [name])
+        return {"rows": len(tokens.keys), "size_bytes": size_bytes, "positions": tokens.positions}
+
+
+def shard_names(rows: int, shard_rows: int) -> tuple[str, ...]:
+    """Return the shards by their first and last row, so that no other division is mistaken for this one."""
+    starts = range(0, rows, shard_rows)
+    return tuple(f"rows-{first:07d}-{min(first + shard_rows, rows) - 1:07d}" for first in starts)
+
+
+def teacher_digest(spec: RunSpec, store: RunStore, members: Sequence[str]) -> str:
+    """Return the SHA-256 of a teacher: its spec and the weights of those members who teach.
+
+    Raises:
+        StoreError: a member is damaged.
+    """
+    weights = [
+        [name, hashlib.sha256(store.load_result(f"members/{name}")["adapter_model.safetensors"]).hexdigest()]
+        for name in members
+    ]
+    return hashlib.sha256(json.dumps([spec.digest(), weights]).encode()).hexdigest()
+
+
+def number_of(member: str) -> int:
+    """Return a member's number within its run."""
+    return int(member.rpartition("-")[2])

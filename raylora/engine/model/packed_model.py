@@ -1,0 +1,230 @@
+"""One packed forward: K members' batches through one base, to scores and losses of each member.
+
+Shapes: K members, N examples of one member, B model rows (K * N * rows per example), T time, C classes,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from raylora.adapters.base import HEAD, Adapter, NeedsBaseWeights, Tensors, WholeModel
+from raylora.adapters.packed import Dropout, Pack, make_pack
+from raylora.data.task import Batch, Task, join, pad_id
+from raylora.engine.model.base import Base
+from raylora.engine.model.serialization import layout_of
+from raylora.spec.run import KLSpec
+
+ExampleLoss = Callable[[Tensor, Batch], Tensor]
+"""(logits, joined batch) -> loss of each example."""
+
+
+@dataclass(frozen=True)
+class PackLoss:
+    """What one packed micro-batch gave each of its members."""
+
+    losses_K: list[float]
+    gradients: list[Tensors]
+    """Per member, by tensor name: the gradient of its own loss and of nothing else."""
+    tokens: int
+
+
+class StepTensors:
+    """K members' tensors as one optimizer step uses them: adapters are materialized once, not per micro-batch."""
+
+    def __init__(
+        self, base: Base, adapter: Adapter, stacked: Mapping[str, Tensor],
+        frozen_tensors: Mapping[str, Tensor] | None = None, micro_batches: int = 1,
+    ) -> None:
+        """Take the members' trained tensors and what the adapter needs beside them, both stacked over K."""
+        self.leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in stacked.items()}
+        self.pack = make_pack(adapter, base.sites, {**self.leaves, **(frozen_tensors or {})})
+        self.micro_batches = micro_batches
+
+    def gradients_of(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return the loss's gradient by tensor name; the graph of the materialized adapters stays if it is shared."""
+        found = torch.autograd.grad(
+            loss, list(self.leaves.values()), retain_graph=self.micro_batches > 1, allow_unused=True
+        )
+        return {
+            name: torch.zeros_like(leaf) if gradient is None else gradient
+            for (name, leaf), gradient in zip(self.leaves.items(), found, strict=True)
+        }
+
+
+def pack_gradients(
+    base: Base,
+    adapter: Adapter,
+    task: Task,
+    stacked: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    dropout_seeds_K: Sequence[int],
+    kl: KLSpec | None = None,
+    reference_heads: Mapping[str, Tensor] | None = None,
+    frozen_tensors: Mapping[str, Tensor] | None = None,
+    step: StepTensors | None = None,
+    loss: ExampleLoss | None = None,
+) -> PackLoss:
+    """Run K members forward and backward once and return each one's loss and gradient.
+
+    The losses are summed, not averaged: a member's gradient is what it would get alone.
+
+    Args:
+        stacked: the members' tensors, stacked over K.
+        batches: one batch per member, each its own rows.
+        dropout_seeds_K: seeds of this step's adapter dropout.
+        kl: adds ``beta * KL`` to the base with its adapters off (arXiv 2310.00035, section 3).
+        reference_heads: the members' initial heads, which the reference predicts with.
+        frozen_tensors: what the adapter needs but does not train, stacked over K.
+        step: ``stacked`` and ``frozen_tensors``, materialized already for all micro-batches of a step.
+        loss: takes the place of the task's, such as a distillation loss.
+    """
+    step = step or StepTensors(base, adapter, stacked, frozen_tensors)
+    batch = _join(base, task, batches)
+    dropout = _dropout(base, adapter, task, batches, dropout_seeds_K)
+    logits = _forward(base, task, replace(step.pack, dropout=dropout), batch)
+    losses_N = loss(logits, batch) if loss is not None else task.loss(task.scores(logits, batch), batch)
+    losses_KN = losses_N.view(len(batches), -1)
+    if kl is not None:
+        with torch.no_grad():
+            reference = {**stacked, **(reference_heads or {})}
+            off = make_pack(adapter, base.sites, reference, adapters_on=False)
+            reference_logits = _forward(base, task, off, batch)
+        divergence = _divergence(task, batch, logits, reference_logits, kl)
+        losses_KN = losses_KN + kl.beta * divergence.view(len(batches), -1)
+    losses_K = losses_KN.mean(dim=1)
+    of_all = step.gradients_of(losses_K.sum())
+    gradients = [{name: gradient[k] for name, gradient in of_all.items()} for k in range(len(batches))]
+    tokens = int(sum(int(b.attention_mask_BT.sum()) for b in batches))
+    return PackLoss(losses_K.detach().tolist(), gradients, tokens)
+
+
+@torch.no_grad()
+def pack_scores(
+    base: Base, adapter: Adapter, task: Task, stacked: Mapping[str, Tensor], batch: Batch,
+    dropout_seeds_K: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Batch]:
+    """Return (logits, scores, joined batch) of K members that all read the same batch, member by member."""
+    members = len(next(iter(stacked.values())))
+    batches = [batch] * members
+    joined = _join(base, task, batches)
+    dropout = _dropout(base, adapter, task, batches, dropout_seeds_K) if dropout_seeds_K is not None else None
+    logits = _forward(base, task, make_pack(adapter, base.sites, stacked, dropout), joined)
+    return logits, task.scores(logits, joined), joined
+
+
+def _forward(base: Base, task: Task, pack: Pack, batch: Batch) -> Tensor:
+    inputs = {**batch.model_inputs(), **task.forward_kwargs(batch), **({"use_cache": False} if base.is_decoder else {})}
+    if pack.weights:
+        return torch.cat([
+            _forward_own(base, own, {n: v.chunk(pack.members)[k] if isinstance(v, Tensor) else v
+                                     for n, v in inputs.items()})
+            for k, own in enumerate(pack.alone())
+        ])
+    with base.slot.use(pack):
+        return base.model(**inputs).logits
+
+
+def _forward_own(base: Base, pack: Pack, inputs: dict[str, Any]) -> Tensor:
+    """Return the logits of one member whose weights stand in for the base's; tied weights follow their first name."""
+    types = {name: parameter.dtype for name, parameter in base.model.named_parameters()}
+    weights = {name: weight.to(types[name]) for name, weight in pack.weights.items()}
+    with base.slot.use(pack):
+        return functional_call(base.model, weights, kwargs=inputs).logits
+
+
+def _join(base: Base, task: Task, batches: Sequence[Batch]) -> Batch:
+    return join(batches, pad_id(base.tokenizer), task.padding_side(base.is_decoder)).to(base.device)
+
+
+def _dropout(
+    base: Base, adapter: Adapter, task: Task, batches: Sequence[Batch], seeds_K: Sequence[int]
+) -> Dropout | None:
+    if adapter.spec.dropout == 0.0:
+        return None
+    lengths = [batch.input_ids_BT.shape[1] for batch in batches]
+    return Dropout(adapter.spec.dropout, list(seeds_K), lengths, task.padding_side(base.is_decoder) == "left")
+
+
+def _divergence(task: Task, batch: Batch, logits: Tensor, reference: Tensor, kl: KLSpec) -> Tensor:
+    """Return KL per example, over the classes, or over the vocabulary as a mean of the target tokens."""
+    if task.num_classes is not None:
+        return _kl(task.scores(logits, batch), task.scores(reference, batch), kl)
+    assert batch.target_mask_BT is not None
+    # The logits at position t predict token t + 1, so the mask moves one to the left.
+    mask_BT = batch.target_mask_BT[:, 1:].float()
+    kl_BT = _kl(logits[:, :-1].float(), reference[:, :-1].float(), kl)
+    return (kl_BT * mask_BT).sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+
+
+def _kl(scores: Tensor, reference: Tensor, kl: KLSpec) -> Tensor:
+    logp, logq = F.log_softmax(scores, dim=-1), F.log_softmax(reference, dim=-1)
+    if kl.direction == "reverse":
+        logp, logq = logq, logp
+    return (logp.exp() * (logp - logq)).sum(dim=-1)
+
+
+def frozen_tensors_of(base: Base, adapter: Adapter, seed: int) -> Tensors:
+    """Return what a member of this seed needs but does not train, on the base's device."""
+    if not base.sites:
+        return {}
+    return {n: t.to(base.device) for n, t in adapter.frozen_tensors(base.sites, seed, base.weight_of).items()}
+
+
+def expected_layout(base: Base, adapter: Adapter, frozen_tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Return the layout that a member of this adapter has on this base, with its untrained tensors."""
+    if not frozen_tensors:
+        return None
+    with torch.device("meta"):  # shapes only
+        return layout_of(adapter.build(base.sites, torch.Generator("cpu")), frozen_tensors)
+
+
+def start_tensors(base: Base, adapter: Adapter) -> Tensors:
+    """Return the adapter tensors that start from the base's trainable pairs; none where the pairs are frozen.
+
+    A layer multiplies by alpha / R, so B is divided by it.
+    """
+    tensors: Tensors = {}
+    if adapter.spec.kind != "lora":  # the heads of a last-layer ensemble
+        return tensors
+    scale: float = adapter.scale  # type: ignore[attr-defined]
+    for name, (a_RI, b_OR) in base.start_pairs.items():
+        tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = a_RI.float().clone(), b_OR.float() / scale
+    return tensors
+
+
+def initial_member(
+    base: Base, adapter: Adapter, head: Mapping[str, Tensor], seed: int, start_value: float = 0.0
+) -> Tensors:
+    """Return a fresh member: the adapter's tensors, and a head drawn anew where the checkpoint has none.
+
+    Everything comes from one generator seeded by the member, so equal seeds give equal members.
+
+    Args:
+        start_value: the bias of a head drawn anew that has one output.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = adapter.build(base.sites, generator) if base.sites else {}
+    tensors |= start_tensors(base, adapter) if base.sites else {}
+    if isinstance(adapter, WholeModel):
+        own = adapter.own_weights(base.model, base.heads)
+        tensors = {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in own.items()}
+    if isinstance(adapter, NeedsBaseWeights):
+        tensors = adapter.from_weights(tensors, base.sites, base.weight_of)
+    for name, value in head.items():
+        module, _, key = name.rpartition(".")
+        if module in base.fresh_heads:
+            value = torch.zeros_like(value)
+            if key == "weight":
+                value.normal_(0.0, base.initializer_range, generator=generator)
+            elif value.numel() == 1:
+                value.fill_(start_value)
+        tensors[HEAD + name] = value.clone()
+    return tensors

@@ -1,0 +1,136 @@
+"""Quantized layers: how those of a prepared base are read and put in place, and how any is read back as a matrix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raylora.adapters.base import is_linear
+from raylora.engine.model.serialization import from_bytes
+from raylora.errors import BaseError
+from raylora.quant.linear import QuantizedLinear
+from raylora.quant.quantized import Quantized
+from raylora.spec import BaseSpec, GridSpec
+from raylora.store.run_store import RunStore
+
+FOLDER = "_bases"
+"""A run's name starts with a letter or digit, so no run is ever in the way."""
+SUMMARY = "summary"
+
+
+def is_prepared_kind(spec: BaseSpec) -> bool:
+    """Return whether the base is one that is prepared before it is loaded."""
+    return isinstance(spec.quantization, GridSpec)
+
+
+def bases_folder(storage_path: str) -> str:
+    """Return where the prepared bases of a storage path lie."""
+    return f"{storage_path.rstrip('/')}/{FOLDER}"
+
+
+def prepared_store(run: RunStore) -> RunStore | None:
+    """Return the prepared base that a run was begun with, which lies beside it; None if it needs none."""
+    record = run.read_json("base.json")
+    return RunStore(f"{bases_folder(run.uri.rpartition('/')[0])}/{record['prepared']}") if record else None
+
+
+def solved_layers(store: RunStore, block: int, spec: GridSpec) -> list[Solved]:
+    """Return the layers of a committed block."""
+    files = store.load_result(block_folder(block))
+    facts = json.loads(files["facts.json"])
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in from_bytes(files["layers.safetensors"]).items():
+        name, _, part = key.rpartition("|")
+        parts.setdefault(name, {})[part] = tensor
+    found = []
+    for layer in facts["layers"]:
+        own = parts[layer["name"]]
+        shape = (int(layer["shape"][0]), int(layer["shape"][1]))
+        quantized = Quantized.from_tensors(own, spec.bits, spec.group_of(shape[1]), shape)
+        pair = (own["pair_A"], own["pair_B"]) if "pair_A" in own else None
+        found.append(Solved(layer["name"], quantized, pair, layer["errors"], layer["seconds"]))
+    return found
+
+
+def block_folder(block: int) -> str:
+    """Return where a block's layers are committed."""
+    return f"blocks/block-{block:03d}"
+
+
+def all_layers(store: RunStore, spec: Any) -> Iterator[list[Solved]]:
+    """Yield the layers of every block, for a spec of evenly spaced grids.
+
+    Raises:
+        BaseError: the base was not prepared to the end.
+    """
+    for block in range(summary_of(store)["blocks"]):
+        yield solved_layers(store, block, spec)
+
+
+def summary_of(store: RunStore) -> dict[str, Any]:
+    """Return what is recorded of a prepared base: sizes, errors per layer, perplexities, time and memory.
+
+    Raises:
+        BaseError: it was not prepared to the end.
+    """
+    if not store.has_result(SUMMARY):
+        raise BaseError(f"{store.uri}: holds no prepared base", "run `raylora prepare SPEC`, or the run again")
+    return store.read_json(f"{SUMMARY}/summary.json")
+
+
+def install(model: nn.Module, layers: Sequence[Solved], dtype: torch.dtype, with_pair: bool = True) -> None:
+    """Put quantized layers in the place of dense ones, whose weights are then free to go."""
+    for layer in layers:
+        parent_name, _, child = layer.name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        dense: Any = getattr(parent, child)
+        device = dense.weight.device
+        bias = dense.bias.detach() if dense.bias is not None else None
+        linear = QuantizedLinear(layer.quantized, bias, dtype, layer.pair if with_pair else None)
+        setattr(parent, child, linear.to(device).eval().requires_grad_(False))
+
+
+def weight_of(linear: Any) -> Tensor:
+    """Return a dense layer's weight, O x I, also where it is stored the other way round."""
+    assert is_linear(linear)
+    return linear.weight.detach() if isinstance(linear, nn.Linear) else linear.weight.detach().T
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A linear's quantized weight, its pair, and what both are worth on the calibration data."""
+
+    name: str
+    quantized: Quantized
+    pair: tuple[Tensor, Tensor] | None = None
+    """(A R x I, B O x R), as they are stored."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Norms on the calibration inputs; see :func:`errors_of`."""
+    seconds: float = 0.0
+
+
+def dequantized(linear: Any) -> Tensor:
+    """Return a linear layer's weight, O x I, whatever it is stored as."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.dense_weight()  # with its pair: that is what the base multiplies with
+    weight = linear.weight
+    if getattr(weight, "quant_state", None) is not None:
+        import bitsandbytes.functional as F
+
+        return F.dequantize_4bit(weight.data, weight.quant_state)
+    if getattr(weight, "SCB", None) is not None:
+        return weight.data.float() * weight.SCB.float()[:, None] / 127.0
+    if getattr(linear, "state", None) is not None and linear.state.SCB is not None:
+        return weight.data.float() * linear.state.SCB.float()[:, None] / 127.0
+    return weight.data if isinstance(linear, nn.Linear) else weight.data.T
+
+
+def logical_size(parameter: nn.Parameter) -> int:
+    """Return how many weights a parameter stands for, counted before they were packed."""
+    state = getattr(parameter, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else parameter.numel()

@@ -1,0 +1,59 @@
+"""Which layers of a model an adapter is attached to, and which are its task head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from raylora.adapters.base import Adapter, Site, WholeModel, find_sites, is_linear
+
+_MORE_TARGETS = {"mpnet": ["q", "v"], "modernbert": ["Wqkv"], "gemma3_text": ["q_proj", "v_proj"]}
+"""Attention projections of architectures that PEFT has no default for."""
+
+
+def adapter_sites(model: Any, adapter: Adapter, heads: Sequence[str]) -> list[Site]:
+    """Return the checked layers an adapter is attached to; none for the kinds that are attached nowhere."""
+    if isinstance(adapter, WholeModel):
+        adapter.own_weights(model, heads)  # refuses what cannot be trained
+    if adapter.spec.kind == "none" or isinstance(adapter, WholeModel):
+        return []
+    sites = find_sites(model, adapter.spec, default_targets(model.config.model_type), heads)
+    adapter.check(sites)
+    return sites
+
+
+def default_targets(model_type: str) -> list[str]:
+    """Return the attention projections that LoRA usually adapts in an architecture, or none if unknown."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    return list(_MORE_TARGETS.get(model_type) or KNOWN.get(model_type, []))
+
+
+def find_heads(model: Any, missing: Sequence[str]) -> dict[str, bool]:
+    """Return the task head's linear layers -> whether they start fresh.
+
+    The head is every linear outside the backbone, plus every one that the checkpoint lacks: a pooler
+    that nobody trained must not stay frozen at random values.
+    """
+    backbone = getattr(model, "base_model_prefix", "")
+    absent = {key.rpartition(".")[0] for key in missing if key.endswith(".weight")}
+    output = model.get_output_embeddings()
+    heads = {}
+    for name, module in model.named_modules():
+        outside = not name.startswith(backbone + ".") and backbone != ""
+        if is_linear(module) and module is not output and (outside or name in absent):
+            heads[name] = name in absent
+    return heads
+
+
+def target_names(model: nn.Module, sites: Sequence[Site], heads: Sequence[str]) -> list[str]:
+    """Return the sites as PEFT names them: by their endings where those select the same layers, else in full."""
+    names = [name for name, module in model.named_modules() if is_linear(module)]
+    chosen = {site.name for site in sites}
+    if not chosen:  # PEFT refuses an adapter without any target; one with no tensors for it changes nothing there
+        return [name for name in names if name not in heads][:1]
+    endings = sorted({name.rpartition(".")[2] for name in chosen})
+    selected = {name for name in names if name.rpartition(".")[2] in endings}
+    return endings if selected == chosen else sorted(chosen)

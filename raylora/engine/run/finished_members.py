@@ -1,0 +1,73 @@
+"""Finished members, read back from a run directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raylora import registry
+from raylora.adapters.base import Tensors
+from raylora.adapters.export import from_peft
+from raylora.adapters.packed import stack
+from raylora.engine.model.base import Base
+from raylora.engine.model.packed_model import expected_layout, frozen_tensors_of
+from raylora.engine.model.serialization import check_layout, from_bytes
+from raylora.engine.training.member_plan import member_plans_of
+from raylora.errors import RunDirectoryError
+from raylora.spec import RunSpec
+from raylora.store.run_store import RunStore
+
+
+def finished_members(store: RunStore) -> list[str]:
+    """Return the names of the members that are committed, in order.
+
+    Raises:
+        RunDirectoryError: there are none.
+    """
+    names = [name for name in store.storage.list("members") if ".tmp-" not in name]
+    names = [name for name in names if store.has_result(f"members/{name}")]
+    if not names:
+        raise RunDirectoryError(f"{store.uri}: no member is finished", f"raylora resume {store.uri}")
+    return names
+
+
+def stacked_members(
+    spec: RunSpec, base: Base, members: Mapping[str, Tensors], layouts: Mapping[str, Any] | None = None
+) -> Tensors:
+    """Return members by name as one stack on the base's device, with what they need but did not train.
+
+    Args:
+        layouts: what each member's untrained tensors were when it was trained.
+
+    Raises:
+        RunDirectoryError: they come out differently now.
+    """
+    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+    seeds = {plan.name: plan.stream("fixed") for plan in member_plans_of(spec)}
+    frozen_tensors = {name: frozen_tensors_of(base, adapter, seeds[name]) for name in members}
+    for name in members:
+        check_layout(name, (layouts or {}).get(name), expected_layout(base, adapter, frozen_tensors[name]))
+    return stack([
+        {n: t.to(base.device) for n, t in tensors.items()} | frozen_tensors[name] for name, tensors in members.items()
+    ])
+
+
+def read_members(spec: RunSpec, store: RunStore, base: Base, names: Sequence[str]) -> Tensors:
+    """Return finished members as :func:`stacked_members`. Raises: StoreError for a damaged one."""
+    files = {name: store.load_result(f"members/{name}") for name in names}
+    return stacked_members(
+        spec, base, {name: member_tensors(found) for name, found in files.items()},
+        {name: member_facts(found).get("layout") for name, found in files.items()},
+    )
+
+
+def member_tensors(files: Mapping[str, bytes]) -> Tensors:
+    """Return what a member's folder holds, under raylora's names."""
+    config = files.get("adapter_config.json")
+    return from_peft(from_bytes(files["adapter_model.safetensors"]), json.loads(config) if config else None)
+
+
+def member_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return the plain facts that a member's folder holds: its seed, adapter, base and history."""
+    return json.loads(files["member.json"])

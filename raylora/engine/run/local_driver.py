@@ -1,0 +1,198 @@
+"""Drive a run in this process: the same state machine and the same session as on a cluster, without Ray."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from raylora import control
+from raylora.engine.model.machine import compute_device
+from raylora.engine.quantization.quantize_base import OnBlock, PreparedBase, ensure_prepared
+from raylora.engine.run.session import Session
+from raylora.engine.training.distillation_loss import task_of
+from raylora.engine.training.trainer import Progress
+from raylora.errors import Interrupted, RayloraError, TrainingError, UsageError
+from raylora.placement.plan import Plan
+from raylora.spec.run import RunSpec
+from raylora.store.run_store import RunStore
+
+OnProgress = Callable[[str, Progress], None]
+
+
+class Work(Protocol):
+    """What can be driven: a planned run, or a teacher's targets that are to be made."""
+
+    @property
+    def spec(self) -> RunSpec:
+        """The spec of the run, or of the teacher."""
+
+    @property
+    def store(self) -> RunStore:
+        """Where the results are committed."""
+
+    @property
+    def plan(self) -> Plan:
+        """Who does what."""
+
+    @property
+    def base(self) -> PreparedBase | None:
+        """The base that has to be prepared first, if any."""
+
+    def begin(self) -> None:
+        """Write what the work begins with; the first thing that touches the disk."""
+
+    def start_event(self, workers: list[str]) -> control.RunStarted:
+        """Return the event that begins the work, or takes it up again."""
+
+    def make_session(self, cpus: int, gpus: int) -> Session:
+        """Return what a worker of this work does its jobs on."""
+
+
+def run_in_process(
+    prepared: Work, on_progress: OnProgress = lambda job, progress: None,
+    on_block: OnBlock = lambda done: None,
+) -> dict[str, Any]:
+    """Train, evaluate and aggregate a prepared run (or make targets), job after job, and return its metrics.
+
+    The plan's packs and threads are those that a cluster would use, so the members are equal to Ray's.
+
+    Raises:
+        Interrupted: a signal came; everything is committed and the run can be resumed.
+        TrainingError: the run failed.
+    """
+    store = prepared.store
+    with store.held():
+        prepared.begin()
+        return _Driver(prepared, on_progress, on_block).run()
+
+
+class _Driver:
+    """Folds events through the transition and carries the commands out, one at a time."""
+
+    def __init__(self, prepared: Work, on_progress: OnProgress, on_block: OnBlock) -> None:
+        self.prepared, self.store, self.on_progress = prepared, prepared.store, on_progress
+        self.on_block = on_block
+        self.started_at = time.time()
+        self.signal_number = 0
+        self.session: Session | None = None
+        self.metrics: dict[str, Any] = {}
+        self.error: BaseException | None = None
+        self.state = control.replay(control.from_record(r) for r in self.store.read_events())
+
+    def run(self) -> dict[str, Any]:
+        with signals_handled_by(self._interrupted):
+            queue: list[control.Event] = [self.prepared.start_event(["worker-0"])]
+            while queue:
+                event = queue.pop(0)
+                self.store.append_event({**control.to_record(event), "at": time.time()})
+                self.state, commands = control.transition(self.state, event)
+                for command in commands:
+                    queue += self._carry_out(command)
+        return conclude(self.state, self.metrics, self.store.uri, self.error)
+
+    def _carry_out(self, command: control.Command) -> list[control.Event]:
+        if isinstance(command, control.PrepareBase):
+            return self._prepare_base()
+        if isinstance(command, control.StartWorker):
+            return [self._start_worker(command.worker)]
+        if isinstance(command, control.RunJob):
+            return self._run_job(command)
+        if isinstance(command, control.Aggregate):
+            assert self.session is not None
+            try:
+                self.metrics = self.session.aggregate(command.units, self.started_at)
+            except RayloraError as error:
+                self.error = error
+                return [control.AggregationFailed(str(error))]
+            return [control.Aggregated()]
+        return []
+
+    def _prepare_base(self) -> list[control.Event]:
+        plan, base = self.prepared.plan, self.prepared.base
+        assert base is not None
+        torch.set_num_threads(plan.cpus_per_worker * plan.workers)
+        spec = self.prepared.spec
+        task = task_of(spec)
+        try:
+            ensure_prepared(
+                spec.base, task, base, compute_device(plan.gpus_per_worker),
+                report=self.on_block, should_stop=lambda: self.signal_number,
+            )
+        except Interrupted:
+            return [control.InterruptRequested(self.signal_number), control.PreparationInterrupted()]
+        except RayloraError as error:
+            self.error = error
+            return [control.BaseFailed(str(error))]
+        stop = [control.InterruptRequested(self.signal_number)] if self.signal_number else []
+        return [*stop, control.BasePrepared()]
+
+    def _start_worker(self, worker: str) -> control.Event:
+        plan = self.prepared.plan
+        self.session = self.prepared.make_session(plan.cpus_per_worker, plan.gpus_per_worker)
+        try:
+            self.session.load()
+        except RayloraError as error:
+            self.error = error
+            return control.WorkerLost(worker, str(error))
+        return control.WorkerReady(worker)
+
+    def _run_job(self, command: control.RunJob) -> list[control.Event]:
+        assert self.session is not None
+        try:
+            failed = self.session.run_job(
+                command.job, command.units, lambda p: self.on_progress(command.job, p), lambda: self.signal_number
+            )
+        except Interrupted:
+            stop = control.InterruptRequested(self.signal_number)
+            return [stop, control.JobInterrupted(command.job, command.attempt)]
+        except RayloraError as error:
+            self.error = error
+            return [control.JobFailed(command.job, command.attempt, str(error), fatal=True)]
+        events: list[control.Event] = [control.JobFinished(command.job, command.attempt, failed)]
+        return events if not self.signal_number else [control.InterruptRequested(self.signal_number), *events]
+
+    def _interrupted(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+
+
+def conclude(
+    state: control.State, metrics: dict[str, Any], uri: str, error: BaseException | None = None
+) -> dict[str, Any]:
+    """Return the metrics of a run that ended well, and raise what a run that did not ends with.
+
+    Raises:
+        Interrupted: it can be resumed.
+        UsageError: it could not start because of its input.
+        TrainingError: it failed.
+    """
+    if state.phase is control.Phase.INTERRUPTED:
+        raise Interrupted(
+            f"run stopped by signal {state.signal_number}; all members are committed",
+            f"raylora resume {uri}", state.signal_number,
+        )
+    if state.phase is control.Phase.FAILED:
+        if isinstance(error, UsageError):
+            raise error
+        raise TrainingError(f"run failed: {state.reason}", f"after mending the cause: raylora resume {uri}") from error
+    return metrics
+
+
+@contextmanager
+def signals_handled_by(handler: Callable[[int], None]) -> Iterator[None]:
+    """Give SIGINT and SIGTERM to a handler for a while; in a thread other than the main one there are none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda n, frame: handler(n)) for number in caught}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,259 @@
+"""Everything that can be wrong is found here: before an actor starts and before a byte is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from raylora import control, registry
+from raylora.adapters.base import Noted, is_linear
+from raylora.data.sets import DataSets
+from raylora.data.task import Task, predicts_value
+from raylora.engine.model.checkpoint import load_config, load_tokenizer, shell_model
+from raylora.engine.model.machine import compute_dtype
+from raylora.engine.model.parameter_count import adapter_parameters
+from raylora.engine.model.quantized_layers import bases_folder, is_prepared_kind
+from raylora.engine.model.sites import adapter_sites, find_heads
+from raylora.engine.quantization.block_activations import base_linears
+from raylora.engine.quantization.quantize_base import PreparedBase, open_base
+from raylora.engine.run.session import TrainingSession
+from raylora.engine.training.distillation_loss import sets_of, task_of
+from raylora.engine.training.member_plan import (
+    MEMBER,
+    MemberPlan,
+    check_baselines,
+    check_weights,
+    member_plans_of,
+    packable_groups,
+    unpackable_reason,
+)
+from raylora.engine.training.schedule import total_steps
+from raylora.errors import BaseError, SpecError
+from raylora.placement.plan import Demand, Inventory, Plan, make_plan
+from raylora.spec import GridSpec, RunSpec, SetSpec
+from raylora.store.run_store import RunStore
+
+_BITS = {"nf4": 4.5, "int8": 8.0}
+"""Bits per weight of a quantized linear, scales included."""
+
+
+_BYTES_PER_PARAMETER = 28
+"""While training: a weight, its gradient and two moments; stacked for the forward, its gradient, their product."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run: what it needs, where it goes, and who trains what."""
+
+    spec: RunSpec
+    store: RunStore
+    units: list[MemberPlan]
+    plan: Plan
+    demand: Demand
+    sets: DataSets
+    total_steps: int
+    is_resume: bool
+    member_parameters: int
+    notes: tuple[str, ...] = ()
+    """What the adapter does to these layers that one would not expect."""
+    base: PreparedBase | None = None
+    """The base that has to be prepared, or was; None for kinds that are quantized as they are loaded."""
+
+    @property
+    def compute(self) -> str:
+        """What the base will be computed in, and who decided."""
+        asked = self.spec.base.dtype
+        if asked != "auto":
+            return f"{asked}, as base.dtype asks"
+        if self.plan.gpus_per_worker:
+            return "bfloat16 where the GPU has it, else float32 (base.dtype: auto)"
+        found = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+        return f"{found}, the fastest that this kind of CPU multiplies natively (base.dtype: auto)"
+
+    def start_event(self, workers: list[str]) -> control.RunStarted:
+        """Return the event that begins the run, or takes it up again."""
+        ensemble = self.spec.ensemble
+        return control.RunStarted(
+            jobs=self.plan.jobs(),
+            workers=workers,
+            required=[unit.name for unit in self.units if unit.role == MEMBER],
+            min_members=ensemble.min_members or ensemble.members,
+            max_failures=self.spec.checkpointing.max_failures,
+            prepare_base=self.base is not None and not self.base.is_ready,
+        )
+
+    def make_session(self, cpus: int, gpus: int) -> TrainingSession:
+        """Return what a worker trains its packs on."""
+        return TrainingSession(self.spec, self.store, cpus, gpus)
+
+    def begin(self) -> None:
+        """Write what a run begins with; the first thing that touches the disk."""
+        self.store.write_spec(self.spec)  # on resume too: placement and checkpointing may have changed
+        if not self.is_resume:
+            self.store.write_json("data.json", data_record(self.sets))
+            if self.base is not None:
+                self.store.write_json("base.json", {"prepared": self.base.store.uri.rpartition("/")[2]})
+
+
+def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
+    """Check a spec against its data, its base, the machines and the run directory.
+
+    Raises:
+        UsageError: with what is wrong and how to mend it; nothing was started or written.
+    """
+    store = RunStore.for_spec(spec)
+    store.check_unlocked()
+    is_resume = store.check_spec(spec)
+    task = task_of(spec)
+    shell = shell_model(spec.base, task)
+    heads = list(find_heads(shell, []))
+    check_baselines(spec, bool(heads))
+    check_weights(spec)
+    _check_task(spec, task)
+    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+    sites = adapter_sites(shell, adapter, heads)
+    members = adapter_parameters(adapter, sites, shell, heads) + sum(
+        p.numel() for name in heads for p in shell.get_submodule(name).parameters()
+    )
+    notes = tuple(adapter.notes(sites)) if isinstance(adapter, Noted) else ()
+    tokenizer = load_tokenizer(spec.base, task)
+    sets = sets_of(spec, task, tokenizer)
+    base = open_base(
+        spec.base, task, bases_folder(store.uri.rpartition("/")[0]), sets.evaluated_keys(), evaluation_sets(spec)
+    ) if is_prepared_kind(spec.base) else None
+    if base is not None:
+        check_start(spec, base_linears(shell), [site.name for site in sites])
+        notes = (*notes, *base.notes(spec))
+    units = member_plans_of(spec)
+    demand = Demand(
+        groups=tuple(tuple(group) for group in packable_groups(units)),
+        base_bytes=_base_bytes(shell, spec, heads),
+        member_bytes=_BYTES_PER_PARAMETER * members,
+        activation_bytes=_activation_bytes(spec, sets),
+        unpackable_reason=unpackable_reason(units[0]),
+    )
+    plan = make_plan(demand, inventory or local_inventory(), spec.placement)
+    steps = total_steps(len(sets.train.examples), spec.optimization)
+    return Prepared(spec, store, units, plan, demand, sets, steps, is_resume, members, notes, base)
+
+
+def evaluation_sets(spec: RunSpec) -> list[SetSpec]:
+    """Return the sets that are evaluated on and nothing else."""
+    own = [found for found in (spec.data.validation, spec.data.test) if found is not None]
+    return [*own, *spec.evaluation.in_distribution.values(), *spec.evaluation.out_of_distribution.values()]
+
+
+def check_start(spec: RunSpec, quantized: Sequence[str], sites: Sequence[str]) -> None:
+    """Refuse a trainable pair that a member's LoRA cannot hold.
+
+    Raises:
+        BaseError: with the key to change.
+    """
+    compensation, adapter = spec.base.compensation, spec.adapter
+    if compensation is None or not compensation.trainable:
+        return
+    rank = getattr(adapter, "rank", 0)
+    if adapter.kind != "lora" or rank != compensation.rank:
+        raise BaseError(
+            f"base.compensation.trainable: members start from pairs of rank {compensation.rank}, "
+            f"and the adapter is {adapter.kind}" + (f" of rank {rank}" if adapter.kind == "lora" else ""),
+            f"use adapter kind lora of rank {compensation.rank}, or trainable: false",
+        )
+    missing = [name for name in quantized if name not in set(sites)]
+    if missing:
+        raise BaseError(
+            f"base.compensation.trainable: {len(missing)} quantized layers have no adapter to hold their pair, "
+            f"such as {missing[0]}",
+            "adapt them all (adapter.target_modules: all-linear), or use trainable: false",
+        )
+    if spec.ensemble.regularizers.kl is not None:
+        raise BaseError(
+            "ensemble.regularizers.kl: with a trainable pair the base without adapters is not the calibrated model",
+            "use trainable: false, which keeps the pair in the base",
+        )
+
+
+def local_inventory() -> Inventory:
+    """Return what this machine has; a container's CPU share counts, not the host's."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = torch.cuda.device_count()
+    memory = torch.cuda.get_device_properties(0).total_memory if gpus else psutil.virtual_memory().available
+    return Inventory(cpus=cpus, gpus=gpus, memory_bytes=int(memory))
+
+
+def data_record(sets: DataSets) -> dict[str, Any]:
+    """Return what is remembered of the data: its hash, to refuse other data on resume, and the counts."""
+    roles = {name: "in_distribution" for name in sets.in_distribution}
+    roles |= {name: "out_of_distribution" for name in sets.out_of_distribution}
+    return {
+        "content_hash": sets.content_hash(),
+        "sets": [
+            {
+                "name": loaded.name,
+                "role": roles.get(loaded.name, loaded.name),
+                "origin": loaded.origin,
+                "rows": len(loaded.examples),
+                "truncated": loaded.truncated,
+                "skipped": loaded.skipped,
+                "duplicates": loaded.duplicates,
+                "content_hash": loaded.content_hash,
+            }
+            for loaded in sets.all()
+        ],
+    }
+
+
+def _check_task(spec: RunSpec, task: Task) -> None:
+    """Refuse what an ensemble is asked to do that means nothing for its task. Raises: SpecError."""
+    regularizers, kind = spec.ensemble.regularizers, spec.task.kind
+    known = ["nll"]
+    if task.num_classes is not None:
+        known += ["rmse"] if predicts_value(task) else ["accuracy", "brier", "ece"]
+    rule = regularizers.early_stopping
+    if rule is not None and rule.metric not in known:
+        raise SpecError(
+            f"ensemble.regularizers.early_stopping.metric: {kind} has no {rule.metric}", f"use {' or '.join(known)}"
+        )
+    if predicts_value(task) and regularizers.kl is not None:
+        raise SpecError(
+            f"ensemble.regularizers.kl: a model of {kind} gives one value, not a distribution to compare with the "
+            "base's, and the base's own head is not trained",
+            "use early_stopping, decay_a, decay_b or decay_head",
+        )
+    if predicts_value(task) and spec.ensemble.aggregate != "mean_probabilities":
+        raise SpecError(
+            f"ensemble.aggregate: {spec.ensemble.aggregate} is for classes, and {kind} has no logits",
+            "leave it out: members' values are averaged, their distributions mixed",
+        )
+
+
+def _base_bytes(shell: Any, spec: RunSpec, heads: Sequence[str]) -> int:
+    plain_bytes = 4 if spec.base.dtype == "float32" else 2
+    grid = spec.base.quantization
+    bits = _BITS.get(grid.kind, 8.0 * plain_bytes)
+    if isinstance(grid, GridSpec):  # a float16 scale and a zero point per group
+        bits = grid.bits + (0.0 if grid.group_size == "channel" else (16 + grid.bits) / grid.group_size)
+    linear = sum(
+        m.weight.numel() for n, m in shell.named_modules() if is_linear(m) and n not in heads and n != "lm_head"
+    )
+    rest = sum(p.numel() for p in shell.parameters()) - linear
+    return int(linear * bits / 8 + rest * plain_bytes)
+
+
+def _activation_bytes(spec: RunSpec, sets: DataSets) -> int:
+    """Estimate what one member's micro-batch keeps for its backward pass: about 34 values per token and width
+    in each layer, and attention's heads x T x T (Korthikanti et al., arXiv 2205.05198, equation 1).
+    """
+    config = load_config(spec.base)
+    config = getattr(config, "text_config", config)
+    width, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    time = min(spec.task.max_length, max(len(s) for e in sets.train.examples for s in e.sequences))
+    rows = spec.optimization.micro_batch * max(len(e.sequences) for e in sets.train.examples)
+    per_layer = rows * time * (34 * width + 5 * int(config.num_attention_heads) * time)
+    vocabulary = rows * time * int(config.vocab_size) * 8 if sets.train.examples[0].spans else 0
+    return layers * per_layer + vocabulary

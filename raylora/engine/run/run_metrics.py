@@ -1,0 +1,129 @@
+"""From the members' committed predictions to ``metrics.json``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from raylora.engine.model import serialization
+from raylora.engine.model.machine import machine
+from raylora.engine.model.quantized_layers import prepared_store, summary_of
+from raylora.engine.training.member_plan import LAST_LAYER, MC_DROPOUT, MEMBER, member_plans_of
+from raylora.ensemble.predictions import Predictions
+from raylora.ensemble.summary import summarize
+from raylora.spec import RunSpec, dump_spec
+from raylora.store.run_store import RunStore
+
+_PACKAGES = (
+    "raylora", "ray", "torch", "transformers", "deepspeed", "bitsandbytes", "peft", "datasets", "torchmetrics",
+    "pydantic", "numpy",
+)
+
+
+def aggregate(spec: RunSpec, store: RunStore, finished: Sequence[str], started_at: float) -> dict[str, Any]:
+    """Combine the finished units' predictions, write ``metrics.json`` and return it.
+
+    Raises:
+        StoreError: a prediction is missing or damaged.
+    """
+    roles = {plan.name: plan.role for plan in member_plans_of(spec)}
+    members = [name for name in finished if roles[name] == MEMBER]
+    groups = {"ensemble": _group(store, members)}
+    dropped = [name for name in finished if roles[name] == MC_DROPOUT]
+    heads = [name for name in finished if roles[name] == LAST_LAYER]
+    if dropped:
+        groups["mc_dropout"] = _group(store, dropped)
+    if heads:
+        groups["last_layer"] = _group(store, heads)
+    if store.has_result("predictions/checkpoints"):
+        groups["checkpoints"] = _group(store, ["checkpoints"])
+    metrics = summarize(groups, spec.evaluation, spec.ensemble.aggregate, seed=spec.data.seed)
+    if not spec.baselines.single:
+        metrics["baselines"].pop("single", None)
+    for entry, name in zip(metrics["members"], members, strict=True):
+        entry["name"] = name
+    metrics |= _facts(spec, store, members, started_at)
+    store.write_json("metrics.json", metrics)
+    return metrics
+
+
+def _group(store: RunStore, names: Sequence[str]) -> list[Predictions]:
+    parts = [serialization.unpack_predictions(store.load_result(f"predictions/{name}")) for name in names]
+    return serialization.join_members(parts)
+
+
+def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: float) -> dict[str, Any]:
+    jobs = [store.read_json(f"timing/{name}") for name in store.storage.list("timing")]
+    asked = spec.ensemble.members
+    histories = {name: _history(store, name) for name in members}
+    return {
+        "run": {
+            "name": spec.run_name(),
+            "digest": spec.digest(),
+            "phase": "succeeded" if len(members) == asked else "degraded",
+            "started_at": started_at,
+            "finished_at": time.time(),
+            "task": spec.task.kind,
+            "base": spec.base.source,
+            "quantization": spec.base.quantization.kind,
+            "members_asked": asked,
+            "members_done": len(members),
+            "degraded": len(members) < asked,
+        },
+        "spec_yaml": dump_spec(spec),
+        "versions": _versions(),
+        "machine": machine(),
+        "timing": _timing(jobs, started_at),
+        "memory": {
+            "peak_rss_bytes_per_worker": _peaks(jobs, "peak_rss_bytes"),
+            "peak_device_bytes_per_worker": _peaks(jobs, "peak_device_bytes"),
+            "base_bytes": max((job["base_bytes"] for job in jobs), default=0),
+            "member_bytes": 4 * max((job["member_parameters"] for job in jobs), default=0),
+        },
+        "parameters": {
+            "base": max((job["base_parameters"] for job in jobs), default=0),
+            "head": max((job.get("head_parameters", 0) for job in jobs), default=0),
+            "per_member_trainable": max((job["member_parameters"] for job in jobs), default=0),
+        },
+        "compute": {key: jobs[0][key] for key in ("compute_dtype", "device", "threads")} if jobs else {},
+        "data": (store.read_json("data.json") or {}).get("sets", []),
+        "training": histories,
+        **({"preparation": summary_of(prepared)} if (prepared := prepared_store(store)) is not None else {}),
+    }
+
+
+def _history(store: RunStore, name: str) -> list[dict[str, float]]:
+    return serialization.json.loads(store.load_result(f"members/{name}")["member.json"])["history"]
+
+
+def _timing(jobs: Sequence[dict[str, Any]], started_at: float) -> dict[str, float]:
+    train_s = sum(job["train_s"] for job in jobs)
+    return {
+        "total_s": time.time() - started_at,
+        "train_s": train_s,
+        "evaluate_s": sum(job["evaluate_s"] for job in jobs),
+        "train_s_per_job_mean": statistics.fmean(job["train_s"] for job in jobs) if jobs else 0.0,
+        "tokens": sum(job["tokens"] for job in jobs),
+        "tokens_per_s": sum(job["tokens"] for job in jobs) / train_s if train_s else 0.0,
+    }
+
+
+def _peaks(jobs: Sequence[dict[str, Any]], key: str) -> list[int]:
+    """Return one peak per worker process: its jobs ran one after another and a peak only grows."""
+    peaks: dict[int, int] = {}
+    for job in jobs:
+        peaks[job["pid"]] = max(peaks.get(job["pid"], 0), job[key])
+    return list(peaks.values())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

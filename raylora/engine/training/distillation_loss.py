@@ -1,0 +1,203 @@
+"""A student's side of distillation: its head, its loss, and the teacher's targets looked up by example id.
+
+Shapes: K members of one pack, N examples of each, B = K * N, M teacher members, C classes, O outputs of the student.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from raylora import registry
+from raylora.data.sets import DataSets, content_hash, load_sets
+from raylora.data.task import Batch, Task, predicts_value
+from raylora.distill import Annealed, Loss, MemberTargets, TokenTargets, merge, read_targets
+from raylora.errors import DataError, SpecError, StoreError
+from raylora.spec import KindSpec, RunSpec, SetSpec
+from raylora.store.run_store import RunStore
+
+TOKEN_LEVEL = "topk_kl"
+VALUES = "mse"
+
+
+def task_of(spec: RunSpec) -> Task:
+    """Return a run's task; a student's has the head that its loss needs."""
+    task: Task = registry.load("task", spec.task.kind).build(spec.task)
+    return task if spec.distill_from is None else student_task(task, spec.distill_from.loss)
+
+
+def sets_of(spec: RunSpec, task: Task, tokenizer: Any, transfer: SetSpec | None = None) -> DataSets:
+    """Return every set of a run; a student's training set has the transfer rows.
+
+    Args:
+        transfer: has a teacher's training set grow by the same rows.
+
+    Raises:
+        DataError: as :func:`raylora.data.sets.load_sets`.
+    """
+    extra = spec.distill_from.transfer if spec.distill_from is not None else transfer
+    return load_sets(spec.data, spec.evaluation, task, tokenizer, transfer=extra)
+
+
+def student_task(task: Task, loss_spec: KindSpec) -> Task:
+    """Return the task as a student of this loss does it.
+
+    Raises:
+        SpecError: the loss does not serve the task.
+    """
+    loss: Loss = registry.load("loss", loss_spec.kind).build(loss_spec)
+    if (task.num_classes is None) != (loss_spec.kind == TOKEN_LEVEL):
+        raise SpecError(
+            f"distill.loss: {loss_spec.kind} for task.kind {task.spec.kind}: {TOKEN_LEVEL} teaches language models "
+            "token by token, all others teach a class or a value at a time",
+            f"use {TOKEN_LEVEL}" if task.num_classes is None else _teachable(task),
+        )
+    if predicts_value(task) and loss_spec.kind != VALUES:
+        raise SpecError(
+            f"distill.loss: {loss_spec.kind} teaches probabilities of classes, and {task.spec.kind} has one real value",
+            _teachable(task),
+        )
+    if task.num_classes is None:
+        return task
+    outputs = loss.outputs(task.num_classes)
+    if outputs == task.num_classes and loss_spec.kind != "dirichlet":
+        return task
+    if outputs != task.num_classes and task.auto_class != "AutoModelForSequenceClassification":
+        raise SpecError(
+            f"distill.loss: {loss_spec.kind} needs {outputs} outputs, and {task.spec.kind} has no head for them",
+            "use kl or dirichlet, or task.kind classification",
+        )
+    return cast(Task, StudentTask(task, loss, outputs))
+
+
+def _teachable(task: Task) -> str:
+    return f"use {VALUES}" if predicts_value(task) else "use kl, reverse_kl, js, dirichlet or multi_head"
+
+
+class StudentTask:
+    """A task whose model says more than one softmax: its scores are the head's outputs, to be read by the loss."""
+
+    def __init__(self, task: Task, loss: Loss, outputs: int) -> None:
+        self._task, self._loss, self._outputs = task, loss, outputs
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # while it is unpickled there is no task to ask yet
+            raise AttributeError(name)
+        return getattr(self._task, name)
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Return the task's, with the head that the loss needs."""
+        found = self._task.model_kwargs()
+        if self._outputs == self._task.num_classes:
+            return found
+        labels = self._task.label_names
+        names = [f"head-{o // len(labels)}:{labels[o % len(labels)]}" for o in range(self._outputs)]
+        return {**found, "num_labels": self._outputs, "id2label": dict(enumerate(names)),
+                "label2id": {name: o for o, name in enumerate(names)}}
+
+    def read(self, outputs_MNO: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return logits_MNC, whose softmax is the prediction, and M x N the expected entropy if the loss keeps it."""
+        members, rows, _ = outputs_MNO.shape
+        said = self._loss.predict(outputs_MNO.flatten(0, 1))
+        logits_BC = outputs_MNO.flatten(0, 1) if self._outputs == self._task.num_classes else said["log_probs"]
+        expected_B = said.get("expected_entropy")
+        return logits_BC.view(members, rows, -1), None if expected_B is None else expected_B.view(members, rows)
+
+
+def read_outputs(task: Task, outputs_MNO: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return what members' outputs mean: logits_MNC and, if they say more than those, M x N the expected entropy."""
+    return task.read(outputs_MNO) if isinstance(task, StudentTask) else (outputs_MNO, None)
+
+
+class DistillationLoss:
+    """Takes the place of the task's loss while a student trains; no teacher is asked any more."""
+
+    def __init__(self, task: Task, loss: Loss, targets: MemberTargets | TokenTargets) -> None:
+        self.task, self.loss, self.targets = task, loss, targets
+
+    def losses(self, logits: Tensor, batch: Batch, progress: float) -> Tensor:
+        """Return the loss of each example, B, when this share of the training is done.
+
+        Raises:
+            DataError: the teacher has not seen an example, or not these tokens of it.
+        """
+        loss = self.loss.at(progress) if isinstance(self.loss, Annealed) else self.loss
+        if isinstance(self.targets, TokenTargets):
+            return self._token_losses(loss, self.targets, logits, batch)
+        targets = self.targets.gather(batch.ids).to(logits.device)
+        return loss.per_example(self.task.scores(logits, batch), targets, batch.labels_N)
+
+    def _token_losses(self, loss: Loss, targets: TokenTargets, logits_BTV: Tensor, batch: Batch) -> Tensor:
+        """Return the mean over each block's target tokens, as the task's own loss has it."""
+        found, lengths = targets.gather(batch.ids)
+        predicting_BT = predicting(batch)
+        if lengths != predicting_BT.sum(dim=1).tolist():
+            raise DataError("the teacher read other tokens than the student", "both need the same tokenizer")
+        labels_P = batch.input_ids_BT[:, 1:][predicting_BT]
+        losses_P = loss.per_example(logits_BTV[:, :-1][predicting_BT], found.to(logits_BTV.device), labels_P)
+        return torch.stack([part.mean() for part in losses_P.split(lengths)])
+
+
+def predicting(batch: Batch) -> Tensor:
+    """Return, B x (T - 1), which positions' logits predict a target token: the mask, one to the left."""
+    assert batch.target_mask_BT is not None
+    return batch.target_mask_BT[:, 1:]
+
+
+def taught_content(sets: DataSets, task: Task) -> dict[str, str]:
+    """Return training example -> hash of what a teacher reads: the text or, token by token, the tokens."""
+    if task.num_classes is not None:
+        return dict(sets.train.content_of)
+    return {example.id: content_hash(str(example.sequences)) for example in sets.train.examples}
+
+
+def read_distillation_loss(spec: RunSpec, store: RunStore, task: Task, sets: DataSets) -> DistillationLoss | None:
+    """Return what a run's members are taught, or None for a run that learns from labels alone.
+
+    Args:
+        store: the run's; its targets lie in the run around it.
+
+    Raises:
+        DataError: the targets are another teacher's, or were made for other data.
+        StoreError: they are missing, incomplete or damaged.
+    """
+    if spec.distill_from is None:
+        return None
+    distill_from = spec.distill_from
+    loss: Loss = registry.load("loss", distill_from.loss.kind).build(distill_from.loss)
+    targets = load_targets(RunStore(targets_uri(store.uri.rpartition("/")[0], distill_from.targets)))
+    content_of = taught_content(sets, task)
+    if isinstance(targets, TokenTargets):
+        targets.check(
+            teacher_digest=distill_from.teacher, vocabulary=targets.vocabulary, temperature=loss.spec.temperature,
+            content_hash_of=content_of,
+        )
+    else:
+        targets.check(teacher_digest=distill_from.teacher, label_names=task.label_names, content_hash_of=content_of)
+    return DistillationLoss(task, loss, targets)
+
+
+def targets_uri(run_uri: str, key: str) -> str:
+    """Return where a run's targets with this key lie."""
+    return f"{run_uri}/targets/{key}"
+
+
+def load_targets(store: RunStore) -> MemberTargets | TokenTargets:
+    """Return all shards of finished targets as one; those of tokens are read when they are asked for.
+
+    Raises:
+        StoreError: they are missing, incomplete or damaged.
+    """
+    facts = store.read_json("targets.json")
+    if facts is None or not facts["done"]:
+        raise StoreError(f"{store.uri}: the targets are not complete", "run `raylora distill` again: it continues")
+    if facts["tokens"] is not None:
+        return TokenTargets(lambda file: store.storage.read(f"shards/{_shard_of(file)}/{file}"), facts["shards"])
+    return merge([read_targets(store.load_result(f"shards/{name}")) for name in facts["shards"]])
+
+
+def _shard_of(file: str) -> str:
+    """Return the shard that a file of token targets belongs to: ``rows-A-B.json``, ``rows-A-B-00000.safetensors``."""
+    return "-".join(file.partition(".")[0].split("-")[:3])

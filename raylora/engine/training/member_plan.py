@@ -1,0 +1,99 @@
+"""What a run trains: its members, and the baselines that are trained beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raylora import registry
+from raylora.adapters.base import NeedsBaseWeights, Unpackable, WholeModel
+from raylora.data.order import derive_seed
+from raylora.errors import BaseError
+from raylora.spec import AdapterSpec, RunSpec
+
+MEMBER, MC_DROPOUT, LAST_LAYER = "member", "mc_dropout", "last_layer"
+
+
+@dataclass(frozen=True)
+class MemberPlan:
+    """One thing to train: a seed and an adapter. Units of one role have equal adapters and can be packed."""
+
+    name: str
+    role: str
+    seed: int
+    adapter: AdapterSpec
+
+    def stream(self, purpose: str, *parts: int | str) -> int:
+        """Return the seed of one of this unit's random streams: ``init``, ``order``, ``dropout``."""
+        return derive_seed(self.seed, purpose, *parts)
+
+
+def member_plans_of(spec: RunSpec) -> list[MemberPlan]:
+    """Return every plan of a run, members first."""
+    seeds = spec.ensemble.member_seeds()
+    plans = [MemberPlan(f"member-{m:03d}", MEMBER, seed, spec.adapter) for m, seed in enumerate(seeds)]
+    if spec.baselines.mc_dropout is not None:
+        dropped = spec.adapter.model_copy(update={"dropout": spec.baselines.mc_dropout.dropout})
+        plans.append(MemberPlan("mc-dropout", MC_DROPOUT, seeds[0], dropped))
+    none = registry.load("adapter", "none").Spec()
+    for m in range(spec.baselines.last_layer):
+        seed = seeds[m] if m < len(seeds) else derive_seed(seeds[0], "last-layer", m)
+        plans.append(MemberPlan(f"last-layer-{m:03d}", LAST_LAYER, seed, none))
+    return plans
+
+
+def order_seed(plan: MemberPlan, spec: RunSpec) -> int:
+    """Return the seed of a unit's data order; with ``shared`` order all units see the same batches."""
+    if spec.ensemble.data_order == "shared":
+        return derive_seed(spec.ensemble.seed, "order")
+    return plan.stream("order")
+
+
+def packable_groups(plans: Sequence[MemberPlan]) -> list[list[str]]:
+    """Return the units' names grouped by what can share one forward."""
+    roles = dict.fromkeys(plan.role for plan in plans)
+    groups = []
+    for role in roles:
+        of_role = [plan for plan in plans if plan.role == role]
+        names = [plan.name for plan in of_role]
+        groups += [[name] for name in names] if unpackable_reason(of_role[0]) else [names]
+    return groups
+
+
+def unpackable_reason(plan: MemberPlan) -> str:
+    """Return why a plan shares no forward with its like, or nothing if it may."""
+    adapter = registry.load("adapter", plan.adapter.kind).build(plan.adapter)
+    return adapter.unpackable_reason() if isinstance(adapter, Unpackable) else ""
+
+
+def check_weights(spec: RunSpec) -> None:
+    """Refuse a base whose weights are stored in a way that the adapter cannot work with.
+
+    Raises:
+        BaseError: with the adapter's own reason.
+    """
+    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+    picky = isinstance(adapter, NeedsBaseWeights | WholeModel)
+    reason = adapter.unsupported_reason(spec.base.quantization.kind) if picky else ""
+    if reason:
+        raise BaseError(f"base.quantization: {spec.base.quantization.kind}: {reason}", "use none, or another adapter")
+
+
+def check_baselines(spec: RunSpec, has_head: bool) -> None:
+    """Refuse baselines that the task cannot have.
+
+    Raises:
+        BaseError: a last-layer ensemble where there is no head to train, or Monte-Carlo dropout where there is no
+            adapter input to drop.
+    """
+    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+    if spec.baselines.mc_dropout is not None and isinstance(adapter, WholeModel):
+        raise BaseError(
+            f"baselines.mc_dropout: drops the adapter's input, and {spec.adapter.kind} has none",
+            "leave it out, or use another adapter",
+        )
+    if not has_head and (spec.baselines.last_layer or spec.adapter.kind == "none"):
+        raise BaseError(
+            f"baselines.last_layer: a {spec.task.kind} run has no head of its own to train",
+            "leave it out, or use task.kind: classification",
+        )

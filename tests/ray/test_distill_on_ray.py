@@ -1,0 +1,128 @@
+"""A distillation on Ray: the student that a distillation in this process gives, and a coordinator that stays small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+
+from raylora import client
+from raylora.client import _start, distill_run, launch, run_local
+from raylora.engine.distillation.plan import Distillation, prepare_distillation
+from raylora.engine.run.local_driver import run_in_process
+from raylora.engine.training.distillation_loss import load_targets, targets_uri
+from raylora.spec import DistillSpec, RunSpec
+from raylora.store.run_store import RunStore
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "members" / "member-000" / "adapter_model.safetensors")
+
+
+def shards_of(work: Distillation) -> dict[str, bytes]:
+    """Return every file of targets by its name, manifests left out."""
+    shards = Path(work.target_job.store.uri) / "shards"
+    return {file.name: file.read_bytes() for file in shards.glob("*/rows-*")}
+
+
+def coordinator_memory() -> int:
+    """Return what the coordinators hold now, found by what Ray calls them."""
+    titles = {p: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
+    return sum(p.memory_info().rss for p, title in titles.items() if "ray::Coordinator" in title)
+
+
+def make_targets(work: Distillation, grows_at_most: int) -> list[str]:
+    """Make targets on Ray, check that the coordinator stays as small as it starts, and return the run's events."""
+    seen: list[int] = []
+    facts = _start(work.target_job).join(lambda status: seen.append(coordinator_memory()))
+    assert facts == {} and work.target_job.is_done
+    held = [size for size in seen if size]
+    assert held and held[-1] - held[0] < grows_at_most, held  # it sees the names of shards, and starts workers
+    return [record["event"] for record in work.target_job.store.read_events()]
+
+
+def test_a_student_taught_on_ray_equals_one_taught_in_process(
+    make_spec: Callable[..., RunSpec], content: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = make_spec(placement__workers=2, data__train_rows=200)
+    uris = []
+    for where in ("local", "ray"):
+        run_local(spec.model_copy(update={"storage_path": str(tmp_path / where)}))
+        uris.append(tmp_path / where / "demo")
+    student = {"base": content["base"], "adapter": {"rank": 2, "target_modules": ["query", "value"]}}
+    settings = DistillSpec.model_validate({"student": student, "alone": False, "costs": False})
+    in_process = distill_run(str(uris[0]), settings, local=True)
+
+    work = prepare_distillation(str(uris[1]), settings, shard_rows=8)
+    assert len(work.target_job.shards) == 25
+    events = make_targets(work, grows_at_most=40 * 2**20)
+    assert events.count("JobFinished") == 25 and events.count("WorkerReady") >= 1  # the second may come too late
+
+    on_ray = distill_run(str(uris[1]), settings)
+    left, right = (
+        load_targets(RunStore(targets_uri(str(uri), RunStore(f"{uri}/student").read_spec().distill_from.targets)))
+        for uri in uris
+    )
+    assert left.keys.ids == right.keys.ids and float((left.values - right.values).abs().max()) < 2e-3
+    ours, theirs = weights(uris[0] / "student"), weights(uris[1] / "student")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
+    assert on_ray["contenders"]["student"]["eval"]["test"]["accuracy"] == pytest.approx(
+        in_process["contenders"]["student"]["eval"]["test"]["accuracy"], abs=0.05)
+
+
+def test_the_same_shards_give_the_same_student_bit_for_bit(
+    make_spec: Callable[..., RunSpec], content: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = make_spec(placement__workers=2)
+    student = {"base": content["base"], "adapter": {"rank": 2, "target_modules": ["query", "value"]}}
+    settings = DistillSpec.model_validate({"student": student, "costs": False, "loss": {"kind": "dirichlet"}})
+    for where, local in (("local", True), ("ray", False)):
+        run_local(spec.model_copy(update={"storage_path": str(tmp_path / where)}))
+        distill_run(str(tmp_path / where / "demo"), settings, local=local)
+    for name in ("student", "student-alone"):
+        ours, theirs = (weights(tmp_path / where / "demo" / name) for where in ("local", "ray"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_language_model_taught_on_ray_equals_one_taught_in_process(
+    make_spec: Callable[..., RunSpec], tiny_model: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(
+        base__source=tiny_model("llama"), adapter__target_modules=["q_proj", "v_proj"],
+        task={"kind": "language_modeling", "max_length": 16}, optimization__steps=3, evaluation__bootstrap_samples=0,
+        data__train_rows=50, data__validation_rows=4, data__test_rows=4, placement__workers=2,
+    )
+    settings = DistillSpec.model_validate({
+        "student": {
+            "base": {"source": tiny_model("gpt2"), "dtype": "float32", "quantization": "none"},
+            "adapter": {"rank": 2, "target_modules": "all-linear"},
+        },
+        "loss": {"kind": "topk_kl", "top_k": 16_384}, "alone": False, "costs": False,
+    })
+    uris = [str(tmp_path / where / "demo") for where in ("local", "ray")]
+    run_local(spec.model_copy(update={"storage_path": str(tmp_path / "local")}))
+    launch(spec.model_copy(update={"storage_path": str(tmp_path / "ray")})).wait()
+    in_process, on_ray = (prepare_distillation(uri, settings, shard_rows=16) for uri in uris)
+    run_in_process(in_process.target_job)
+    events = make_targets(on_ray, grows_at_most=30 * 2**20)
+    assert events.count("JobFinished") == len(on_ray.target_job.shards) >= 4
+    assert on_ray.target_job.store.read_json("targets.json")["size_bytes"] > 60 * 2**20  # passed on, they would show
+    ours, theirs = shards_of(in_process), shards_of(on_ray)
+    assert ours == theirs and len(ours) == 2 * len(on_ray.target_job.shards)
+
+    record, same = distill_run(uris[1], settings), distill_run(uris[0], settings, local=True)
+    assert record["contenders"] == same["contenders"]
+    one, other = (weights(Path(uri) / "student") for uri in uris)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+    monkeypatch.setattr(client, "_carry_out", lambda *work: pytest.fail("something was done again"))
+    assert distill_run(uris[1], settings) == record
