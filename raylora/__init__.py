@@ -16,9 +16,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from raylora.client import RunHandle, attach, distill_run, launch, resume, run_local
     from raylora.engine.model.parameter_count import parameter_count
+    from raylora.ensemble.outputs.classes import Prediction
+    from raylora.ensemble.outputs.value import ValuePrediction
     from raylora.errors import RayloraError
     from raylora.serve.export import export_run
-    from raylora.serve.predictor import LoadedEnsemble, Prediction, ValuePrediction, load_ensemble
+    from raylora.serve.predictor import LoadedEnsemble, load_ensemble
     from raylora.spec import RunSpec, build_spec, read_distill, read_spec
 
 _HOMES = {
@@ -34,8 +36,8 @@ _HOMES = {
     "resume": "raylora.client",
     "run_local": "raylora.client",
     "LoadedEnsemble": "raylora.serve.predictor",
-    "Prediction": "raylora.serve.predictor",
-    "ValuePrediction": "raylora.serve.predictor",
+    "Prediction": "raylora.ensemble.outputs.classes",
+    "ValuePrediction": "raylora.ensemble.outputs.value",
     "load_ensemble": "raylora.serve.predictor",
     "export_run": "raylora.serve.export",
     "parameter_count": "raylora.engine.model.parameter_count",

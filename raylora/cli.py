@@ -213,7 +213,7 @@ def predict(
     output: Annotated[str | None, typer.Option("--out", help="Write JSON lines here instead of printing.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask the ensemble, and how sure it is."""
+    """Predict, with uncertainty."""
     from raylora.serve.predictor import load_ensemble, read_rows, write_rows
 
     if bool(text) == bool(file):
@@ -305,20 +305,10 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def _predicted(predictions: Sequence[Any]) -> Table:
-    """Return what an ensemble says, a row each: classes, or the values of a regression."""
-    from raylora.serve.predictor import ValuePrediction
-
-    if isinstance(predictions[0], ValuePrediction):
-        table = Table("row", "value", "95 % interval", "epistemic std", "std")
-        for one in predictions:
-            reach = "n/a" if one.interval_95 is None else "{:.3f} to {:.3f}".format(*one.interval_95)
-            table.add_row(one.id, f"{one.value:.3f}", reach, f"{one.epistemic_std:.3f}",
-                          "n/a" if one.std is None else f"{one.std:.3f}")
-        return table
-    table = Table("row", "label", "probability", "entropy (nats)", "mutual information")
+    """Return what an ensemble says, a row each, in the columns of its output."""
+    table = Table("row", *predictions[0].heads)
     for one in predictions:
-        table.add_row(one.id, one.label, f"{one.probabilities[one.label]:.3f}", f"{one.entropy:.3f}",
-                      f"{one.mutual_information:.4f}")
+        table.add_row(one.id, *one.cells())
     return table
 
 
@@ -375,7 +365,7 @@ def _distill(run_path: str, settings: Any, local: bool, as_json: bool) -> None:
                           "phase": store.read_json("metrics.json")["run"]["phase"],
                           "retained_metric": record["retained_metric"],
                           **{key: record["contenders"]["student"][key]
-                             for key in ("retained_score", "retained_accuracy")}}))
+                             for key in ("retained_score",)}}))
         return
     out.print(distillation_table(record))
     out.print(f"student: {store.uri}/{settings.name}\nreport: {store.uri}/report.html")

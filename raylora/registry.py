@@ -1,7 +1,8 @@
-"""Kinds and where they live: adding an adapter, a quantizer or a task is one new file and one line here.
+"""Kinds and where they live: adding an adapter, a quantizer, a task or an output is one new file and one line here.
 
 Modules are named, not imported: reading a spec must not import torch before it has to, and the layers
-above stay unknown to this one. Each named module exposes ``Spec`` (a pydantic model) and ``build``.
+above stay unknown to this one. Each named module exposes ``Spec`` (a pydantic model) and
+``build``; an output, which a spec does not configure, ``build`` alone, and the report of one its ``SECTION``.
 """
 
 from __future__ import annotations
@@ -48,6 +49,16 @@ REGISTRY: dict[str, dict[str, str]] = {
         "regression": "raylora.data.tasks.regression",
         "multiple_choice": "raylora.data.tasks.multiple_choice",
         "language_modeling": "raylora.data.tasks.language_modeling",
+    },
+    "output": {
+        "classes": "raylora.ensemble.outputs.classes",
+        "value": "raylora.ensemble.outputs.value",
+        "tokens": "raylora.ensemble.outputs.tokens",
+    },
+    "report": {
+        "classes": "raylora.report.outputs.classes",
+        "value": "raylora.report.outputs.value",
+        "tokens": "raylora.report.outputs.tokens",
     },
 }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.splits import Pool, divide, fresh, judge, read_pool
-from raylora.data.task import UNLABELED, BadRow, Example, Task, unlabeled
+from raylora.data.task import UNLABELED, BadRow, Example, Task
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec
 
@@ -155,7 +155,7 @@ def load_sets(
     seen = set(loaded.text_keys) | sets.evaluated_keys()
     extra = fresh(read_pool("transfer", transfer, data, task, False, base_dir), seen)
     return replace(sets, train=_with_transfer(
-        loaded, _tokenized(extra, data, task, tokenizer), unlabeled(task)
+        loaded, _tokenized(extra, data, task, tokenizer), task.no_label
     ))
 
 

@@ -6,7 +6,6 @@ K positions whose logits the model returned (the last K of T), V vocabulary, C c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -21,7 +20,7 @@ from raylora.spec import TaskSpec
 
 PaddingSide = Literal["left", "right"]
 UNLABELED = -1
-"""The class of a training row that only a teacher can say something about; see :func:`unlabeled`."""
+"""No class's index; a value's task takes NaN, since -1 may be somebody's real value."""
 
 
 class BadRow(ValueError):
@@ -87,8 +86,12 @@ class Task(Protocol):
     spec: Any
     auto_class: str
     """``AutoModelForSequenceClassification`` or ``AutoModelForCausalLM``."""
-    num_classes: int | None
-    """1 where the answer is a real value, None where it is neither that nor a choice among classes."""
+    output: str
+    """The registered name of what it predicts: ``classes``, ``value``, ``tokens``."""
+    num_outputs: int
+    """C, how many scores a row gets; 0 where it is scored token by token."""
+    no_label: int | float
+    """The label of a training row that only a teacher can say something about."""
     label_names: list[str]
     columns: tuple[str, ...]
     """Columns that every set must have, the label's apart."""
@@ -128,16 +131,6 @@ class Task(Protocol):
 
     def loss(self, scores: Tensor, batch: Batch) -> Tensor:
         """Return the float32 loss_N of each example. Raises: DataError without labels."""
-
-
-def predicts_value(task: Task) -> bool:
-    """Return whether the answer to a row is one real value."""
-    return task.num_classes == 1
-
-
-def unlabeled(task: Task) -> int | float:
-    """Return the label of a row that has none: -1 is no class, but it may be somebody's real value."""
-    return math.nan if predicts_value(task) else UNLABELED
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

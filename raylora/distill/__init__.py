@@ -12,6 +12,7 @@ from raylora.distill.targets import (
     join_members,
     merge,
     read_targets,
+    targets_class,
 )
 from raylora.distill.token_reader import TokenTargets, join_workers
 from raylora.distill.tokens import TokenTargetsWriter
@@ -35,4 +36,5 @@ __all__ = [
     "merge",
     "merge_topk",
     "read_targets",
+    "targets_class",
 ]

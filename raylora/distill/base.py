@@ -31,6 +31,10 @@ class Loss(Protocol):
     """A distillation loss; a module of its own with ``Spec`` and ``build``, registered under the seam ``loss``."""
 
     spec: Any
+    teaches: str
+    """The registered name of the output that its students have."""
+    reinterprets_logits: bool
+    """Whether C logits are not those of a softmax over C classes but, say, of a Dirichlet."""
 
     def outputs(self, num_labels: int) -> int:
         """Return O, how many logits the student's head must have. Raises: SpecError if the loss cannot serve."""

@@ -26,6 +26,8 @@ class MemberTargets:
     """What both kinds share: N rows of M members' outputs, and what they belong to."""
 
     kind: ClassVar[str]
+    output: ClassVar[str]
+    """The output that its teacher has."""
     dtype: ClassVar[torch.dtype]
     dimensions: ClassVar[int]
 
@@ -82,6 +84,14 @@ class MemberTargets:
         return {TENSORS: content, FACTS: pack_facts(self.kind, facts)}
 
     @classmethod
+    def from_outputs(
+        cls: type[T], keys: Keys, outputs: Tensor, *, teacher_digest: str, members: Sequence[int],
+        label_names: Sequence[str] = (),
+    ) -> T:
+        """Return targets as they are stored, from N x M x C or N x M outputs. Raises: DataError for NaN."""
+        raise NotImplementedError
+
+    @classmethod
     def from_files(cls: type[T], files: Mapping[str, bytes]) -> T:
         """Return what :meth:`to_files` wrote.
 
@@ -103,6 +113,11 @@ class MemberTargets:
 T = TypeVar("T", bound=MemberTargets)
 
 
+def targets_class(output: str) -> type[MemberTargets]:
+    """Return the targets of a teacher that has this output, by row."""
+    return next(kind for kind in _KINDS if kind.output == output)
+
+
 class ClassificationTargets(MemberTargets):
     """Logits N x M x C in float16: off by at most ``|z| / 2048``, 0.004 for the logits below 8 that are usual."""
 
@@ -110,11 +125,15 @@ class ClassificationTargets(MemberTargets):
     dtype = torch.float16
     dimensions = 3
 
+    output = "classes"
+
     @classmethod
-    def from_logits(
-        cls, keys: Keys, logits_NMC: Tensor, *, teacher_digest: str, members: Sequence[int], label_names: Sequence[str]
+    def from_outputs(
+        cls, keys: Keys, outputs: Tensor, *, teacher_digest: str, members: Sequence[int],
+        label_names: Sequence[str] = (),
     ) -> ClassificationTargets:
         """Round logits to float16, clipped to its range. Raises: DataError for NaN and for shapes that do not fit."""
+        logits_NMC = outputs
         _refuse_nan(logits_NMC, members)
         stored_NMC = logits_NMC.detach().cpu().clamp(-65504.0, 65504.0).half()
         error_NMC = (logits_NMC.detach().cpu().double() - stored_NMC.double()).abs()
@@ -132,11 +151,15 @@ class RegressionTargets(MemberTargets):
     dtype = torch.float32
     dimensions = 2
 
+    output = "value"
+
     @classmethod
-    def from_values(
-        cls, keys: Keys, values_NM: Tensor, *, teacher_digest: str, members: Sequence[int]
+    def from_outputs(
+        cls, keys: Keys, outputs: Tensor, *, teacher_digest: str, members: Sequence[int],
+        label_names: Sequence[str] = (),
     ) -> RegressionTargets:
         """Keep values as they are. Raises: DataError for NaN, infinity and shapes that do not fit."""
+        values_NM = outputs
         _refuse_nan(torch.where(values_NM.isinf(), torch.nan, values_NM), members)
         return cls(
             keys=keys, teacher_digest=teacher_digest, members=tuple(members), values=values_NM.detach().cpu().float()

@@ -29,7 +29,7 @@ def member_curve(part: Predictions, settings: Settings) -> list[dict[str, float]
         subsets = member_subsets(part.members, size, settings.seed)
         values = [
             evaluate(
-                aggregate_logits(part.logits()[list(subset)], settings.rule),
+                aggregate_logits(part.values[list(subset)], settings.rule),
                 part.labels(),
                 settings.evaluation.bins,
                 CURVE_METRICS,
@@ -62,7 +62,7 @@ def plot_data(groups: Mapping[str, Group], temperatures: Mapping[str, float], se
 
 
 def _scores(part: Predictions, rule: str, temperature: float) -> RowScores:
-    return score_rows(aggregate_logits(part.logits(), rule, temperature), part.labels(), part.name)
+    return score_rows(aggregate_logits(part.values, rule, temperature), part.labels(), part.name)
 
 
 def _risk_coverage(scores: RowScores) -> dict[str, list[float]]:
@@ -74,9 +74,9 @@ def _risk_coverage(scores: RowScores) -> dict[str, list[float]]:
 
 def _ood_histograms(ensemble: Group, settings: Settings) -> dict[str, Any]:
     test = with_role(ensemble, "test")[0]
-    familiar = foreign_scores(test.logits(), settings.rule, test.expected_entropy_MN)
+    familiar = foreign_scores(test.values, settings.rule, test.expected_entropy_MN)
     found: dict[str, Any] = {}
     for part in with_role(ensemble, "out_of_distribution"):
-        foreign = foreign_scores(part.logits(), settings.rule, part.expected_entropy_MN)
+        foreign = foreign_scores(part.values, settings.rule, part.expected_entropy_MN)
         found[part.name] = {score: histograms(familiar[score], foreign[score]) for score in familiar}
     return found

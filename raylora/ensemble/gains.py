@@ -17,16 +17,16 @@ from torch import Tensor
 from raylora.ensemble.aggregate import aggregate_logits
 from raylora.ensemble.bootstrap import bootstrap_metrics, bootstrap_token_nll, interval, interval_if_defined
 from raylora.ensemble.groups import Settings
+from raylora.ensemble.metric_table import METRICS
 from raylora.ensemble.metrics import RowScores, point_metrics, score_rows
 from raylora.ensemble.predictions import Predictions
 
 COMPARED = ("accuracy", "nll", "brier", "ece")
-HIGHER_IS_BETTER = frozenset({"accuracy", "pearson", "spearman", "r2"})
 
 
 def classification_gains(part: Predictions, settings: Settings) -> dict[str, Any]:
     """Return ``{over_mean_member, over_single: {metric: {gain, interval}}}`` for one labeled set."""
-    logits_MNC, labels_N, bins = part.logits(), part.labels(), settings.evaluation.bins
+    logits_MNC, labels_N, bins = part.values, part.labels(), settings.evaluation.bins
     pooled = score_rows(aggregate_logits(logits_MNC, settings.rule), labels_N, part.name)
     members = [
         score_rows(torch.log_softmax(logits_NC.double(), dim=-1), labels_N, part.name) for logits_NC in logits_MNC
@@ -52,7 +52,7 @@ def gains_over_members(
     """Return ``{over_mean_member, over_single: {metric: {gain, interval}}}``; what is undefined is left out."""
     gains: dict[str, Any] = {"over_mean_member": {}, "over_single": {}}
     for metric in metrics:
-        sign = 1.0 if metric in HIGHER_IS_BETTER else -1.0
+        sign = METRICS[metric].sign
         for name, others in (("over_mean_member", members), ("over_single", members[:1])):
             values = [one.point[metric] for one in (pooled, *others)]
             known = [value for value in values if value is not None]

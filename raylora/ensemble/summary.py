@@ -9,19 +9,10 @@ from typing import Any
 import torch
 
 from raylora.ensemble.aggregate import RULES
-from raylora.ensemble.classification import summarize_classification
 from raylora.ensemble.groups import Group, Settings, check_groups
-from raylora.ensemble.language import summarize_language
-from raylora.ensemble.regression import summarize_regression
+from raylora.ensemble.outputs import output_of
 from raylora.errors import SpecError, suggest
 from raylora.spec.run import EvaluationSpec
-
-SUMMARIES = {
-    "logits_MNC": summarize_classification,
-    "token_logprobs_MN": summarize_language,
-    "real_MN": summarize_regression,
-}
-"""What members predict -> how it is summarized."""
 
 
 def summarize(
@@ -40,9 +31,9 @@ def summarize(
     check_groups(groups)
     settings = Settings(evaluation, aggregate, seed)
     sets = {part.name: {"role": part.role, "rows": part.rows} for part in groups["ensemble"]}
-    summary_of = SUMMARIES[groups["ensemble"][0].field]
+    output = output_of(groups["ensemble"][0].output)
     with one_thread():
-        return {"sets": sets, "confidence": evaluation.confidence, **summary_of(groups, settings)}
+        return {"sets": sets, "confidence": evaluation.confidence, **output.summarize(groups, settings)}
 
 
 @contextmanager

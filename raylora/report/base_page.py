@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from raylora.report import figures
 from raylora.report.figures import Drawn
 from raylora.report.formatting import duration, flat, number, size
+from raylora.report.rendering import environment, image_of
 from raylora.report.tables import Table, Text
 
 STAGES = {
@@ -130,8 +131,6 @@ def base_table(summary: dict[str, Any]) -> rich.table.Table:
 
 def write_base_report(summary: dict[str, Any], folder: str) -> str:
     """Write ``report.html`` into a prepared base's local folder and return its path."""
-    from raylora.report.page import environment, image_of
-
     with figures.style():
         images = [image_of(drawn) for drawn in layer_errors(summary)]
     left_out = ("layers", "perplexity_before", "perplexity_after")

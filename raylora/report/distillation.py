@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.table import Table as ConsoleTable
 
+from raylora.ensemble.metric_table import METRICS
 from raylora.report.entries import Cell, Entry, columns
-from raylora.report.formatting import NAMES, duration, number, size
-from raylora.report.shown import shown_of_scores
+from raylora.report.formatting import duration, number, size
+from raylora.report.outputs.base import section_of
 from raylora.report.tables import MISSING, Table, Text, text_of
 
 
@@ -35,7 +36,9 @@ def distillation_table(record: dict[str, Any]) -> ConsoleTable:
 
 def _section(record: dict[str, Any]) -> dict[str, Any]:
     return {
-        "name": record["name"], "headline": [worth(record), kept(record)], "sentence": _targets(record["targets"]),
+        "name": record["name"], "headline": [worth(record), retained(record)],
+        "sentence": _targets(record["targets"], section_of(record).taught_on),
+        "drawn": _listed(section_of(record).distilled),
         "compared": "alone" in record["contenders"], "intervals": _has_intervals(record),
         "quality": _quality(record), "costs": _costs(record), "measured": _measured(record.get("measured_on")),
     }
@@ -48,7 +51,7 @@ def worth(record: dict[str, Any]) -> str:
     if taught is None or alone is None:
         return "No student was trained without a teacher, so what the teacher was worth is not known."
     gain = number(abs(alone.value - taught.value), "nll")
-    nats = f"{gain} nats{' per token' if _language(record) else ''}"
+    nats = f"{gain} nats{section_of(record).unit}"
     verdict = f"the teacher was worth {nats}" if taught.value < alone.value else f"the teacher cost it {nats}"
     if gain == number(0.0, "nll"):
         verdict = "the teacher made next to no difference"
@@ -59,7 +62,7 @@ def worth(record: dict[str, Any]) -> str:
     )
 
 
-def kept(record: dict[str, Any]) -> str:
+def retained(record: dict[str, Any]) -> str:
     """Return what the student kept of its teacher, and for which share of the costs, in words."""
     teacher, student = record["contenders"]["teacher"], record["contenders"]["student"]
     said, told = teacher["eval"]["test"], student["eval"]["test"]
@@ -68,20 +71,22 @@ def kept(record: dict[str, Any]) -> str:
         shares.append(f"{100 * student['latency_ms'] / teacher['latency_ms']:.0f} % of the latency")
         shares.append(f"{100 * student['peak_memory_bytes'] / teacher['peak_memory_bytes']:.0f} % of the peak memory")
     cost = f"{', '.join(shares[:-1])}{' and ' if shares[1:] else ''}{shares[-1]}"
-    if _language(record):
-        perplexities = [number(one["perplexity"], "perplexity") for one in (told, said)]
-        return f"With {cost} its perplexity is {perplexities[0]}, the teacher's {perplexities[1]}."
     metric, share = record["retained_metric"], student["retained_score"]
+    if metric is None:
+        last = section_of(record).compared[-1]
+        own, whole = (number(one[last], last) for one in (told, said))
+        return f"With {cost} its {METRICS[last].label.lower()} is {own}, the teacher's {whole}."
     if share is None:
         return f"The teacher itself learnt nothing of which a share could be kept; the student has {cost}."
     return (
-        f"It keeps {100 * share:.1f} % of the teacher's {NAMES[metric].lower()} "
+        f"It keeps {100 * share:.1f} % of the teacher's {METRICS[metric].label.lower()} "
         f"({number(told[metric], metric)} of {number(said[metric], metric)}), with {cost}."
     )
 
 
-def _language(record: dict[str, Any]) -> bool:
-    return "perplexity" in record["contenders"]["teacher"]["eval"]["test"]
+def _listed(metrics: Sequence[str]) -> str:
+    """Return the names of the metrics that are better the lower they are."""
+    return " and ".join(METRICS[metric].label for metric in metrics if METRICS[metric].sign < 0)
 
 
 def _has_intervals(record: dict[str, Any]) -> bool:
@@ -101,10 +106,9 @@ def _overlap(one: Cell, other: Cell) -> bool:
     return one.low <= other.high and other.low <= one.high
 
 
-def _targets(taught: dict[str, Any]) -> str:
+def _targets(taught: dict[str, Any], rows: str) -> str:
     """Return who taught on what, and what the targets took."""
     members = len(taught["members"])
-    rows = "blocks of text" if taught.get("tokens") else "rows"
     text = (
         f"Taught by {members} member{'s' if members > 1 else ''} on {taught['rows']:,} {rows}; the targets take "
         f"{size(taught['size_bytes'])}"
@@ -137,18 +141,22 @@ def _entries(record: dict[str, Any]) -> list[Entry]:
 def _quality(record: dict[str, Any]) -> Table:
     rows = _entries(record)
     sets, foreign = list(rows[0].content["eval"]), list(rows[0].content["ood"])
-    show = shown_of_scores(rows[0].content["eval"][sets[0]])
+    show = section_of(record)
     keys = [(name, metric) for name in sets for metric in show.compared]
     # A student that keeps its teacher's disagreement can be asked for it; the score is the AUROC of that.
-    keys += [(name, score) for name in foreign for score in show.kept]
+    keys += [(name, score) for name in foreign for score in show.retained]
     part = dict.fromkeys(sets, "eval") | dict.fromkeys(foreign, "ood")
     cells = columns(rows, keys, lambda row, name, metric: row.cell(part[name], name, metric))
     lines = [
         (row.label, [text_of(cell, metric) for cell, (_, metric) in zip(line, keys, strict=True)])
         for row, line in zip(rows, cells, strict=True)
     ]
-    heads = [f"AUROC of {NAMES[metric].lower()}" if part[name] == "ood" else NAMES[metric] for name, metric in keys]
-    groups = [(name, len(show.compared)) for name in sets] + [(name, len(show.kept)) for name in foreign]
+    labels = [METRICS[metric].label for _, metric in keys]
+    heads = [
+        f"AUROC of {label.lower()}" if part[name] == "ood" else label
+        for (name, _), label in zip(keys, labels, strict=True)
+    ]
+    groups = [(name, len(show.compared)) for name in sets] + [(name, len(show.retained)) for name in foreign]
     return Table(groups, heads, lines)
 
 
@@ -156,7 +164,7 @@ def _costs(record: dict[str, Any]) -> Table:
     """Return a column for everything that was measured of any contender."""
     metric = record.get("retained_metric") or "accuracy"
     shown: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "retained_score": (f"{NAMES[metric]} kept", lambda share: f"{100 * share:.1f} %"),
+        "retained_score": (f"{METRICS[metric].label} kept", lambda share: f"{100 * share:.1f} %"),
         "parameters": ("Parameters", lambda count: f"{count:,}"),
         "trainable_parameters": ("Trained", lambda count: f"{count:,}"),
         "peak_memory_bytes": ("Peak memory", size),

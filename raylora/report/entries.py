@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raylora.report.formatting import cost
+from raylora.ensemble.metric_table import METRICS
 
 BASELINE_LABELS = {
     "single": "Single LoRA (member 0)",
@@ -87,7 +87,7 @@ def columns(
     """Return cells by row and column, the best of each column marked; ``keys`` are pairs of set and metric."""
     table = [[cell(row, name, metric) for name, metric in keys] for row in rows]
     for index, (_, metric) in enumerate(keys):
-        found = [(line, one, cost(one.value, metric)) for line in table if (one := line[index]) is not None]
+        found = [(line, one, METRICS[metric].cost(one.value)) for line in table if (one := line[index]) is not None]
         costs = [value for _, _, value in found if value is not None]
         if not costs or max(costs) - min(costs) <= 1e-9 * max(map(abs, costs)):  # nobody is best where all tie
             continue

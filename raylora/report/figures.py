@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from raylora.ensemble.metric_table import METRICS
 from raylora.report.entries import entries, scored_sets
-from raylora.report.formatting import NAMES
-from raylora.report.shown import shown
+from raylora.report.outputs.base import section_of
 
 COLOURS = {
     "ensemble": "#0072B2",
@@ -156,7 +156,8 @@ def member_curve(metrics: dict[str, Any]) -> list[Drawn]:
         curve = metrics.get("m_curve", {}).get(name, [])
         if len(curve) < 2:
             continue
-        drawable = [metric for metric in shown(metrics).curve if all(metric in point for point in curve)] or ["nll"]
+        wanted = section_of(metrics).curve
+        drawable = [metric for metric in wanted if all(metric in point for point in curve)] or ["nll"]
         rows, wide = (2, 2) if len(drawable) > 2 else (1, len(drawable))
         figure = Figure(figsize=(5.6, 2.2 * rows + 0.3 if rows > 1 else 3.6), layout="constrained")
         panels = figure.subplots(rows, wide, squeeze=False).flat
@@ -168,14 +169,14 @@ def member_curve(metrics: dict[str, Any]) -> list[Drawn]:
 
 
 def _curve_panel(axes: Axes, curve: Sequence[dict[str, float]], metric: str) -> None:
-    scale = 100 if metric == "accuracy" else 1
+    scale = 100 if METRICS[metric].percent else 1
     members = [point["members"] for point in curve]
     mean = [scale * point[metric] for point in curve]
     spread = [scale * point[f"{metric}_std"] for point in curve]
     low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
     axes.fill_between(members, low, high, color=COLOURS["ensemble"], alpha=0.18, linewidth=0)
     axes.plot(members, mean, "o-", color=COLOURS["ensemble"], markersize=4)
-    axes.set(xlabel="members", ylabel=NAMES[metric] + (" (%)" if scale == 100 else ""))
+    axes.set(xlabel="members", ylabel=METRICS[metric].label + (" (%)" if scale == 100 else ""))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
@@ -184,8 +185,7 @@ def training(metrics: dict[str, Any]) -> list[Drawn]:
     runs = {name: rows for name, rows in metrics.get("training", {}).items() if rows}
     titles = {
         "loss": "training loss",
-        "validation_nll": "validation NLL",
-        "validation_rmse": "validation RMSE",
+        **{f"validation_{name}": f"validation {METRICS[name].label}" for name in section_of(metrics).watched},
         "grad_norm": "gradient norm",
         "lr": "learning rate",
     }

@@ -9,23 +9,24 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from raylora.ensemble.metric_table import METRICS
 from raylora.report.entries import Entry
 from raylora.report.figures import COLOURS, Drawn
-from raylora.report.formatting import NAMES, PERCENT, number
+from raylora.report.formatting import number
+from raylora.report.outputs.base import section_of
 
 TINTS = {"teacher": COLOURS["ensemble"], "single": COLOURS["single"], "student": "#009E73", "alone": "#777777"}
 _COSTS = {"latency_ms": ("Latency of one row (ms)", 1.0), "parameters": ("Parameters (millions)", 1e-6)}
 
 
-def kept(metrics: dict[str, Any]) -> list[Drawn]:
+def retained(metrics: dict[str, Any]) -> list[Drawn]:
     """Draw one figure per student: its test metrics and its cost, beside its teacher's."""
     return [_figure(record) for record in metrics.get("distillation") or []]
 
 
 def _figure(record: dict[str, Any]) -> Drawn:
     rows = [Entry(key, one["label"], one) for key, one in record["contenders"].items()][::-1]
-    metrics = ("nll", "accuracy", "ece", "pearson", "rmse")
-    shown = [metric for metric in metrics if rows[0].cell("eval", "test", metric) is not None]
+    shown = [metric for metric in section_of(record).distilled if rows[0].cell("eval", "test", metric) is not None]
     cost = next(key for key in _COSTS if all(key in row.content for row in rows))
     panels = [*shown, cost]
     lines = (len(panels) + 1) // 2
@@ -47,7 +48,7 @@ def _figure(record: dict[str, Any]) -> Drawn:
 
 
 def _metric_panel(axes: Axes, rows: list[Entry], metric: str) -> None:
-    scale = 100 if metric in PERCENT else 1
+    scale = 100 if METRICS[metric].percent else 1
     for height, row in enumerate(rows):
         cell = row.cell("eval", "test", metric)
         if cell is None:
@@ -55,7 +56,7 @@ def _metric_panel(axes: Axes, rows: list[Entry], metric: str) -> None:
         if cell.low is not None and cell.high is not None:
             axes.plot([scale * cell.low, scale * cell.high], [height] * 2, color=TINTS.get(row.key), linewidth=2)
         axes.plot(scale * cell.value, height, "o", color=TINTS.get(row.key), markersize=6)
-    axes.set_title(f"{NAMES[metric]} (%)" if scale == 100 else NAMES[metric])
+    axes.set_title(f"{METRICS[metric].label} (%)" if scale == 100 else METRICS[metric].label)
 
 
 def _cost_panel(axes: Axes, rows: list[Entry], key: str) -> None:

@@ -6,16 +6,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from raylora.ensemble.metric_table import METRICS
 from raylora.report.entries import scored_sets, set_names
 from raylora.report.figures import COLOURS, Drawn
-from raylora.report.formatting import NAMES
-
-SCORE_LABELS = {
-    "max_probability": "1 - max probability",
-    "predictive_entropy": "predictive entropy (nats)",
-    "mutual_information": "mutual information (nats)",
-    "epistemic_std": "standard deviation over the members",
-}
 
 
 def detection(metrics: dict[str, Any]) -> list[Drawn]:
@@ -33,8 +26,8 @@ def detection(metrics: dict[str, Any]) -> list[Drawn]:
                 axes.stairs(shares, found["edges"], fill=True, color=tint, alpha=0.35, hatch=hatch)
                 axes.stairs(shares, found["edges"], color=tint, linewidth=1.5, label=label)
             value = metrics.get("ensemble", {}).get("ood", {}).get(name, {}).get(score)
-            title = NAMES[score] + (f", AUROC {value:.3f}" if value is not None else "")
-            axes.set(title=title, xlabel=SCORE_LABELS[score], ylabel="rows (%)")
+            title = METRICS[score].label + (f", AUROC {value:.3f}" if value is not None else "")
+            axes.set(title=title, xlabel=METRICS[score].axis, ylabel="rows (%)")
             axes.legend()
             drawn.append(Drawn(f"detection-{name}-{score.replace('_', '-')}", figure, f"{title} of test and {name}"))
     return drawn

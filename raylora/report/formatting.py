@@ -5,61 +5,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
-PERCENT = frozenset({"accuracy", "coverage_95"})
-HIGHER_IS_BETTER = frozenset({
-    "accuracy", "pearson", "spearman", "r2",
-    "max_probability", "predictive_entropy", "mutual_information", "epistemic_std",
-})
-"""Accuracy and correlations, and the detection scores, whose AUROC is what a table shows under their names."""
-AIMED_AT = {"coverage_95": 0.95}
-"""Metrics that are best at a value, not at an end."""
-NEITHER = frozenset({"total_std"})
-"""Numbers that no contender is better for."""
-NAMES = {
-    "accuracy": "Accuracy",
-    "nll": "NLL",
-    "brier": "Brier",
-    "ece": "ECE",
-    "adaptive_ece": "Adaptive ECE",
-    "aurc": "AURC",
-    "perplexity": "Perplexity",
-    "max_probability": "Max probability",
-    "predictive_entropy": "Predictive entropy",
-    "mutual_information": "Mutual information",
-    "rmse": "RMSE",
-    "mae": "MAE",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-    "r2": "R²",
-    "coverage_95": "95 % coverage",
-    "epistemic_std": "Epistemic std",
-    "total_std": "Total std",
-}
-
-
-def cost(value: float, metric: str) -> float | None:
-    """Return a number that is least for the best contender, or None where there is no best."""
-    if metric in NEITHER:
-        return None
-    if metric in AIMED_AT:
-        return abs(value - AIMED_AT[metric])
-    return -value if metric in HIGHER_IS_BETTER else value
+from raylora.ensemble.metric_table import METRICS
 
 
 def number(value: float, metric: str = "") -> str:
     """Return a metric with as many digits as it deserves; accuracy as percent."""
     if not math.isfinite(value):
         return str(value)
-    if metric in PERCENT:
+    known = METRICS.get(metric)
+    if known is not None and known.percent:
         return f"{100 * value:.1f} %"
-    if metric == "perplexity" or abs(value) >= 100:
-        return f"{value:,.2f}"
-    return f"{value:.3f}"
+    digits = 2 if abs(value) >= 100 else known.digits if known is not None else 3
+    return f"{value:,.{digits}f}"
 
 
 def difference(value: float, metric: str) -> str:
     """Return a signed difference of two metrics; of accuracies in percentage points."""
-    if metric in PERCENT:
+    if metric in METRICS and METRICS[metric].percent:
         return f"{round(100 * value, 1) + 0.0:+.1f} pts"  # adding zero turns -0.0 into 0.0
     return f"{round(value, 3) + 0.0:+.3f}"
 

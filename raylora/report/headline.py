@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from raylora.ensemble.metric_table import METRICS
 from raylora.report.entries import scored_sets, set_names
-from raylora.report.formatting import NAMES, PERCENT, difference, number
-from raylora.report.shown import shown
+from raylora.report.formatting import difference, number
+from raylora.report.outputs.base import section_of
 
 OTHERS = {"over_mean_member": "its average member", "over_single": "a single LoRA"}
-LOUD_TERMS = {
-    "nll": "negative log-likelihood (NLL, lower is better)",
-    "accuracy": "accuracy",
-    "brier": "Brier score (lower is better)",
-    "ece": "calibration error (ECE, lower is better)",
-    "rmse": "root mean squared error (RMSE, lower is better)",
-    "pearson": "Pearson correlation",
-}
-
 
 def headline(metrics: dict[str, Any]) -> list[str]:
     """Return sentences, the most important first; empty where nothing was evaluated."""
@@ -27,7 +19,7 @@ def headline(metrics: dict[str, Any]) -> list[str]:
     members = metrics["ensemble"].get("members", 0)
     if members < 2:
         return ["One member was trained, so there is no ensemble to compare with it.", *_degraded(metrics)]
-    first, *more = shown(metrics).told
+    first, *more = section_of(metrics).headline
     sentences = [_comparison(metrics, sets[0], metric) for metric in (first, *more)]
     sentences += [_comparison(metrics, name, first) for name in sets[1:]]
     sentences += [_detection(metrics, name) for name in set_names(metrics, "out_of_distribution")]
@@ -44,13 +36,13 @@ def _comparison(metrics: dict[str, Any], name: str, metric: str) -> str:
     ]
     members = metrics["ensemble"].get("members", 0)
     return (
-        f"On {name}, the ensemble of {members} has {_article(metric)} {LOUD_TERMS[metric]} "
+        f"On {name}, the ensemble of {members} has {_article(metric)} {METRICS[metric].in_words} "
         f"of {number(value, metric)}: {'; '.join(parts)}."
     )
 
 
 def _article(metric: str) -> str:
-    return "an" if metric in PERCENT else "a"
+    return "an" if METRICS[metric].in_words[0] in "aeiou" else "a"
 
 
 def _verdict(gain: dict[str, Any], metric: str, other: str) -> str:
@@ -72,14 +64,14 @@ def _verdict(gain: dict[str, Any], metric: str, other: str) -> str:
 
 def _detection(metrics: dict[str, Any], name: str) -> str:
     """Compare by one score alone: picking the best of several afterwards would flatter."""
-    score = shown(metrics).detected_by
+    score = section_of(metrics).detected_by
     value = metrics["ensemble"].get("ood", {}).get(name, {}).get(score)
     if value is None:
         return ""
     single = metrics.get("baselines", {}).get("single", {}).get("ood", {}).get(name, {}).get(score)
     against = f", that of a single LoRA with {number(single)}" if single is not None else ""
     return (
-        f"The ensemble's {NAMES[score].lower()} tells inputs from {name} from test inputs with an AUROC of "
+        f"The ensemble's {METRICS[score].label.lower()} tells inputs from {name} from test inputs with an AUROC of "
         f"{number(value)}{against} (1 is perfect, 0.5 is guessing)."
     )
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from rich.table import Table
 
+from raylora.ensemble.metric_table import METRICS
 from raylora.report.entries import Cell, columns, entries, scored_sets, set_names
-from raylora.report.formatting import NAMES, number
-from raylora.report.shown import shown
+from raylora.report.formatting import number
+from raylora.report.outputs.base import section_of
 
 
 def console_table(metrics: dict[str, Any]) -> Table:
@@ -19,7 +20,7 @@ def console_table(metrics: dict[str, Any]) -> Table:
     table.add_column("")
     for part, name, metric in keys:
         # AUROC is named by the set: which score it comes from stands in the report.
-        head = "AUROC" if part == "ood" else NAMES[metric]
+        head = "AUROC" if part == "ood" else METRICS[metric].label
         table.add_column(f"{name}\n{head}", justify="right")
     parts = {(name, metric): part for part, name, metric in keys}
     cells = columns(rows, list(parts), lambda row, name, metric: row.cell(parts[name, metric], name, metric))
@@ -30,7 +31,7 @@ def console_table(metrics: dict[str, Any]) -> Table:
 
 def _keys(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     test, *others = scored_sets(metrics) or ["test"]
-    show = shown(metrics)
+    show = section_of(metrics)
     keys = [("eval", test, metric) for metric in show.compared] + [("eval", name, "nll") for name in others]
     if show.detected_by:
         keys += [("ood", name, show.detected_by) for name in set_names(metrics, "out_of_distribution")]

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raylora.ensemble.metric_table import METRICS
 from raylora.report.entries import Cell, Entry, columns, entries, member_entries, scored_sets, set_names
-from raylora.report.formatting import NAMES, difference, flat, number
-from raylora.report.shown import shown
+from raylora.report.formatting import difference, flat, number
+from raylora.report.outputs.base import section_of
 
 MISSING = "n/a"
 
@@ -36,7 +37,7 @@ def comparison(metrics: dict[str, Any]) -> Table | None:
     return _grouped(
         entries(metrics),
         scored_sets(metrics),
-        shown(metrics).compared,
+        section_of(metrics).compared,
         lambda row, name, metric: row.cell("eval", name, metric),
     )
 
@@ -54,17 +55,17 @@ def scaled(metrics: dict[str, Any]) -> Table | None:
 def members(metrics: dict[str, Any]) -> Table | None:
     """Each member on every labeled set."""
     return _grouped(
-        member_entries(metrics), scored_sets(metrics), shown(metrics).members,
+        member_entries(metrics), scored_sets(metrics), section_of(metrics).members,
         lambda row, name, metric: row.cell("eval", name, metric),
     )
 
 
-def apart(metrics: dict[str, Any]) -> Table | None:
+def secondary(metrics: dict[str, Any]) -> Table | None:
     """The metrics that the comparison leaves out."""
     return _grouped(
         entries(metrics),
         scored_sets(metrics),
-        shown(metrics).apart,
+        section_of(metrics).secondary,
         lambda row, name, metric: row.cell("eval", name, metric),
     )
 
@@ -75,14 +76,15 @@ def detection(metrics: dict[str, Any]) -> Table | None:
         name for name in set_names(metrics, "out_of_distribution") if name in metrics.get("ensemble", {}).get("ood", {})
     ]
     return _grouped(
-        entries(metrics), foreign, shown(metrics).detection, lambda row, name, metric: row.cell("ood", name, metric)
+        entries(metrics), foreign, section_of(metrics).detection,
+        lambda row, name, metric: row.cell("ood", name, metric),
     )
 
 
 def shift(metrics: dict[str, Any]) -> Table | None:
     """How much each contender loses from the test set to each other labeled set."""
     test, *others = scored_sets(metrics) or [""]
-    told = shown(metrics).shifted
+    told = section_of(metrics).shifted
     if not others:
         return None
     keys = [(name, metric) for name in others for metric in told]
@@ -91,7 +93,7 @@ def shift(metrics: dict[str, Any]) -> Table | None:
         for row in entries(metrics)
     ]
     groups = [(f"{test} → {name}", len(told)) for name in others]
-    return Table(groups, [NAMES[metric] for _, metric in keys], rows)
+    return Table(groups, [METRICS[metric].label for _, metric in keys], rows)
 
 
 def _change(before: Cell | None, after: Cell | None, metric: str) -> Text:
@@ -167,7 +169,7 @@ def _grouped(
     ]
     if not lines:
         return None
-    return Table([(name, len(told)) for name in names], [NAMES[metric] for _, metric in keys], lines)
+    return Table([(name, len(told)) for name in names], [METRICS[metric].label for _, metric in keys], lines)
 
 
 def text_of(cell: Cell | None, metric: str) -> Text:

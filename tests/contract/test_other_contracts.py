@@ -10,8 +10,8 @@ import torch
 
 from raylora import registry
 from raylora.adapters.packed import stack
-from raylora.data.task import predicts_value
 from raylora.engine.model.packed_model import pack_gradients
+from raylora.ensemble.outputs import output_of
 from raylora.spec import TaskSpec
 
 READS = {"optq": {"source": "pypi:bbc-news", "samples": 8, "length": 64, "held_out": 0}}
@@ -60,15 +60,13 @@ def test_its_spec_reads_back_equal(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", registry.kinds("task"))
-def test_a_task_spec_reads_back_equal_and_builds_the_whole_seam(kind: str) -> None:
+def test_a_task_spec_reads_back_equal_and_declares_a_registered_output(kind: str) -> None:
     module = registry.load("task", kind)
     spec = module.Spec(**TASKS.get(kind, {}))
     assert isinstance(spec, TaskSpec) and spec.kind == kind
     assert type(spec).model_validate_json(spec.model_dump_json()) == spec
     task = module.build(spec)
     assert task.auto_class.startswith("AutoModelFor") and task.columns
-    assert task.num_classes in (None, 1) or task.num_classes == len(task.label_names) >= 2
-    assert (task.label_names == []) is (task.num_classes is None or predicts_value(task))
-    for method in ("model_kwargs", "forward_kwargs", "padding_side", "check", "content", "label", "tokenize",
-                   "blocks", "collate", "scores", "loss"):
-        assert callable(getattr(task, method))
+    assert task.output in registry.kinds("output") and task.output in registry.kinds("report")
+    assert (task.num_outputs == 0) is output_of(task.output).per_token
+    assert task.label_names == [] or task.num_outputs == len(task.label_names) >= 2

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from raylora.ensemble import Predictions
+from raylora.ensemble.outputs.classes import ClassPredictions
+from raylora.ensemble.outputs.tokens import TokenPredictions
 
 
 def fake_logits(
@@ -32,12 +34,12 @@ def fake_group(members: int, seed: int = 0, rows: int = 200, noise: float = 1.5)
         private_MNC = torch.randn(members, rows, 4, generator=generator) * noise
         ids = [f"{name}-{row}" for row in range(rows)]
         logits_MNC = (1.7 * (clean_NC + private_MNC)).float()
-        sets.append(Predictions(name=name, role=role, logits_MNC=logits_MNC, labels_N=labels_N, ids=ids))
+        sets.append(ClassPredictions(name=name, role=role, values=logits_MNC, labels_N=labels_N, ids=ids))
     generator = torch.Generator().manual_seed(1000 * seed + 9)
     foreign_MNC = torch.randn(members, rows, 4, generator=generator) * noise
     sets.append(
-        Predictions(
-            name="foreign", role="out_of_distribution", logits_MNC=foreign_MNC, ids=[f"f{i}" for i in range(rows)]
+        ClassPredictions(
+            name="foreign", role="out_of_distribution", values=foreign_MNC, ids=[f"f{i}" for i in range(rows)]
         )
     )
     return sets
@@ -52,5 +54,5 @@ def fake_language_group(members: int, seed: int = 0, documents: int = 20, tokens
         private_MN = torch.rand(members, documents * tokens, generator=generator) * 2
         ids = [f"{name}-{document}" for document in range(documents) for _ in range(tokens)]
         logprobs_MN = -(difficulty_N + private_MN).float()
-        sets.append(Predictions(name=name, role=role, token_logprobs_MN=logprobs_MN, ids=ids))
+        sets.append(TokenPredictions(name=name, role=role, values=logprobs_MN, ids=ids))
     return sets

@@ -67,7 +67,7 @@ def test_a_language_model_is_taught_token_by_token(teacher: str, tiny_model: Cal
     assert len(work.target_job.shards) > 2
     record = compare(work)
     assert record["contenders"]["student"]["eval"]["test"].keys() >= {"nll", "perplexity"}
-    assert record["contenders"]["student"]["retained_accuracy"] is None
+    assert record["contenders"]["student"]["retained_score"] is None
     assert distillation_table(record).row_count == 4 and sections({"distillation": [record]})
     fewer = settings(tiny_model("gpt2"), name="fewer", loss={"kind": "topk_kl", "top_k": 8})
     other = prepare_distillation(teacher, fewer)
@@ -178,6 +178,6 @@ def test_other_tokenizers_and_losses_are_refused(
     tokenizer.save_pretrained(other)
     with pytest.raises(DataError, match="different tokenizers.*1 differ, such as '<a new token>'"):
         prepare_distillation(teacher, settings(str(other)))
-    with pytest.raises(SpecError, match="token by token"):
+    with pytest.raises(SpecError, match="kl teaches classes, and language_modeling predicts tokens"):
         prepare_distillation(teacher, settings(tiny_model("gpt2"), loss={"kind": "kl"}))
     assert not Path(teacher, "targets").exists()

@@ -76,7 +76,7 @@ def test_a_run_teaches_a_student_that_is_an_ordinary_run(teacher: str, settings:
     assert list(record["contenders"]) == ["teacher", "single", "student", "alone"]
     for row in record["contenders"].values():
         assert {"accuracy", "nll", "ece", "brier"} <= row["eval"]["test"].keys() and "news" in row["ood"]
-        assert row["retained_accuracy"] == row["eval"]["test"]["accuracy"] / (
+        assert row["retained_score"] == row["eval"]["test"]["accuracy"] / (
             record["contenders"]["teacher"]["eval"]["test"]["accuracy"])
     student, alone = RunStore.for_spec(work.student), RunStore.for_spec(work.alone)
     assert (student.uri, alone.uri) == (f"{teacher}/student", f"{teacher}/student-alone")
@@ -225,7 +225,7 @@ def test_other_labels_are_refused(teacher: str, settings: Make, labels: list[str
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"loss": {"kind": "multi_head", "heads": 1}}, "1 heads for 2 teacher members"),
-    ({"loss": {"kind": "topk_kl"}}, "token by token"),
+    ({"loss": {"kind": "topk_kl"}}, "topk_kl teaches tokens"),
     ({"student": {"base": {"source": "/nowhere", "quantization": "none"}}}, "there is no folder"),
     ({"student": {"adapter": {"kind": "lora", "target_modules": ["nothing"]}}}, "nothing"),
     ({"transfer": {"files": "/nowhere.jsonl"}}, "nowhere.jsonl"),
@@ -248,9 +248,9 @@ def test_a_shorter_student_of_the_same_labels_is_fine(teacher: str, settings: Ma
 
 
 def test_token_level_losses_are_refused_for_classes(teacher: str, settings: Make) -> None:
-    with pytest.raises(SpecError, match="token by token"):
+    with pytest.raises(SpecError, match="teaches"):
         prepare_distillation(teacher, settings(loss={"kind": "topk_kl"}))
-    with pytest.raises(SpecError, match="one real value"):
+    with pytest.raises(SpecError, match="mse teaches value"):
         prepare_distillation(teacher, settings(loss={"kind": "mse"}))
 
 

@@ -26,7 +26,7 @@ def lessons_of(parts: Any, logits_NMC: torch.Tensor, **loss: Any) -> Distillatio
     """Return distillation_loss whose targets are given for the training rows, in their order."""
     examples = parts.sets.train.examples
     ids = [example.id for example in examples]
-    targets = ClassificationTargets.from_logits(
+    targets = ClassificationTargets.from_outputs(
         Keys(ids, [parts.sets.train.content_of[i] for i in ids]), logits_NMC, teacher_digest="t",
         members=range(logits_NMC.shape[1]), label_names=parts.task.label_names,
     )

@@ -32,12 +32,12 @@ def logits_of(ids: list[str], members: list[int]) -> Tensor:
 def made(ids: list[str] = IDS, members: list[int] | None = None, **changed: object) -> ClassificationTargets:
     members = members or [0, 1]
     facts: dict = {"teacher_digest": "teacher-a", "members": members, "label_names": LABELS, **changed}
-    return ClassificationTargets.from_logits(Keys(ids, hashes(ids)), logits_of(ids, members), **facts)
+    return ClassificationTargets.from_outputs(Keys(ids, hashes(ids)), logits_of(ids, members), **facts)
 
 
 def regression(ids: list[str] = IDS, members: tuple[int, ...] = (0, 1)) -> RegressionTargets:
     values_NM = logits_of(ids, list(members))[:, :, 0]
-    return RegressionTargets.from_values(Keys(ids, hashes(ids)), values_NM, teacher_digest="t", members=members)
+    return RegressionTargets.from_outputs(Keys(ids, hashes(ids)), values_NM, teacher_digest="t", members=members)
 
 
 def same(a: ClassificationTargets, b: ClassificationTargets) -> bool:
@@ -78,7 +78,7 @@ def test_float16_error_is_measured_and_within_its_bound() -> None:
 
 def test_logits_beyond_float16_are_clipped_and_the_error_says_so() -> None:
     logits_NMC = torch.tensor([[[1e6, -math.inf, 0.0]]])
-    targets = ClassificationTargets.from_logits(
+    targets = ClassificationTargets.from_outputs(
         Keys(["a"], ["h"]), logits_NMC, teacher_digest="t", members=[0], label_names=LABELS
     )
     assert targets.gather(["a"]).flatten().tolist() == [65504.0, -65504.0, 0.0]
@@ -89,7 +89,7 @@ def test_a_member_that_predicts_nan_is_named() -> None:
     logits_NMC = logits_of(IDS, [4, 7])
     logits_NMC[3, 1, 0] = math.nan
     with pytest.raises(DataError, match=r"members \[7\] predict NaN"):
-        ClassificationTargets.from_logits(
+        ClassificationTargets.from_outputs(
             Keys(IDS, hashes(IDS)), logits_NMC, teacher_digest="t", members=[4, 7], label_names=LABELS
         )
 
@@ -153,7 +153,7 @@ def test_members_of_several_workers_join_by_id_and_in_the_teachers_order() -> No
         join_members([made(IDS, [0, 1]), made(IDS, [1])])
     with pytest.raises(DataError, match="different examples: 'row-19' not in all"):
         join_members([made(IDS, [0]), made(IDS[:-1], [1])])
-    other = ClassificationTargets.from_logits(
+    other = ClassificationTargets.from_outputs(
         Keys(IDS, [*hashes(IDS[:-1]), "changed"]), logits_of(IDS, [1]), teacher_digest="teacher-a", members=[1],
         label_names=LABELS,
     )
@@ -169,7 +169,7 @@ def test_regression_values_are_kept_as_they_are() -> None:
     assert torch.equal(join_members([regression(IDS, (1,)), regression(IDS[::-1], (0,))]).gather(IDS), back.gather(IDS))
     assert torch.equal(merge([regression(IDS[:5]), regression(IDS[5:])]).gather(IDS), back.gather(IDS))
     with pytest.raises(DataError, match=r"members \[0\] predict NaN or, for a regression, infinity"):
-        RegressionTargets.from_values(Keys(["a"], ["h"]), torch.tensor([[math.inf]]), teacher_digest="t", members=[0])
+        RegressionTargets.from_outputs(Keys(["a"], ["h"]), torch.tensor([[math.inf]]), teacher_digest="t", members=[0])
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

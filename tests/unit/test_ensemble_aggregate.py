@@ -8,7 +8,9 @@ import pytest
 import torch
 from ensemble_fakes import fake_logits
 
-from raylora.ensemble import Predictions, aggregate_logits, decompose, mean_logits, mean_probabilities, pairwise_kl
+from raylora.ensemble import aggregate_logits, decompose, mean_logits, mean_probabilities, pairwise_kl
+from raylora.ensemble.outputs.classes import ClassPredictions
+from raylora.ensemble.outputs.tokens import TokenPredictions
 from raylora.errors import DataError, RayloraError, SpecError
 
 
@@ -95,33 +97,36 @@ def test_the_order_of_members_changes_nothing():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"logits_MNC": torch.full((2, 3, 2), float("nan"))}, r"members \[0, 1\] predict NaN"),
-        ({"logits_MNC": torch.zeros(2, 0, 2)}, "is empty"),
-        ({"logits_MNC": torch.zeros(2, 3, 1)}, "one class"),
-        ({"logits_MNC": torch.zeros(3, 2)}, "dimensions"),
+        ({"values": torch.full((2, 3, 2), float("nan"))}, r"members \[0, 1\] predict NaN"),
+        ({"values": torch.zeros(2, 0, 2)}, "is empty"),
+        ({"values": torch.zeros(2, 3, 1)}, "one class"),
+        ({"values": torch.zeros(3, 2)}, "dimensions"),
         ({"labels_N": torch.tensor([0, 1, 2])}, r"labels range over 0..2, but there are 2 classes"),
         ({"labels_N": torch.tensor([0, -1, 1])}, "labels range over -1..1"),
         ({"labels_N": torch.tensor([0.0, 1.0, 1.0])}, "floating point"),
         ({"labels_N": torch.tensor([0, 1])}, "labels of shape"),
         ({"ids": ["a"]}, "1 ids for 3"),
         ({"role": "train"}, "unknown role 'train'"),
-        ({"token_logprobs_MN": torch.zeros(2, 3)}, "exactly one"),
-        ({"logits_MNC": None, "token_logprobs_MN": torch.ones(2, 3)}, "above zero"),
     ],
 )
 def test_bad_predictions_are_refused_by_name(change, message):
-    good = {"name": "mine", "role": "test", "ids": ["a", "b", "c"], "logits_MNC": torch.zeros(2, 3, 2)}
-    Predictions(**good)
+    good = {"name": "mine", "role": "test", "ids": ["a", "b", "c"], "values": torch.zeros(2, 3, 2)}
+    ClassPredictions(**good)
     with pytest.raises(DataError, match=message) as caught:
-        Predictions(**(good | change))
+        ClassPredictions(**(good | change))
     assert "'mine'" in str(caught.value)
+
+
+def test_what_is_no_log_probability_is_refused():
+    with pytest.raises(DataError, match="above zero"):
+        TokenPredictions(name="mine", role="test", ids=["a", "a", "b"], values=torch.ones(2, 3))
 
 
 def test_one_broken_member_is_named():
     logits_MNC = torch.zeros(3, 4, 2)
     logits_MNC[1, 2, 0] = float("inf")
     with pytest.raises(DataError, match=r"members \[1\]"):
-        Predictions(name="test", role="test", ids=list("abcd"), logits_MNC=logits_MNC)
+        ClassPredictions(name="test", role="test", ids=list("abcd"), values=logits_MNC)
 
 
 def test_a_negative_quantity_that_is_not_rounding_noise_is_a_bug():

@@ -11,8 +11,9 @@ import pytest
 import torch
 from ensemble_fakes import fake_group, fake_language_group
 
-from raylora.ensemble import Predictions, evaluate, mean_probabilities, summarize
+from raylora.ensemble import evaluate, mean_probabilities, summarize
 from raylora.ensemble.groups import check_jensen, member_subsets
+from raylora.ensemble.outputs.tokens import TokenPredictions
 from raylora.errors import DataError, RayloraError, SpecError
 from raylora.spec.run import EvaluationSpec
 
@@ -29,7 +30,7 @@ def test_summary_is_json_and_has_every_part(summary):
     assert set(summary) == {
         "sets",
         "confidence",
-        "kind",
+        "output",
         "aggregate",
         "members",
         "ensemble",
@@ -65,7 +66,7 @@ def test_every_field_is_documented(summary):
 
 def test_numbers_are_those_of_the_plain_functions(summary):
     test = fake_group(5)[1]
-    expected = evaluate(mean_probabilities(test.logits()), test.labels())
+    expected = evaluate(mean_probabilities(test.values), test.labels())
     assert {key: summary["ensemble"]["eval"]["test"][key] for key in expected} == pytest.approx(expected)
     single = summary["baselines"]["single"]
     assert single["eval"]["test"]["nll"] == summary["members"][0]["eval"]["test"]["nll"]
@@ -112,7 +113,7 @@ def test_plot_data_is_thin(summary):
 def test_the_order_of_members_changes_no_result_of_the_ensemble():
     order = [2, 0, 3, 1]
     group = fake_group(4)
-    shuffled = [replace(part, logits_MNC=part.logits()[order]) for part in group]
+    shuffled = [replace(part, values=part.values[order]) for part in group]
     first, second = (summarize({"ensemble": one}, FEW) for one in (group, shuffled))
 
     def numbers(found):
@@ -123,7 +124,7 @@ def test_the_order_of_members_changes_no_result_of_the_ensemble():
 
 def test_identical_members_equal_a_single_one():
     one = fake_group(1)
-    many = [replace(part, logits_MNC=part.logits().expand(4, -1, -1)) for part in one]
+    many = [replace(part, values=part.values.expand(4, -1, -1)) for part in one]
     found = summarize({"ensemble": many}, FEW)
     ensemble, single = found["ensemble"]["eval"]["test"], found["baselines"]["single"]["eval"]["test"]
     assert flatten(ensemble) == pytest.approx(flatten(single), abs=1e-7)
@@ -146,7 +147,7 @@ def test_a_violated_identity_is_loud(monkeypatch):
     with pytest.raises(RayloraError, match=r"'mine'.*nll"):
         check_jensen(1.1, [1.0, 1.0], "nll", "mine")
     monkeypatch.setattr(  # a "faster" aggregation that is subtly wrong
-        "raylora.ensemble.classification.aggregate_logits",
+        "raylora.ensemble.outputs.classes.aggregate_logits",
         lambda logits, rule, temperature=1.0: torch.log_softmax(logits.double().mean(0) * 3 * len(logits), -1),
     )
     with pytest.raises(RayloraError, match="Jensen"):
@@ -179,10 +180,10 @@ def test_subsets_are_complete_when_small_and_distinct_when_large():
 
 def test_language_modeling_by_hand():
     logprobs_MN = torch.log(torch.tensor([[0.5, 0.2], [0.1, 0.4]]))
-    part = Predictions(name="test", role="test", ids=["a", "b"], token_logprobs_MN=logprobs_MN)
+    part = TokenPredictions(name="test", role="test", ids=["a", "b"], values=logprobs_MN)
     found = summarize({"ensemble": [part]}, EvaluationSpec(bootstrap_samples=0))
     nll = -(math.log(0.3) + math.log(0.3)) / 2
-    assert found["kind"] == "language_modeling"
+    assert found["output"] == "tokens"
     assert found["ensemble"]["eval"]["test"] == pytest.approx(
         {"nll": nll, "perplexity": 1 / 0.3, "tokens": 2, "documents": 2}
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from raylora.ensemble import Predictions, summarize
 from raylora.ensemble.bootstrap import row_draws
 from raylora.ensemble.gaussian import FLOOR, coverage, epistemic_std, fit_noise, mixture_nll, total_std
-from raylora.ensemble.regression import pairwise_kl
+from raylora.ensemble.outputs.value import ValuePredictions, pairwise_kl
 from raylora.ensemble.regression_metrics import METRICS, draw_metrics, point_metrics, score_values
 from raylora.errors import DataError, SpecError
 from raylora.spec.run import EvaluationSpec
@@ -43,8 +43,8 @@ def group_of(members: int = 4, seed: int = 0, rows: int = 200) -> list[Predictio
         labels_N = fake(1, rows, offset)[1]
         real_MN = fake(members, rows, offset, noise=1.5 if name == "foreign" else 0.5)[0]
         real_MN = real_MN + 0.1 * torch.randn(members, rows, generator=torch.Generator().manual_seed(99 * seed))
-        sets.append(Predictions(
-            name=name, role=role, ids=[f"{name}-{n}" for n in range(rows)], real_MN=real_MN,
+        sets.append(ValuePredictions(
+            name=name, role=role, ids=[f"{name}-{n}" for n in range(rows)], values=real_MN,
             labels_N=None if name == "foreign" else labels_N,
         ))
     return sets
@@ -147,9 +147,9 @@ def test_kl_between_members_is_that_of_their_gaussians() -> None:
 # --- the whole summary -------------------------------------------------------------------------------------
 def test_the_summary_is_json_with_the_parts_of_every_other(summary: dict[str, Any]) -> None:
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert list(summary) == ["sets", "confidence", "kind", "aggregate", "members", "ensemble", "mean_member",
+    assert list(summary) == ["sets", "confidence", "output", "aggregate", "members", "ensemble", "mean_member",
                              "baselines", "gains", "m_curve", "pairwise_kl", "plots"]
-    assert summary["kind"] == "regression" and set(summary["baselines"]) == {"single", "mc_dropout"}
+    assert summary["output"] == "value" and set(summary["baselines"]) == {"single", "mc_dropout"}
     tested = summary["ensemble"]["eval"]["test"]
     assert set(tested["intervals"]) == set(METRICS)
     assert all(low <= tested[key] <= high for key, (low, high) in tested["intervals"].items())
@@ -207,7 +207,7 @@ def test_disagreement_detects_foreign_rows_only_where_there_is_somebody_to_disag
 
 
 def test_members_that_all_say_one_number_still_make_a_summary() -> None:
-    group = [replace(part, real_MN=torch.full_like(part.values, 2.5)) for part in group_of(3)]
+    group = [replace(part, values=torch.full_like(part.values, 2.5)) for part in group_of(3)]
     found = summarize({"ensemble": group}, FEW)
     json.dumps(found, allow_nan=False)
     tested = found["ensemble"]["eval"]["test"]
@@ -235,14 +235,10 @@ def test_what_cannot_be_summarized_is_refused() -> None:
     fields: dict[str, Any] = {"name": "mine", "role": "test", "ids": ["a", "b"]}
     values_MN = torch.zeros(2, 2)
     with pytest.raises(DataError, match=r"'mine': labels are torch.int64"):
-        Predictions(**fields, real_MN=values_MN, labels_N=torch.tensor([1, 2]))
+        ValuePredictions(**fields, values=values_MN, labels_N=torch.tensor([1, 2]))
     with pytest.raises(DataError, match="labels are NaN or infinite"):
-        Predictions(**fields, real_MN=values_MN, labels_N=torch.tensor([1.0, math.nan]))
+        ValuePredictions(**fields, values=values_MN, labels_N=torch.tensor([1.0, math.nan]))
     with pytest.raises(DataError, match="labels of shape"):
-        Predictions(**fields, real_MN=values_MN, labels_N=torch.tensor([1.0]))
+        ValuePredictions(**fields, values=values_MN, labels_N=torch.tensor([1.0]))
     with pytest.raises(DataError, match=r"members \[1\] predict NaN or infinity"):
-        Predictions(**fields, real_MN=torch.tensor([[1.0, 2.0], [math.inf, 1.0]]))
-    with pytest.raises(DataError, match="exactly one of them"):
-        Predictions(**fields, real_MN=values_MN, token_logprobs_MN=-values_MN)
-    with pytest.raises(DataError, match="has no logits"):
-        group[0].logits()
+        ValuePredictions(**fields, values=torch.tensor([[1.0, 2.0], [math.inf, 1.0]]))

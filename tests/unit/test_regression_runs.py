@@ -32,10 +32,11 @@ from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.training.distillation_loss import DistillationLoss, load_targets
 from raylora.ensemble.gaussian import epistemic_std, half_width
+from raylora.ensemble.outputs.value import ValuePrediction
 from raylora.errors import DataError, Interrupted, SpecError
 from raylora.report import console_table, write_report
 from raylora.serve.export import export_run
-from raylora.serve.predictor import ValuePrediction, load_ensemble
+from raylora.serve.predictor import load_ensemble
 from raylora.spec import DistillSpec, RunSpec
 from raylora.store.run_store import RunStore
 
@@ -139,20 +140,12 @@ def test_a_decoder_whose_head_has_no_bias_trains_too(make: Make, tiny_model: Any
     assert metrics["ensemble"]["eval"]["test"]["rmse"] > 0
 
 
-def test_predictions_are_stored_as_values_and_old_ones_are_still_read(make: Make) -> None:
+def test_predictions_are_stored_as_values(make: Make) -> None:
     spec = make(ensemble__members=1)
     run(spec)
-    files = RunStore.for_spec(spec).load_result("predictions/member-000")
-    sets = unpack_predictions(files)
-    assert [part.field for part in sets] == ["real_MN"] * 2 and sets[1].values.shape == (1, 24)
+    sets = unpack_predictions(RunStore.for_spec(spec).load_result("predictions/member-000"))
+    assert [part.output for part in sets] == ["value"] * 2 and sets[1].values.shape == (1, 24)
     assert sets[1].labels().dtype == torch.float32
-    old = [{key: value for key, value in one.items() if key != "field"} | {"is_language": True}
-           for one in json.loads(files["sets.json"])]
-    tensors = {name: -t.abs() for name, t in safetensors.torch.load(files["predictions.safetensors"]).items()
-               if name.endswith("values")}
-    again = unpack_predictions({"sets.json": json.dumps(old).encode(),
-                                "predictions.safetensors": safetensors.torch.save(tensors)})
-    assert {part.field for part in again} == {"token_logprobs_MN"}
 
 
 @pytest.mark.parametrize("adapter", [
@@ -171,7 +164,7 @@ def test_other_adapters_and_baselines_work_untouched(make: Make, adapter: dict[s
     ({"ensemble__regularizers": {"early_stopping": {"metric": "accuracy"}}}, "regression has no accuracy.*nll or rmse"),
     ({"ensemble__regularizers": {"early_stopping": {"metric": "ece"}}}, "regression has no ece"),
     ({"ensemble__regularizers": {"kl": {"beta": 0.1}}}, "regularizers.kl: .* one value, not a distribution"),
-    ({"ensemble__aggregate": "mean_logits"}, "aggregate: mean_logits is for classes"),
+    ({"ensemble__aggregate": "mean_logits"}, "aggregate: regression predicts value, which mean_logits cannot"),
 ])
 def test_what_means_nothing_for_a_value_is_refused_before_anything(
     make: Make, changes: dict[str, Any], says: str, tmp_path: Path
@@ -193,7 +186,7 @@ def test_a_students_step_is_plain_torchs(make_parts: Make) -> None:
     targets_NM = torch.linspace(0, 5, 12).view(6, 2)
     hashes = [parts.sets.train.content_of[i] for i in ids]
     backwards = [5, 4, 3, 2, 1, 0]  # targets are found by id, wherever they lie
-    targets = RegressionTargets.from_values(
+    targets = RegressionTargets.from_outputs(
         Keys([ids[n] for n in backwards], [hashes[n] for n in backwards]), targets_NM[backwards],
         teacher_digest="t", members=[0, 1],
     )
@@ -233,7 +226,7 @@ def test_an_ensemble_teaches_values_and_the_share_kept_is_one_of_correlation(
     assert record["retained_metric"] == "pearson"
     for row in record["contenders"].values():
         share = row["eval"]["test"]["pearson"] / teacher if teacher > 0 else None
-        assert row["retained_score"] == share and row["retained_accuracy"] is None
+        assert row["retained_score"] == share
     assert record == json.loads(json.dumps(work.store.read_json("distillation/student.json"), allow_nan=False))
     one = prepare_distillation(uri, settings(name="one", teacher="single"))
     run_in_process(one.target_job)
@@ -270,7 +263,7 @@ def test_losses_of_classes_are_refused_with_the_one_to_use(make: Make, settings:
 
 
 def test_mse_is_refused_for_classes(make_spec: Make, settings: Make) -> None:
-    with pytest.raises(SpecError, match=r"(?s)mse is for one real value.*use kl"):
+    with pytest.raises(SpecError, match=r"(?s)mse teaches value.*kl"):
         check_ahead(make_spec().model_copy(update={"distill": settings()}))
 
 
@@ -299,7 +292,7 @@ def test_predictions_have_a_value_and_its_doubts(finished: str) -> None:
     assert pair.interval_95 == pytest.approx([pair.value - reach, pair.value + reach])
     with pytest.raises(DataError, match="row 0: no 'text'"):
         ensemble.predict([{"text_pair": "lonely"}])
-    ensemble.noise_std = None  # a run that has members but no metrics yet
+    ensemble._described = {}  # a run that has members but no metrics yet
     (unsure,) = ensemble.predict([PAIR])
     assert unsure.std is None and unsure.interval_95 is None and unsure.value == pytest.approx(pair.value)
 

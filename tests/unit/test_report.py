@@ -121,8 +121,8 @@ def test_report_is_one_self_contained_file_with_every_section(written):
         "Noticing foreign inputs",
         "Can the confidence be trusted?",
         "Answering only when sure",
-        "How many members are enough?",
         "Where the doubt comes from",
+        "How many members are enough?",
         "The members",
         "Training",
         "Data",
@@ -195,7 +195,7 @@ def test_set_names_cannot_leave_the_folder(metrics, tmp_path):
     ],
 )
 def test_anything_may_be_missing(metrics, missing, tmp_path, monkeypatch):
-    monkeypatch.setattr("raylora.report.page._png", lambda drawn: b"")  # figures are built, but not painted
+    monkeypatch.setattr("raylora.report.page.png_of", lambda drawn: b"")  # figures are built, but not painted
     kept = {key: value for key, value in metrics.items() if key != missing}
     Page(write_report(kept, tmp_path)[0].read_text(encoding="utf-8"))
     assert console_table(kept).row_count >= (0 if missing == "ensemble" else 1)
@@ -242,6 +242,7 @@ def distilled(language: bool = False, alone: float | None = 0.77, measured: bool
         targets |= {"tokens": [32, 1.0], "positions": 1000}
     where = {"device": "cpu", "threads": 1, "rounds": 10, "batch_rows": 64}
     return {"name": "student", "taught_by": "ensemble", "targets": targets, "contenders": rows,
+            "output": "tokens" if language else "classes",
             "retained_metric": None if language else "accuracy", **({"measured_on": where} if measured else {})}
 
 
@@ -265,7 +266,7 @@ def test_a_distillation_says_what_the_teacher_was_worth_and_what_was_kept(metric
     (None, "what the teacher was worth is not known"),
 ])
 def test_a_teacher_that_brought_nothing_is_not_praised(metrics, tmp_path, monkeypatch, alone, said):
-    monkeypatch.setattr("raylora.report.page._png", lambda drawn: b"")
+    monkeypatch.setattr("raylora.report.page.png_of", lambda drawn: b"")
     found = metrics | {"distillation": [distilled(alone=alone, measured=False)]}
     text = " ".join(Page(write_report(found, tmp_path)[0].read_text(encoding="utf-8")).words)
     assert said in text and "with 25 % of the parameters." in text and "atency" not in text
@@ -299,7 +300,7 @@ def test_headline_says_better_worse_or_neither(metrics):
 
 def test_a_tie_is_called_a_tie(tmp_path):
     one = fake_group(1)
-    copies = [replace(part, logits_MNC=part.logits().expand(3, -1, -1)) for part in one]
+    copies = [replace(part, values=part.values.expand(3, -1, -1)) for part in one]
     found = summarize({"ensemble": copies}, FEW)
     assert "the same as its average member to the digits shown" in headline(found)[0]
     rows = entries(found)

@@ -10,13 +10,14 @@ import torch
 
 from raylora.engine.model import serialization
 from raylora.engine.training import predict
+from raylora.ensemble.outputs.classes import ClassPredictions
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import StoreError
 
 
 def some(member: int, name: str = "test", ids: tuple[str, ...] = ("a", "b", "c")) -> Predictions:
     logits = torch.randn(1, len(ids), 2, generator=torch.Generator().manual_seed(member))
-    return Predictions(name=name, role="test", ids=list(ids), logits_MNC=logits, labels_N=torch.tensor([0, 1, 1]))
+    return ClassPredictions(name=name, role="test", ids=list(ids), values=logits, labels_N=torch.tensor([0, 1, 1]))
 
 
 def test_a_state_reads_back_with_names_that_hold_slashes_and_bars() -> None:
@@ -46,7 +47,7 @@ def test_predictions_read_back_equal_and_join_by_member() -> None:
     joined = serialization.join_members(parts)
     assert [p.name for p in joined] == ["test", "other"] and joined[0].members == 3
     for m in range(3):
-        assert torch.equal(joined[0].logits()[m], some(m).logits()[0])
+        assert torch.equal(joined[0].values[m], some(m).values[0])
     assert torch.equal(joined[0].labels(), some(0).labels())
 
 

@@ -46,13 +46,13 @@ class Classification(SequenceTask):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         self.label_names = spec.names()
-        self.num_classes: int | None = len(self.label_names)
+        self.num_outputs = len(self.label_names)
         self._index = {name: index for index, name in enumerate(self.label_names)}
 
     def model_kwargs(self) -> dict[str, Any]:
         """Return the head's size and the names of its outputs."""
         return {
-            "num_labels": self.num_classes,
+            "num_labels": self.num_outputs,
             "id2label": dict(enumerate(self.label_names)),
             "label2id": dict(self._index),
             "problem_type": "single_label_classification",

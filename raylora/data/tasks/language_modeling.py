@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.task import (
+    UNLABELED,
     BadRow,
     Batch,
     Example,
@@ -36,7 +37,9 @@ class LanguageModeling:
     """The probability of each token given those before it in its block."""
 
     auto_class = "AutoModelForCausalLM"
-    num_classes: int | None = None
+    output = "tokens"
+    num_outputs = 0
+    no_label: int | float = UNLABELED
     columns: tuple[str, ...] = ("text",)
     optional_columns: tuple[str, ...] = ()
     label_column: str | None = None

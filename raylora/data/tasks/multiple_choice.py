@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.task import (
+    UNLABELED,
     BadRow,
     Batch,
     Example,
@@ -64,13 +65,15 @@ class MultipleChoice:
     """One of a fixed number of options per row, from a causal model's next-token probabilities."""
 
     auto_class = "AutoModelForCausalLM"
+    output = "classes"
+    no_label: int | float = UNLABELED
     columns: tuple[str, ...] = ("question", "choices")
     optional_columns: tuple[str, ...] = ()
     label_column: str | None = "answer"
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        self.num_classes: int | None = spec.options
+        self.num_outputs = spec.options
         self.label_names = list(ascii_uppercase[: spec.options])
 
     def model_kwargs(self) -> dict[str, Any]:

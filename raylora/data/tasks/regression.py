@@ -9,6 +9,7 @@ Shapes: N examples.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -44,9 +45,12 @@ class Spec(TaskSpec):
 class Regression(SequenceTask):
     """A value per row, from a head of one output, trained by squared error."""
 
+    output = "value"
+    no_label: int | float = math.nan
+
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        self.num_classes: int | None = 1
+        self.num_outputs = 1
         self.label_names: list[str] = []
 
     def model_kwargs(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from raylora.data.task import Batch, Example, PaddingSide, check_length, collate, require_text
+from raylora.data.task import UNLABELED, Batch, Example, PaddingSide, check_length, collate, require_text
 from raylora.spec import TaskSpec
 
 
@@ -19,6 +19,8 @@ class SequenceTask:
     """Columns ``text`` and optionally ``text_pair``; what a label is, and what it costs to miss it, a subclass says."""
 
     auto_class = "AutoModelForSequenceClassification"
+    output = "classes"
+    no_label: int | float = UNLABELED
     columns: tuple[str, ...] = ("text",)
     optional_columns: tuple[str, ...] = ("text_pair",)
     label_column: str | None = "label"

@@ -39,6 +39,9 @@ class DirichletLoss:
     classifier to whoever exports it, and the task term an ordinary cross-entropy.
     """
 
+    teaches = "classes"
+    reinterprets_logits = True
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.temperature = 1.0  # a caller that does not anneal trains what `predict` uses

@@ -15,6 +15,9 @@ from raylora.distill.uncertainty import of_softmax
 class MixtureLoss:
     """``a CE + (1 - a) T^2 D(mixture of the members, student)``."""
 
+    teaches = "classes"
+    reinterprets_logits = False
+
     def __init__(self, spec: TemperedSpec, divergence: Divergence) -> None:
         self.spec = spec
         self.divergence = divergence

@@ -24,6 +24,9 @@ class Spec(LossSpec):
 class MeanSquaredError:
     """A student of one real output, taught the mean of the members' values."""
 
+    teaches = "value"
+    reinterprets_logits = False
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
 

@@ -28,6 +28,9 @@ class Spec(TemperedSpec):
 class MultiHead:
     """Each head is trained as its member was, labels included; only the body is shared."""
 
+    teaches = "classes"
+    reinterprets_logits = False
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
 

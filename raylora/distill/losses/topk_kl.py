@@ -31,6 +31,9 @@ class Spec(TemperedSpec):
 class TopKLoss:
     """Per position, not per document: the caller picks the target positions and averages over them."""
 
+    teaches = "tokens"
+    reinterprets_logits = False
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
 

@@ -8,6 +8,8 @@ from raylora.engine.distillation.costs import Contender, measure
 from raylora.engine.distillation.plan import Distillation
 from raylora.engine.distillation.target_job import FACTS
 from raylora.engine.run.finished_members import finished_members
+from raylora.engine.training.distillation_loss import task_of
+from raylora.ensemble.outputs import output_of
 from raylora.store.run_store import RunStore
 
 FOLDER = "distillation"
@@ -19,7 +21,7 @@ def compare(work: Distillation) -> dict[str, Any]:
     Raises:
         StoreError: a member is damaged.
     """
-    student = RunStore.for_spec(work.student)
+    student, output = RunStore.for_spec(work.student), output_of(task_of(work.teacher).output)
     members, one = finished_members(work.store), finished_members(work.store)[:1]
     rows = {
         "teacher": _row(f"Teacher: ensemble of {len(members)}", work.store, "ensemble", len(members)),
@@ -43,20 +45,19 @@ def compare(work: Distillation) -> dict[str, Any]:
             rows[name] |= costs
         if "alone" in rows:  # the same model: its costs are the student's
             rows["alone"] |= measured["student"]
-    record["retained_metric"] = _retained(rows)
+    record["output"] = output.name
+    record["retained_metric"] = _retained(rows, output.retained)
     work.store.write_json(f"{FOLDER}/{work.settings.name}.json", record)
     return record
 
 
-def _retained(rows: dict[str, dict[str, Any]]) -> str | None:
-    """Tell every contender its share of the teacher's score, and return which score; a language model has none."""
+def _retained(rows: dict[str, dict[str, Any]], metric: str | None) -> str | None:
+    """Add to every contender its share of the teacher's score, and return the metric; some outputs have none."""
     taught = rows["teacher"]["eval"]["test"]
-    metric = next((name for name in ("accuracy", "pearson") if name in taught), None)
     for row in rows.values():
         own, whole = (one.get(metric) if metric else None for one in (row["eval"]["test"], taught))
         # A teacher whose values do not rise with the labels has nothing of which there could be a share.
         row["retained_score"] = own / whole if own is not None and whole is not None and whole > 0 else None
-        row["retained_accuracy"] = row["retained_score"] if metric == "accuracy" else None
     return metric
 
 

@@ -75,6 +75,7 @@ class _Loaded:
         from raylora.engine.model.quantized_layers import prepared_store
         from raylora.engine.run.finished_members import read_members
         from raylora.engine.training.distillation_loss import sets_of, task_of
+        from raylora.ensemble.outputs import output_of
         from raylora.store.run_store import RunStore
 
         store = RunStore(contender.uri)
@@ -85,7 +86,7 @@ class _Loaded:
         self.adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
         self.stacked = read_members(spec, store, self.base, contender.members)
         examples = sets_of(spec, self.task, self.base.tokenizer).test.examples
-        self.rows = BATCH_ROWS if self.task.num_classes is not None else TEXT_ROWS
+        self.rows = TEXT_ROWS if output_of(self.task.output).per_token else BATCH_ROWS
         self.examples = (examples * (self.rows // len(examples) + 1))[: self.rows]
 
     def forward(self, rows: int) -> Callable[[], None]:

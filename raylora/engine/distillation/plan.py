@@ -14,20 +14,20 @@ from typing import Any
 import torch
 
 from raylora import control, registry
-from raylora.data.task import Task, predicts_value
-from raylora.distill import Keys, Loss
+from raylora.data.task import Task
+from raylora.distill import Keys, Loss, targets_class
 from raylora.engine.distillation.target_job import SHARD_ROWS, TargetJob, TargetPlan, shard_names, teacher_digest
 from raylora.engine.model.checkpoint import load_config, load_tokenizer
 from raylora.engine.run.finished_members import finished_members
 from raylora.engine.run.plan_run import Prepared, prepare
 from raylora.engine.training.distillation_loss import (
-    TOKEN_LEVEL,
     sets_of,
     student_task,
     targets_uri,
     task_of,
     taught_content,
 )
+from raylora.ensemble.outputs import output_of
 from raylora.errors import DataError, RunDirectoryError, SpecError
 from raylora.placement.plan import Inventory
 from raylora.spec import BaselinesSpec, DistillFromSpec, DistillSpec, EnsembleSpec, RunSpec
@@ -183,17 +183,18 @@ def check_tokenizers(teacher: RunSpec, student: RunSpec, task: Task) -> None:
 
 def _try_loss(settings: DistillSpec, task: Task, members: int) -> None:
     """Ask the loss about nothing, which is soon done. Raises: SpecError if it cannot learn from so many members."""
-    if task.num_classes is None:
+    if output_of(task.output).per_token:
         return
     loss: Loss = registry.load("loss", settings.loss.kind).build(settings.loss)
-    outputs_BO = torch.zeros(1, loss.outputs(task.num_classes))
-    targets = torch.zeros(1, members) if predicts_value(task) else torch.zeros(1, members, task.num_classes)
+    outputs_BO = torch.zeros(1, loss.outputs(task.num_outputs))
+    targets = torch.zeros((1, members, task.num_outputs)[: targets_class(task.output).dimensions])
     loss.per_example(outputs_BO, targets, None)
 
 
 def _tokens(settings: DistillSpec) -> tuple[int, float] | None:
-    loss: Any = settings.loss
-    return (loss.top_k, loss.temperature) if loss.kind == TOKEN_LEVEL else None
+    spec: Any = settings.loss
+    loss: Loss = registry.load("loss", spec.kind).build(spec)
+    return (spec.top_k, spec.temperature) if output_of(loss.teaches).per_token else None
 
 
 def _check_task(settings: DistillSpec, task: Task) -> None:

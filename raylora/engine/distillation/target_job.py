@@ -16,15 +16,14 @@ from typing import Any
 import torch
 
 from raylora import control, registry
-from raylora.data.task import Example, predicts_value
+from raylora.data.task import Example
 from raylora.distill import (
-    ClassificationTargets,
     Keys,
     MemberTargets,
-    RegressionTargets,
     TokenTargets,
     TokenTargetsWriter,
     read_targets,
+    targets_class,
 )
 from raylora.engine.model.packed_model import pack_scores
 from raylora.engine.run.finished_members import read_members
@@ -155,14 +154,10 @@ class TargetSession:
         order = sorted(range(len(names)), key=names.__getitem__)
         outputs_MNC, ids = torch.cat(parts)[order], [example.id for example in examples]
         keys = Keys(ids, [self.content_of[i] for i in ids])
-        whose: dict[str, Any] = {
-            "teacher_digest": self.target_job.digest, "members": [number_of(names[index]) for index in order],
-        }
-        if predicts_value(task):
-            return RegressionTargets.from_values(keys, outputs_MNC[..., 0].T, **whose)
-        logits_MNC, _ = read_outputs(task, outputs_MNC)
-        return ClassificationTargets.from_logits(
-            keys, logits_MNC.transpose(0, 1), label_names=task.label_names, **whose
+        values, _ = read_outputs(task, outputs_MNC)
+        return targets_class(task.output).from_outputs(
+            keys, values.transpose(0, 1), teacher_digest=self.target_job.digest, label_names=task.label_names,
+            members=[number_of(names[index]) for index in order],
         )
 
     def _column_names(self) -> list[str]:

@@ -20,6 +20,7 @@ from raylora.adapters.packed import Dropout, Pack, make_pack
 from raylora.data.task import Batch, Task, join, pad_id
 from raylora.engine.model.base import Base
 from raylora.engine.model.serialization import layout_of
+from raylora.ensemble.outputs import output_of
 from raylora.spec.run import KLSpec
 
 ExampleLoss = Callable[[Tensor, Batch], Tensor]
@@ -155,7 +156,7 @@ def _dropout(
 
 def _divergence(task: Task, batch: Batch, logits: Tensor, reference: Tensor, kl: KLSpec) -> Tensor:
     """Return KL per example, over the classes, or over the vocabulary as a mean of the target tokens."""
-    if task.num_classes is not None:
+    if not output_of(task.output).per_token:
         return _kl(task.scores(logits, batch), task.scores(reference, batch), kl)
     assert batch.target_mask_BT is not None
     # The logits at position t predict token t + 1, so the mask moves one to the left.

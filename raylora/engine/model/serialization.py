@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import safetensors.torch
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from raylora.adapters.base import HEAD, Tensors
+from raylora.ensemble.outputs import output_of
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import RunDirectoryError, StoreError
 
@@ -102,7 +104,7 @@ def pack_predictions(sets: Sequence[Predictions]) -> dict[str, bytes]:
             tensors[f"{item.name}/labels"] = item.labels_N
         if item.expected_entropy_MN is not None:
             tensors[f"{item.name}/expected_entropy"] = item.expected_entropy_MN
-        listing.append({"name": item.name, "role": item.role, "ids": item.ids, "field": item.field})
+        listing.append({"name": item.name, "role": item.role, "ids": item.ids, "output": item.output})
     return {"predictions.safetensors": to_bytes(tensors), "sets.json": json.dumps(listing).encode()}
 
 
@@ -110,21 +112,16 @@ def unpack_predictions(files: Mapping[str, bytes]) -> list[Predictions]:
     """Return what :func:`pack_predictions` was given."""
     tensors = safetensors.torch.load(files["predictions.safetensors"])
     return [
-        Predictions(
+        output_of(item["output"]).predictions(
             name=item["name"],
             role=item["role"],
             ids=item["ids"],
+            values=tensors[f"{item['name']}/values"],
             labels_N=tensors.get(f"{item['name']}/labels"),
             expected_entropy_MN=tensors.get(f"{item['name']}/expected_entropy"),
-            **{_field(item): tensors[f"{item['name']}/values"]},
         )
         for item in json.loads(files["sets.json"])
     ]
-
-
-def _field(listed: Mapping[str, Any]) -> str:
-    """Return what members predicted; predictions from before there were regressions say whether it was language."""
-    return listed.get("field") or ("token_logprobs_MN" if listed["is_language"] else "logits_MNC")
 
 
 def join_members(parts: Sequence[Sequence[Predictions]]) -> list[Predictions]:
@@ -140,9 +137,5 @@ def join_members(parts: Sequence[Sequence[Predictions]]) -> list[Predictions]:
             raise StoreError(f"members were evaluated on different rows of set {first.name!r}")
         values = torch.cat([p.values for p in same_set])
         expected = [p.expected_entropy_MN for p in same_set if p.expected_entropy_MN is not None]
-        joined.append(Predictions(
-            name=first.name, role=first.role, ids=first.ids, labels_N=first.labels_N,
-            **{first.field: values},
-            expected_entropy_MN=torch.cat(expected) if expected else None,
-        ))
+        joined.append(replace(first, values=values, expected_entropy_MN=torch.cat(expected) if expected else None))
     return joined

@@ -13,7 +13,7 @@ import torch
 from raylora import control, registry
 from raylora.adapters.base import Noted, is_linear
 from raylora.data.sets import DataSets
-from raylora.data.task import Task, predicts_value
+from raylora.data.task import Task
 from raylora.engine.model.checkpoint import load_config, load_tokenizer, shell_model
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.parameter_count import adapter_parameters
@@ -33,6 +33,7 @@ from raylora.engine.training.member_plan import (
     unpackable_reason,
 )
 from raylora.engine.training.schedule import total_steps
+from raylora.ensemble.outputs import output_of
 from raylora.errors import BaseError, SpecError
 from raylora.placement.plan import Demand, Inventory, Plan, make_plan
 from raylora.spec import GridSpec, RunSpec, SetSpec
@@ -210,25 +211,23 @@ def data_record(sets: DataSets) -> dict[str, Any]:
 
 def _check_task(spec: RunSpec, task: Task) -> None:
     """Refuse what an ensemble is asked to do that means nothing for its task. Raises: SpecError."""
-    regularizers, kind = spec.ensemble.regularizers, spec.task.kind
-    known = ["nll"]
-    if task.num_classes is not None:
-        known += ["rmse"] if predicts_value(task) else ["accuracy", "brier", "ece"]
+    regularizers, kind, output = spec.ensemble.regularizers, spec.task.kind, output_of(task.output)
     rule = regularizers.early_stopping
-    if rule is not None and rule.metric not in known:
+    if rule is not None and rule.metric not in output.validation:
         raise SpecError(
-            f"ensemble.regularizers.early_stopping.metric: {kind} has no {rule.metric}", f"use {' or '.join(known)}"
+            f"ensemble.regularizers.early_stopping.metric: {kind} has no {rule.metric}",
+            f"use {' or '.join(output.validation)}",
         )
-    if predicts_value(task) and regularizers.kl is not None:
+    if regularizers.kl is not None and not output.is_distribution:
         raise SpecError(
             f"ensemble.regularizers.kl: a model of {kind} gives one value, not a distribution to compare with the "
             "base's, and the base's own head is not trained",
             "use early_stopping, decay_a, decay_b or decay_head",
         )
-    if predicts_value(task) and spec.ensemble.aggregate != "mean_probabilities":
+    if spec.ensemble.aggregate not in output.rules:
         raise SpecError(
-            f"ensemble.aggregate: {spec.ensemble.aggregate} is for classes, and {kind} has no logits",
-            "leave it out: members' values are averaged, their distributions mixed",
+            f"ensemble.aggregate: {kind} predicts {output.name}, which {spec.ensemble.aggregate} cannot aggregate",
+            f"use {' or '.join(output.rules)}",
         )
 
 

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from raylora import registry
 from raylora.data.sets import DataSets, content_hash, load_sets
-from raylora.data.task import Batch, Task, predicts_value
+from raylora.data.task import Batch, Task
 from raylora.distill import Annealed, Loss, MemberTargets, TokenTargets, merge, read_targets
+from raylora.ensemble.outputs import output_of
 from raylora.errors import DataError, SpecError, StoreError
 from raylora.spec import KindSpec, RunSpec, SetSpec
 from raylora.store.run_store import RunStore
-
-TOKEN_LEVEL = "topk_kl"
-VALUES = "mse"
 
 
 def task_of(spec: RunSpec) -> Task:
@@ -48,23 +46,17 @@ def student_task(task: Task, loss_spec: KindSpec) -> Task:
         SpecError: the loss does not serve the task.
     """
     loss: Loss = registry.load("loss", loss_spec.kind).build(loss_spec)
-    if (task.num_classes is None) != (loss_spec.kind == TOKEN_LEVEL):
+    if loss.teaches != task.output:
         raise SpecError(
-            f"distill.loss: {loss_spec.kind} for task.kind {task.spec.kind}: {TOKEN_LEVEL} teaches language models "
-            "token by token, all others teach a class or a value at a time",
-            f"use {TOKEN_LEVEL}" if task.num_classes is None else _teachable(task),
+            f"distill.loss: {loss_spec.kind} teaches {loss.teaches}, and {task.spec.kind} predicts {task.output}",
+            f"use {' or '.join(losses_for(task.output))}",
         )
-    if predicts_value(task) and loss_spec.kind != VALUES:
-        raise SpecError(
-            f"distill.loss: {loss_spec.kind} teaches probabilities of classes, and {task.spec.kind} has one real value",
-            _teachable(task),
-        )
-    if task.num_classes is None:
+    if output_of(task.output).per_token:
         return task
-    outputs = loss.outputs(task.num_classes)
-    if outputs == task.num_classes and loss_spec.kind != "dirichlet":
+    outputs = loss.outputs(task.num_outputs)
+    if outputs == task.num_outputs and not loss.reinterprets_logits:
         return task
-    if outputs != task.num_classes and task.auto_class != "AutoModelForSequenceClassification":
+    if outputs != task.num_outputs and task.auto_class != "AutoModelForSequenceClassification":
         raise SpecError(
             f"distill.loss: {loss_spec.kind} needs {outputs} outputs, and {task.spec.kind} has no head for them",
             "use kl or dirichlet, or task.kind classification",
@@ -72,8 +64,10 @@ def student_task(task: Task, loss_spec: KindSpec) -> Task:
     return cast(Task, StudentTask(task, loss, outputs))
 
 
-def _teachable(task: Task) -> str:
-    return f"use {VALUES}" if predicts_value(task) else "use kl, reverse_kl, js, dirichlet or multi_head"
+def losses_for(output: str) -> list[str]:
+    """Return the kinds of loss that teach an output."""
+    modules = {kind: registry.load("loss", kind) for kind in registry.kinds("loss")}
+    return [kind for kind, module in modules.items() if module.build(module.Spec()).teaches == output]
 
 
 class StudentTask:
@@ -90,7 +84,7 @@ class StudentTask:
     def model_kwargs(self) -> dict[str, Any]:
         """Return the task's, with the head that the loss needs."""
         found = self._task.model_kwargs()
-        if self._outputs == self._task.num_classes:
+        if self._outputs == self._task.num_outputs:
             return found
         labels = self._task.label_names
         names = [f"head-{o // len(labels)}:{labels[o % len(labels)]}" for o in range(self._outputs)]
@@ -101,14 +95,17 @@ class StudentTask:
         """Return logits_MNC, whose softmax is the prediction, and M x N the expected entropy if the loss keeps it."""
         members, rows, _ = outputs_MNO.shape
         said = self._loss.predict(outputs_MNO.flatten(0, 1))
-        logits_BC = outputs_MNO.flatten(0, 1) if self._outputs == self._task.num_classes else said["log_probs"]
+        logits_BC = outputs_MNO.flatten(0, 1) if self._outputs == self._task.num_outputs else said["log_probs"]
         expected_B = said.get("expected_entropy")
         return logits_BC.view(members, rows, -1), None if expected_B is None else expected_B.view(members, rows)
 
 
-def read_outputs(task: Task, outputs_MNO: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return what members' outputs mean: logits_MNC and, if they say more than those, M x N the expected entropy."""
-    return task.read(outputs_MNO) if isinstance(task, StudentTask) else (outputs_MNO, None)
+def read_outputs(task: Task, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return what members' outputs mean: logits_MNC or numbers M x N, and the expected entropy M x N if they say it."""
+    if isinstance(task, StudentTask):
+        return task.read(outputs)
+    dimensions = output_of(task.output).predictions.dimensions
+    return outputs[..., 0] if outputs.dim() > dimensions else outputs, None
 
 
 class DistillationLoss:
@@ -148,7 +145,7 @@ def predicting(batch: Batch) -> Tensor:
 
 def taught_content(sets: DataSets, task: Task) -> dict[str, str]:
     """Return training example -> hash of what a teacher reads: the text or, token by token, the tokens."""
-    if task.num_classes is not None:
+    if not output_of(task.output).per_token:
         return dict(sets.train.content_of)
     return {example.id: content_hash(str(example.sequences)) for example in sets.train.examples}
 

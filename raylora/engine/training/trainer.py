@@ -16,7 +16,7 @@ from torch import Tensor
 from raylora.adapters.base import HEAD, Adapter, Tensors
 from raylora.adapters.packed import stack
 from raylora.data.order import Order
-from raylora.data.task import Batch, Example, Task, predicts_value
+from raylora.data.task import Batch, Example, Task
 from raylora.engine.model.base import Base, head_tensors
 from raylora.engine.model.packed_model import (
     ExampleLoss,
@@ -32,11 +32,12 @@ from raylora.engine.training.member_plan import MemberPlan, order_seed
 from raylora.engine.training.optimizer import MemberOptimizer
 from raylora.engine.training.predict import validation_metrics
 from raylora.engine.training.schedule import epochs_done, total_steps
+from raylora.ensemble.metric_table import METRICS
+from raylora.ensemble.outputs import output_of
 from raylora.errors import Interrupted, TrainingError
 from raylora.spec import RunSpec
 
 _HISTORY_POINTS = 500
-_LOWER_IS_BETTER = {"nll": True, "brier": True, "ece": True, "rmse": True, "accuracy": False}
 
 
 @dataclass
@@ -240,7 +241,7 @@ class PackTrainer:
                 {"step": self.step, **{f"validation_{name}": value for name, value in values.items()}}
             )
             if rule is not None:
-                self._judge(state, values[rule.metric], rule.patience, _LOWER_IS_BETTER[rule.metric])
+                self._judge(state, values[rule.metric], rule.patience, METRICS[rule.metric].sign < 0)
 
     def _judge(self, state: MemberState, value: float, patience: int, lower_is_better: bool) -> None:
         best = state.best_value
@@ -293,9 +294,9 @@ class PackTrainer:
             )
 
     def _new(self, plan: MemberPlan, head: Mapping[str, Tensor]) -> MemberState:
-        tensors = initial_member(
-            self.base, self.adapter, head, plan.stream("init"), start_value(self.task, self.train)
-        )
+        labels = [example.label for example in self.train if example.label is not None]
+        start_value = output_of(self.task.output).start_value(labels)
+        tensors = initial_member(self.base, self.adapter, head, plan.stream("init"), start_value)
         lengths = tuple(max(map(len, example.sequences)) for example in self.train)
         order = Order(
             len(self.train), self.spec.optimization.micro_batch, order_seed(plan, self.spec),
@@ -311,15 +312,3 @@ class PackTrainer:
             tensors, self.adapter, self.spec.optimization, self.spec.ensemble.regularizers, self.total,
             self.base.device, start_tensors(self.base, self.adapter),
         )
-
-
-def start_value(task: Task, train: Sequence[Example]) -> float:
-    """Return what a fresh head says before it has learnt anything: of a regression the mean label, else 0.
-
-    A head that starts at 0 is first pushed to the mean by everything that can push it, and adapters bent to that end
-    were seen to forget the text (the loss stays at the labels' variance).
-    """
-    if not predicts_value(task):
-        return 0.0
-    known = [example.label for example in train if example.label is not None and not math.isnan(example.label)]
-    return math.fsum(known) / max(1, len(known))

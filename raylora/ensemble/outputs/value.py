@@ -1,20 +1,30 @@
-"""The summary of a regression run.
+"""A value: each member gives a real number, and the members' numbers are mixed with one noise around all of them.
 
 Shapes: M members, N rows, S bootstrap samples.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from raylora.ensemble.bootstrap import interval, interval_if_defined, resampled
 from raylora.ensemble.gains import Measured, gains_over_members
-from raylora.ensemble.gaussian import Noise, coverage, epistemic_std, fit_noise, mixture_nll, total_std
+from raylora.ensemble.gaussian import (
+    Noise,
+    coverage,
+    epistemic_std,
+    fit_noise,
+    half_width,
+    mixture_nll,
+    total_std,
+)
 from raylora.ensemble.groups import (
     Group,
     Settings,
@@ -26,9 +36,11 @@ from raylora.ensemble.groups import (
     with_role,
 )
 from raylora.ensemble.ood import auroc, bootstrap_auroc, histograms
-from raylora.ensemble.predictions import Predictions
-from raylora.ensemble.regression_metrics import METRICS, draw_metrics, point_metrics, score_values
+from raylora.ensemble.outputs.base import Record, Rows
+from raylora.ensemble.predictions import Predictions, check_one_each
+from raylora.ensemble.regression_metrics import LEVEL, METRICS, draw_metrics, point_metrics, score_values
 from raylora.errors import DataError, SpecError
+from raylora.spec import EvaluationSpec
 
 COMPARED = ("rmse", "mae", "pearson", "spearman", "nll")
 CURVE_METRICS = ("rmse", "nll", "pearson", "mae")
@@ -37,7 +49,111 @@ POINTS = 120
 """With more, the bars of a figure run together; they are taken at even steps through the set."""
 
 
-def summarize_regression(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+class ValuePredictions(Predictions):
+    """Values M x N, and real labels."""
+
+    output: ClassVar[str] = "value"
+
+    def check(self) -> None:
+        """Refuse labels that are not real values. Raises: DataError."""
+        if self.labels_N is None:
+            return
+        check_one_each(self.labels_N, self.rows, self.name)
+        if not self.labels_N.is_floating_point():
+            raise self._error(f"labels are {self.labels_N.dtype}, not real values", "give floating-point labels")
+        if not bool(torch.isfinite(self.labels_N).all()):
+            raise self._error("labels are NaN or infinite", "leave out the rows that have no label")
+
+
+@dataclass(frozen=True)
+class ValuePrediction:
+    """What a regression's ensemble says about one row."""
+
+    heads: ClassVar[tuple[str, ...]] = ("value", "95 % interval", "epistemic std", "std")
+
+    id: str
+    value: float
+    """The mean of the members' values."""
+    member_values: list[float]
+    epistemic_std: float
+    """The standard deviation of the members' values: what more data could remove."""
+    std: float | None
+    """That and the noise fitted on the validation split; None while the run that would fit it is not finished."""
+    interval_95: list[float] | None
+    """The central 95 % of a Gaussian with this value and ``std``."""
+    truncated: bool
+
+    def record(self) -> dict[str, Any]:
+        """Return it as a JSON-able mapping."""
+        return dict(vars(self))
+
+    def cells(self) -> tuple[str, ...]:
+        """Return what stands under the heads."""
+        reach = "n/a" if self.interval_95 is None else "{:.3f} to {:.3f}".format(*self.interval_95)
+        std = "n/a" if self.std is None else f"{self.std:.3f}"
+        return f"{self.value:.3f}", reach, f"{self.epistemic_std:.3f}", std
+
+
+class Value:
+    """The output of regression."""
+
+    name = "value"
+    predictions = ValuePredictions
+    per_token = False
+    rules = ("mean_probabilities",)
+    validation = ("nll", "rmse")
+    retained = "pearson"
+    is_distribution = False
+    unpredictable_reason = ""
+
+    def start_value(self, labels: Sequence[float]) -> float:
+        """Return the mean label.
+
+        A head that starts at 0 is first pushed to the mean by everything that can push it, and adapters bent to that
+        end were seen to forget the text (the loss stays at the labels' variance).
+        """
+        known = [label for label in labels if not math.isnan(label)]
+        return math.fsum(known) / max(1, len(known))
+
+    def validation_metrics(self, predictions: Predictions, evaluation: EvaluationSpec) -> list[dict[str, float]]:
+        """Return each member's NLL and RMSE, the former with the noise that fits the member best on this very split.
+
+        So the two rise and fall together.
+        """
+        labels_N = predictions.labels()
+        return [
+            {
+                "nll": fit_noise(value_N[None], labels_N).nll,
+                "rmse": float(((value_N.double() - labels_N.double()) ** 2).mean().sqrt()),
+            }
+            for value_N in predictions.values
+        ]
+
+    def summarize(self, groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+        """Return the summary described in docs/metrics.md."""
+        return summarize_values(groups, settings)
+
+    def records(self, values: Tensor, expected_entropy_MN: Tensor | None, rows: Rows) -> list[Record]:
+        """Return each row's mean value and, once a noise is fitted, the interval around it."""
+        noise_std = rows.described.get("noise_std")
+        value_N, between_N = values.double().mean(dim=0), epistemic_std(values)
+        found: list[Record] = []
+        for n, row_id in enumerate(rows.ids):
+            value, between, std, interval = float(value_N[n]), float(between_N[n]), None, None
+            if noise_std is not None:
+                std = math.hypot(noise_std, between)
+                interval = [value - half_width(LEVEL) * std, value + half_width(LEVEL) * std]
+            found.append(ValuePrediction(row_id, value, values[:, n].tolist(), between, std, interval,
+                                         rows.truncated[n]))
+        return found
+
+
+def build() -> Value:
+    """Return the output."""
+    return Value()
+
+
+def summarize_values(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
     """Return the summary described in docs/metrics.md.
 
     Raises:
@@ -56,7 +172,7 @@ def summarize_regression(groups: Mapping[str, Group], settings: Settings) -> dic
     _check_identities(ensemble, noise)
     labeled = with_role(ensemble, "test", "in_distribution")
     return {
-        "kind": "regression",
+        "output": "value",
         "aggregate": settings.rule,
         "members": members,
         "ensemble": {"members": size, **describe_group(ensemble, settings)},

@@ -1,4 +1,4 @@
-"""The summary of a language-modeling run, from the log-probability that each member gives each target token.
+"""Tokens: each member gives every target token of a text a log-probability, and the text is its own label.
 
 Shapes: M members, N tokens, S bootstrap samples.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,11 +25,59 @@ from raylora.ensemble.groups import (
     one_member,
     with_role,
 )
+from raylora.ensemble.outputs.base import Record, Rows
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import SpecError
+from raylora.spec import EvaluationSpec
 
 
-def summarize_language(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+class TokenPredictions(Predictions):
+    """Log-probabilities M x N of the target tokens; there are no labels."""
+
+    output: ClassVar[str] = "tokens"
+
+    def check(self) -> None:
+        """Refuse what is no log-probability. Raises: DataError."""
+        # They come from reduced precision, where a certain token may round to just above zero.
+        if float(self.values.max()) > 1e-3:
+            raise self._error("token log-probabilities above zero", "give log-probabilities, not losses or logits")
+
+
+class Tokens:
+    """The output of language modeling."""
+
+    name = "tokens"
+    predictions = TokenPredictions
+    per_token = True
+    rules = ("mean_probabilities",)
+    validation = ("nll",)
+    retained: str | None = None
+    is_distribution = True
+    unpredictable_reason = "has no classes to predict; its members load with PEFT to generate"
+
+    def start_value(self, labels: Sequence[float]) -> float:
+        """Return 0: a language model keeps its own head."""
+        return 0.0
+
+    def validation_metrics(self, predictions: Predictions, evaluation: EvaluationSpec) -> list[dict[str, float]]:
+        """Return each member's mean negative log-likelihood per token."""
+        return [{"nll": -float(row_N.double().mean())} for row_N in predictions.values]
+
+    def summarize(self, groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+        """Return the summary described in docs/metrics.md; SpecError for a rule that needs whole distributions."""
+        return summarize_tokens(groups, settings)
+
+    def records(self, values: Tensor, expected_entropy_MN: Tensor | None, rows: Rows) -> list[Record]:
+        """Raise SpecError: :attr:`unpredictable_reason`."""
+        raise SpecError(f"output tokens: {self.unpredictable_reason}")
+
+
+def build() -> Tokens:
+    """Return the output."""
+    return Tokens()
+
+
+def summarize_tokens(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
     """Return the summary described in docs/metrics.md; SpecError for a rule that needs whole distributions."""
     if settings.rule != "mean_probabilities":
         raise SpecError(
@@ -41,7 +89,7 @@ def summarize_language(groups: Mapping[str, Group], settings: Settings) -> dict[
     baselines = baselines_of(groups)
     members = [{"index": m, **_describe(one_member(ensemble, m), settings, False)} for m in range(size)]
     summary: dict[str, Any] = {
-        "kind": "language_modeling",
+        "output": "tokens",
         "aggregate": settings.rule,
         "members": members,
         "ensemble": {"members": size, **_describe(ensemble, settings, True)},

@@ -1,38 +1,135 @@
-"""The summary of a classification or multiple-choice run.
+"""Classes: each member gives logits over a fixed set of answers, and the members' probabilities are mixed.
 
 Shapes: M members, N rows, C classes, S bootstrap samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from raylora.ensemble.aggregate import aggregate_logits
+from raylora.ensemble.aggregate import RULES, aggregate_logits, mean_probabilities
 from raylora.ensemble.bootstrap import bootstrap_metrics, interval
 from raylora.ensemble.calibration import Temperature, fit_temperature
 from raylora.ensemble.curves import member_curve, plot_data
 from raylora.ensemble.gains import classification_gains
 from raylora.ensemble.groups import Group, Settings, baselines_of, check_jensen, mean_and_error, one_member, with_role
-from raylora.ensemble.metrics import METRICS, point_metrics, score_rows
+from raylora.ensemble.metrics import METRICS, evaluate, point_metrics, score_rows
 from raylora.ensemble.ood import auroc, bootstrap_auroc, foreign_scores
-from raylora.ensemble.predictions import Predictions
+from raylora.ensemble.outputs.base import Record, Rows
+from raylora.ensemble.predictions import Predictions, check_labels
 from raylora.ensemble.uncertainty import decompose, pairwise_kl
+from raylora.spec import EvaluationSpec
 
 SCALED = ("nll", "brier", "ece")
 """What a temperature can change and a reader asks for; accuracy under ``mean_logits`` never moves."""
 
 
-def summarize_classification(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+class ClassPredictions(Predictions):
+    """Logits M x N x C, and the classes' indices as labels."""
+
+    output: ClassVar[str] = "classes"
+    dimensions: ClassVar[int] = 3
+
+    def check(self) -> None:
+        """Refuse a single class, and labels that are no class. Raises: DataError."""
+        if self.values.shape[2] < 2:
+            raise self._error("has one class only", "a classifier needs at least two classes")
+        if self.labels_N is not None:
+            check_labels(self.labels_N, self.rows, self.values.shape[2], self.name)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the ensemble says about one row."""
+
+    heads: ClassVar[tuple[str, ...]] = ("label", "probability", "entropy (nats)", "mutual information")
+
+    id: str
+    label: str
+    probabilities: dict[str, float]
+    member_probabilities: list[dict[str, float]]
+    entropy: float
+    """Predictive entropy in nats: all the uncertainty."""
+    mutual_information: float
+    """The part of it that the members disagree about: what more data could remove."""
+    truncated: bool
+
+    def record(self) -> dict[str, Any]:
+        """Return it as a JSON-able mapping."""
+        return dict(vars(self))
+
+    def cells(self) -> tuple[str, ...]:
+        """Return what stands under the heads."""
+        return (
+            self.label, f"{self.probabilities[self.label]:.3f}", f"{self.entropy:.3f}", f"{self.mutual_information:.4f}"
+        )
+
+
+class Classes:
+    """The output of classification and of multiple choice."""
+
+    name = "classes"
+    predictions = ClassPredictions
+    per_token = False
+    rules = RULES
+    validation = ("nll", "accuracy", "brier", "ece")
+    retained = "accuracy"
+    is_distribution = True
+    unpredictable_reason = ""
+
+    def start_value(self, labels: Sequence[float]) -> float:
+        """Return 0: a fresh head prefers no class."""
+        return 0.0
+
+    def validation_metrics(self, predictions: Predictions, evaluation: EvaluationSpec) -> list[dict[str, float]]:
+        """Return each member's metrics on the validation split."""
+        labels_N = predictions.labels()
+        return [
+            evaluate(mean_probabilities(logits_NC[None]), labels_N, evaluation.bins, self.validation)
+            for logits_NC in predictions.values
+        ]
+
+    def summarize(self, groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+        """Return the summary described in docs/metrics.md."""
+        return summarize_classes(groups, settings)
+
+    def records(self, values: Tensor, expected_entropy_MN: Tensor | None, rows: Rows) -> list[Record]:
+        """Return each row's label and probabilities under the run's rule, and how sure the members are."""
+        names = rows.label_names or [str(c) for c in range(values.shape[2])]
+        probs_NC = aggregate_logits(values, rows.rule).exp()
+        member_MNC = values.double().softmax(dim=-1)
+        uncertainty = decompose(values, expected_entropy_MN=expected_entropy_MN)
+        return [
+            Prediction(
+                id=row_id,
+                label=names[int(probs_NC[n].argmax())],
+                probabilities=dict(zip(names, probs_NC[n].tolist(), strict=True)),
+                member_probabilities=[dict(zip(names, row.tolist(), strict=True)) for row in member_MNC[:, n]],
+                entropy=float(uncertainty.predictive_entropy_N[n]),
+                mutual_information=float(uncertainty.mutual_information_N[n]),
+                truncated=rows.truncated[n],
+            )
+            for n, row_id in enumerate(rows.ids)
+        ]
+
+
+def build() -> Classes:
+    """Return the output."""
+    return Classes()
+
+
+def summarize_classes(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
     """Return the summary described in docs/metrics.md."""
     ensemble = groups["ensemble"]
     size = ensemble[0].members
     baselines = baselines_of(groups)
     members = [{"index": m, **describe_group(one_member(ensemble, m), settings, intervals=False)} for m in range(size)]
     summary: dict[str, Any] = {
-        "kind": "classification",
+        "output": "classes",
         "aggregate": settings.rule,
         "members": members,
         "ensemble": {"members": size, **describe_group(ensemble, settings)},
@@ -48,7 +145,7 @@ def summarize_classification(groups: Mapping[str, Group], settings: Settings) ->
     return summary | {
         "gains": {part.name: classification_gains(part, settings) for part in labeled},
         "m_curve": {part.name: member_curve(part, settings) for part in labeled},
-        "pairwise_kl": {part.name: pairwise_kl(part.logits()).tolist() for part in ensemble},
+        "pairwise_kl": {part.name: pairwise_kl(part.values).tolist() for part in ensemble},
         "plots": plot_data({"ensemble": ensemble, **baselines}, temperatures, settings),
     }
 
@@ -75,17 +172,17 @@ def _temperature(group: Group, settings: Settings) -> Temperature | None:
     validation = with_role(group, "validation")
     if not validation or not settings.evaluation.temperature_scaling:
         return None
-    return fit_temperature(validation[0].logits(), validation[0].labels(), settings.rule, validation[0].name)
+    return fit_temperature(validation[0].values, validation[0].labels(), settings.rule, validation[0].name)
 
 
 def _describe_set(
     part: Predictions, temperature: Temperature | None, settings: Settings, intervals: bool
 ) -> dict[str, Any]:
     bins, samples = settings.evaluation.bins, settings.samples
-    scores = score_rows(aggregate_logits(part.logits(), settings.rule), part.labels(), part.name)
+    scores = score_rows(aggregate_logits(part.values, settings.rule), part.labels(), part.name)
     described: dict[str, Any] = {"rows": part.rows, **point_metrics(scores, bins), **_uncertainty(part)}
     if temperature is not None:
-        scaled_NC = aggregate_logits(part.logits(), settings.rule, temperature.value)
+        scaled_NC = aggregate_logits(part.values, settings.rule, temperature.value)
         described["temperature_scaled"] = point_metrics(score_rows(scaled_NC, part.labels(), part.name), bins, SCALED)
     if intervals and samples:
         resampled = bootstrap_metrics(scores, bins, samples, settings.seed)
@@ -95,7 +192,7 @@ def _describe_set(
 
 
 def _uncertainty(part: Predictions) -> dict[str, float]:
-    parts = decompose(part.logits(), expected_entropy_MN=part.expected_entropy_MN)
+    parts = decompose(part.values, expected_entropy_MN=part.expected_entropy_MN)
     return {
         "predictive_entropy": float(parts.predictive_entropy_N.mean()),
         "expected_entropy": float(parts.expected_entropy_N.mean()),
@@ -126,7 +223,7 @@ def _describe_ood(group: Group, settings: Settings, intervals: bool) -> dict[str
 
 
 def _scores(part: Predictions, settings: Settings) -> dict[str, Tensor]:
-    return foreign_scores(part.logits(), settings.rule, part.expected_entropy_MN)
+    return foreign_scores(part.values, settings.rule, part.expected_entropy_MN)
 
 
 def _mean_member(members: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""The seam between what members predict and everything that is said of it: predictions, scores, summary, records.
+
+A task declares its output by name. Whoever trains, evaluates, aggregates, distills or serves asks the output, so that
+nobody else needs to know whether a row's answer is a class, a value or its own next tokens.
+
+Shapes: M members, N rows or target tokens, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from raylora.ensemble.groups import Group, Settings
+from raylora.ensemble.predictions import Predictions
+from raylora.spec import EvaluationSpec
+
+
+class Record(Protocol):
+    """What an ensemble says about one row, for programs (``record``) and for a terminal's table (``cells``)."""
+
+    heads: ClassVar[tuple[str, ...]]
+    """The columns of a table of such records."""
+
+    @property
+    def id(self) -> str:
+        """The row's id."""
+
+    def record(self) -> dict[str, Any]:
+        """Return it as a JSON-able mapping."""
+
+    def cells(self) -> tuple[str, ...]:
+        """Return what stands under the heads."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that are described to a user, and what of their run is needed for it."""
+
+    ids: Sequence[str]
+    truncated: Sequence[bool]
+    label_names: Sequence[str]
+    rule: str
+    described: Mapping[str, Any]
+    """What the run's summary says of the ensemble, such as its noise; empty while there is none."""
+
+
+class Output(Protocol):
+    """A kind of prediction."""
+
+    name: str
+    predictions: type[Predictions]
+    per_token: bool
+    """Whether a row is answered at every target token, by its own text, and not once by a label."""
+    rules: tuple[str, ...]
+    """The rules that can aggregate it."""
+    validation: tuple[str, ...]
+    """The metrics of :meth:`validation_metrics`: what early stopping may watch."""
+    retained: str | None
+    """The metric of which a student is said to retain a share of its teacher's; None where a share means nothing."""
+    is_distribution: bool
+    """Whether a model's answer is a distribution that a KL divergence can compare with the base's."""
+    unpredictable_reason: str
+    """Why a loaded ensemble does not answer new rows, or nothing if it does."""
+
+    def start_value(self, labels: Sequence[float]) -> float:
+        """Return what a fresh head says before it has learnt anything."""
+
+    def validation_metrics(self, predictions: Predictions, evaluation: EvaluationSpec) -> list[dict[str, float]]:
+        """Return each member's metrics on the validation split."""
+
+    def summarize(self, groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+        """Return the summary of a run, described in docs/metrics.md. Raises: SpecError, DataError."""
+
+    def records(self, values: Tensor, expected_entropy_MN: Tensor | None, rows: Rows) -> list[Record]:
+        """Return what the members say about new rows together."""

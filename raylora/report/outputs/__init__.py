@@ -1,0 +1,1 @@
+"""What a report shows of each output: one file per output, registered under the seam ``report``; see :mod:`.base`."""

@@ -1,0 +1,60 @@
+"""The report of values: predicted against true ones, and whether the intervals hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raylora.report import figures_regression, tables
+from raylora.report.outputs.base import Block, OutputSection, Part
+
+_PREDICTED = Part(
+    "Predicted and true values",
+    "Each point is one row: on the dashed line the prediction is right. The thick bar is one standard deviation of the "
+    "members' values (what they disagree about), the thin bar one standard deviation of the whole prediction, noise "
+    "included.",
+)
+
+
+def _blocks(metrics: Mapping[str, Any]) -> list[Block]:
+    found = dict(metrics)
+    intervals = Part(
+        "Can the intervals be trusted?",
+        "Every prediction is a distribution: the members' values with one noise around all of them, fitted on the "
+        "validation split. On the dashed line, intervals that promise to hold the label 80 % of the time do so; below "
+        "it they are too narrow (overconfident), above it too wide.",
+        "; ".join(tables.noises(found)) + ".",
+    )
+    return [Block(_PREDICTED, figures_regression.values(found)),
+            Block(intervals, figures_regression.coverage(found))]
+
+
+SECTION = OutputSection(
+    compared=("pearson", "spearman", "rmse", "nll", "coverage_95"),
+    compared_text=(
+        "Pearson and Spearman correlate predictions with labels, by value and by rank (higher is better). RMSE is the "
+        "root of the mean squared error in the label's units, NLL the average surprise at the label under the "
+        "predicted distribution (lower is better for both), and 95 % coverage the share of labels inside the predicted "
+        "95 % interval: 95 % is honest, less is overconfident."
+    ),
+    secondary=("mae", "r2", "total_std"),
+    secondary_title="Absolute error, explained variance, and how wide the intervals are",
+    secondary_text=(
+        "MAE is the mean absolute error (lower is better), R² the share of the labels' variance that is explained "
+        "(higher is better), and total std the mean standard deviation of the predicted distribution: of two "
+        "contenders with honest coverage the one with less of it says more."
+    ),
+    members=("pearson", "rmse", "nll", "coverage_95"),
+    shifted=("pearson", "rmse", "nll", "coverage_95"),
+    curve=("rmse", "nll"),
+    headline=("rmse", "nll", "pearson"),
+    watched=("nll", "rmse"),
+    distilled=("nll", "pearson", "rmse"),
+    detection=("epistemic_std",),
+    detected_by="epistemic_std",
+    detection_text=(
+        "The doubt is the standard deviation of the members' values, so it needs more than one member."
+    ),
+    retained=("epistemic_std",),
+    blocks=_blocks,
+)
