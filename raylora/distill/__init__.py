@@ -9,14 +9,13 @@ from raylora.distill.targets import (
     ClassificationTargets,
     MemberTargets,
     RegressionTargets,
-    join_members,
     merge,
     read_targets,
     targets_class,
 )
-from raylora.distill.token_reader import TokenTargets, join_workers
+from raylora.distill.token_reader import TokenTargets
 from raylora.distill.tokens import TokenTargetsWriter
-from raylora.distill.topk import TopK, merge_topk
+from raylora.distill.topk import TopK
 
 __all__ = [
     "Annealed",
@@ -31,10 +30,7 @@ __all__ = [
     "TokenTargetsWriter",
     "TopK",
     "content_hash",
-    "join_members",
-    "join_workers",
     "merge",
-    "merge_topk",
     "read_targets",
     "targets_class",
 ]

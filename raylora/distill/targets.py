@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raylora.distill.files import DAMAGED, checked, pack_facts, read_facts, sha256
-from raylora.distill.keys import Keys, check_same, listed
+from raylora.distill.keys import Keys, check_same
 from raylora.errors import DataError, StoreError
 
 FACTS, TENSORS = "targets.json", "targets.safetensors"
@@ -187,30 +187,6 @@ def merge(shards: Sequence[T]) -> T:
         first,
         keys=Keys(ids, [content for shard in shards for content in shard.keys.content_hashes]),
         values=torch.cat([shard.values for shard in shards]),
-        rounding_error=max(shard.rounding_error for shard in shards),
-    )
-
-
-def join_members(shards: Sequence[T]) -> T:
-    """Return the targets of all members from workers that hold some members each; rows are aligned by id.
-
-    Raises:
-        DataError: the shards have different teachers, labels or examples, or one member is in two of them.
-    """
-    first = _agreed(shards)
-    members = [member for shard in shards for member in shard.members]
-    twice = sorted({member for member in members if members.count(member) > 1})
-    if twice:
-        raise DataError(f"members {twice} are in more than one shard", "join each member once")
-    for shard in shards:
-        extra = sorted(set(shard.keys.ids) ^ set(first.keys.ids))
-        if extra:
-            raise DataError(f"members were taught on different examples: {listed(extra)} not in all", "teach them too")
-    rows = [shard.keys.rows(first.keys.ids, first.keys.content_hashes) for shard in shards]
-    values = torch.cat([shard.values[own] for shard, own in zip(shards, rows, strict=True)], dim=1)
-    order = sorted(range(len(members)), key=members.__getitem__)
-    return replace(
-        first, members=tuple(sorted(members)), values=values[:, order],
         rounding_error=max(shard.rounding_error for shard in shards),
     )
 

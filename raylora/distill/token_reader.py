@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import safetensors
 
 from raylora.distill.files import DAMAGED, checked, read_facts
-from raylora.distill.keys import Keys, check_same, listed
-from raylora.distill.tokens import KIND, TokenTargetsWriter, concatenate, unpack_shard
-from raylora.distill.topk import TopK, merge_topk
+from raylora.distill.keys import Keys, check_same
+from raylora.distill.tokens import KIND, concatenate, unpack_shard
+from raylora.distill.topk import TopK
 from raylora.errors import DataError, StoreError
 
 SHARED = ("teacher_digest", "members", "vocabulary", "k", "temperature")
@@ -129,31 +129,6 @@ class TokenTargets:
         while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
             self._cached_bytes -= self._cache.popitem(last=False)[1][1]
         return examples
-
-
-def join_workers(parts: Sequence[TokenTargets], writer: TokenTargetsWriter) -> None:
-    """Write the mixture of workers that taught the same examples with different members, example by example.
-
-    How exact that is says :func:`raylora.distill.topk.merge_topk`: have workers keep more tokens than are wanted.
-
-    Raises:
-        DataError: the workers share a member, differ in their examples, or belong to another teacher.
-    """
-    members = [member for part in parts for member in part.members]
-    if len(set(members)) != len(members) or sorted(members) != writer.facts["members"]:
-        raise DataError(
-            f"workers taught with members {members}, the targets are to be of {writer.facts['members']}",
-            "each member belongs to one worker",
-        )
-    keys: Keys = parts[0].keys
-    for part in parts:
-        check_same("teacher", part.teacher_digest, writer.facts["teacher_digest"], "join one teacher's workers")
-        extra = sorted(set(part.keys.ids) ^ set(keys.ids))
-        if extra:
-            raise DataError(f"workers taught different examples: {listed(extra)} not by all", "teach them too")
-    for example_id, content_hash in zip(keys.ids, keys.content_hashes, strict=True):
-        each = [part.gather([example_id], [content_hash])[0] for part in parts]
-        writer.add_topk(example_id, content_hash, merge_topk(each, [len(part.members) for part in parts], writer.k))
 
 
 def _read(read: Callable[[str], bytes], name: str) -> bytes | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raylora.distill import ClassificationTargets, Keys, RegressionTargets, content_hash, join_members, merge
+from raylora.distill import ClassificationTargets, Keys, RegressionTargets, content_hash, merge
 from raylora.errors import DataError, StoreError
 
 LABELS = ["negative", "neutral", "positive"]
@@ -144,29 +144,11 @@ def test_shards_of_rows_merge_in_any_order_and_only_once() -> None:
         merge([parts[0], made(IDS[1::3], label_names=["a", "b", "c"])])
 
 
-def test_members_of_several_workers_join_by_id_and_in_the_teachers_order() -> None:
-    shuffled = random.Random(1).sample(IDS, len(IDS))
-    joined = join_members([made(IDS, [2, 3]), made(shuffled, [0]), made(IDS, [1])])
-    assert joined.members == (0, 1, 2, 3)
-    assert torch.equal(joined.gather(IDS), made(IDS, [0, 1, 2, 3]).gather(IDS))
-    with pytest.raises(DataError, match=r"members \[1\] are in more than one shard"):
-        join_members([made(IDS, [0, 1]), made(IDS, [1])])
-    with pytest.raises(DataError, match="different examples: 'row-19' not in all"):
-        join_members([made(IDS, [0]), made(IDS[:-1], [1])])
-    other = ClassificationTargets.from_outputs(
-        Keys(IDS, [*hashes(IDS[:-1]), "changed"]), logits_of(IDS, [1]), teacher_digest="teacher-a", members=[1],
-        label_names=LABELS,
-    )
-    with pytest.raises(DataError, match="not what the teacher read under their ids: 'row-19'"):
-        join_members([made(IDS, [0]), other])
-
-
 def test_regression_values_are_kept_as_they_are() -> None:
     targets = regression()
     back = RegressionTargets.from_files(targets.to_files())
     assert back.gather(["row-5", "row-2"]).shape == (2, 2) and back.rounding_error == 0
     assert torch.equal(back.gather(IDS), logits_of(IDS, [0, 1])[:, :, 0])
-    assert torch.equal(join_members([regression(IDS, (1,)), regression(IDS[::-1], (0,))]).gather(IDS), back.gather(IDS))
     assert torch.equal(merge([regression(IDS[:5]), regression(IDS[5:])]).gather(IDS), back.gather(IDS))
     with pytest.raises(DataError, match=r"members \[0\] predict NaN or, for a regression, infinity"):
         RegressionTargets.from_outputs(Keys(["a"], ["h"]), torch.tensor([[math.inf]]), teacher_digest="t", members=[0])

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raylora.distill import TokenTargets, TokenTargetsWriter, TopK, content_hash, join_workers, merge_topk
+from raylora.distill import TokenTargets, TokenTargetsWriter, TopK, content_hash
 from raylora.distill.loss_functions import tempered_mixture
 from raylora.distill.losses import topk_kl
 from raylora.distill.tokens import concatenate
-from raylora.distill.topk import FLOOR, merge_bound, teacher_logp, top_k
+from raylora.distill.topk import FLOOR, teacher_logp, top_k
 from raylora.errors import DataError, StoreError
 
 VOCABULARY = 5000
@@ -303,103 +303,3 @@ def test_damaged_and_missing_files_are_refused() -> None:
     del facts["shards"]
     with pytest.raises(StoreError, match="damaged: no 'shards'"):
         TokenTargets(Files({**files, "tokens.json": json.dumps(facts).encode()}).read)
-
-
-# --- mixing workers ------------------------------------------------------------------------------------
-
-
-def parts_of(logits_MPV: Tensor, split: list[int], k: int) -> list[TopK]:
-    return [top_k(tempered_mixture(part.transpose(0, 1), 1.0), k) for part in logits_MPV.split(split)]
-
-
-def test_merging_whole_vocabularies_is_the_exact_mixture() -> None:
-    logits_MPV = randn(5, 7, 20)
-    found = merge_topk(parts_of(logits_MPV, [2, 3], 20), [2, 3], 6)
-    exact = top_k(tempered_mixture(logits_MPV.transpose(0, 1), 1.0), 6)
-    assert torch.equal(found.index_PK, exact.index_PK)
-    assert torch.allclose(found.logp_PK.double(), exact.logp_PK, atol=1e-6)
-    assert torch.allclose(found.tail_P.double(), exact.tail_P, atol=1e-6)
-
-
-def test_a_token_that_a_worker_left_out_gets_an_even_share_of_its_tail() -> None:
-    a = TopK(torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.3]]).log(), torch.tensor([0.1]).log(), 6)
-    b = TopK(torch.tensor([[2, 0]]), torch.tensor([[0.5, 0.3]]).log(), torch.tensor([0.2]).log(), 6)
-    found = merge_topk([a, b], [1, 3], 2)
-    p = {0: 0.25 * 0.6 + 0.75 * 0.3, 1: 0.25 * 0.3 + 0.75 * 0.05, 2: 0.25 * 0.025 + 0.75 * 0.5}
-    assert found.index_PK.tolist() == [[2, 0]]
-    assert found.logp_PK.exp()[0].tolist() == pytest.approx([p[2], p[0]])
-    assert found.tail_P.exp().item() == pytest.approx(1 - p[2] - p[0])
-    assert merge_bound([a, b], [1, 3]).item() == pytest.approx(0.25 * 0.1 + 0.75 * 0.2)
-
-
-@pytest.mark.parametrize(
-    ("kept", "total_variation", "divergence"), [(32, 0.015, 4e-3), (48, 2e-3, 2e-4), (64, 1e-4, 1e-5)]
-)
-def test_merging_peaked_distributions_is_close_to_the_exact_mixture(
-    kept: int, total_variation: float, divergence: float
-) -> None:
-    k, logits_MPV = 32, peaked(8, 128)
-    parts = parts_of(logits_MPV, [2] * 4, kept)
-    mixture_PV = tempered_mixture(logits_MPV.transpose(0, 1), 1.0).double()
-    found = merge_topk(parts, [2] * 4, k)
-    exact_PK = mixture_PV.gather(1, found.index_PK).exp()
-    bound_P = merge_bound(parts, [2] * 4)
-    error_PK = (found.logp_PK.double().exp() - exact_PK).abs()
-    assert (error_PK <= bound_P[:, None] + 1e-6).all()
-    # a token that nobody kept is, in the exact mixture, below the bound too
-    unseen_PV = mixture_PV.exp()
-    for part in parts:
-        unseen_PV = unseen_PV.scatter(1, part.index_PK, 0.0)
-    assert (unseen_PV.max(1).values <= bound_P + 1e-9).all()
-    total_P = found.logp_PK.double().exp().sum(1) + found.tail_P.double().exp()
-    assert torch.allclose(total_P, torch.ones(128).double(), atol=1e-5)
-    tail_PK1 = (1 - exact_PK.sum(1, keepdim=True)).clamp(min=1e-12)
-    exact_PL, found_PL = torch.cat([exact_PK, tail_PK1], 1), teacher_logp(found).double()
-    apart_P = (exact_PL - found_PL.exp()).abs().sum(1) / 2
-    kl_P = (exact_PL * (exact_PL.log() - found_PL)).sum(1)
-    best_P = mixture_PV.exp().topk(k, dim=1).values.sum(1)
-    missed_P = best_P - exact_PK.sum(1)
-    assert missed_P.max() < total_variation
-    assert apart_P.max() < total_variation and kl_P.max() < divergence
-
-
-def test_workers_with_different_members_are_joined_into_one_stream() -> None:
-    files = Files()
-    split = ((0, 1, 2), (3,))
-    for number, members in enumerate(split):
-        write(files, WORDS if number else WORDS[::-1], members=members, prefix=f"worker-{number}", k=50)
-    parts = [TokenTargets(files.read, [f"worker-{number}"]) for number in range(2)]
-    with TokenTargetsWriter(files.__setitem__, teacher_digest="t", members=range(4), vocabulary=50, k=8) as writer:
-        join_workers(parts, writer)
-    joined = TokenTargets(files.read)
-    assert joined.members == (0, 1, 2, 3) and joined.k == 8
-    for word in WORDS:
-        found, exact = joined.gather([word], [content_hash(word)])[0], exact_of(word, members=(0, 1, 2, 3))
-        assert torch.allclose(found.logp_PK, exact.logp_PK, rtol=1e-2)
-        assert (found.index_PK == exact.index_PK).float().mean() > 0.8  # near ties may change places
-
-
-def test_workers_that_do_not_fit_are_not_joined() -> None:
-    files = Files()
-    write(files, WORDS, prefix="worker-0")
-    write(files, WORDS[:-1], members=(2, 3), prefix="worker-1")
-    parts = [TokenTargets(files.read, [f"worker-{number}"]) for number in range(2)]
-    facts: dict = {"vocabulary": 50, "k": 8}
-    with pytest.raises(DataError, match=r"workers taught with members \[0, 1, 0, 1\]"):
-        join_workers([parts[0], parts[0]], TokenTargetsWriter(files.__setitem__, teacher_digest="t", members=[0, 1],
-                                                              **facts))
-    writer = TokenTargetsWriter(files.__setitem__, teacher_digest="t", members=range(4), **facts)
-    with pytest.raises(DataError, match="different examples: 'g' not by all"):
-        join_workers(parts, writer)
-    a, b = exact_of("a"), exact_of("b")
-    for wrong, message in (
-        ([a, b], r"numbers of positions: \[3, 4\]"),
-        ([a, TopK(a.index_PK, a.logp_PK, a.tail_P, 60)], "vocabulary sizes"),
-        ([a, TopK(a.index_PK, a.logp_PK, a.tail_P, 50, 2.0)], "temperatures"),
-    ):
-        with pytest.raises(DataError, match=message):
-            merge_topk(wrong, [1, 1], 4)
-    with pytest.raises(DataError, match="top 9 of workers that kept 8"):
-        merge_topk([a, a], [1, 1], 9)
-    with pytest.raises(DataError, match="1 weights for 2"):
-        merge_topk([a, a], [1], 4)
