@@ -82,7 +82,7 @@ def export_base(run: str, form: str = "base", out: str | None = None, dtype: Dty
         _check_packable(layers, spec.base.quantization, transposed)
     folder = target / form
     if folder.exists():
-        raise RunDirectoryError(f"{folder}: is there already", "choose another --out, or delete it")
+        raise RunDirectoryError(f"{folder}: already exists", "choose another --out, or delete it")
     _write_checkpoint(Path(weights_folder(spec.base)), folder, layers, transposed, form, spec.base.quantization, dtype)
     pair, pair_bytes = None, 0
     if any(layer.pair is not None for layer in layers.values()):

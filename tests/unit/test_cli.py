@@ -129,7 +129,7 @@ def test_init_writes_a_valid_spec_and_never_over_another(tmp_path: Path) -> None
     assert call("validate", str(path)).exit_code == 0
     content = path.read_text()
     again = call("init", str(path))
-    assert again.exit_code == 2 and "is there already" in again.output
+    assert again.exit_code == 2 and "already exists" in again.output
     assert path.read_text() == content
 
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_exported(begun: Any, make_spec: Make) -> None:
     with pytest.raises(UsageError, match="stored inputs first"):
         export_base(run.store.uri, "base-packed")
     export_base(run.store.uri)
-    with pytest.raises(RunDirectoryError, match="is there already"):
+    with pytest.raises(RunDirectoryError, match="already exists"):
         export_base(run.store.uri)
     wide = begun("llama", name="odd", base__quantization={"kind": "rtn", "bits": 4, "group_size": 24},
                  base__compensation=None, base__calibration=None)

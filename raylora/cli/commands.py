@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import raylora
+from raylora.cli.console import err, out
+from raylora.cli.progress import LiveProgress, LocalLines, say_block
+from raylora.cli.tables import predictions_table, status_table
 from raylora.errors import RayloraError, UsageError
 
 DEGRADED = 3
-_LINE_EVERY_S = 5.0
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=raylora.__doc__)
-_PIPE_WIDTH = 160  # a log has no width of its own; eighty columns would break every table
-out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 SpecFile = Annotated[Path, typer.Argument(help="A run spec in YAML; `raylora init` writes one.")]
 RunPath = Annotated[str, typer.Argument(help="A run directory.")]
@@ -62,7 +58,7 @@ def init(
     from importlib.resources import files
 
     if path.exists():
-        raise UsageError(f"{path}: is there already", "choose another name, or delete it")
+        raise UsageError(f"{path}: already exists", "choose another name, or delete it")
     path.write_text((files("raylora") / "spec" / "template.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     _say(as_json, {"spec": str(path)}, f"wrote {path}; next: raylora validate {path}")
 
@@ -125,13 +121,13 @@ def prepare(
     report: Annotated[bool, typer.Option(help="Write report.html with the error of every layer.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a spec's base on its calibration text, once; every run that asks for the same finds it."""
+    """Quantize a spec's base on its calibration text; runs with the same base and settings reuse it."""
     from raylora.client import prepare_base
     from raylora.report.base_page import base_table, write_base_report
 
     spec = raylora.read_spec(spec_file, overrides or [])
     err.print("reading base, data and calibration text ...")
-    uri, summary = prepare_base(spec, local, _say_block)
+    uri, summary = prepare_base(spec, local, say_block)
     path = write_base_report(summary, uri) if report else None
     if as_json:
         print(json.dumps({"base": uri, "report": path, **summary}))
@@ -198,7 +194,7 @@ def status(run_path: RunPath, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(found))
         return
-    out.print(_status_table(found))
+    out.print(status_table(found))
     out.print(f"{store.uri}: {state.phase.value}" + (f" ({state.reason})" if state.reason else ""))
     for name, phase in found["students"].items():
         out.print(f"{store.uri}/{name}: {phase}", markup=False)
@@ -228,7 +224,7 @@ def predict(
         for prediction in predictions:
             print(json.dumps(prediction.record(), ensure_ascii=False))
     else:
-        out.print(_predicted(predictions))
+        out.print(predictions_table(predictions))
 
 
 @app.command()
@@ -304,14 +300,6 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(UsageError.exit_code)
 
 
-def _predicted(predictions: Sequence[Any]) -> Table:
-    """Return what an ensemble says, a row each, in the columns of its output."""
-    table = Table("row", *predictions[0].heads)
-    for one in predictions:
-        table.add_row(one.id, *one.cells())
-    return table
-
-
 # --- how a run looks while it goes on ---------------------------------------------------------------------
 def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
     from raylora.client import launch, run_local
@@ -320,11 +308,11 @@ def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
     store = RunStore.for_spec(spec)
     err.print(f"run {spec.run_name()} in {store.uri}; checking spec, data and base ...", markup=False)
     if local:
-        metrics = run_local(spec, _LocalLines(), _say_block)
+        metrics = run_local(spec, LocalLines(), say_block)
     else:
         handle = launch(spec, dashboard)
         err.print("checked; starting workers (they import torch and load the base, this takes a while) ...")
-        with _progress() as show:
+        with LiveProgress() as show:
             metrics = handle.wait(show)
     if spec.distill is None or not as_json:  # one JSON document per command
         _show_result(store, metrics, as_json)
@@ -356,8 +344,8 @@ def _distill(run_path: str, settings: Any, local: bool, as_json: bool) -> None:
 
     store = RunStore(run_path)
     say(f"checking {store.uri}, the student and its data ...")
-    with _progress() as show:
-        record = distill_run(run_path, settings, local, _LocalLines(), _say_block, show, say)
+    with LiveProgress() as show:
+        record = distill_run(run_path, settings, local, LocalLines(), say_block, show, say)
     if as_json:
         print(json.dumps({"run": store.uri, "metrics": f"{store.uri}/metrics.json",
                           "student": f"{store.uri}/{settings.name}", "report": f"{store.uri}/report.html",
@@ -381,100 +369,6 @@ def _show_result(store: Any, metrics: dict[str, Any], as_json: bool) -> None:
         return
     out.print(console_table(metrics))
     out.print(f"report: {report_path}")
-
-
-class _LocalLines:
-    """Plain progress lines of a run in this process."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
-
-    def __call__(self, job: str, progress: Any) -> None:
-        if time.monotonic() - self._last < _LINE_EVERY_S and progress.step < progress.total_steps:
-            return
-        self._last = time.monotonic()
-        left_s = (progress.total_steps - progress.step) * progress.step_s
-        for unit, loss in progress.losses.items():
-            err.print(f"{job} {unit} step {progress.step}/{progress.total_steps} loss {loss:.3f} eta {left_s:.0f} s")
-
-
-class _progress:
-    """A live table on a terminal; elsewhere one plain line per job every few seconds."""
-
-    def __init__(self) -> None:
-        self._live: Any = None
-        self._last = 0.0
-        self._said = ""
-
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        if err.is_terminal:
-            from rich.live import Live
-
-            self._live = Live(console=err, refresh_per_second=2, transient=True)
-            self._live.__enter__()
-            return lambda found: self._live.update(_status_table(found))
-        return self._lines
-
-    def __exit__(self, *details: Any) -> None:
-        if self._live is not None:
-            with suppress(Exception):
-                self._live.__exit__(*details)
-
-    def _lines(self, found: dict[str, Any]) -> None:
-        if time.monotonic() - self._last < _LINE_EVERY_S:
-            return
-        self._last = time.monotonic()
-        lines = [
-            f"{unit} step {job['step']}/{job['total_steps']} loss {loss:.3f} {job['tokens_per_s']:.0f} tokens/s"
-            for job in found["jobs"].values()
-            if job["status"] == "running" and job.get("step", 0) < job.get("total_steps", 0)
-            for unit, loss in job["losses"].items()
-        ]
-        training = bool(lines)
-        quiet = training or found["phase"] not in ("training", "preparing")
-        activity = found["phase"] if quiet else _activity(found)
-        eta = found.get("eta_s")
-        lines.append(activity + (f"; training ends in about {eta:.0f} s" if training and eta else ""))
-        if "\n".join(lines) != self._said:  # a long wait is said once
-            self._said = "\n".join(lines)
-            err.print(self._said, markup=False)
-
-
-def _block_line(done: dict[str, Any]) -> str:
-    left = f", {100 * done['error']:.1f} % of the outputs' norm lost" if done["error"] is not None else ""
-    return f"preparing the base: block {done['block']}/{done['blocks']}{left}, about {done['eta_s']:.0f} s left"
-
-
-def _say_block(done: Any) -> None:
-    err.print(_block_line(vars(done)), markup=False)
-
-
-def _activity(found: dict[str, Any]) -> str:
-    if found["phase"] == "preparing":
-        done = found.get("preparation")
-        return _block_line(done) if done else "preparing the base: reading calibration text"
-    if "starting" in found["workers"].values():
-        return "loading the base in " + ", ".join(w for w, s in found["workers"].items() if s == "starting")
-    return "evaluating"
-
-
-def _status_table(found: dict[str, Any]) -> Table:
-    eta = found.get("eta_s")
-    title = f"{found.get('run', '')} {found['phase']}" + (f", about {eta:.0f} s of training left" if eta else "")
-    if found["phase"] == "preparing":
-        title = f"{found.get('run', '')} {_activity(found)}"
-    table = Table("member", "state", "step", "loss", "tokens/s", title=title)
-    for job in found.get("jobs", {}).values():
-        for unit in job["units"]:
-            state = "failed" if unit in found.get("failed", {}) else job["status"]
-            losses = job.get("losses", {})
-            table.add_row(
-                unit, state,
-                f"{job['step']}/{job['total_steps']}" if "step" in job else "",
-                f"{losses[unit]:.3f}" if unit in losses else "",
-                f"{job['tokens_per_s']:.0f}" if "tokens_per_s" in job else "",
-            )
-    return table
 
 
 def _say(as_json: bool, record: dict[str, Any], text: str) -> None:
