@@ -9,7 +9,7 @@ interleaved, and the ratio is taken round by round. Memory is the peak of a proc
 The bound is what no pack can be faster than: one forward and one backward pass of the frozen base over the same
 padded tokens of all members, adapters off. Its gradient goes as deep as training's, to the outputs of the first
 layers that carry an adapter, so that it passes through the same frozen layers. Rows are put together beforehand.
-``packed_vs_bound`` is the bound's time over the pack's: the share of a step that is not the base itself is the rest.
+``packed_vs_bound`` is the bound's time over the pack's; what is missing to 1 is the share of a step beside the base.
 """
 
 from __future__ import annotations
