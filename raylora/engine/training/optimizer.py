@@ -9,7 +9,7 @@ is DeepSpeed's ordinary work, and it is per member because the engine is.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,13 @@ def start_deepspeed(device: torch.device) -> None:
 
 
 class MemberOptimizer:
-    """One member's parameters and the DeepSpeed engine that updates them."""
+    """One member's parameters and the DeepSpeed engine that updates them.
+
+    Matrices of equal decay lie one after another in one flat parameter, so that a step costs a few operations
+    and not a few per matrix. By name they are views into it, and so are the optimizer's moments.
+
+    Shapes: P numbers of one flat parameter.
+    """
 
     def __init__(
         self,
@@ -57,7 +63,7 @@ class MemberOptimizer:
         device: torch.device,
         anchors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Build the engine; every matrix is its own parameter group, so that A and B decay on their own.
+        """Build the engine; every decay is its own parameter group, so that A, B and the head decay on their own.
 
         Args:
             anchors: what a tensor's weight decay pulls towards, where that is not zero.
@@ -65,31 +71,38 @@ class MemberOptimizer:
         import deepspeed
 
         self.names = list(tensors)
+        self.device = device
         self.optimization = optimization
         self.total_steps = total_steps
         self.steps_done = 0
         self.grad_norm = 0.0
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._groups = _groups_by_decay(self.names, adapter, regularizers)
         container = nn.Module()
-        container.matrices = nn.ParameterList([nn.Parameter(tensors[n].detach().float().clone()) for n in self.names])
-        container.to(device)
-        self.parameters = dict(zip(self.names, container.matrices, strict=True))
+        container.flat = nn.ParameterList(
+            [nn.Parameter(_flat(tensors, names, device)) for names in self._groups.values()]
+        )
+        self._flat_P = list(container.flat)
         groups = [
-            {"params": [p], "weight_decay": _decay(name, adapter, regularizers), "name": name}
-            for name, p in self.parameters.items()
+            {"params": [p_P], "weight_decay": decay} for decay, p_P in zip(self._groups, self._flat_P, strict=True)
         ]
-        self._anchors = {name: anchor.detach().float().to(device) for name, anchor in (anchors or {}).items()}
-        self._decays = {name: _decay(name, adapter, regularizers) for name in self.names}
+        self._anchors_P = [self._flat_anchor(names, anchors or {}) for names in self._groups.values()]
         self.engine, self._optimizer, *_ = deepspeed.initialize(
             model=container, optimizer=_optimizer(groups, optimization), config=_config(optimization)
         )
+        # ZeRO moves the flat parameters once, while it is built; views made before that would be left behind.
+        self.parameters = self._by_name([p_P.detach() for p_P in self._flat_P])
 
     def tensors(self) -> Tensors:
-        """Return the live parameters, detached; read them, do not write them."""
-        return {name: p.detach() for name, p in self.parameters.items()}
+        """Return the live parameters, views into the flat ones; read them, do not write them."""
+        return dict(self.parameters)
 
     def backward(self, gradients: Mapping[str, Tensor]) -> None:
         """Hand one micro-batch's gradient to the engine, which averages it over the accumulation."""
-        terms = [(p * gradients[name].to(p.dtype)).sum() for name, p in self.parameters.items()]
+        terms = [
+            (p_P * _flat(gradients, names, self.device)).sum()
+            for names, p_P in zip(self._groups.values(), self._flat_P, strict=True)
+        ]
         self.engine.backward(torch.stack(terms).sum())
 
     def step(self) -> bool:
@@ -100,7 +113,7 @@ class MemberOptimizer:
             for group in self._optimizer.param_groups:
                 group["lr"] = self.optimization.lr * factor
             if self.optimization.zero_stage == 0:
-                self.grad_norm = _norm([p.grad for p in self.parameters.values()])
+                self.grad_norm = _norm([p_P.grad for p_P in self._flat_P])
         self.engine.step()
         if boundary:
             self._pull_back()
@@ -109,16 +122,17 @@ class MemberOptimizer:
                 self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         return bool(boundary)
 
+    @torch.no_grad()
     def _pull_back(self) -> None:
         """Turn decay towards zero into decay towards the anchors: give back ``lr * decay * anchor``."""
-        with torch.no_grad():
-            for index, (name, p) in enumerate(self.parameters.items()):
-                if name in self._anchors and self._decays[name]:
-                    given = self.lr * self._decays[name] * self._anchors[name]
-                    p.add_(given)
-                    updated = self._updated(index)
-                    if updated is not p:  # ZeRO updates a flat copy
-                        updated.flatten()[: p.numel()].add_(given.flatten())
+        for index, (decay, p_P, anchor_P) in enumerate(zip(self._groups, self._flat_P, self._anchors_P, strict=True)):
+            if anchor_P is None or not decay:
+                continue
+            given_P = self.lr * decay * anchor_P
+            p_P.add_(given_P)
+            updated = self._updated(index)
+            if updated is not p_P:  # ZeRO updates a padded copy
+                updated[: p_P.numel()].add_(given_P)
 
     @property
     def lr(self) -> float:
@@ -126,31 +140,50 @@ class MemberOptimizer:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def state(self) -> Tensors:
-        """Return the optimizer's moments as ``<name>|<moment>``, in the parameters' shapes whatever the ZeRO stage."""
+        """Return the optimizer's moments as ``<name>|<moment>``, in the matrices' shapes whatever the ZeRO stage."""
         if not self.steps_done:
             return {}
-        return {
-            f"{name}|{key}": self._state_of(index)[key].flatten()[: p.numel()].view_as(p).detach().float().cpu().clone()
-            for index, (name, p) in enumerate(self.parameters.items())
+        moments = {
+            key: self._by_name([
+                self._state_of(index)[key][: p_P.numel()].detach().float().cpu()
+                for index, p_P in enumerate(self._flat_P)
+            ])
             for key in _STATE_KEYS[self.optimization.optimizer]
         }
+        return {f"{name}|{key}": by_name[name].clone() for name in self.names for key, by_name in moments.items()}
 
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
         """Continue from saved moments; the parameters were given to the constructor."""
         self.steps_done = steps_done
         if not steps_done or not state:
             return
-        for index, (name, p) in enumerate(self.parameters.items()):
+        for index, names in enumerate(self._groups.values()):
             updated, own = self._updated(index), self._state_of(index)
             for key in _STATE_KEYS[self.optimization.optimizer]:
+                saved_P = _flat(state, [f"{name}|{key}" for name in names], self.device)
                 own[key] = torch.zeros_like(updated)
-                own[key].flatten()[: p.numel()].copy_(state[f"{name}|{key}"].flatten())
+                own[key][: saved_P.numel()].copy_(saved_P)
             own["step"] = torch.tensor(float(steps_done))  # bias correction depends on how many updates there were
 
-    def _updated(self, index: int) -> Tensor:
-        """Return what torch's optimizer updates: the matrix, or ZeRO's flat (and padded) partition of it.
+    def _by_name(self, flat_P: Sequence[Tensor]) -> Tensors:
+        """Return the matrices, in the order they were given in, as views into one flat tensor per group."""
+        views: Tensors = {}
+        for names, numbers_P in zip(self._groups.values(), flat_P, strict=True):
+            parts = numbers_P.split([self._shapes[name].numel() for name in names])
+            views |= {name: part.view(self._shapes[name]) for name, part in zip(names, parts, strict=True)}
+        return {name: views[name] for name in self.names}
 
-        Every matrix is its own group and a worker is a group of one, so a partition holds one whole matrix.
+    def _flat_anchor(self, names: Sequence[str], anchors: Mapping[str, Tensor]) -> Tensor | None:
+        """Return what a group's numbers decay towards, zero where nothing is given; None where nothing is at all."""
+        if not any(name in anchors for name in names):
+            return None
+        zeros = {name: torch.zeros(self._shapes[name]) for name in names if name not in anchors}
+        return _flat({**anchors, **zeros}, names, self.device)
+
+    def _updated(self, index: int) -> Tensor:
+        """Return what torch's optimizer updates: the flat parameter, or ZeRO's padded partition of it.
+
+        Every flat parameter is its own group and a worker is a group of one, so a partition holds one whole parameter.
         """
         return self._torch_optimizer.param_groups[index]["params"][0]
 
@@ -160,6 +193,19 @@ class MemberOptimizer:
     @property
     def _torch_optimizer(self) -> Any:
         return self._optimizer if self.optimization.zero_stage == 0 else self._optimizer.optimizer
+
+
+def _flat(tensors: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> Tensor:
+    """Return a copy of the named tensors one after another, in float32."""
+    return torch.cat([tensors[name].detach().to(device, torch.float32).flatten() for name in names])
+
+
+def _groups_by_decay(names: Sequence[str], adapter: Adapter, rules: RegularizersSpec) -> dict[float, list[str]]:
+    """Return the names by their decay, in the order of their first."""
+    groups: dict[float, list[str]] = {}
+    for name in names:
+        groups.setdefault(_decay(name, adapter, rules), []).append(name)
+    return groups
 
 
 def _decay(name: str, adapter: Adapter, rules: RegularizersSpec) -> float:
