@@ -39,9 +39,9 @@ def _save_tiny(kind: str, folder: Path) -> Path:
 
     from raylora.data.catalog.assets import model_folder
 
-    torch.manual_seed(0)
     encoder = not kind.startswith(("gpt2", "llama"))
     tokenizer = t.AutoTokenizer.from_pretrained(model_folder("minilm-l6" if encoder else "smollm2-135m"))
+    torch.manual_seed(0)  # after all loading: nothing but the weights below is drawn from it
     small: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "intermediate_size": 64, "initializer_range": 0.1}
     if kind == "bert":
