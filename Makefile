@@ -34,7 +34,7 @@ demo: install  ## train, evaluate and report the quickstart's ensemble, in a few
 	$(BIN)/raylora run examples/quickstart.yaml
 	@echo "open $(CURDIR)/$(RUN)/report.html"
 
-test: lint  ## lint, then all tests but the slow ones, in ten minutes at most (PYTEST_ARGS="-m 'not ray and not slow'")
+test: lint  ## lint, then all tests but the slow ones (PYTEST_ARGS="-m 'not ray and not slow'")
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-all: lint  ## lint, then every test in one pytest process
