@@ -14,10 +14,10 @@ STAMP := $(VENV)/.installed
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench lock clean
+.PHONY: help install demo test test-all lint bench lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv with everything pinned; does nothing if it is up to date
 
@@ -34,7 +34,10 @@ demo: install  ## train, evaluate and report the quickstart's ensemble, in a few
 	$(BIN)/raylora run examples/quickstart.yaml
 	@echo "open $(CURDIR)/$(RUN)/report.html"
 
-test: lint  ## lint, then every test in one pytest process (PYTEST_ARGS="-m 'not slow'" to choose)
+test: lint  ## lint, then all tests but the slow ones (PYTEST_ARGS="-m 'not ray and not slow'")
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: lint  ## lint, then every test in one pytest process
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: install  ## ruff, mypy and the layers, fastest first

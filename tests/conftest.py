@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ TINY = ("bert", "bert_without_pooler", "roberta", "gpt2", "llama")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than about 15 seconds")
     # DeepSpeed's ZeRO optimizer still scripts a helper.
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
 
@@ -39,9 +39,9 @@ def _save_tiny(kind: str, folder: Path) -> Path:
 
     from raylora.data.catalog.assets import model_folder
 
-    torch.manual_seed(0)
     encoder = not kind.startswith(("gpt2", "llama"))
     tokenizer = t.AutoTokenizer.from_pretrained(model_folder("minilm-l6" if encoder else "smollm2-135m"))
+    torch.manual_seed(0)  # after all loading: nothing but the weights below is drawn from it
     small: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "intermediate_size": 64, "initializer_range": 0.1}
     if kind == "bert":
@@ -102,6 +102,35 @@ def make_spec(content: dict[str, Any]) -> Callable[..., Any]:
         return build_spec(content)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _trained_runs() -> dict[str, str]:
+    """Return where the runs lie that were trained to be copied, by their spec."""
+    return {}
+
+
+@pytest.fixture
+def trained(_trained_runs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], str]:
+    """Return a function that gives a finished run of a spec where the spec wants it, and says where that is.
+
+    A spec is trained once per session; what a test gets is a copy of its own, to change as it likes.
+    """
+    from run_helpers import run
+
+    from raylora.store.run_store import RunStore
+
+    def copy(spec: Any) -> str:
+        key = spec.model_copy(update={"storage_path": ""}).model_dump_json()
+        if key not in _trained_runs:
+            kept = spec.model_copy(update={"storage_path": str(tmp_path_factory.mktemp("trained"))})
+            run(kept)
+            _trained_runs[key] = RunStore.for_spec(kept).uri
+        uri: str = RunStore.for_spec(spec).uri
+        shutil.copytree(_trained_runs[key], uri)
+        return uri
+
+    return copy
 
 
 @pytest.fixture(autouse=True)

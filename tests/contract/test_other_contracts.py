@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from raylora import registry
 from raylora.adapters.packed import stack
+from raylora.data.task import Task
 from raylora.engine.model.packed_model import pack_gradients
 from raylora.ensemble.outputs import output_of
 from raylora.spec import TaskSpec
@@ -70,3 +72,9 @@ def test_a_task_spec_reads_back_equal_and_declares_a_registered_output(kind: str
     assert task.output in registry.kinds("output") and task.output in registry.kinds("report")
     assert (task.num_outputs == 0) is output_of(task.output).per_token
     assert task.label_names == [] or task.num_outputs == len(task.label_names) >= 2
+    methods = {name: say for name, say in vars(Task).items() if inspect.isfunction(say) and not name.startswith("_")}
+    assert methods.keys() >= {"model_kwargs", "tokenize", "collate", "scores", "loss"}
+    for name, promised in methods.items():  # callable by position and by name as the protocol says
+        assert list(inspect.signature(getattr(type(task), name)).parameters) == list(
+            inspect.signature(promised).parameters), name
+    assert {task.padding_side(False), task.padding_side(True)} <= {"left", "right"}

@@ -8,11 +8,11 @@ from typing import Any
 
 import psutil
 import pytest
-import safetensors.torch
 import torch
+from run_helpers import assert_bit_equal, members, weights
 
 from raylora import client
-from raylora.client import _start, distill_run, launch, run_local
+from raylora.client import _start, distill_run, launch
 from raylora.engine.distillation.plan import Distillation, prepare_distillation
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.training.distillation_loss import load_targets, targets_uri
@@ -20,10 +20,7 @@ from raylora.spec import DistillSpec, RunSpec
 from raylora.store.run_store import RunStore
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "members" / "member-000" / "adapter_model.safetensors")
+Trained = Callable[[RunSpec], str]
 
 
 def shards_of(work: Distillation) -> dict[str, bytes]:
@@ -49,29 +46,26 @@ def make_targets(work: Distillation, grows_at_most: int) -> list[str]:
 
 
 def test_a_student_taught_on_ray_equals_one_taught_in_process(
-    make_spec: Callable[..., RunSpec], content: dict[str, Any], tmp_path: Path
+    make_spec: Callable[..., RunSpec], content: dict[str, Any], trained: Trained, tmp_path: Path
 ) -> None:
     spec = make_spec(placement__workers=2, data__train_rows=200)
-    uris = []
-    for where in ("local", "ray"):
-        run_local(spec.model_copy(update={"storage_path": str(tmp_path / where)}))
-        uris.append(tmp_path / where / "demo")
+    uris = [trained(spec.model_copy(update={"storage_path": str(tmp_path / where)})) for where in ("local", "ray")]
     student = {"base": content["base"], "adapter": {"rank": 2, "target_modules": ["query", "value"]}}
     settings = DistillSpec.model_validate({"student": student, "alone": False, "costs": False})
-    in_process = distill_run(str(uris[0]), settings, local=True)
+    in_process = distill_run(uris[0], settings, local=True)
 
-    work = prepare_distillation(str(uris[1]), settings, shard_rows=8)
+    work = prepare_distillation(uris[1], settings, shard_rows=8)
     assert len(work.target_job.shards) == 25
     events = make_targets(work, grows_at_most=40 * 2**20)
     assert events.count("JobFinished") == 25 and events.count("WorkerReady") >= 1  # the second may come too late
 
-    on_ray = distill_run(str(uris[1]), settings)
+    on_ray = distill_run(uris[1], settings)
     left, right = (
-        load_targets(RunStore(targets_uri(str(uri), RunStore(f"{uri}/student").read_spec().distill_from.targets)))
+        load_targets(RunStore(targets_uri(uri, RunStore(f"{uri}/student").read_spec().distill_from.targets)))
         for uri in uris
     )
     assert left.keys.ids == right.keys.ids and float((left.values - right.values).abs().max()) < 2e-3
-    ours, theirs = weights(uris[0] / "student"), weights(uris[1] / "student")
+    ours, theirs = weights(f"{uris[0]}/student"), weights(f"{uris[1]}/student")
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
@@ -80,21 +74,22 @@ def test_a_student_taught_on_ray_equals_one_taught_in_process(
 
 
 def test_the_same_shards_give_the_same_student_bit_for_bit(
-    make_spec: Callable[..., RunSpec], content: dict[str, Any], tmp_path: Path
+    make_spec: Callable[..., RunSpec], content: dict[str, Any], trained: Trained, tmp_path: Path
 ) -> None:
     spec = make_spec(placement__workers=2)
     student = {"base": content["base"], "adapter": {"rank": 2, "target_modules": ["query", "value"]}}
     settings = DistillSpec.model_validate({"student": student, "costs": False, "loss": {"kind": "dirichlet"}})
     for where, local in (("local", True), ("ray", False)):
-        run_local(spec.model_copy(update={"storage_path": str(tmp_path / where)}))
-        distill_run(str(tmp_path / where / "demo"), settings, local=local)
+        uri = trained(spec.model_copy(update={"storage_path": str(tmp_path / where)}))
+        distill_run(uri, settings, local=local)
     for name in ("student", "student-alone"):
-        ours, theirs = (weights(tmp_path / where / "demo" / name) for where in ("local", "ray"))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert_bit_equal(*(members(str(tmp_path / where / "demo" / name)) for where in ("local", "ray")))
 
 
+@pytest.mark.slow  # what is particular to it, its large targets, is the same code in process
 def test_a_language_model_taught_on_ray_equals_one_taught_in_process(
-    make_spec: Callable[..., RunSpec], tiny_model: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_spec: Callable[..., RunSpec], tiny_model: Callable[[str], str], trained: Trained, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spec = make_spec(
         base__source=tiny_model("llama"), adapter__target_modules=["q_proj", "v_proj"],
@@ -109,7 +104,7 @@ def test_a_language_model_taught_on_ray_equals_one_taught_in_process(
         "loss": {"kind": "topk_kl", "top_k": 16_384}, "alone": False, "costs": False,
     })
     uris = [str(tmp_path / where / "demo") for where in ("local", "ray")]
-    run_local(spec.model_copy(update={"storage_path": str(tmp_path / "local")}))
+    trained(spec.model_copy(update={"storage_path": str(tmp_path / "local")}))
     launch(spec.model_copy(update={"storage_path": str(tmp_path / "ray")})).wait()
     in_process, on_ray = (prepare_distillation(uri, settings, shard_rows=16) for uri in uris)
     run_in_process(in_process.target_job)
@@ -121,8 +116,7 @@ def test_a_language_model_taught_on_ray_equals_one_taught_in_process(
 
     record, same = distill_run(uris[1], settings), distill_run(uris[0], settings, local=True)
     assert record["contenders"] == same["contenders"]
-    one, other = (weights(Path(uri) / "student") for uri in uris)
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert_bit_equal(*(members(f"{uri}/student") for uri in uris))
 
     monkeypatch.setattr(client, "_carry_out", lambda *work: pytest.fail("something was done again"))
     assert distill_run(uris[1], settings) == record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -11,28 +12,15 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import torch
+from run_helpers import assert_bit_equal, members
 
 from raylora.client import RunHandle, attach, launch, resume, run_local
 from raylora.errors import Interrupted, PlacementError, RunDirectoryError, TrainingError
 from raylora.spec import RunSpec
+from raylora.store.run_store import RunStore
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 MakeSpec = Callable[..., RunSpec]
-
-
-def members_of(uri: str) -> dict[str, dict[str, torch.Tensor]]:
-    folders = sorted(Path(uri, "members").iterdir())
-    return {f.name: safetensors.torch.load_file(f / "adapter_model.safetensors") for f in folders}
-
-
-def assert_bit_equal(left: str, right: str) -> None:
-    ours, theirs = members_of(left), members_of(right)
-    assert list(ours) == list(theirs)
-    for name, tensors in ours.items():
-        assert tensors.keys() == theirs[name].keys()
-        for key, tensor in tensors.items():
-            assert torch.equal(tensor, theirs[name][key]), f"{name} {key}"
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
@@ -54,16 +42,31 @@ def worker_pids() -> list[int]:
     return [pid for pid, title in titles.items() if "ray::Worker.run_job" in title]
 
 
-def test_members_trained_on_ray_equal_members_trained_in_process(make_spec: MakeSpec, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return where the run lies that was trained on Ray to be copied, once it has been."""
+    return {"kept": tmp_path_factory.mktemp("on-ray")}
+
+
+@pytest.fixture
+def run_on_ray(make_spec: MakeSpec, on_ray: dict[str, Path], tmp_path: Path) -> RunSpec:
+    """Return the spec of a run of three members that two workers of the cluster trained, copied for this test."""
     spec = make_spec(ensemble__members=3, placement__workers=2)
-    handle = launch(spec.model_copy(update={"storage_path": str(tmp_path / "ray")}))
-    on_ray = handle.wait()
-    in_process = run_local(spec.model_copy(update={"storage_path": str(tmp_path / "local")}))
-    assert_bit_equal(handle.uri, str(tmp_path / "local" / "demo"))
+    if not any(on_ray["kept"].iterdir()):
+        launch(spec.model_copy(update={"storage_path": str(on_ray["kept"])})).wait()
+    shutil.copytree(on_ray["kept"], tmp_path / "runs")
+    return spec
+
+
+def test_members_trained_on_ray_equal_members_trained_in_process(run_on_ray: RunSpec, tmp_path: Path) -> None:
+    store = RunStore.for_spec(run_on_ray)
+    on_ray = store.read_json("metrics.json")
+    in_process = run_local(run_on_ray.model_copy(update={"storage_path": str(tmp_path / "local")}))
+    assert_bit_equal(members(store.uri), members(str(tmp_path / "local" / "demo")))
     assert on_ray["ensemble"]["eval"] == in_process["ensemble"]["eval"]
     assert len(on_ray["members"]) == 3
     for name in ("report.html", "metrics.json", "spec.yaml", "events.jsonl"):
-        assert Path(handle.uri, name).stat().st_size > 0
+        assert Path(store.uri, name).stat().st_size > 0
 
 
 def test_a_killed_worker_costs_nothing_but_time(make_spec: MakeSpec, tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_a_killed_worker_costs_nothing_but_time(make_spec: MakeSpec, tmp_path: P
     (pid,) = worker_pids()
     os.kill(pid, signal.SIGKILL)
     handle.wait()
-    assert_bit_equal(handle.uri, str(tmp_path / "unbroken" / "demo"))
+    assert_bit_equal(members(handle.uri), members(str(tmp_path / "unbroken" / "demo")))
     events = [record["event"] for record in handle.store.read_events()]
     assert "WorkerLost" in events
     timing = handle.store.read_json("timing/job-00.json")
@@ -101,7 +104,7 @@ def test_an_interrupted_run_commits_and_resumes_bit_equal(make_spec: MakeSpec, t
     (step,) = {max(handle.store.checkpoint_steps(f"member-00{m}")) for m in range(2)}
     assert 5 <= step < 400
     resume(handle.uri).wait()
-    assert_bit_equal(handle.uri, str(tmp_path / "unbroken" / "demo"))
+    assert_bit_equal(members(handle.uri), members(str(tmp_path / "unbroken" / "demo")))
 
 
 def test_more_workers_than_the_cluster_has_are_refused_before_anything_starts(
@@ -126,13 +129,12 @@ def test_a_second_run_on_one_directory_is_refused_naming_the_holder(make_spec: M
     assert not handle.store.storage.exists("run.lock")
 
 
-def test_a_finished_run_is_not_trained_again(make_spec: MakeSpec) -> None:
-    handle = launch(make_spec())
-    handle.wait()
-    before = {path: path.stat().st_mtime_ns for path in Path(handle.uri, "members").rglob("*.safetensors")}
-    resume(handle.uri).wait()
-    after = {path: path.stat().st_mtime_ns for path in Path(handle.uri, "members").rglob("*.safetensors")}
-    assert before == after and len(before) == 2
+def test_a_finished_run_is_not_trained_again(run_on_ray: RunSpec) -> None:
+    uri = RunStore.for_spec(run_on_ray).uri
+    before = {path: path.stat().st_mtime_ns for path in Path(uri, "members").rglob("*.safetensors")}
+    resume(uri).wait()
+    after = {path: path.stat().st_mtime_ns for path in Path(uri, "members").rglob("*.safetensors")}
+    assert before == after and len(before) == 3
 
 
 # --- a base that is prepared first -----------------------------------------------------------------------
@@ -156,14 +158,12 @@ def test_a_base_is_prepared_on_the_cluster_and_members_on_it_equal_those_in_proc
     errors = [(layer["compensated"], layer["theory"]) for layer in metrics["preparation"]["layers"]]
     assert len(errors) == 12 and all(found == pytest.approx(least, rel=1e-4) for found, least in errors)
     run_local(make_spec(**PREPARED, name="in-process", placement__workers=2))  # finds the base
-    assert_bit_equal(handle.uri, str(Path(handle.uri).parent / "in-process"))
+    assert_bit_equal(members(handle.uri), members(str(Path(handle.uri).parent / "in-process")))
 
 
 def test_a_preparation_that_fails_fails_the_run_with_its_reason(
     make_spec: MakeSpec, tiny_model: Callable[[str], str], tmp_path: Path
 ) -> None:
-    import shutil
-
     folder = tmp_path / "damaged"
     shutil.copytree(tiny_model("bert"), folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")

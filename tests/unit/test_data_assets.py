@@ -73,6 +73,7 @@ def test_half_a_model_has_every_other_layer_of_the_whole() -> None:
     assert (half / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow  # on an empty cache it converts the model twice
 def test_half_a_llama_has_the_first_and_the_last_layers_of_the_whole() -> None:
     import torch
     import transformers

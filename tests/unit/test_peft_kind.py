@@ -11,6 +11,8 @@ import pytest
 import torch
 import transformers
 from pydantic import ValidationError
+from run_helpers import assert_bit_equal, members, stop_at
+from sweeps import sweep
 
 from raylora.adapters import lora
 from raylora.adapters import peft as kind
@@ -80,7 +82,7 @@ def in_peft(parts: Any, folder: Path, source: str) -> Any:
 
 
 # --- PEFT computes the same ------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sweep(METHODS, ["lora", "dora", "vera", "oft", "ia3", "hira"]))
 def test_peft_loads_a_member_and_predicts_the_same(
     name: str, make_parts: Make, tiny_model: Any, tmp_path: Path
 ) -> None:
@@ -108,7 +110,7 @@ def test_peft_loads_a_member_and_predicts_the_same(
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-@pytest.mark.parametrize("name", ["lora", "dora", "vera", "vblora", "randlora"])
+@pytest.mark.parametrize("name", sweep(["lora", "dora", "vera", "vblora", "randlora"], ["dora", "vera"]))
 def test_other_architectures_and_transposed_layers_too(
     name: str, architecture: str, make_parts: Make, tiny_model: Any, tmp_path: Path
 ) -> None:
@@ -188,7 +190,7 @@ def test_a_change_that_depends_on_the_weight_is_not_written_as_one(make_parts: M
 
 
 # --- in a run --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["dora", "rslora", "pissa", "vera", "vblora", "randlora"])
+@pytest.mark.parametrize("name", sweep(["dora", "rslora", "pissa", "vera", "vblora", "randlora"], ["dora", "vera"]))
 def test_a_run_of_two_members_and_its_folders_in_peft(name: str, make_spec: Make, tiny_model: Any) -> None:
     spec = make_spec(adapter=adapter_keys(name), placement={"workers": 1, "cpus_per_worker": 1})
     prepared = prepare(spec)
@@ -214,27 +216,17 @@ def test_a_run_of_two_members_and_its_folders_in_peft(name: str, make_spec: Make
 
 
 def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Make) -> None:
-    import os
-    import signal
-
     changes: dict[str, Any] = {
         "adapter": adapter_keys("dora", dropout=0.1), "checkpointing": {"every_steps": 2},
         "optimization": {"lr": 0.005, "steps": 4, "micro_batch": 4},
     }
 
-    def stop(job: str, progress: Any) -> None:
-        if progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     one, two = make_spec(name="whole", **changes), make_spec(name="broken", **changes)
     run_in_process(prepare(one))
     with pytest.raises(Interrupted):
-        run_in_process(prepare(two), stop)
+        run_in_process(prepare(two), stop_at(3))
     run_in_process(prepare(two))
-    for name in ("member-000", "member-001"):
-        first, second = (from_bytes(RunStore.for_spec(spec).load_result(f"members/{name}")["adapter_model.safetensors"])
-                         for spec in (one, two))
-        assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    assert_bit_equal(members(one), members(two))
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "vera", "vblora"])
@@ -264,7 +256,8 @@ def test_members_start_apart_where_the_method_draws(make_parts: Make) -> None:
 
 @pytest.mark.parametrize(("quantization", "dtype"), [("nf4", "bfloat16"), ("int8", "float32")])
 @pytest.mark.parametrize(
-    "name", [name for name in METHODS if name not in ("pissa", "olora", "loha", "lokr", "hira", "hra")]
+    "name", sweep([name for name in METHODS if name not in ("pissa", "olora", "loha", "lokr", "hira", "hra")],
+                  ["lora", "dora", "vera", "oft"])
 )
 def test_a_quantized_base_carries_them_and_is_not_written_to(
     name: str, quantization: str, dtype: str, make_parts: Make, trajectory: Any

@@ -133,7 +133,7 @@ def test_equal_predictions_have_no_correlation_and_equal_labels_no_r2() -> None:
     assert found["pearson"] is None and found["spearman"] is None and found["r2"] is not None and found["r2"] <= 0
     found = point_metrics(score_values(fake()[0], torch.ones(200), 1.0))
     assert found["pearson"] is None and found["spearman"] is None and found["r2"] is None
-    assert found["rmse"] is not None
+    assert found["rmse"] == pytest.approx(float((fake()[0].mean(0) - 1).square().mean().sqrt()))
 
 
 def test_kl_between_members_is_that_of_their_gaussians() -> None:
@@ -211,7 +211,9 @@ def test_members_that_all_say_one_number_still_make_a_summary() -> None:
     found = summarize({"ensemble": group}, FEW)
     json.dumps(found, allow_nan=False)
     tested = found["ensemble"]["eval"]["test"]
-    assert tested["pearson"] is None and "pearson" not in tested["intervals"] and tested["rmse"] > 0
+    assert tested["pearson"] is None and "pearson" not in tested["intervals"]
+    labels_N = next(part for part in group if part.name == "test").labels_N
+    assert tested["rmse"] == pytest.approx(float((2.5 - labels_N).square().mean().sqrt()), rel=1e-5)
     assert "pearson" not in found["mean_member"]["eval"]["test"] and "pearson" not in found["gains"]["test"][
         "over_single"]
     assert found["gains"]["test"]["over_single"]["rmse"]["gain"] == pytest.approx(0)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
@@ -14,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from peft import PeftModel
 from rich.console import Console
+from run_helpers import assert_bit_equal, members, run, stop_at
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -64,35 +62,6 @@ def settings(content: dict[str, Any]) -> Callable[..., DistillSpec]:
     return of
 
 
-def run(spec: RunSpec, on_progress: Any = lambda job, progress: None) -> dict[str, Any]:
-    run_in_process(prepare(spec), on_progress)
-    metrics = RunStore.for_spec(spec).read_json("metrics.json")
-    assert isinstance(metrics, dict)
-    return metrics
-
-
-def members(spec: RunSpec, names: tuple[str, ...] = ("member-000", "member-001")) -> dict[str, dict[str, Any]]:
-    store = RunStore.for_spec(spec)
-    return {
-        name: safetensors.torch.load(store.load_result(f"members/{name}")["adapter_model.safetensors"])
-        for name in names
-    }
-
-
-def stop_at(step: int) -> Callable[..., None]:
-    def on_progress(job: str, progress: Any) -> None:
-        if progress.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return on_progress
-
-
-def assert_bit_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
-    assert one.keys() == two.keys() and one
-    for name in one:
-        assert all(torch.equal(one[name][key], two[name][key]) for key in one[name])
-
-
 # --- training ----------------------------------------------------------------------------------------------
 def test_a_resumed_regression_has_bit_equal_members_and_the_same_metrics(make: Make) -> None:
     rules = {"early_stopping": {"metric": "rmse", "patience": 9}}
@@ -137,7 +106,8 @@ def test_labels_are_learnt_in_their_own_units(make: Make) -> None:
 
 def test_a_decoder_whose_head_has_no_bias_trains_too(make: Make, tiny_model: Any) -> None:
     metrics = run(make(base__source=tiny_model("llama"), adapter__target_modules="auto", ensemble__members=1))
-    assert metrics["ensemble"]["eval"]["test"]["rmse"] > 0
+    tested = metrics["ensemble"]["eval"]["test"]
+    assert tested["mae"] <= tested["rmse"] < 5  # of labels in 0 .. 5
 
 
 def test_predictions_are_stored_as_values(make: Make) -> None:
@@ -253,7 +223,7 @@ def test_a_resumed_student_is_bit_equal(make: Make, settings: Make) -> None:
     with pytest.raises(Interrupted):
         run_in_process(prepare(broken.student), stop_at(3))
     run_in_process(prepare(broken.student))
-    assert_bit_equal(members(whole.student, ("member-000",)), members(broken.student, ("member-000",)))
+    assert_bit_equal(members(whole.student), members(broken.student))
 
 
 @pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js", "dirichlet", "multi_head", "topk_kl"])
@@ -269,11 +239,9 @@ def test_mse_is_refused_for_classes(make_spec: Make, settings: Make) -> None:
 
 # --- what comes out ----------------------------------------------------------------------------------------
 @pytest.fixture
-def finished(make: Make) -> str:
+def finished(make: Make, trained: Callable[[RunSpec], str]) -> str:
     """Return the directory of a finished run with foreign text."""
-    spec = make(evaluation__out_of_distribution={"news": {"source": "pypi:bbc-news", "rows": 20}})
-    run(spec)
-    return RunStore.for_spec(spec).uri
+    return trained(make(evaluation__out_of_distribution={"news": {"source": "pypi:bbc-news", "rows": 20}}))
 
 
 PAIR = {"text": "A man is playing a flute.", "text_pair": "A woman plays the guitar."}

