@@ -180,7 +180,7 @@ class Parts:
         import torch
 
         from raylora.engine.model.base import head_tensors
-        from raylora.engine.model.packed_model import initial_member
+        from raylora.engine.model.member_tensors import initial_member
 
         tensors = initial_member(self.base, self.adapter, head_tensors(self.base), unit.stream("init"))
         generator = torch.Generator().manual_seed(unit.seed)

@@ -23,7 +23,8 @@ from raylora.adapters.export import to_peft
 from raylora.adapters.packed import stack
 from raylora.cli import app
 from raylora.data.catalog.assets import model_folder
-from raylora.engine.model.packed_model import StepTensors, frozen_tensors_of, pack_gradients, pack_scores
+from raylora.engine.model.member_tensors import frozen_tensors_of
+from raylora.engine.model.packed_model import StepTensors, pack_gradients, pack_scores
 from raylora.engine.model.serialization import check_layout, from_bytes, layout_of, to_bytes
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.training.predict import predict

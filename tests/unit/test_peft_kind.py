@@ -18,7 +18,8 @@ from raylora.adapters import lora
 from raylora.adapters import peft as kind
 from raylora.adapters.export import from_peft, to_peft
 from raylora.adapters.packed import stack
-from raylora.engine.model.packed_model import frozen_tensors_of, pack_gradients, pack_scores
+from raylora.engine.model.member_tensors import frozen_tensors_of
+from raylora.engine.model.packed_model import pack_gradients, pack_scores
 from raylora.engine.model.serialization import from_bytes, to_bytes
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare

@@ -374,7 +374,7 @@ def test_a_trainable_pair_is_where_members_start(make_spec: Make, tiny_model: An
     base = load_base(spec.base, spec.adapter, task_of(spec), CPU, found.store)
     assert all(m.pair_A_RI is None for m in base.model.modules() if isinstance(m, QuantizedLinear))
     adapter = registry.load("adapter", "lora").build(spec.adapter)
-    from raylora.engine.model.packed_model import initial_member
+    from raylora.engine.model.member_tensors import initial_member
 
     member = initial_member(base, adapter, {}, 0)
     with_pair = load_base(frozen.base, frozen.adapter, task_of(frozen), CPU, found.store)

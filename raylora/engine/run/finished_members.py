@@ -11,7 +11,7 @@ from raylora.adapters.base import Tensors
 from raylora.adapters.export import from_peft
 from raylora.adapters.packed import stack
 from raylora.engine.model.base import Base
-from raylora.engine.model.packed_model import expected_layout, frozen_tensors_of
+from raylora.engine.model.member_tensors import expected_layout, frozen_tensors_of
 from raylora.engine.model.serialization import check_layout, from_bytes
 from raylora.engine.training.member_plan import member_plans_of
 from raylora.errors import RunDirectoryError

@@ -18,7 +18,7 @@ from raylora.spec import RunSpec, dump_spec
 from raylora.store.run_store import RunStore
 
 _PACKAGES = (
-    "raylora", "ray", "torch", "transformers", "deepspeed", "bitsandbytes", "peft", "datasets", "torchmetrics",
+    "raylora", "ray", "torch", "transformers", "deepspeed", "bitsandbytes", "peft", "datasets",
     "pydantic", "numpy",
 )
 

@@ -18,14 +18,8 @@ from raylora.adapters.packed import stack
 from raylora.data.order import Order
 from raylora.data.task import Batch, Example, Task
 from raylora.engine.model.base import Base, head_tensors
-from raylora.engine.model.packed_model import (
-    ExampleLoss,
-    StepTensors,
-    frozen_tensors_of,
-    initial_member,
-    pack_gradients,
-    start_tensors,
-)
+from raylora.engine.model.member_tensors import frozen_tensors_of, initial_member, start_tensors
+from raylora.engine.model.packed_model import ExampleLoss, StepTensors, pack_gradients
 from raylora.engine.model.serialization import check_layout, layout_of
 from raylora.engine.training.distillation_loss import DistillationLoss
 from raylora.engine.training.member_plan import MemberPlan, order_seed
