@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util import list_named_actors
 
-from raylora import control
+from raylora import control, logs
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
 from raylora.actors.preparer import solve_on_cluster
 from raylora.engine.distillation.compare import compare, distillations
@@ -308,7 +308,8 @@ def _start(prepared: Prepared | TargetPlan) -> RunHandle:
     _clear_name(name, prepared.spec.run_name())
     prepared.begin()
     target_job = prepared.target_job if isinstance(prepared, TargetPlan) else None
-    coordinator = Coordinator.options(name=name, namespace=NAMESPACE).remote(  # type: ignore[attr-defined]
+    inherited: dict[str, Any] = {"runtime_env": {"env_vars": logs.environment()}} if logs.environment() else {}
+    coordinator = Coordinator.options(name=name, namespace=NAMESPACE, **inherited).remote(  # type: ignore[attr-defined]
         prepared.spec, prepared.store.uri, prepared.plan, [ray.put(prepared.base)], target_job
     )
     workers = [f"worker-{index}" for index in range(prepared.plan.workers)]

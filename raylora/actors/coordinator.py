@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raylora import control
+from raylora import control, logs
 from raylora.actors.preparer import Preparer
 from raylora.actors.worker import Worker
 from raylora.errors import Interrupted, PlacementError, RayloraError
@@ -159,7 +159,7 @@ class Coordinator:
             num_gpus=plan.gpus_per_worker,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, index),
             # Equal threads are equal float sums: without this every worker would use all cores.
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(plan.cpus_per_worker)}},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(plan.cpus_per_worker), **logs.environment()}},
         ).remote(self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.target_job)
         self.pending[self.workers[command.worker].load.remote()] = (command.worker, command)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from raylora import logs
 from raylora.actors.telemetry import Telemetry, Throttle
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
@@ -29,6 +30,7 @@ class Worker:
         """Import the libraries and load base and data; the slow part of a start."""
         from raylora.engine.distillation.target_job import make_session
 
+        logs.configure()
         self.telemetry = Telemetry(self.spec.run_name())
         self.session = make_session(self.spec, self.store, self.cpus, self.gpus, self.target_job)
         self.session.load()

@@ -17,6 +17,7 @@ import typer
 from rich.table import Table
 
 import raylora
+from raylora import logs
 from raylora.cli.console import err, out
 from raylora.cli.progress import LiveProgress, LocalLines, say_block
 from raylora.cli.tables import predictions_table, status_table
@@ -25,6 +26,19 @@ from raylora.errors import RayloraError, UsageError
 DEGRADED = 3
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=raylora.__doc__)
+
+
+
+@app.callback()
+def _everywhere(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log what happens; RAYLORA_LOG names a level.")] = False,
+) -> None:
+    try:
+        logs.configure(verbose)
+    except RayloraError as error:
+        err.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(error.exit_code) from None
+
 
 SpecFile = Annotated[Path, typer.Argument(help="A run spec in YAML; `raylora init` writes one.")]
 RunPath = Annotated[str, typer.Argument(help="A run directory.")]

@@ -5,6 +5,7 @@ The Ray actor and the in-process driver both work here; neither knows anything a
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from raylora import registry
+from raylora import logs, registry
 from raylora.adapters.base import Tensors, WholeModel
 from raylora.adapters.export import to_peft
 from raylora.adapters.packed import stack
@@ -31,6 +32,8 @@ from raylora.ensemble.predictions import Predictions, Role
 from raylora.errors import Interrupted, RunDirectoryError, StoreError
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[Progress], None]
 StopSignal = Callable[[], int]
@@ -70,6 +73,7 @@ class TrainingSession:
         Raises:
             RunDirectoryError: the data is not what the run was begun with.
         """
+        started = time.perf_counter()
         # The thread count decides the order of float additions: equal members need equal threads.
         torch.set_num_threads(self.cpus)
         # On a GPU too: there the pools' index_add would add in any order. What has no such kernel only warns.
@@ -86,6 +90,7 @@ class TrainingSession:
             raise RunDirectoryError(
                 f"{self.store.uri}: the data has changed since the run was begun", "restore it, or start a new run"
             )
+        logger.info("base and data loaded in %.1f s", time.perf_counter() - started)
         self.distillation_loss = read_distillation_loss(self.spec, self.store, self.task, self.sets)
 
     # --- a job --------------------------------------------------------------------------------------
@@ -99,17 +104,26 @@ class TrainingSession:
         plans = [plan for plan in plans if not self.store.has_result(folder_of(plan))]
         if not plans:
             return {}
+        with logs.about(self.spec.run_name(), [plan.name for plan in plans]):
+            return self._run_job(job, plans, report, should_stop)
+
+    def _run_job(
+        self, job: str, plans: Sequence[MemberPlan], report: Report, should_stop: StopSignal
+    ) -> dict[str, str]:
         adapter = registry.load("adapter", plans[0].adapter.kind).build(plans[0].adapter)
         trainer = PackTrainer(
             self.base, adapter, self.task, self.spec, plans, self.sets.train.examples, self.sets.validation.examples,
             self.distillation_loss,
         )
         resumed_at = self._resume(trainer)
+        logger.info("%s: training from step %d to %d", job, resumed_at, trainer.total)
         meter = _Meter(report)
         trainer.run(self._save, meter, should_stop, self._epoch_end)
         trained_s = time.perf_counter() - meter.started
         done = [state for state in trainer.states if not state.failure]
+        logger.info("%s: trained in %.1f s", job, trained_s)
         evaluate_s = self._evaluate(adapter, done, should_stop)
+        logger.info("%s: evaluated in %.1f s", job, evaluate_s)
         self.store.write_json(f"timing/{job}.json", {
             "units": [t.plan.name for t in done],
             "train_s": trained_s,
@@ -136,6 +150,7 @@ class TrainingSession:
 
     # --- checkpoints --------------------------------------------------------------------------------
     def _save(self, trainer: PackTrainer) -> None:
+        logger.debug("committing step %d", trainer.step)
         for state in trainer.states:
             files = serialization.pack_state(*trainer.state_of(state))
             self.store.commit_checkpoint(state.plan.name, trainer.step, files)
