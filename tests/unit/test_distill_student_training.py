@@ -22,7 +22,7 @@ from raylora.engine.training.trainer import PackTrainer
 MakeParts = Callable[..., Any]
 
 
-def lessons_of(parts: Any, logits_NMC: torch.Tensor, **loss: Any) -> DistillationLoss:
+def loss_of(parts: Any, logits_NMC: torch.Tensor, **loss: Any) -> DistillationLoss:
     """Return distillation_loss whose targets are given for the training rows, in their order."""
     examples = parts.sets.train.examples
     ids = [example.id for example in examples]
@@ -51,7 +51,7 @@ def trained(parts: Any, distillation_loss: DistillationLoss) -> dict[str, Any]:
 def test_a_step_equals_a_float64_reference(make_parts: MakeParts) -> None:
     parts = make_parts(adapter__dropout=0.0)
     temperature, weight = 3.0, 0.3
-    distillation_loss = lessons_of(parts, some_logits(parts), kind="kl", temperature=temperature, task_weight=weight)
+    distillation_loss = loss_of(parts, some_logits(parts), kind="kl", temperature=temperature, task_weight=weight)
     members = [parts.member(unit, trained=0.05) for unit in parts.units]
     batches = [parts.batch(0, 5), parts.batch(7, 5)]
     found = pack_gradients(
@@ -86,7 +86,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(make_parts: MakePart
     member = stack([parts.member(unit, trained=0.05)])
     batch = parts.task.collate(parts.sets.train.examples, parts.base.tokenizer)
     logits, _, _ = pack_scores(parts.base, parts.adapter, parts.task, member, batch)
-    distillation_loss = lessons_of(parts, logits[:, None].half().float(), kind="kl", temperature=2.0, task_weight=0.0)
+    distillation_loss = loss_of(parts, logits[:, None].half().float(), kind="kl", temperature=2.0, task_weight=0.0)
     found = pack_gradients(
         parts.base, parts.adapter, parts.task, member, [batch], [0],
         loss=lambda scores, joined: distillation_loss.losses(scores, joined, 0.0),
@@ -99,7 +99,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(make_parts: MakePart
 
 def test_the_order_of_the_targets_changes_nothing(make_parts: MakeParts) -> None:
     parts = make_parts()
-    distillation_loss = lessons_of(parts, some_logits(parts), kind="kl")
+    distillation_loss = loss_of(parts, some_logits(parts), kind="kl")
     whole = distillation_loss.targets
     order = torch.randperm(len(whole.keys), generator=torch.Generator().manual_seed(1)).tolist()
     shuffled = ClassificationTargets(
@@ -114,7 +114,7 @@ def test_the_order_of_the_targets_changes_nothing(make_parts: MakeParts) -> None
 
 def test_a_task_weight_of_one_is_training_without_a_teacher(make_parts: MakeParts) -> None:
     parts = make_parts()
-    with_labels = trained(parts, lessons_of(parts, some_logits(parts), kind="kl", task_weight=1.0))
+    with_labels = trained(parts, loss_of(parts, some_logits(parts), kind="kl", task_weight=1.0))
     alone = parts.trainer()
     alone.run(lambda trainer: None, lambda progress: None, lambda: 0)
     for state in alone.states:
@@ -126,7 +126,7 @@ def test_rows_without_a_label_learn_from_the_teacher_alone(make_parts: MakeParts
     from dataclasses import replace
 
     parts = make_parts()
-    distillation_loss = lessons_of(parts, some_logits(parts), kind="kl", task_weight=0.5)
+    distillation_loss = loss_of(parts, some_logits(parts), kind="kl", task_weight=0.5)
     member = stack([parts.member(parts.units[0], trained=0.05)])
     examples = [replace(e, label=UNLABELED if n % 2 else e.label) for n, e in enumerate(parts.sets.train.examples[:4])]
     batch = parts.task.collate(examples, parts.base.tokenizer)
@@ -138,7 +138,7 @@ def test_rows_without_a_label_learn_from_the_teacher_alone(make_parts: MakeParts
 
 def test_heat_is_taken_away_while_a_dirichlet_student_trains(make_parts: MakeParts) -> None:
     parts = make_parts()
-    distillation_loss = lessons_of(parts, some_logits(parts), kind="dirichlet", temperature=5.0, task_weight=0.0)
+    distillation_loss = loss_of(parts, some_logits(parts), kind="dirichlet", temperature=5.0, task_weight=0.0)
     batch = parts.batch(0, 4)
     _, scores, joined = pack_scores(
         parts.base, parts.adapter, parts.task, stack([parts.member(parts.units[0])]), batch

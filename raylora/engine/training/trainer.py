@@ -172,7 +172,7 @@ class PackTrainer:
             [t.plan.stream("dropout", number) for t in stepping],
             regularizers.kl,
             stack([t.initial_head for t in stepping]) if regularizers.kl and stepping[0].initial_head else None,
-            step=step, loss=self._lesson(),
+            step=step, loss=self._student_loss(),
         )
         for state, batch, loss, gradients in zip(
             stepping, batches, outcome.losses_K, outcome.gradients, strict=True
@@ -190,7 +190,7 @@ class PackTrainer:
             sums[state.plan.name] += loss / accumulation
         return outcome.tokens
 
-    def _lesson(self) -> ExampleLoss | None:
+    def _student_loss(self) -> ExampleLoss | None:
         if self.distillation_loss is None:
             return None
         distillation_loss, progress = self.distillation_loss, self.step / self.total
