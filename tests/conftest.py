@@ -154,6 +154,7 @@ class Parts:
         from raylora import registry
         from raylora.data.sets import load_sets
         from raylora.engine.model.base import load_base
+        from raylora.engine.model.packed_model import PackedModel
         from raylora.engine.training.member_plan import member_plans_of
         from raylora.engine.training.optimizer import start_deepspeed
 
@@ -165,6 +166,7 @@ class Parts:
         self.base = load_base(spec.base, spec.adapter, self.task, device, prepared_base(spec, self.task))
         self.sets = load_sets(spec.data, spec.evaluation, self.task, self.base.tokenizer)
         self.units = member_plans_of(spec)
+        self.model = PackedModel(self.base, self.adapter, self.task)
 
     def trainer(self, units: Any = None, train: Any = None) -> Any:
         """Return a pack trainer of these units (all by default)."""

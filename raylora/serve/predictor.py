@@ -16,6 +16,7 @@ from raylora.data.sources import load_rows
 from raylora.data.task import BadRow, Example, Task
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.machine import compute_device
+from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
 from raylora.engine.run.finished_members import finished_members, member_facts, member_tensors, stacked_members
 from raylora.engine.training.distillation_loss import read_outputs, task_of
@@ -45,7 +46,7 @@ class LoadedEnsemble:
         """
         self.spec, self.base, self.task = spec, base, task
         self.members, self._described = len(members), described or {}
-        self._adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+        self.model = PackedModel(base, registry.load("adapter", spec.adapter.kind).build(spec.adapter), task)
         self._stacked = stacked_members(spec, base, members, layouts)
 
     def predict(self, texts: Sequence[str | Mapping[str, Any]], batch: int = 64) -> list[Any]:
@@ -65,7 +66,7 @@ class LoadedEnsemble:
             example, cut = self._tokenize(row, index)
             examples.append(example)
             truncated.append(cut)
-        outputs_MNO, _ = predict(self.base, self._adapter, self.task, self._stacked, examples, batch)
+        outputs_MNO, _ = predict(self.model, self._stacked, examples, batch)
         values, expected_MN = read_outputs(self.task, outputs_MNO)
         rows = Rows(
             [example.id for example in examples], truncated, self.task.label_names, self.spec.ensemble.aggregate,

@@ -12,7 +12,6 @@ import torch
 from raylora import registry
 from raylora.adapters.packed import stack
 from raylora.data.task import Task
-from raylora.engine.model.packed_model import pack_gradients
 from raylora.ensemble.outputs import output_of
 from raylora.spec import TaskSpec
 
@@ -30,8 +29,8 @@ def test_a_base_loads_on_a_cpu_and_gradients_reach_the_adapters(
                        adapter__target_modules="all-linear")
     before = {n: p.detach().clone() for n, p in parts.base.model.named_parameters()}
     members = [parts.member(unit, trained=0.05) for unit in parts.units]
-    outcome = pack_gradients(
-        parts.base, parts.adapter, parts.task, stack(members), [parts.batch(0), parts.batch(4)], [1, 2]
+    outcome = parts.model.gradients(
+        stack(members), [parts.batch(0), parts.batch(4)], [1, 2]
     )
     assert all(0.1 < loss < 5 for loss in outcome.losses_K)
     for gradients in outcome.gradients:

@@ -17,7 +17,6 @@ from raylora.adapters.base import find_sites
 from raylora.adapters.export import from_peft, to_peft
 from raylora.adapters.packed import stack
 from raylora.engine.model.machine import compute_dtype
-from raylora.engine.model.packed_model import pack_scores
 from raylora.engine.model.serialization import to_bytes
 from raylora.engine.model.sites import find_heads
 from raylora.errors import BaseError
@@ -79,7 +78,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_not_quantized(kind: str, make_par
     parts = make_parts(base__source=tiny_model("bert_without_pooler"), base__quantization=kind)
     member = parts.member(parts.units[0])
     assert member["head:bert.pooler.dense.weight"].shape == (32, 32)
-    scores = pack_scores(parts.base, parts.adapter, parts.task, stack([member]), parts.batch())[1]
+    scores = parts.model.scores(stack([member]), parts.batch())[1]
     assert scores.shape == (4, 2) and torch.isfinite(scores).all()
 
 
@@ -165,7 +164,7 @@ def test_peft_loads_a_member_of_the_real_base(make_parts: Make, tmp_path: Path) 
 def check_round_trip(parts: Any, source: str, folder: Path, atol: float) -> None:
     member = parts.member(parts.units[0], trained=0.2)
     batch = parts.batch()
-    logits = pack_scores(parts.base, parts.adapter, parts.task, stack([member]), batch)[0]
+    logits = parts.model.scores(stack([member]), batch)[0]
     classifies = parts.task.auto_class == "AutoModelForSequenceClassification"
     kind = "SEQ_CLS" if classifies else "CAUSAL_LM"
     files = to_peft(
@@ -204,7 +203,7 @@ def test_a_head_without_adapter_loads_too(
     member = {n: t for n, t in parts.member(parts.units[0], trained=0.2).items() if n.startswith("head:")}
     assert sorted(member) == ["head:classifier.bias", "head:classifier.weight"]
     batch = parts.batch()
-    logits = pack_scores(parts.base, parts.adapter, parts.task, stack([member]), batch)[0]
+    logits = parts.model.scores(stack([member]), batch)[0]
     files = to_peft(member, none.Spec(), parts.base.sites, parts.base.target_modules, "SEQ_CLS", "x")
     (tmp_path / "adapter_model.safetensors").write_bytes(to_bytes(files.tensors))
     (tmp_path / "adapter_config.json").write_bytes(files.config_bytes())

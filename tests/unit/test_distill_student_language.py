@@ -17,11 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from raylora.adapters.packed import stack
 from raylora.distill import TokenTargets
-from raylora.engine.distillation import target_job as teach
 from raylora.engine.distillation.compare import compare
 from raylora.engine.distillation.plan import prepare_distillation
 from raylora.engine.distillation.target_job import FACTS, TargetSession, shard_names
-from raylora.engine.model.packed_model import pack_gradients, pack_scores
+from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.training.distillation_loss import DistillationLoss, load_targets, predicting
@@ -89,8 +88,8 @@ def test_token_losses_are_means_over_each_blocks_targets(teacher: str, tiny_mode
     batch = session.session.task.collate(session.examples[:4], session.session.base.tokenizer)
     (pack,) = session.packs
     member = {name: tensor[:1] for name, tensor in pack.items()}
-    logits, _, joined = pack_scores(session.session.base, adapter, session.session.task, member, batch)
-    both, _, _ = pack_scores(session.session.base, adapter, session.session.task, pack, batch)
+    logits, _, joined = PackedModel(session.session.base, adapter, session.session.task).scores(member, batch)
+    both, _, _ = PackedModel(session.session.base, adapter, session.session.task).scores(pack, batch)
     p_T = both.view(2, *logits.shape).double().softmax(-1).mean(0)[:, :-1]
     log_S = logits.double().log_softmax(-1)[:, :-1]
     kl_BT = (p_T * (p_T.log() - log_S)).sum(-1)
@@ -113,11 +112,10 @@ def test_a_member_that_teaches_itself_has_nothing_to_learn(teacher: str, tiny_mo
     distillation_loss = DistillationLoss(session.session.task, built, load_targets(work.target_job.store))
     batch = session.session.task.collate(session.examples[:3], session.session.base.tokenizer)
     stacked = stack([{name: tensor[0] for name, tensor in session.packs[0].items()}])
-    found = pack_gradients(
-        session.session.base, adapter, session.session.task, stacked, [batch], [0],
-        loss=lambda logits, joined: distillation_loss.losses(logits, joined, 0.0),
+    found = PackedModel(session.session.base, adapter, session.session.task).gradients(
+        stacked, [batch], [0], loss=lambda logits, joined: distillation_loss.losses(logits, joined, 0.0)
     )
-    own = pack_gradients(session.session.base, adapter, session.session.task, stacked, [batch], [0])
+    own = PackedModel(session.session.base, adapter, session.session.task).gradients(stacked, [batch], [0])
     assert abs(found.losses_K[0]) < 1e-3
     size = max(float(g.abs().max()) for g in own.gradients[0].values())
     assert max(float(g.abs().max()) for g in found.gradients[0].values()) < 0.01 * size
@@ -142,13 +140,15 @@ def test_a_growing_transfer_set_takes_no_more_memory(
     logits: list[StorageWeakRef] = []
     alive: list[int] = []
 
+    real = PackedModel.scores
+
     def watched(*args: Any) -> Any:
         alive.append(sum(not one.expired() for one in logits))
-        said = pack_scores(*args)
+        said = real(*args)
         logits.append(StorageWeakRef(said[0].untyped_storage()))
         return said
 
-    monkeypatch.setattr(teach, "pack_scores", watched)
+    monkeypatch.setattr(PackedModel, "scores", watched)
     peaks, sizes = {}, {}
     for shards in (1, 2, 8):  # the first warms up
         store = RunStore(str(tmp_path / f"targets-{shards}"))

@@ -15,7 +15,6 @@ from raylora.adapters.base import HEAD
 from raylora.adapters.packed import stack
 from raylora.data.task import UNLABELED
 from raylora.distill import ClassificationTargets, Keys
-from raylora.engine.model.packed_model import pack_gradients, pack_scores
 from raylora.engine.training.distillation_loss import DistillationLoss
 from raylora.engine.training.trainer import PackTrainer
 
@@ -54,9 +53,8 @@ def test_a_step_equals_a_float64_reference(make_parts: MakeParts) -> None:
     distillation_loss = loss_of(parts, some_logits(parts), kind="kl", temperature=temperature, task_weight=weight)
     members = [parts.member(unit, trained=0.05) for unit in parts.units]
     batches = [parts.batch(0, 5), parts.batch(7, 5)]
-    found = pack_gradients(
-        parts.base, parts.adapter, parts.task, stack(members), batches, [0, 0],
-        loss=lambda scores, batch: distillation_loss.losses(scores, batch, 0.0),
+    found = parts.model.gradients(
+        stack(members), batches, [0, 0], loss=lambda scores, batch: distillation_loss.losses(scores, batch, 0.0)
     )
     dense = transformers.AutoModelForSequenceClassification.from_pretrained(parts.spec.base.source).double().eval()
     weights = {name: weight.detach() for name, weight in dense.named_parameters()}
@@ -85,13 +83,12 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(make_parts: MakePart
     (unit, *_) = parts.units
     member = stack([parts.member(unit, trained=0.05)])
     batch = parts.task.collate(parts.sets.train.examples, parts.base.tokenizer)
-    logits, _, _ = pack_scores(parts.base, parts.adapter, parts.task, member, batch)
+    logits, _, _ = parts.model.scores(member, batch)
     distillation_loss = loss_of(parts, logits[:, None].half().float(), kind="kl", temperature=2.0, task_weight=0.0)
-    found = pack_gradients(
-        parts.base, parts.adapter, parts.task, member, [batch], [0],
-        loss=lambda scores, joined: distillation_loss.losses(scores, joined, 0.0),
+    found = parts.model.gradients(
+        member, [batch], [0], loss=lambda scores, joined: distillation_loss.losses(scores, joined, 0.0)
     )
-    own = pack_gradients(parts.base, parts.adapter, parts.task, member, [batch], [0])
+    own = parts.model.gradients(member, [batch], [0])
     assert abs(found.losses_K[0]) < 1e-5  # what float16 targets leave
     size = max(float(g.abs().max()) for g in own.gradients[0].values())
     assert max(float(g.abs().max()) for g in found.gradients[0].values()) < 2e-3 * size
@@ -130,7 +127,7 @@ def test_rows_without_a_label_learn_from_the_teacher_alone(make_parts: MakeParts
     member = stack([parts.member(parts.units[0], trained=0.05)])
     examples = [replace(e, label=UNLABELED if n % 2 else e.label) for n, e in enumerate(parts.sets.train.examples[:4])]
     batch = parts.task.collate(examples, parts.base.tokenizer)
-    _, scores, joined = pack_scores(parts.base, parts.adapter, parts.task, member, batch)
+    _, scores, joined = parts.model.scores(member, batch)
     of_each = distillation_loss.losses(scores, joined, 0.0)
     without = distillation_loss.loss.per_example(scores, distillation_loss.targets.gather(joined.ids), None)
     assert torch.equal(of_each[1::2], without[1::2]) and bool((of_each[::2] > without[::2]).all())
@@ -140,8 +137,8 @@ def test_heat_is_taken_away_while_a_dirichlet_student_trains(make_parts: MakePar
     parts = make_parts()
     distillation_loss = loss_of(parts, some_logits(parts), kind="dirichlet", temperature=5.0, task_weight=0.0)
     batch = parts.batch(0, 4)
-    _, scores, joined = pack_scores(
-        parts.base, parts.adapter, parts.task, stack([parts.member(parts.units[0])]), batch
+    _, scores, joined = parts.model.scores(
+        stack([parts.member(parts.units[0])]), batch
     )
     begun, ended = distillation_loss.losses(scores, joined, 0.0), distillation_loss.losses(scores, joined, 1.0)
     assert not torch.allclose(begun, ended)

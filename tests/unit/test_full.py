@@ -15,7 +15,7 @@ from torch import nn
 import raylora
 from raylora import registry
 from raylora.adapters.packed import stack
-from raylora.engine.model.packed_model import pack_gradients, pack_scores
+from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.serialization import from_bytes
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
@@ -56,7 +56,7 @@ def parts(request: pytest.FixtureRequest, make_parts: Callable[..., Any], tiny_m
 # --- the same numbers as plain torch ---------------------------------------------------------------------
 def test_gradients_are_plain_autograds(parts: Any) -> None:
     member, batch = parts.member(parts.units[0], trained=0.02), parts.batch()
-    found = pack_gradients(parts.base, parts.adapter, parts.task, stack([member]), [batch], [1])
+    found = parts.model.gradients(stack([member]), [batch], [1])
     model = plain_model(parts, member)
     loss = plain_loss(parts, model, batch)
     loss.backward()
@@ -112,10 +112,10 @@ def test_at_first_it_is_the_base_and_training_does_not_write_to_it(
 ) -> None:
     before = {n: t.clone() for n, t in parts.base.model.state_dict().items()}
     member, batch = parts.member(parts.units[0]), parts.batch()
-    scores = pack_scores(parts.base, parts.adapter, parts.task, stack([member]), batch)[1]
+    scores = parts.model.scores(stack([member]), batch)[1]
     none = registry.load("adapter", "none")
     heads = {n: t for n, t in member.items() if n.startswith("head:")}
-    base = pack_scores(parts.base, none.build(none.Spec()), parts.task, stack([heads]), batch)[1]
+    base = PackedModel(parts.base, none.build(none.Spec()), parts.task).scores(stack([heads]), batch)[1]
     torch.testing.assert_close(scores, base, rtol=0, atol=0)
     trajectory(parts.trainer(parts.units[:1]))
     after = parts.base.model.state_dict()
@@ -127,7 +127,7 @@ def test_members_predict_together_as_each_alone(parts: Any) -> None:
     members, batch = [parts.member(unit, trained=0.05) for unit in parts.units], parts.batch()
 
     def scores(chosen: list[Any]) -> torch.Tensor:
-        return pack_scores(parts.base, parts.adapter, parts.task, stack(chosen), batch)[1]
+        return parts.model.scores(stack(chosen), batch)[1]
 
     both = scores(members)
     torch.testing.assert_close(both, torch.cat([scores([m]) for m in members]), rtol=1e-6, atol=1e-6)
@@ -154,7 +154,7 @@ def test_tied_embeddings_are_trained_once(make_parts: Callable[..., Any], tiny_m
     )
     member, batch = parts.member(parts.units[0], trained=0.02), parts.batch()
     assert "transformer.wte.weight" in member and "lm_head.weight" not in member
-    found = pack_gradients(parts.base, parts.adapter, parts.task, stack([member]), [batch], [1])
+    found = parts.model.gradients(stack([member]), [batch], [1])
     model = plain_model(parts, member)
     assert model.lm_head.weight is model.transformer.wte.weight
     plain_loss(parts, model, batch).backward()
@@ -171,12 +171,10 @@ def test_the_reference_of_kl_is_the_base_with_its_own_weights(make_parts: Callab
     heads = stack([{n: t for n, t in fresh.items() if n.startswith("head:")}])
 
     def loss(kl: KLSpec | None) -> float:
-        return pack_gradients(
-            parts.base, parts.adapter, parts.task, stack([member]), [batch], [1], kl, heads
-        ).losses_K[0]
+        return parts.model.gradients(stack([member]), [batch], [1], kl, heads).losses_K[0]
 
     logp, logq = (
-        F.log_softmax(pack_scores(parts.base, parts.adapter, parts.task, stack([m]), batch)[1].double(), -1)
+        F.log_softmax(parts.model.scores(stack([m]), batch)[1].double(), -1)
         for m in (member, fresh)
     )
     expected = float((logp.exp() * (logp - logq)).sum(-1).mean())

@@ -138,7 +138,7 @@ def one_goes_wrong(monkeypatch: pytest.MonkeyPatch, name: str = "member-001", at
 
     def wrong(self: Any, stepping: Any, number: int, sums: Any, accumulation: int) -> int:
         names = [t.plan.name for t in stepping]
-        inner = trainer_module.pack_gradients
+        inner = trainer_module.PackedModel.gradients
 
         def poisoned(*arguments: Any, **options: Any) -> Any:
             outcome = inner(*arguments, **options)
@@ -147,7 +147,7 @@ def one_goes_wrong(monkeypatch: pytest.MonkeyPatch, name: str = "member-001", at
             return outcome
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer_module, "pack_gradients", poisoned)
+            patch.setattr(trainer_module.PackedModel, "gradients", poisoned)
             return real(self, stepping, number, sums, accumulation)
 
     monkeypatch.setattr(trainer_module.PackTrainer, "_micro_batch", wrong)
@@ -289,8 +289,8 @@ def test_left_padding_does_not_change_what_a_row_scores(make_parts: Make, tiny_m
     assert parts.base.tokenizer.padding_side == "left" and parts.base.is_decoder
     stacked = stack([parts.member(unit, trained=0.1) for unit in parts.units])
     examples = parts.sets.train.examples[:9]
-    together, ids = predict(parts.base, parts.adapter, parts.task, stacked, examples, 64)
-    alone, same = predict(parts.base, parts.adapter, parts.task, stacked, examples, 1)
+    together, ids = predict(parts.model, stacked, examples, 64)
+    alone, same = predict(parts.model, stacked, examples, 1)
     assert ids == same == [e.id for e in examples] and len({len(e.sequences[0]) for e in examples}) > 3
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 

@@ -24,7 +24,7 @@ from raylora.adapters.packed import stack
 from raylora.cli import app
 from raylora.data.catalog.assets import model_folder
 from raylora.engine.model.member_tensors import frozen_tensors_of
-from raylora.engine.model.packed_model import StepTensors, pack_gradients, pack_scores
+from raylora.engine.model.packed_model import StepTensors
 from raylora.engine.model.serialization import check_layout, from_bytes, layout_of, to_bytes
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.training.predict import predict
@@ -104,12 +104,13 @@ def test_gradients_over_a_4_bit_base_are_each_members_own(make_parts: Make) -> N
     members = [parts.member(unit, trained=0.05) for unit in parts.units]
     frozen_tensors = [frozen_tensors_of(parts.base, parts.adapter, unit.stream("fixed")) for unit in parts.units]
     batches = [parts.batch(0), parts.batch(4)]
-    packed = pack_gradients(parts.base, parts.adapter, parts.task, stack(members), batches, [1, 2], KLSpec(beta=0.1),
-                            frozen_tensors=stack(frozen_tensors))
+    packed = parts.model.gradients(
+        parts.model.step_tensors(stack(members), stack(frozen_tensors)), batches, [1, 2], KLSpec(beta=0.1)
+    )
     for k in range(2):
         assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in packed.gradients[k].values())
-        alone = pack_gradients(parts.base, parts.adapter, parts.task, stack(members[k : k + 1]), batches[k : k + 1],
-                               [k + 1], KLSpec(beta=0.1), frozen_tensors=stack(frozen_tensors[k : k + 1]))
+        own = parts.model.step_tensors(stack(members[k : k + 1]), stack(frozen_tensors[k : k + 1]))
+        alone = parts.model.gradients(own, batches[k : k + 1], [k + 1], KLSpec(beta=0.1))
         one, two = (torch.cat([g.flatten() for g in gradients.values()])
                     for gradients in (packed.gradients[k], alone.gradients[0]))
         assert (one - two).norm() / two.norm() < 0.02
@@ -138,7 +139,7 @@ def test_a_whole_run_its_folders_and_its_predictions_again(make_spec: Make) -> N
     found = ensemble.predict(rows)
     examples, _ = zip(*(ensemble._tokenize(row, i) for i, row in enumerate(rows)), strict=True)
     batch = ensemble.task.collate(examples, ensemble.base.tokenizer)
-    scores = pack_scores(ensemble.base, ensemble._adapter, ensemble.task, ensemble._stacked, batch)[1]
+    scores = ensemble.model.scores(ensemble._stacked, batch)[1]
     expected = scores.view(3, 2, 2).double().softmax(-1)
     for n in range(2):
         given = [list(m.values()) for m in found[n].member_probabilities]
@@ -146,7 +147,7 @@ def test_a_whole_run_its_folders_and_its_predictions_again(make_spec: Make) -> N
     committed = from_bytes(store.load_result("predictions/member-002")["predictions.safetensors"])
     prepared = prepare(spec)
     texts = prepared.sets.test.examples
-    again = predict(ensemble.base, ensemble._adapter, ensemble.task, ensemble._stacked, texts, 64)[0]
+    again = predict(ensemble.model, ensemble._stacked, texts, 64)[0]
     torch.testing.assert_close(again[2:3], committed["test/values"], rtol=1e-4, atol=1e-5)
 
 
@@ -289,7 +290,7 @@ def test_an_exported_member_says_the_same_in_peft(
     tensors = member_tensors(RunStore.for_spec(spec).load_result("members/member-000"))
     frozen_tensors = frozen_tensors_of(parts.base, parts.adapter, unit.stream("fixed"))
     batch = parts.batch()
-    logits = pack_scores(parts.base, parts.adapter, parts.task, stack([{**tensors, **frozen_tensors}]), batch)[0]
+    logits = parts.model.scores(stack([{**tensors, **frozen_tensors}]), batch)[0]
     base = getattr(transformers, parts.task.auto_class).from_pretrained(
         tiny_model(kind), dtype=torch.float32, attn_implementation="eager", **parts.task.model_kwargs())
     base.config.pad_token_id = parts.base.model.config.pad_token_id
@@ -351,9 +352,9 @@ def test_micro_batches_that_share_a_gather_have_the_gradients_they_have_alone(ma
     step = StepTensors(parts.base, parts.adapter, trained, frozen_tensors, micro_batches=2)
     for start in (0, 4):
         batches, seeds = [parts.batch(start)] * len(parts.units), [1] * len(parts.units)
-        shared = pack_gradients(parts.base, parts.adapter, parts.task, trained, batches, seeds, step=step)
-        alone = pack_gradients(
-            parts.base, parts.adapter, parts.task, trained, batches, seeds, frozen_tensors=frozen_tensors
+        shared = parts.model.gradients(step, batches, seeds)
+        alone = parts.model.gradients(
+            parts.model.step_tensors(trained, frozen_tensors), batches, seeds
         )
         for one, other in zip(shared.gradients, alone.gradients, strict=True):
             assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -19,7 +19,6 @@ from raylora.adapters import peft as kind
 from raylora.adapters.export import from_peft, to_peft
 from raylora.adapters.packed import stack
 from raylora.engine.model.member_tensors import frozen_tensors_of
-from raylora.engine.model.packed_model import pack_gradients, pack_scores
 from raylora.engine.model.serialization import from_bytes, to_bytes
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
@@ -72,7 +71,7 @@ def own(parts: Any, member: dict[str, torch.Tensor], unit: Any) -> dict[str, tor
 
 
 def logits_of(parts: Any, members: list[dict[str, torch.Tensor]], batch: Any) -> torch.Tensor:
-    return pack_scores(parts.base, parts.adapter, parts.task, stack(members), batch)[0].view(len(members), 4, -1)
+    return parts.model.scores(stack(members), batch)[0].view(len(members), 4, -1)
 
 
 def in_peft(parts: Any, folder: Path, source: str) -> Any:
@@ -121,7 +120,7 @@ def test_other_architectures_and_transposed_layers_too(
     )
     unit, batch = parts.units[0], parts.batch()
     member = whole(parts, unit, trained=0.1)
-    logits = pack_scores(parts.base, parts.adapter, parts.task, stack([member]), batch)[0]
+    logits = parts.model.scores(stack([member]), batch)[0]
     files = to_peft(own(parts, member, unit), parts.spec.adapter, parts.base.sites, parts.base.target_modules,
                     "CAUSAL_LM", "x")
     (tmp_path / "adapter_model.safetensors").write_bytes(to_bytes(files.tensors))
@@ -146,9 +145,9 @@ def test_peft_lora_is_raylora_lora(make_parts: Make) -> None:
     parts = make_parts(adapter=adapter_keys("lora"), ensemble__members=3)
     members = [whole(parts, unit, trained=0.2) for unit in parts.units]
     batches = [parts.batch(4 * k) for k in range(3)]
-    one = pack_gradients(parts.base, parts.adapter, parts.task, stack(members), batches, [1, 2, 3])
+    one = parts.model.gradients(stack(members), batches, [1, 2, 3])
     parts.adapter = lora.build(lora.Spec(rank=4, alpha=8))
-    two = pack_gradients(parts.base, parts.adapter, parts.task, stack(members), batches, [1, 2, 3])
+    two = parts.model.gradients(stack(members), batches, [1, 2, 3])
     assert one.losses_K == pytest.approx(two.losses_K, rel=1e-6)
     for k in range(3):
         assert one.gradients[k].keys() == two.gradients[k].keys()
@@ -163,8 +162,8 @@ def test_gradients_are_those_of_peft(name: str, make_parts: Make, tiny_model: An
     member = whole(parts, unit, trained=0.1)
     trained = own(parts, member, unit)
     frozen_tensors = {n: t for n, t in member.items() if n not in trained}
-    found = pack_gradients(
-        parts.base, parts.adapter, parts.task, stack([trained]), [batch], [1], frozen_tensors=stack([frozen_tensors])
+    found = parts.model.gradients(
+        parts.model.step_tensors(stack([trained]), stack([frozen_tensors])), [batch], [1]
     ).gradients[0]
     files = to_peft(trained, parts.spec.adapter, parts.base.sites, parts.base.target_modules, "SEQ_CLS", "x")
     (tmp_path / "adapter_model.safetensors").write_bytes(to_bytes(files.tensors))

@@ -246,9 +246,7 @@ def check_reloaded(store: RunStore, atol: float = 1e-4) -> None:
     from raylora.data.sets import load_sets
 
     sets = load_sets(loaded.spec.data, loaded.spec.evaluation, loaded.task, loaded.base.tokenizer)
-    values_MNC, ids = predict(
-        loaded.base, loaded._adapter, loaded.task, loaded._stacked, sets.test.examples, 16
-    )
+    values_MNC, ids = predict(loaded.model, loaded._stacked, sets.test.examples, 16)
     for m, one in enumerate(recorded):
         test = next(p for p in one if p.name == "test")
         assert test.ids == ids

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from raylora.adapters.packed import stack
 from raylora.data.order import Order
 from raylora.engine.model import packed_model as forward
-from raylora.engine.model.packed_model import pack_gradients, pack_scores
 from raylora.engine.training import trainer as trainer_module
 from raylora.engine.training.schedule import learning_rate_factor, total_steps
 from raylora.errors import TrainingError
@@ -70,10 +69,12 @@ def test_packed_equals_alone_on_the_real_4_bit_base(make_parts: Callable[..., An
     members = [parts.member(unit, trained=0.02) for unit in parts.units]
     batches = [parts.batch(4 * k) for k in range(4)]
     seeds = [unit.stream("dropout", 0) for unit in parts.units]
-    packed = pack_gradients(parts.base, parts.adapter, parts.task, stack(members), batches, seeds, KLSpec(beta=0.1))
+    packed = parts.model.gradients(
+        stack(members), batches, seeds, KLSpec(beta=0.1)
+    )
     for k in range(4):
-        alone = pack_gradients(
-            parts.base, parts.adapter, parts.task, stack([members[k]]), [batches[k]], [seeds[k]], KLSpec(beta=0.1)
+        alone = parts.model.gradients(
+            stack([members[k]]), [batches[k]], [seeds[k]], KLSpec(beta=0.1)
         )
         assert packed.losses_K[k] == pytest.approx(alone.losses_K[0], rel=0.02)
         one, two = (torch.cat([g.flatten() for g in gradients.values()]) for gradients in
@@ -90,7 +91,7 @@ def parts(make_parts: Callable[..., Any]) -> Any:
 
 def gradients_of(parts: Any, members: list[Any], batches: list[Any], **options: Any) -> Any:
     seeds = [11, 22, 33][: len(members)]
-    return pack_gradients(parts.base, parts.adapter, parts.task, stack(members), batches, seeds, **options)
+    return parts.model.gradients(stack(members), batches, seeds, **options)
 
 
 def test_another_members_batch_and_weights_do_not_touch_my_gradient(parts: Any) -> None:
@@ -160,7 +161,7 @@ def test_a_fresh_member_predicts_what_the_base_with_its_head_predicts(
     parts = make_parts(base__source=tiny_model(kind), adapter__target_modules="all-linear", ensemble__members=3)
     members = [parts.member(unit) for unit in parts.units]
     batch = parts.batch()
-    _, scores, _ = pack_scores(parts.base, parts.adapter, parts.task, stack(members), batch)
+    _, scores, _ = parts.model.scores(stack(members), batch)
     name = "classifier" if kind == "bert" else "score"
     for member, mine in zip(members, scores.view(3, len(batch), -1), strict=True):
         head = parts.base.heads[name]
@@ -196,12 +197,10 @@ def test_kl_to_the_base_equals_a_float64_reference(direction: Any, make_parts: C
     batch = parts.batch()
 
     def loss(kl: KLSpec | None) -> float:
-        return pack_gradients(
-            parts.base, parts.adapter, parts.task, stack([member]), [batch], [1], kl, heads
-        ).losses_K[0]
+        return parts.model.gradients(stack([member]), [batch], [1], kl, heads).losses_K[0]
 
     def probabilities(tensors: Any) -> torch.Tensor:
-        scores = pack_scores(parts.base, parts.adapter, parts.task, stack([tensors]), batch)[1]
+        scores = parts.model.scores(stack([tensors]), batch)[1]
         return scores.double().softmax(-1)
 
     p, q = probabilities(member), probabilities(fresh)  # a fresh member is the base with its adapters off
@@ -237,7 +236,7 @@ def test_early_stopping_takes_a_member_out_at_its_best_while_the_others_go_on(
     curve = {"member-000": iter([1.0, 0.5, 0.6]), "member-001": iter([1.0, 0.9, 0.8, 0.7])}
     trainer, at_epoch = parts.trainer(), {}
 
-    def fake(base: Any, adapter: Any, task: Any, stacked: Any, *rest: Any) -> list[dict[str, float]]:
+    def fake(model: Any, stacked: Any, *rest: Any) -> list[dict[str, float]]:
         active = [t.plan.name for t in trainer.states if t.training]
         assert len(next(iter(stacked.values()))) == len(active)
         return [{"nll": next(curve[name])} for name in active]
@@ -322,7 +321,7 @@ def test_a_member_that_breaks_in_the_last_update_fails_alone(make_parts: Callabl
 def test_a_gradient_that_is_not_finite_fails_its_member(make_parts: Callable[..., Any], monkeypatch: Any) -> None:
     parts = make_parts()
     trainer = parts.trainer()
-    real = trainer_module.pack_gradients
+    real = trainer_module.PackedModel.gradients
 
     def broken(*arguments: Any, **options: Any) -> Any:
         outcome = real(*arguments, **options)
@@ -330,7 +329,7 @@ def test_a_gradient_that_is_not_finite_fails_its_member(make_parts: Callable[...
             outcome.gradients[1]["head:classifier.bias"].fill_(math.inf)
         return outcome
 
-    monkeypatch.setattr(trainer_module, "pack_gradients", broken)
+    monkeypatch.setattr(trainer_module.PackedModel, "gradients", broken)
     trainer.run(lambda t: None, lambda p: None, lambda: 0)
     assert not trainer.states[0].failure
     assert "gradient" in trainer.states[1].failure and "step 1" in trainer.states[1].failure

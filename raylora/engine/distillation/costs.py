@@ -93,12 +93,12 @@ class _Loaded:
         """Return a call that predicts the first rows."""
         import torch
 
-        from raylora.engine.model.packed_model import pack_scores
+        from raylora.engine.model.packed_model import PackedModel
 
         batch = self.task.collate(self.examples[:rows], self.base.tokenizer)
 
         def call() -> None:
-            pack_scores(self.base, self.adapter, self.task, self.stacked, batch)
+            PackedModel(self.base, self.adapter, self.task).scores(self.stacked, batch)
             if self.base.device.type == "cuda":
                 torch.cuda.synchronize()
 

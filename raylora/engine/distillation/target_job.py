@@ -25,7 +25,7 @@ from raylora.distill import (
     read_targets,
     targets_class,
 )
-from raylora.engine.model.packed_model import pack_scores
+from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.finished_members import read_members
 from raylora.engine.run.session import Session, TrainingSession
 from raylora.engine.training.distillation_loss import predicting, read_outputs, sets_of, taught_content
@@ -147,9 +147,9 @@ class TargetSession:
         return {}
 
     def _targets(self, examples: Sequence[Example]) -> MemberTargets:
-        adapter = registry.load("adapter", self.spec.adapter.kind).build(self.spec.adapter)
         task, batch = self.session.task, self.spec.evaluation.batch
-        parts = [predict(self.session.base, adapter, task, pack, examples, batch)[0] for pack in self.packs]
+        model = self._model()
+        parts = [predict(model, pack, examples, batch)[0] for pack in self.packs]
         names = self._column_names()
         order = sorted(range(len(names)), key=names.__getitem__)
         outputs_MNC, ids = torch.cat(parts)[order], [example.id for example in examples]
@@ -160,6 +160,10 @@ class TargetSession:
             members=[number_of(names[index]) for index in order],
         )
 
+    def _model(self) -> PackedModel:
+        adapter = registry.load("adapter", self.spec.adapter.kind).build(self.spec.adapter)
+        return PackedModel(self.session.base, adapter, self.session.task)
+
     def _column_names(self) -> list[str]:
         return [name for pack in self.target_job.packs for name in pack]
 
@@ -169,7 +173,7 @@ class TargetSession:
         assert self.target_job.tokens is not None
         files: dict[str, bytes] = {}
         base, task, (k, temperature) = self.session.base, self.session.task, self.target_job.tokens
-        adapter = registry.load("adapter", self.spec.adapter.kind).build(self.spec.adapter)
+        model = self._model()
         writer = TokenTargetsWriter(
             files.__setitem__, teacher_digest=self.target_job.digest, k=k, temperature=temperature, prefix=name,
             members=[number_of(member) for member in self.target_job.members],
@@ -182,7 +186,7 @@ class TargetSession:
                 # A generator: the logits of one pack at a time, which over a vocabulary are the largest thing here.
                 each = (
                     logits_TV[:-1][chosen_T].float()
-                    for pack in self.packs for logits_TV in pack_scores(base, adapter, task, pack, batch)[0]
+                    for pack in self.packs for logits_TV in model.scores(pack, batch)[0]
                 )
                 writer.add(example.id, self.content_of[example.id], each)
         return files

@@ -59,65 +59,71 @@ class StepTensors:
         }
 
 
-def pack_gradients(
-    base: Base,
-    adapter: Adapter,
-    task: Task,
-    stacked: Mapping[str, Tensor],
-    batches: Sequence[Batch],
-    dropout_seeds_K: Sequence[int],
-    kl: KLSpec | None = None,
-    reference_heads: Mapping[str, Tensor] | None = None,
-    frozen_tensors: Mapping[str, Tensor] | None = None,
-    step: StepTensors | None = None,
-    loss: ExampleLoss | None = None,
-) -> PackLoss:
-    """Run K members forward and backward once and return each one's loss and gradient.
+@dataclass(frozen=True)
+class PackedModel:
+    """A base, a kind of adapter and a task: what any K members together compute from their tensors and batches."""
 
-    The losses are summed, not averaged: a member's gradient is what it would get alone.
+    base: Base
+    adapter: Adapter
+    task: Task
 
-    Args:
-        stacked: the members' tensors, stacked over K.
-        batches: one batch per member, each its own rows.
-        dropout_seeds_K: seeds of this step's adapter dropout.
-        kl: adds ``beta * KL`` to the base with its adapters off (arXiv 2310.00035, section 3).
-        reference_heads: the members' initial heads, which the reference predicts with.
-        frozen_tensors: what the adapter needs but does not train, stacked over K.
-        step: ``stacked`` and ``frozen_tensors``, materialized already for all micro-batches of a step.
-        loss: takes the place of the task's, such as a distillation loss.
-    """
-    step = step or StepTensors(base, adapter, stacked, frozen_tensors)
-    batch = _join(base, task, batches)
-    dropout = _dropout(base, adapter, task, batches, dropout_seeds_K)
-    logits = _forward(base, task, replace(step.pack, dropout=dropout), batch)
-    losses_N = loss(logits, batch) if loss is not None else task.loss(task.scores(logits, batch), batch)
-    losses_KN = losses_N.view(len(batches), -1)
-    if kl is not None:
-        with torch.no_grad():
-            reference = {**stacked, **(reference_heads or {})}
-            off = make_pack(adapter, base.sites, reference, adapters_on=False)
-            reference_logits = _forward(base, task, off, batch)
-        divergence = _divergence(task, batch, logits, reference_logits, kl)
-        losses_KN = losses_KN + kl.beta * divergence.view(len(batches), -1)
-    losses_K = losses_KN.mean(dim=1)
-    of_all = step.gradients_of(losses_K.sum())
-    gradients = [{name: gradient[k] for name, gradient in of_all.items()} for k in range(len(batches))]
-    tokens = int(sum(int(b.attention_mask_BT.sum()) for b in batches))
-    return PackLoss(losses_K.detach().tolist(), gradients, tokens)
+    def step_tensors(
+        self, stacked: Mapping[str, Tensor], frozen_tensors: Mapping[str, Tensor] | None = None, micro_batches: int = 1
+    ) -> StepTensors:
+        """Return members' tensors, stacked over K, materialized for all micro-batches of a step."""
+        return StepTensors(self.base, self.adapter, stacked, frozen_tensors, micro_batches)
 
+    def gradients(
+        self, tensors: StepTensors | Mapping[str, Tensor], batches: Sequence[Batch], dropout_seeds_K: Sequence[int],
+        kl: KLSpec | None = None, reference_heads: Mapping[str, Tensor] | None = None, loss: ExampleLoss | None = None,
+    ) -> PackLoss:
+        """Run K members forward and backward once and return each one's loss and gradient.
 
-@torch.no_grad()
-def pack_scores(
-    base: Base, adapter: Adapter, task: Task, stacked: Mapping[str, Tensor], batch: Batch,
-    dropout_seeds_K: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Batch]:
-    """Return (logits, scores, joined batch) of K members that all read the same batch, member by member."""
-    members = len(next(iter(stacked.values())))
-    batches = [batch] * members
-    joined = _join(base, task, batches)
-    dropout = _dropout(base, adapter, task, batches, dropout_seeds_K) if dropout_seeds_K is not None else None
-    logits = _forward(base, task, make_pack(adapter, base.sites, stacked, dropout), joined)
-    return logits, task.scores(logits, joined), joined
+        The losses are summed, not averaged: a member's gradient is what it would get alone.
+
+        Args:
+            tensors: the members' tensors, stacked over K; as a mapping they are materialized for this call alone.
+            batches: one batch per member, each its own rows.
+            dropout_seeds_K: seeds of this step's adapter dropout.
+            kl: adds ``beta * KL`` to the base with its adapters off (arXiv 2310.00035, section 3).
+            reference_heads: the members' initial heads, which the reference predicts with.
+            loss: takes the place of the task's, such as a distillation loss.
+        """
+        step = tensors if isinstance(tensors, StepTensors) else self.step_tensors(tensors)
+        batch = _join(self.base, self.task, batches)
+        dropout = _dropout(self.base, self.adapter, self.task, batches, dropout_seeds_K)
+        logits = _forward(self.base, self.task, replace(step.pack, dropout=dropout), batch)
+        losses_N = loss(logits, batch) if loss is not None else self.task.loss(self.task.scores(logits, batch), batch)
+        losses_KN = losses_N.view(len(batches), -1)
+        if kl is not None:
+            reference_logits = self._reference(step, reference_heads or {}, batch)
+            divergence = _divergence(self.task, batch, logits, reference_logits, kl)
+            losses_KN = losses_KN + kl.beta * divergence.view(len(batches), -1)
+        losses_K = losses_KN.mean(dim=1)
+        of_all = step.gradients_of(losses_K.sum())
+        gradients = [{name: gradient[k] for name, gradient in of_all.items()} for k in range(len(batches))]
+        tokens = int(sum(int(b.attention_mask_BT.sum()) for b in batches))
+        return PackLoss(losses_K.detach().tolist(), gradients, tokens)
+
+    @torch.no_grad()
+    def scores(
+        self, stacked: Mapping[str, Tensor], batch: Batch, dropout_seeds_K: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Batch]:
+        """Return (logits, scores, joined batch) of K members that all read the same batch, member by member."""
+        members = len(next(iter(stacked.values())))
+        batches = [batch] * members
+        joined = _join(self.base, self.task, batches)
+        dropout = None
+        if dropout_seeds_K is not None:
+            dropout = _dropout(self.base, self.adapter, self.task, batches, dropout_seeds_K)
+        logits = _forward(self.base, self.task, make_pack(self.adapter, self.base.sites, stacked, dropout), joined)
+        return logits, self.task.scores(logits, joined), joined
+
+    @torch.no_grad()
+    def _reference(self, step: StepTensors, heads: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Return the logits with every adapter off; a pair that belongs to the base stays on."""
+        off = make_pack(self.adapter, self.base.sites, {**step.leaves, **heads}, adapters_on=False)
+        return _forward(self.base, self.task, off, batch)
 
 
 def _forward(base: Base, task: Task, pack: Pack, batch: Batch) -> Tensor:

@@ -21,6 +21,7 @@ from raylora.data.sets import DataSets
 from raylora.engine.model import serialization
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.machine import compute_device, peak_memory_bytes
+from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
 from raylora.engine.run.run_metrics import aggregate
 from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, sets_of, task_of
@@ -221,7 +222,7 @@ class TrainingSession:
         found = []
         for loaded, role in evaluated_sets(self.sets):
             found.append(predict_set(
-                self.base, adapter, self.task, stacked, loaded.examples, loaded.name, role,
+                PackedModel(self.base, adapter, self.task), stacked, loaded.examples, loaded.name, role,
                 self.spec.evaluation.batch, dropout_seeds,
             ))
             if should_stop():

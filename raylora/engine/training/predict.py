@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from raylora.adapters.base import Adapter
 from raylora.data.order import derive_seed
-from raylora.data.task import Example, Task
-from raylora.engine.model.base import Base
-from raylora.engine.model.packed_model import pack_scores
+from raylora.data.task import Example
+from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.training.distillation_loss import read_outputs
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.predictions import Predictions, Role
@@ -22,7 +20,7 @@ from raylora.spec import EvaluationSpec
 
 
 def predict(
-    base: Base, adapter: Adapter, task: Task, stacked: Mapping[str, Tensor], examples: Sequence[Example],
+    model: PackedModel, stacked: Mapping[str, Tensor], examples: Sequence[Example],
     batch: int, dropout_seeds: Sequence[int] | None = None, report: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[Tensor, list[str]]:
     """Return (values, ids): outputs M x N x C, or log-probabilities M x N of every target token.
@@ -36,14 +34,12 @@ def predict(
         batch: model rows per forward, shared out among the M members.
         dropout_seeds: keeps the adapter dropout on, one stream per member (Monte-Carlo dropout).
     """
-    members, output = len(next(iter(stacked.values()))), output_of(task.output)
+    members, output = len(next(iter(stacked.values()))), output_of(model.task.output)
     found: dict[int, tuple[Tensor, list[str]]] = {}
     for indices in _batches(examples, max(1, batch // members)):
         chosen = [examples[i] for i in indices]
         seeds = [derive_seed(s, examples[indices[0]].id) for s in dropout_seeds] if dropout_seeds else None
-        _, scores, joined = pack_scores(
-            base, adapter, task, stacked, task.collate(chosen, base.tokenizer), seeds
-        )
+        _, scores, joined = model.scores(stacked, model.task.collate(chosen, model.base.tokenizer), seeds)
         scores_MN = scores.float().cpu().view(members, len(chosen), *scores.shape[1:])
         mask_BT = joined.target_mask_BT
         mask_BT = mask_BT.cpu() if output.per_token and mask_BT is not None else None
@@ -56,15 +52,15 @@ def predict(
 
 
 def predict_set(
-    base: Base, adapter: Adapter, task: Task, stacked: Mapping[str, Tensor], examples: Sequence[Example],
+    model: PackedModel, stacked: Mapping[str, Tensor], examples: Sequence[Example],
     name: str, role: Role, batch: int, dropout_seeds: Sequence[int] | None = None,
 ) -> Predictions:
     """Return checked predictions of one named set."""
-    values, ids = predict(base, adapter, task, stacked, examples, batch, dropout_seeds)
+    values, ids = predict(model, stacked, examples, batch, dropout_seeds)
     labels = [example.label for example in examples if example.label is not None]
-    output = output_of(task.output)
+    output = output_of(model.task.output)
     labeled = not output.per_token and len(labels) == len(examples)
-    values, expected_MN = read_outputs(task, values)
+    values, expected_MN = read_outputs(model.task, values)
     return output.predictions(
         name=name, role=role, ids=ids, values=values, labels_N=torch.tensor(labels) if labeled else None,
         expected_entropy_MN=expected_MN,
@@ -72,12 +68,12 @@ def predict_set(
 
 
 def validation_metrics(
-    base: Base, adapter: Adapter, task: Task, stacked: Mapping[str, Tensor], examples: Sequence[Example],
+    model: PackedModel, stacked: Mapping[str, Tensor], examples: Sequence[Example],
     evaluation: EvaluationSpec,
 ) -> list[dict[str, float]]:
     """Return each member's metrics on the validation split, those that the task's output names."""
-    found = predict_set(base, adapter, task, stacked, examples, "validation", "validation", evaluation.batch)
-    return output_of(task.output).validation_metrics(found, evaluation)
+    found = predict_set(model, stacked, examples, "validation", "validation", evaluation.batch)
+    return output_of(model.task.output).validation_metrics(found, evaluation)
 
 
 def _batches(examples: Sequence[Example], rows: int) -> Iterator[list[int]]:

@@ -19,7 +19,7 @@ from raylora.data.order import Order
 from raylora.data.task import Batch, Example, Task
 from raylora.engine.model.base import Base, head_tensors
 from raylora.engine.model.member_tensors import frozen_tensors_of, initial_member, start_tensors
-from raylora.engine.model.packed_model import ExampleLoss, StepTensors, pack_gradients
+from raylora.engine.model.packed_model import ExampleLoss, PackedModel, StepTensors
 from raylora.engine.model.serialization import check_layout, layout_of
 from raylora.engine.training.distillation_loss import DistillationLoss
 from raylora.engine.training.member_plan import MemberPlan, order_seed
@@ -88,6 +88,7 @@ class PackTrainer:
         """Take what is trained, and on what; a student's ``distillation_loss`` take the place of the task's loss."""
         self.distillation_loss = distillation_loss
         self.base, self.adapter, self.task, self.spec = base, adapter, task, spec
+        self.model = PackedModel(base, adapter, task)
         self.train, self.validation = train, validation
         self.total = total_steps(len(train), spec.optimization)
         self.step = 0
@@ -167,12 +168,10 @@ class PackTrainer:
         rows = [t.order.indices(number) for t in stepping]
         batches = [self._collate([self.train[i] for i in indices]) for indices in rows]
         step = self._step_tensors(stepping, accumulation)
-        outcome = pack_gradients(
-            self.base, self.adapter, self.task, step.leaves, batches,
-            [t.plan.stream("dropout", number) for t in stepping],
-            regularizers.kl,
-            stack([t.initial_head for t in stepping]) if regularizers.kl and stepping[0].initial_head else None,
-            step=step, loss=self._student_loss(),
+        has_reference = regularizers.kl is not None and stepping[0].initial_head
+        outcome = self.model.gradients(
+            step, batches, [t.plan.stream("dropout", number) for t in stepping], regularizers.kl,
+            stack([t.initial_head for t in stepping]) if has_reference else None, self._student_loss(),
         )
         for state, batch, loss, gradients in zip(
             stepping, batches, outcome.losses_K, outcome.gradients, strict=True
@@ -203,7 +202,7 @@ class PackTrainer:
             self._frozen_of = names, stack([t.frozen_tensors for t in stepping])
         if self._ready is None or self._ready[0] != (self.step, names):
             stacked = stack([t.optimizer.tensors() for t in stepping])
-            step = StepTensors(self.base, self.adapter, stacked, self._frozen_of[1], accumulation)
+            step = self.model.step_tensors(stacked, self._frozen_of[1], accumulation)
             self._ready = (self.step, names), step
         return self._ready[1]
 
@@ -227,7 +226,7 @@ class PackTrainer:
         if not active:
             return
         metrics = validation_metrics(
-            self.base, self.adapter, self.task, stack([t.whole() for t in active]),
+            self.model, stack([t.whole() for t in active]),
             self.validation, self.spec.evaluation,
         )
         for state, values in zip(active, metrics, strict=True):
