@@ -73,6 +73,7 @@ def test_a_student_taught_on_ray_equals_one_taught_in_process(
         in_process["contenders"]["student"]["eval"]["test"]["accuracy"], abs=0.05)
 
 
+@pytest.mark.slow
 def test_the_same_shards_give_the_same_student_bit_for_bit(
     make_spec: Callable[..., RunSpec], content: dict[str, Any], trained: Trained, tmp_path: Path
 ) -> None:
