@@ -124,7 +124,6 @@ class ClassificationTargets(MemberTargets):
     kind = "classification"
     dtype = torch.float16
     dimensions = 3
-
     output = "classes"
 
     @classmethod
@@ -150,7 +149,6 @@ class RegressionTargets(MemberTargets):
     kind = "regression"
     dtype = torch.float32
     dimensions = 2
-
     output = "value"
 
     @classmethod

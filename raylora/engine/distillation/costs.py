@@ -96,9 +96,10 @@ class _Loaded:
         from raylora.engine.model.packed_model import PackedModel
 
         batch = self.task.collate(self.examples[:rows], self.base.tokenizer)
+        model = PackedModel(self.base, self.adapter, self.task)
 
         def call() -> None:
-            PackedModel(self.base, self.adapter, self.task).scores(self.stacked, batch)
+            model.scores(self.stacked, batch)
             if self.base.device.type == "cuda":
                 torch.cuda.synchronize()
 

@@ -219,10 +219,10 @@ class TrainingSession:
         dropout_seeds: Sequence[int] | None = None,
     ) -> list[Predictions]:
         stacked = stack([{n: t.to(self.base.device) for n, t in member.items()} for member in members])
-        found = []
+        model, found = PackedModel(self.base, adapter, self.task), []
         for loaded, role in evaluated_sets(self.sets):
             found.append(predict_set(
-                PackedModel(self.base, adapter, self.task), stacked, loaded.examples, loaded.name, role,
+                model, stacked, loaded.examples, loaded.name, role,
                 self.spec.evaluation.batch, dropout_seeds,
             ))
             if should_stop():
