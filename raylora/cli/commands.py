@@ -22,6 +22,7 @@ from raylora.cli.console import err, out
 from raylora.cli.progress import LiveProgress, LocalLines, say_block
 from raylora.cli.tables import predictions_table, status_table
 from raylora.errors import RayloraError, UsageError
+from raylora.records import RunMetrics
 
 DEGRADED = 3
 
@@ -373,7 +374,7 @@ def _distill(run_path: str, settings: Any, local: bool, as_json: bool) -> None:
     out.print(f"student: {store.uri}/{settings.name}\nreport: {store.uri}/report.html")
 
 
-def _show_result(store: Any, metrics: dict[str, Any], as_json: bool) -> None:
+def _show_result(store: Any, metrics: RunMetrics, as_json: bool) -> None:
     from raylora.report.table import console_table
 
     report_path = f"{store.uri}/report.html"

@@ -45,7 +45,7 @@ class Distillation:
     store: RunStore
     """Of the teacher."""
     teacher: RunSpec
-    target_job: TargetPlan
+    targets: TargetPlan
     student: RunSpec
     alone: RunSpec | None
     """The same student without a teacher."""

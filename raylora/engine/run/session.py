@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,7 @@ from raylora.engine.training.predict import predict_set
 from raylora.engine.training.trainer import MemberState, PackTrainer, Progress
 from raylora.ensemble.predictions import Predictions, Role
 from raylora.errors import Interrupted, RunDirectoryError, StoreError
+from raylora.records import JobTiming, RunMetrics
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
@@ -51,7 +52,7 @@ class Session(Protocol):
     ) -> dict[str, str]:
         """Do and commit the units of a job; return those that failed. Raises: Interrupted."""
 
-    def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:
+    def aggregate(self, units: Sequence[str], started_at: float) -> Mapping[str, Any]:
         """Put the finished units together. Raises: StoreError for a damaged one."""
 
 
@@ -125,7 +126,7 @@ class TrainingSession:
         logger.info("%s: trained in %.1f s", job, trained_s)
         evaluate_s = self._evaluate(adapter, done, should_stop)
         logger.info("%s: evaluated in %.1f s", job, evaluate_s)
-        self.store.write_json(f"timing/{job}.json", {
+        self.store.write_json(f"timing/{job}.json", JobTiming({
             "units": [t.plan.name for t in done],
             "train_s": trained_s,
             "evaluate_s": evaluate_s,
@@ -142,10 +143,10 @@ class TrainingSession:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "pid": os.getpid(),
-        })
+        }))
         return {t.plan.name: t.failure for t in trainer.states if t.failure}
 
-    def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:
+    def aggregate(self, units: Sequence[str], started_at: float) -> RunMetrics:
         """Combine the finished units' predictions into the run's metrics. Raises: StoreError for a damaged one."""
         return aggregate(self.spec, self.store, units, started_at)
 

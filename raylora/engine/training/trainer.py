@@ -29,6 +29,7 @@ from raylora.engine.training.schedule import epochs_done, total_steps
 from raylora.ensemble.metric_table import METRICS
 from raylora.ensemble.outputs import output_of
 from raylora.errors import Interrupted, TrainingError
+from raylora.records import HistoryRow
 from raylora.spec import RunSpec
 
 _HISTORY_POINTS = 500
@@ -44,7 +45,7 @@ class MemberState:
     initial_head: Tensors
     frozen_tensors: Tensors
     """What the adapter needs but does not train."""
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[HistoryRow] = field(default_factory=list)
     best_value: float | None = None
     best_tensors: Tensors | None = None
     bad_epochs: int = 0
