@@ -30,7 +30,7 @@ def test_a_base_loads_on_a_cpu_and_gradients_reach_the_adapters(
     before = {n: p.detach().clone() for n, p in parts.base.model.named_parameters()}
     members = [parts.member(unit, trained=0.05) for unit in parts.units]
     outcome = parts.model.gradients(
-        stack(members), [parts.batch(0), parts.batch(4)], [1, 2]
+        stack(members), parts.pack(parts.batch(0), parts.batch(4)), [1, 2]
     )
     assert all(0.1 < loss < 5 for loss in outcome.losses_K)
     for gradients in outcome.gradients:
