@@ -93,8 +93,8 @@ class NeedsBaseWeights(Protocol):
     def packed_delta_over(self, linear: nn.Module, base_KNO: Tensor, x_KNI: Tensor, at_site: Any) -> Tensor:
         """Return y_KNO as ``packed_delta`` does, given the frozen layer and what it makes of x."""
 
-    def unsupported_reason(self, quantization: str) -> str:
-        """Return why it cannot be put over weights of this kind, or nothing if it can."""
+    def unsupported_reason(self, quantized: bool) -> str:
+        """Return why it cannot be put over weights that are quantized or not, or nothing if it can."""
 
 
 @runtime_checkable
@@ -104,8 +104,8 @@ class WholeModel(Protocol):
     def own_weights(self, model: nn.Module, heads: Collection[str]) -> dict[str, nn.Parameter]:
         """Return the parameters that a member starts from and replaces, by name; tied ones once. Raises: BaseError."""
 
-    def unsupported_reason(self, quantization: str) -> str:
-        """Return why weights of this kind cannot be trained, or nothing if they can."""
+    def unsupported_reason(self, quantized: bool) -> str:
+        """Return why weights that are quantized or not cannot be trained, or nothing if they can."""
 
 
 @runtime_checkable

@@ -96,9 +96,9 @@ class FullModel:
         """Return why a pack holds one member of this kind."""
         return "one member per forward: every weight is its own"
 
-    def unsupported_reason(self, quantization: str) -> str:
+    def unsupported_reason(self, quantized: bool) -> str:
         """Return why codes cannot be trained, or nothing for weights that are stored as they are."""
-        return "" if quantization == "none" else "full trains every weight, and codes have no gradient"
+        return "full trains every weight, and codes have no gradient" if quantized else ""
 
 
 def build(spec: Spec) -> FullModel:

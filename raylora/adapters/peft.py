@@ -206,12 +206,12 @@ class Peft:
         """Return why a pack holds one member of this kind."""
         return f"one member per forward: PEFT's {self.spec.method} layers hold one member at a time"
 
-    def unsupported_reason(self, quantization: str) -> str:
-        """Return why PEFT cannot work over weights of this kind, or nothing if it can."""
-        if self.decomposed and quantization != "none":
+    def unsupported_reason(self, quantized: bool) -> str:
+        """Return why PEFT cannot work over such weights, or nothing if it can."""
+        if self.decomposed and quantized:
             start = self.spec.options["init_lora_weights"]
             return f"PEFT loads what started from {start} only onto weights that it can decompose and replace"
-        if self.spec.method in _READS_PLAIN_WEIGHTS and quantization != "none":
+        if self.spec.method in _READS_PLAIN_WEIGHTS and quantized:
             return f"PEFT's {self.spec.method} reads the weight itself and takes its packed codes for numbers"
         return ""
 

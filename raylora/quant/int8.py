@@ -1,9 +1,16 @@
-"""INT8: 8-bit weights with outlier columns kept in 16 bits, through bitsandbytes (arXiv 2208.07339)."""
+"""INT8: 8-bit weights with outlier columns kept in 16 bits, through bitsandbytes (arXiv 2208.07339).
+
+Shapes: O outputs, I inputs.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from raylora.quant.base import dense_weight
 from raylora.spec import QuantizationSpec
 
 
@@ -15,10 +22,34 @@ class Spec(QuantizationSpec):
     """Activations beyond this stay in 16 bits."""
 
 
-def build(spec: Spec, compute_dtype: Any, skip_modules: list[str]) -> Any:
-    """Return the quantization config that ``from_pretrained`` takes."""
-    from transformers import BitsAndBytesConfig
+class Int8:
+    """A signed byte per weight and a float32 scale per row, the largest weight of the row."""
 
-    return BitsAndBytesConfig(
-        load_in_8bit=True, llm_int8_threshold=spec.threshold, llm_int8_skip_modules=skip_modules
-    )
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def loading_config(self, compute_dtype: torch.dtype | str, skip_modules: list[str]) -> Any:
+        """Return the quantization config that ``from_pretrained`` takes."""
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=self.spec.threshold, llm_int8_skip_modules=skip_modules
+        )
+
+    def bits_per_weight(self, shape: tuple[int, int], dense_bits: int) -> float:
+        """Return 8 bits and the weight's share of its row's scale."""
+        return 8 + 32 / shape[1]
+
+    def dequantize(self, linear: Any) -> Tensor:
+        """Return ``code * scale / 127``, O x I."""
+        scales_O = getattr(linear.weight, "SCB", None)
+        if scales_O is None and hasattr(linear, "state"):  # the first forward moves them there
+            scales_O = linear.state.SCB
+        if scales_O is None:
+            return dense_weight(linear)
+        return linear.weight.data.float() * scales_O.float()[:, None] / 127.0
+
+
+def build(spec: Spec) -> Int8:
+    """Return the quantizer for a spec."""
+    return Int8(spec)

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor, nn
+
+from raylora.quant.base import dense_weight
 from raylora.spec import QuantizationSpec
 
 
 class Spec(QuantizationSpec):
     """No quantization."""
 
+    is_dense: ClassVar[bool] = True
+
     kind: Literal["none"] = "none"
 
 
-def build(spec: Spec, compute_dtype: Any, skip_modules: list[str]) -> None:
-    """Return what transformers is told about quantization: nothing."""
-    return None
+class Dense:
+    """Weights in the compute type."""
+
+    def loading_config(self, compute_dtype: torch.dtype | str, skip_modules: list[str]) -> None:
+        """Return None: transformers loads the weights as they are."""
+        return None
+
+    def bits_per_weight(self, shape: tuple[int, int], dense_bits: int) -> float:
+        """Return the compute type's bits."""
+        return float(dense_bits)
+
+    def dequantize(self, linear: nn.Module) -> Tensor:
+        """Return the weight, O x I."""
+        return dense_weight(linear)
+
+
+def build(spec: Spec) -> Dense:
+    """Return the quantizer for a spec."""
+    return Dense()

@@ -11,8 +11,7 @@ Shapes: O outputs, I inputs, G groups per row, B inputs in a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,12 +21,15 @@ from raylora.errors import BaseError
 from raylora.quant.gram import Factor
 from raylora.quant.grid import check_weight, fit_grid, group_count, to_codes
 from raylora.quant.magr import magr
+from raylora.quant.on_grid import OnGrid
 from raylora.quant.quantized import Quantized
 from raylora.spec import GridSpec
 
 
 class Spec(GridSpec):
     """Weights rounded one input after another, later ones making up for earlier ones, on calibration data."""
+
+    reads_calibration: ClassVar[bool] = True
 
     kind: Literal["optq"] = "optq"
     magr: bool = True
@@ -102,10 +104,12 @@ def _blocks(inputs: int, group_size: int, block: int) -> list[tuple[int, int]]:
     return list(zip(edges, [*edges[1:], inputs], strict=True))
 
 
-def quantizer(spec: Spec) -> Callable[[Tensor, Factor | None, str], Quantized]:
-    """Return ``quantize(weight_OI, factor, name)``, with MagR before OPTQ if the spec says so."""
+class OPTQ(OnGrid[Spec]):
+    """Rounds with error compensation, and shrinks outlying weights with MagR before if the spec says so."""
 
-    def quantize(weight_OI: Tensor, factor: Factor | None, name: str) -> Quantized:
+    def quantize(self, weight_OI: Tensor, factor: Factor | None, name: str) -> Quantized:
+        """Return the codes that lose least on the calibration text. Raises: BaseError."""
+        spec = self.spec
         if factor is None:
             raise BaseError(f"{name}: optq reads calibration text", "add base.calibration")
         group = spec.group_of(weight_OI.shape[1])
@@ -115,9 +119,7 @@ def quantizer(spec: Spec) -> Callable[[Tensor, Factor | None, str], Quantized]:
             )
         return optq(weight_OI, factor, spec.bits, group, spec.shrink, name=name)
 
-    return quantize
 
-
-def build(spec: Spec, compute_dtype: Any, skip_modules: list[str]) -> None:
-    """Return what transformers is told about quantization: nothing, the layers are put in afterwards."""
-    return None
+def build(spec: Spec) -> OPTQ:
+    """Return the quantizer for a spec."""
+    return OPTQ(spec)

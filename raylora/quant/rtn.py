@@ -5,14 +5,15 @@ Shapes: O outputs, I inputs, G groups per row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from raylora.quant.gram import Factor
 from raylora.quant.grid import check_weight, fit_grid, to_codes
+from raylora.quant.on_grid import OnGrid
 from raylora.quant.quantized import Quantized
 from raylora.spec import GridSpec
 
@@ -40,15 +41,15 @@ def round_to_nearest(
     return Quantized.of_codes(codes_OI, scales_OG, zeros_OG, bits, group_size)
 
 
-def quantizer(spec: Spec) -> Callable[[Tensor, Any, str], Quantized]:
-    """Return ``quantize(weight_OI, factor, name)``; what is known of the inputs is not looked at."""
+class RoundToNearest(OnGrid[Spec]):
+    """Rounds every weight on its own."""
 
-    def quantize(weight_OI: Tensor, factor: Any, name: str) -> Quantized:
-        return round_to_nearest(weight_OI, spec.bits, spec.group_of(weight_OI.shape[1]), spec.shrink, name)
+    def quantize(self, weight_OI: Tensor, factor: Factor | None, name: str) -> Quantized:
+        """Return the nearest codes; what is known of the inputs is not looked at. Raises: BaseError."""
+        group_size = self.spec.group_of(weight_OI.shape[1])
+        return round_to_nearest(weight_OI, self.spec.bits, group_size, self.spec.shrink, name)
 
-    return quantize
 
-
-def build(spec: Spec, compute_dtype: Any, skip_modules: list[str]) -> None:
-    """Return what transformers is told about quantization: nothing, the layers are put in afterwards."""
-    return None
+def build(spec: Spec) -> RoundToNearest:
+    """Return the quantizer for a spec."""
+    return RoundToNearest(spec)

@@ -66,7 +66,8 @@ def export_base(run: str, form: str = "base", out: str | None = None, dtype: Dty
     store = RunStore(run)
     spec = store.read_spec()
     prepared = prepared_store(store)
-    if prepared is None or not isinstance(spec.base.quantization, GridSpec):
+    grid = spec.base.grid
+    if prepared is None or grid is None:
         raise UsageError(
             f"{store.uri}: its base is quantized by {spec.base.quantization.kind} as it is loaded",
             "export its members: --format peft-lora",
@@ -74,21 +75,21 @@ def export_base(run: str, form: str = "base", out: str | None = None, dtype: Dty
     if not store.storage.is_local and out is None:
         raise UsageError(f"{store.uri}: a base is written to a local folder", "name one with --out")
     target = Path(out or f"{store.uri}/export")
-    layers = {layer.name: layer for block in all_layers(prepared, spec.base.quantization) for layer in block}
+    layers = {layer.name: layer for block in all_layers(prepared, grid) for layer in block}
     task = task_of(spec)
     shell = shell_model(spec.base, task)
     transposed = {name for name in layers if not isinstance(shell.get_submodule(name), nn.Linear)}
     if form == "base-packed":
-        _check_packable(layers, spec.base.quantization, transposed)
+        _check_packable(layers, grid, transposed)
     folder = target / form
     if folder.exists():
         raise RunDirectoryError(f"{folder}: already exists", "choose another --out, or delete it")
-    _write_checkpoint(Path(weights_folder(spec.base)), folder, layers, transposed, form, spec.base.quantization, dtype)
+    _write_checkpoint(Path(weights_folder(spec.base)), folder, layers, transposed, form, grid, dtype)
     pair, pair_bytes = None, 0
     if any(layer.pair is not None for layer in layers.values()):
         pair = target / f"{form}-pair"
         pair_bytes = _write_pair(spec, task, shell, layers, pair)
-    (folder / "README.md").write_text(_readme(spec, form, pair), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(export_name(spec.base), grid, form, pair), encoding="utf-8")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return ExportedBase(str(folder), size, str(pair) if pair else None, pair_bytes)
 
@@ -223,9 +224,7 @@ def _write_pair(
     return len(content)
 
 
-def _readme(spec: RunSpec, form: str, pair: Path | None) -> str:
-    grid = spec.base.quantization
-    assert isinstance(grid, GridSpec)
+def _readme(name: str, grid: GridSpec, form: str, pair: Path | None) -> str:
     loads = (
         "It loads with `from_pretrained` like the original; its weights are dequantized." if form == "base" else
         "It is in the pack-quantized format of `compressed-tensors`. In transformers, with that package installed: "
@@ -237,6 +236,6 @@ def _readme(spec: RunSpec, form: str, pair: Path | None) -> str:
         if pair is not None else ""
     )
     return (
-        f"---\nbase_model: {export_name(spec.base)}\ntags: [raylora, {grid.kind}, {grid.bits}-bit]\n---\n\n"
-        f"# {export_name(spec.base)}, {grid.bits} bits by {grid.kind}\n\n{loads}\n{compensated}"
+        f"---\nbase_model: {name}\ntags: [raylora, {grid.kind}, {grid.bits}-bit]\n---\n\n"
+        f"# {name}, {grid.bits} bits by {grid.kind}\n\n{loads}\n{compensated}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, SerializeAsAny, ValidationInfo, field_validator
 from pydantic.functional_validators import BeforeValidator
@@ -39,6 +39,11 @@ class AdapterSpec(KindSpec):
 
 class QuantizationSpec(KindSpec):
     """How the frozen base's weights are stored."""
+
+    is_dense: ClassVar[bool] = False
+    """Whether the weights stay plain numbers, which can be read and trained as they are."""
+    reads_calibration: ClassVar[bool] = False
+    """Whether weights cannot be rounded without calibration text."""
 
 
 class GridSpec(QuantizationSpec):

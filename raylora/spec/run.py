@@ -76,6 +76,11 @@ class BaseSpec(Frozen):
     """``auto`` is eager on CPU (several times faster backward in bfloat16) and sdpa on GPU."""
     trust_remote_code: bool = False
 
+    @property
+    def grid(self) -> GridSpec | None:
+        """The grid of a base that is prepared before it is loaded; None where weights are quantized as they load."""
+        return self.quantization if isinstance(self.quantization, GridSpec) else None
+
     @model_validator(mode="after")
     def _pinned_code(self) -> BaseSpec:
         if self.trust_remote_code and not self.revision:
@@ -84,13 +89,13 @@ class BaseSpec(Frozen):
 
     @model_validator(mode="after")
     def _preparation_is_whole(self) -> BaseSpec:
-        grid, kind = isinstance(self.quantization, GridSpec), self.quantization.kind
+        grid, kind = self.grid is not None, self.quantization.kind
         if self.compensation is not None and not grid:
             raise ValueError(f"compensation is computed while weights are put on a grid, not for {kind}: "
                              "use quantization kind optq or rtn")
         if self.calibration is not None and not grid:
             raise ValueError(f"quantization {kind} reads no calibration text: use kind optq or rtn, or leave it out")
-        reads = [kind] if kind == "optq" else []
+        reads = [kind] if self.quantization.reads_calibration else []
         reads += ["compensation"] if self.compensation is not None else []
         if reads and self.calibration is None:
             raise ValueError(f"{' and '.join(reads)} need calibration text: "

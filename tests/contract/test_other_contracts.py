@@ -54,6 +54,72 @@ def test_a_quantized_base_predicts_nearly_what_the_base_predicts(kind: str, make
     assert torch.nn.functional.cosine_similarity(one.flatten(), two.flatten(), dim=0) > 0.97
 
 
+QUANTIZATIONS: list[Any] = [
+    *({"kind": kind} for kind in registry.kinds("quantization")),
+    {"kind": "nf4", "double_quant": False},
+    {"kind": "rtn", "bits": 3, "group_size": 24},
+    {"kind": "rtn", "bits": 2, "group_size": "channel"},
+]
+
+
+def linears_of(parts: Any) -> list[Any]:
+    """Return the frozen linear layers below the adapters of every block, which any kind quantizes."""
+    found = [parts.base.model.get_submodule(site.name).base for site in parts.base.sites if site.block is not None]
+    assert len(found) == 12
+    return found
+
+
+def held_tensors(linear: Any) -> dict[int, torch.Tensor]:
+    """Return all that a layer keeps of its weight, each memory once: parameters, buffers, and bitsandbytes' state."""
+    held = [tensor for name, tensor in (*linear.named_parameters(), *linear.named_buffers()) if name != "bias"]
+    states = [getattr(linear.weight, "quant_state", None), getattr(linear, "state", None)]
+    states += [getattr(state, "state2", None) for state in states]
+    held += [tensor for state in states if state is not None for tensor in vars(state).values()
+             if isinstance(tensor, torch.Tensor)]
+    held += [linear.weight.SCB] if getattr(linear.weight, "SCB", None) is not None else []
+    return {tensor.data_ptr(): tensor for tensor in held}
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+def test_a_quantizer_knows_what_loaded_layers_take(
+    quantization: dict[str, Any], make_parts: Callable[..., Any]
+) -> None:
+    """Exactly, up to the rounding of the fraction: a base's size decides how many workers fit."""
+    parts = make_parts(base__quantization=quantization, base__calibration=READS.get(quantization["kind"]),
+                       adapter__target_modules="all-linear")
+    for linear in linears_of(parts):
+        taken_bytes = sum(tensor.nbytes for tensor in held_tensors(linear).values())
+        shape = linear.out_features, linear.in_features
+        bits = parts.base.quantizer.bits_per_weight(shape, dense_bits=32)
+        assert bits * shape[0] * shape[1] == pytest.approx(8 * taken_bytes, rel=1e-9)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+def test_what_it_dequantizes_is_what_the_layer_multiplies_by(
+    quantization: dict[str, Any], make_parts: Callable[..., Any]
+) -> None:
+    parts = make_parts(base__quantization=quantization, base__calibration=READS.get(quantization["kind"]),
+                       adapter__target_modules="all-linear")
+    tolerance = 1e-3 if quantization["kind"] == "int8" else 1e-6  # int8 multiplies in 16 bits
+    for linear in linears_of(parts):
+        for _ in range(2):  # bitsandbytes moves the scales of 8-bit layers in the first forward
+            weight_OI = parts.base.quantizer.dequantize(linear).float()
+            assert weight_OI.shape == (linear.out_features, linear.in_features)
+            with torch.no_grad():
+                y_IO = linear(torch.eye(linear.in_features)) - linear.bias
+            assert (y_IO.T - weight_OI).abs().max() <= tolerance * weight_OI.abs().max()
+
+
+def test_what_it_dequantizes_holds_a_frozen_pair_as_well(make_parts: Callable[..., Any]) -> None:
+    parts = make_parts(base__quantization={"kind": "rtn", "bits": 2}, base__calibration=READS["optq"],
+                       base__compensation={"kind": "cloq", "rank": 4}, adapter__target_modules="all-linear")
+    for linear in linears_of(parts):
+        assert linear.pair_A_RI is not None and linear.pair_A_RI.any()
+        with torch.no_grad():
+            y_IO = linear(torch.eye(linear.in_features)) - linear.bias
+        torch.testing.assert_close(y_IO.T, parts.base.quantizer.dequantize(linear), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", registry.kinds("quantization"))
 def test_its_spec_reads_back_equal(kind: str) -> None:
     spec = registry.load("quantization", kind).Spec()

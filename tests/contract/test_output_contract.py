@@ -153,13 +153,14 @@ def test_a_compensation_lowers_the_error_that_it_is_made_for(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     weight_OI = torch.randn(24, 40, generator=generator)
     x_NI = torch.randn(200, 40, generator=generator)
-    quantizer = registry.load("quantization", "rtn").quantizer(registry.load("quantization", "rtn").Spec(bits=2))
+    rtn = registry.load("quantization", "rtn")
+    quantize = rtn.build(rtn.Spec(bits=2)).quantize
     quantized, a_RI, b_OR = module.build(spec).solve(
-        weight_OI, lambda changed_OI: quantizer(changed_OI, None, "layer"), x_NI.T @ x_NI / len(x_NI), "layer"
+        weight_OI, lambda changed_OI: quantize(changed_OI, None, "layer"), x_NI.T @ x_NI / len(x_NI), "layer"
     )
     assert a_RI.shape == (4, 40) and b_OR.shape == (24, 4)
     residual_OI = weight_OI - quantized.dequantize().float()
-    plain_OI = weight_OI - quantizer(weight_OI, None, "layer").dequantize().float()
+    plain_OI = weight_OI - quantize(weight_OI, None, "layer").dequantize().float()
     assert float((x_NI @ (residual_OI - b_OR @ a_RI).T).norm()) < float((x_NI @ plain_OI.T).norm())
 
 

@@ -12,13 +12,15 @@ from raylora import registry
 from raylora.adapters.base import Adapter, Site
 from raylora.adapters.packed import Slot, attach
 from raylora.data.task import Task
-from raylora.engine.model.checkpoint import export_name, is_decoder, load_model, load_tokenizer
+from raylora.engine.model.checkpoint import export_name, is_decoder, load_model, load_tokenizer, quantizer_of
 from raylora.engine.model.machine import compute_dtype
-from raylora.engine.model.quantized_layers import all_layers, dequantized, install, is_prepared_kind, logical_size
+from raylora.engine.model.quantized_layers import all_layers, install
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
 from raylora.errors import BaseError
+from raylora.quant.base import Quantizer
 from raylora.quant.linear import QuantizedLinear
-from raylora.spec import AdapterSpec, BaseSpec
+from raylora.quant.nf4 import logical_size
+from raylora.spec import AdapterSpec, BaseSpec, GridSpec
 from raylora.store.run_store import RunStore
 
 
@@ -28,6 +30,7 @@ class Base:
 
     model: nn.Module
     tokenizer: Any
+    quantizer: Quantizer
     slot: Slot
     sites: list[Site]
     heads: dict[str, nn.Linear]
@@ -50,7 +53,7 @@ class Base:
         """Return a site's frozen weight, O x I, in float32, dequantized if need be."""
         linear: Any = self.model.get_submodule(name)
         linear = getattr(linear, "base", linear)
-        return dequantized(linear).float()
+        return self.quantizer.dequantize(linear).float()
 
     @property
     def parameters(self) -> int:
@@ -83,13 +86,14 @@ def load_base(
     head_modules = {name: model.get_submodule(name) for name in heads}
     targets = target_names(model, sites, list(heads))
     # The sites are those of the original: a layer that is stored the other way round is still exported so.
-    start_pairs = _install_prepared(model, spec, dtype, prepared) if is_prepared_kind(spec) else {}
+    start_pairs = _install_prepared(model, spec, spec.grid, dtype, prepared) if spec.grid is not None else {}
     held = [*model.parameters(), *(b for m in model.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())]
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
     slot = attach(model, sites, list(heads))
     return Base(
         model=model,
         tokenizer=tokenizer,
+        quantizer=quantizer_of(spec),
         slot=slot,
         sites=sites,
         heads=head_modules,
@@ -106,14 +110,14 @@ def load_base(
 
 
 def _install_prepared(
-    model: nn.Module, spec: BaseSpec, dtype: torch.dtype, prepared: RunStore | None
+    model: nn.Module, spec: BaseSpec, grid: GridSpec, dtype: torch.dtype, prepared: RunStore | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Put the prepared layers in place, block by block; return the pairs that are the members' and not the base's."""
     if prepared is None:
-        raise BaseError(f"base.quantization: {spec.quantization.kind} is prepared beforehand", "run `raylora prepare`")
+        raise BaseError(f"base.quantization: {grid.kind} is prepared beforehand", "run `raylora prepare`")
     trainable = spec.compensation is not None and spec.compensation.trainable
     start: dict[str, tuple[Tensor, Tensor]] = {}
-    for layers in all_layers(prepared, spec.quantization):
+    for layers in all_layers(prepared, grid):
         install(model, layers, dtype, with_pair=not trainable)
         if trainable:
             start |= {layer.name: layer.pair for layer in layers if layer.pair is not None}

@@ -17,6 +17,7 @@ from raylora import registry
 from raylora.data.catalog import assets
 from raylora.data.task import Task
 from raylora.errors import BaseError
+from raylora.quant.base import Quantizer
 from raylora.spec import BaseSpec
 
 
@@ -149,13 +150,17 @@ def export_name(spec: BaseSpec) -> str:
     return path.resolve().name if path.is_dir() else spec.source
 
 
+def quantizer_of(spec: BaseSpec) -> Quantizer:
+    """Return how the base's weights are stored."""
+    return registry.load("quantization", spec.quantization.kind).build(spec.quantization)
+
+
 def load_model(
     spec: BaseSpec, task: Task, device: torch.device, dtype: torch.dtype | str
 ) -> tuple[Any, Sequence[str]]:
     """Return the frozen model with its unprepared kinds quantized, and the names that the checkpoint lacks."""
     import transformers
 
-    quantizer = registry.load("quantization", spec.quantization.kind)
     extra = task.model_kwargs()
     with quiet():
         auto_class = getattr(transformers, task.auto_class)
@@ -168,7 +173,7 @@ def load_model(
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
             attn_implementation=attention,
-            quantization_config=quantizer.build(spec.quantization, dtype, skip),
+            quantization_config=quantizer_of(spec).loading_config(dtype, skip),
             device_map={"": device} if device.type == "cuda" else None,
             use_safetensors=True,
             output_loading_info=True,

@@ -1,4 +1,4 @@
-"""Quantized layers: how those of a prepared base are read and put in place, and how any is read back as a matrix."""
+"""The quantized layers of a prepared base: how they are read and put in place."""
 
 from __future__ import annotations
 
@@ -15,17 +15,12 @@ from raylora.engine.model.serialization import from_bytes
 from raylora.errors import BaseError
 from raylora.quant.linear import QuantizedLinear
 from raylora.quant.quantized import Quantized
-from raylora.spec import BaseSpec, GridSpec
+from raylora.spec import GridSpec
 from raylora.store.run_store import RunStore
 
 FOLDER = "_bases"
 """A run's name starts with a letter or digit, so no run is ever in the way."""
 SUMMARY = "summary"
-
-
-def is_prepared_kind(spec: BaseSpec) -> bool:
-    """Return whether the base is one that is prepared before it is loaded."""
-    return isinstance(spec.quantization, GridSpec)
 
 
 def bases_folder(storage_path: str) -> str:
@@ -62,8 +57,8 @@ def block_folder(block: int) -> str:
     return f"blocks/block-{block:03d}"
 
 
-def all_layers(store: RunStore, spec: Any) -> Iterator[list[Solved]]:
-    """Yield the layers of every block, for a spec of evenly spaced grids.
+def all_layers(store: RunStore, spec: GridSpec) -> Iterator[list[Solved]]:
+    """Yield the layers of every block.
 
     Raises:
         BaseError: the base was not prepared to the end.
@@ -112,25 +107,3 @@ class Solved:
     errors: dict[str, float] = field(default_factory=dict)
     """Norms on the calibration inputs; see :func:`errors_of`."""
     seconds: float = 0.0
-
-
-def dequantized(linear: Any) -> Tensor:
-    """Return a linear layer's weight, O x I, whatever it is stored as."""
-    if isinstance(linear, QuantizedLinear):
-        return linear.dense_weight()  # with its pair: that is what the base multiplies with
-    weight = linear.weight
-    if getattr(weight, "quant_state", None) is not None:
-        import bitsandbytes.functional as F
-
-        return F.dequantize_4bit(weight.data, weight.quant_state)
-    if getattr(weight, "SCB", None) is not None:
-        return weight.data.float() * weight.SCB.float()[:, None] / 127.0
-    if getattr(linear, "state", None) is not None and linear.state.SCB is not None:
-        return weight.data.float() * linear.state.SCB.float()[:, None] / 127.0
-    return weight.data if isinstance(linear, nn.Linear) else weight.data.T
-
-
-def logical_size(parameter: nn.Parameter) -> int:
-    """Return how many weights a parameter stands for, counted before they were packed."""
-    state = getattr(parameter, "quant_state", None)
-    return int(state.shape.numel()) if state is not None else parameter.numel()

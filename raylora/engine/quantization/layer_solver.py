@@ -18,6 +18,7 @@ from torch import Tensor
 from raylora import registry
 from raylora.engine.model.quantized_layers import Solved
 from raylora.init.cloq import calibration_error, optimal_error
+from raylora.quant.base import PreparedQuantizer
 from raylora.quant.gram import Factor
 from raylora.quant.quantized import Quantized
 from raylora.spec import CompensationSpec, GridSpec
@@ -51,7 +52,7 @@ def solve_group(job: GroupJob) -> list[Solved]:
     """
     names = "/".join(job.weights_OI)
     factor = Factor(job.gram_II, getattr(job.quantization, "damping", 0.01), names) if job.gram_II is not None else None
-    quantizer = registry.load("quantization", job.quantization.kind).quantizer(job.quantization)
+    quantizer: PreparedQuantizer = registry.load("quantization", job.quantization.kind).build(job.quantization)
     method = None
     if job.compensation is not None:
         method = registry.load("compensation", job.compensation.kind).build(job.compensation)
@@ -61,7 +62,7 @@ def solve_group(job: GroupJob) -> list[Solved]:
         weight_OI = weight.float()
 
         def quantize(changed_OI: Tensor, name: str = name) -> Quantized:
-            return quantizer(changed_OI, factor, name)
+            return quantizer.quantize(changed_OI, factor, name)
 
         pair: tuple[Tensor, Tensor] | None = None
         if method is None:

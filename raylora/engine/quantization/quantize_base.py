@@ -44,7 +44,7 @@ from raylora.engine.quantization.prepared_base import identity_of, store_of, wei
 from raylora.errors import BaseError, Interrupted, RunDirectoryError
 from raylora.progress import BlockDone, OnBlock
 from raylora.quant.gram import Gram
-from raylora.spec import BaseSpec, GridSpec, RunSpec, SetSpec
+from raylora.spec import BaseSpec, RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
 _WAIT_S = 2.0
@@ -130,8 +130,8 @@ class _Preparation:
         self.calibration, self.device = base.calibration, device
         self.solve, self.report, self.should_stop = solve, report, should_stop
         self.dtype = compute_dtype(spec.dtype, device)
-        assert isinstance(spec.quantization, GridSpec)
-        self.grid = spec.quantization
+        assert spec.grid is not None
+        self.grid = spec.grid
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {"forward": 0.0, "solve": 0.0}
         self.layers: list[Solved] = []

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 import psutil
 import torch
 
 from raylora import control, registry
-from raylora.adapters.base import Noted, is_linear
+from raylora.adapters.base import Noted, is_linear, site_of
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
-from raylora.engine.model.checkpoint import load_config, load_tokenizer, shell_model
+from raylora.engine.model.checkpoint import load_config, load_tokenizer, quantizer_of, shell_model
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.parameter_count import adapter_parameters
-from raylora.engine.model.quantized_layers import bases_folder, is_prepared_kind
+from raylora.engine.model.quantized_layers import bases_folder
 from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.quantization.block_activations import base_linears
 from raylora.engine.quantization.quantize_base import PreparedBase, open_base
@@ -36,12 +37,8 @@ from raylora.engine.training.schedule import total_steps
 from raylora.ensemble.outputs import output_of
 from raylora.errors import BaseError, SpecError
 from raylora.placement.plan import Demand, Inventory, Plan, make_plan
-from raylora.spec import GridSpec, RunSpec, SetSpec
+from raylora.spec import RunSpec, SetSpec
 from raylora.store.run_store import RunStore
-
-_BITS = {"nf4": 4.5, "int8": 8.0}
-"""Bits per weight of a quantized linear, scales included."""
-
 
 _BYTES_PER_PARAMETER = 28
 """While training: a weight, its gradient and two moments; stacked for the forward, its gradient, their product."""
@@ -126,7 +123,7 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     sets = sets_of(spec, task, tokenizer)
     base = open_base(
         spec.base, task, bases_folder(store.uri.rpartition("/")[0]), sets.evaluated_keys(), evaluation_sets(spec)
-    ) if is_prepared_kind(spec.base) else None
+    ) if spec.base.grid is not None else None
     if base is not None:
         check_start(spec, base_linears(shell), [site.name for site in sites])
         notes = (*notes, *base.notes(spec))
@@ -233,15 +230,14 @@ def _check_task(spec: RunSpec, task: Task) -> None:
 
 def _base_bytes(shell: Any, spec: RunSpec, heads: Sequence[str]) -> int:
     plain_bytes = 4 if spec.base.dtype == "float32" else 2
-    grid = spec.base.quantization
-    bits = _BITS.get(grid.kind, 8.0 * plain_bytes)
-    if isinstance(grid, GridSpec):  # a float16 scale and a zero point per group
-        bits = grid.bits + (0.0 if grid.group_size == "channel" else (16 + grid.bits) / grid.group_size)
-    linear = sum(
-        m.weight.numel() for n, m in shell.named_modules() if is_linear(m) and n not in heads and n != "lm_head"
-    )
-    rest = sum(p.numel() for p in shell.parameters()) - linear
-    return int(linear * bits / 8 + rest * plain_bytes)
+    quantizer = quantizer_of(spec.base)
+    linears = [
+        site_of(n, m) for n, m in shell.named_modules() if is_linear(m) and n not in heads and n != "lm_head"
+    ]
+    weights = [site.in_features * site.out_features for site in linears]
+    bits = [quantizer.bits_per_weight((site.out_features, site.in_features), 8 * plain_bytes) for site in linears]
+    rest = sum(p.numel() for p in shell.parameters()) - sum(weights)
+    return int(sum(map(mul, weights, bits)) / 8 + rest * plain_bytes)
 
 
 def _activation_bytes(spec: RunSpec, sets: DataSets) -> int:

@@ -74,7 +74,7 @@ def check_weights(spec: RunSpec) -> None:
     """
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
     picky = isinstance(adapter, NeedsBaseWeights | WholeModel)
-    reason = adapter.unsupported_reason(spec.base.quantization.kind) if picky else ""
+    reason = adapter.unsupported_reason(not spec.base.quantization.is_dense) if picky else ""
     if reason:
         raise BaseError(f"base.quantization: {spec.base.quantization.kind}: {reason}", "use none, or another adapter")
 

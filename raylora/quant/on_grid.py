@@ -1,0 +1,41 @@
+"""What the quantizers have in common that put weights on an evenly spaced grid: their layers are QuantizedLinear.
+
+Shapes: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from raylora.quant.base import dense_weight
+from raylora.quant.grid import group_count
+from raylora.quant.linear import QuantizedLinear
+from raylora.quant.packing import packed_bytes
+from raylora.spec import GridSpec
+
+AnyGridSpec = TypeVar("AnyGridSpec", bound=GridSpec)
+
+
+class OnGrid(Generic[AnyGridSpec]):
+    """All of a prepared quantizer but how it rounds."""
+
+    def __init__(self, spec: AnyGridSpec) -> None:
+        self.spec = spec
+
+    def loading_config(self, compute_dtype: torch.dtype | str, skip_modules: list[str]) -> None:
+        """Return None: the layers are put in place after transformers has loaded the weights as they are."""
+        return None
+
+    def bits_per_weight(self, shape: tuple[int, int], dense_bits: int) -> float:
+        """Return the weight's share of the packed codes and of its group's float16 scale and zero point."""
+        outputs, inputs = shape
+        grids = outputs * group_count(inputs, self.spec.group_of(inputs))
+        size_bytes = outputs * packed_bytes(inputs, self.spec.bits) + 2 * grids + packed_bytes(grids, self.spec.bits)
+        return 8 * size_bytes / (outputs * inputs)
+
+    def dequantize(self, linear: nn.Module) -> Tensor:
+        """Return Q + B A, O x I in float32: the base multiplies by a frozen pair as well."""
+        return linear.dense_weight() if isinstance(linear, QuantizedLinear) else dense_weight(linear)
