@@ -148,7 +148,8 @@ def student_spec(
         "task": student.task or teacher.task, "data": teacher.data, "evaluation": teacher.evaluation,
         "ensemble": EnsembleSpec(members=student.members, seed=student.seed),
         "optimization": student.optimization or teacher.optimization, "baselines": BaselinesSpec(),
-        "placement": placement, "checkpointing": teacher.checkpointing, "distill_from": distill_from,
+        "placement": placement, "checkpointing": teacher.checkpointing, "tracking": teacher.tracking,
+        "distill_from": distill_from,
     }
     return RunSpec.model_validate(fields)
 

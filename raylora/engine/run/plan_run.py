@@ -23,6 +23,7 @@ from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.quantization.block_activations import base_linears
 from raylora.engine.quantization.quantize_base import PreparedBase, open_base
 from raylora.engine.run.session import TrainingSession
+from raylora.engine.run.tracking import check_trackers
 from raylora.engine.training.distillation_loss import sets_of, task_of
 from raylora.engine.training.member_plan import (
     MEMBER,
@@ -113,6 +114,7 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     check_baselines(spec, bool(heads))
     check_weights(spec)
     _check_task(spec, task)
+    check_trackers(spec)
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
     sites = adapter_sites(shell, adapter, heads)
     members = adapter_parameters(adapter, sites, shell, heads) + sum(

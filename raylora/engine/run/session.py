@@ -24,6 +24,7 @@ from raylora.engine.model.machine import compute_device, peak_memory_bytes
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
 from raylora.engine.run.run_metrics import aggregate
+from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
 from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, sets_of, task_of
 from raylora.engine.training.member_plan import LAST_LAYER, MC_DROPOUT, MEMBER, MemberPlan, member_plans_of
 from raylora.engine.training.member_state import MemberState, SavedState
@@ -122,8 +123,19 @@ class TrainingSession:
         )
         resumed_at = trainer.step
         logger.info("%s: training from step %d to %d", job, resumed_at, trainer.total)
-        meter = _Meter(report)
-        trainer.run(self._save, meter, should_stop, self._epoch_end)
+        tracking = Tracking(self.spec, self.store)
+        tracked, complete = TrackedPack(tracking, trainer), False
+        meter = _Meter(report, tracked)
+
+        def save(trainer: PackTrainer) -> None:
+            self._save(trainer)
+            tracked.commit()
+
+        try:
+            trainer.run(save, meter, should_stop, self._epoch_end)
+            complete = True
+        finally:
+            tracking.close(complete)
         trained_s = time.perf_counter() - meter.started
         done = [state for state in trainer.states if not state.failure]
         logger.info("%s: trained in %.1f s", job, trained_s)
@@ -151,7 +163,9 @@ class TrainingSession:
 
     def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:
         """Combine the finished units' predictions into the run's metrics. Raises: StoreError for a damaged one."""
-        return aggregate(self.spec, self.store, units, started_at)
+        metrics = aggregate(self.spec, self.store, units, started_at)
+        track_results(self.spec, self.store, metrics)
+        return metrics
 
     # --- checkpoints --------------------------------------------------------------------------------
     def _save(self, trainer: PackTrainer) -> None:
@@ -267,13 +281,15 @@ class TrainingSession:
 
 
 class _Meter:
-    """Counts tokens and time on the way to whoever listens to progress."""
+    """Counts tokens and time on the way to the trackers and to whoever listens to progress."""
 
-    def __init__(self, report: OnProgress) -> None:
-        self.report, self.tokens, self.started = report, 0, time.perf_counter()
+    def __init__(self, report: OnProgress, tracked: TrackedPack) -> None:
+        self.report, self.tracked = report, tracked
+        self.tokens, self.started = 0, time.perf_counter()
 
     def __call__(self, progress: Progress) -> None:
         self.tokens += progress.tokens
+        self.tracked.step(progress)
         self.report(progress)
 
 
