@@ -111,8 +111,8 @@ def test_steps_lost_in_a_crash_are_taken_back(make_spec: Make) -> None:
     class Killed(BaseException):
         pass
 
-    def kill(job: str, progress: Any) -> None:
-        if progress.step == 5:
+    def kill(progress: Any) -> None:
+        if progress.done == 5:
             raise Killed
 
     spec = make_spec(checkpointing=EVERY_2)

@@ -25,10 +25,12 @@ from raylora.distill import (
     read_targets,
     targets_class,
 )
+from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.finished_members import read_members
 from raylora.engine.run.session import Session, TrainingSession
-from raylora.engine.training.distillation_loss import predicting, read_outputs, sets_of, taught_content
+from raylora.engine.training.distillation_loss import predicting, read_outputs, task_of, taught_content
+from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.predict import OnRows, predict
 from raylora.errors import Interrupted, StoreError
 from raylora.placement.plan import Plan
@@ -84,6 +86,9 @@ class TargetPlan:
             "done": False, "teacher": self.target_job.digest, "members": self.target_job.members, "rows": self.rows,
             "shards": list(self.shards), "tokens": self.target_job.tokens,
         })
+        task = task_of(self.spec)
+        tokenizer, teacher = load_tokenizer(self.spec.base, task), RunStore(self.target_job.run_uri)
+        sets_of(self.spec, task, tokenizer, teacher, self.target_job.transfer, keep=True)
 
     def start_event(self, workers: list[str]) -> control.RunStarted:
         """Return the event that begins the work or takes it up again; every shard is needed."""
@@ -121,7 +126,9 @@ class TargetSession:
         self.session.load()
         sets = self.session.sets
         if self.target_job.transfer is not None:
-            sets = sets_of(self.spec, self.session.task, self.session.base.tokenizer, self.target_job.transfer)
+            sets = sets_of(
+                self.spec, self.session.task, self.session.base.tokenizer, self.session.store, self.target_job.transfer
+            )
         self.examples, self.content_of = sets.train.examples, taught_content(sets, self.session.task)
         self.packs = [
             read_members(self.spec, self.session.store, self.session.base, pack) for pack in self.target_job.packs

@@ -25,7 +25,8 @@ from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
 from raylora.engine.run.run_metrics import aggregate
 from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
-from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, sets_of, task_of
+from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, task_of
+from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import LAST_LAYER, MC_DROPOUT, MEMBER, MemberPlan, member_plans_of
 from raylora.engine.training.member_state import MemberState, SavedState
 from raylora.engine.training.optimizer import start_deepspeed
@@ -87,7 +88,7 @@ class TrainingSession:
         self.base = load_base(
             self.spec.base, self.spec.adapter, self.task, self.device, prepared_store(self.store)
         )
-        self.sets = sets_of(self.spec, self.task, self.base.tokenizer)
+        self.sets = sets_of(self.spec, self.task, self.base.tokenizer, self.store)
         recorded = self.store.read_json("data.json")
         if recorded and recorded["content_hash"] != self.sets.content_hash():
             raise RunDirectoryError(
