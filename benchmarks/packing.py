@@ -66,22 +66,23 @@ class Session:
 
     def trainer(self, units: list[Any]) -> Any:
         from raylora import registry
-        from raylora.engine.training.trainer import PackTrainer
+        from raylora.engine.model.packed_model import PackedModel
+        from raylora.engine.training.trainer import PackTrainer, TrainingSettings
 
         adapter = registry.load("adapter", "lora").build(self.spec.adapter)
         sets = self.session.sets
-        return PackTrainer(self.session.base, adapter, self.session.task, self.spec, units, sets.train.examples,
-                           sets.validation.examples)
+        model = PackedModel(self.session.base, adapter, self.session.task)
+        return PackTrainer(
+            model, TrainingSettings.of(self.spec), units, sets.train.examples, sets.validation.examples
+        )
 
     def contenders(self, modes: list[str]) -> dict[str, Callable[[int], object]]:
         """Return per mode a function that takes the step of a given number with every member."""
         found: dict[str, Callable[[int], object]] = {}
         if "packed" in modes:
-            packed = self.trainer(self.units)
-            found["packed"] = lambda number: take_step(packed, number)
+            found["packed"] = stepper([self.trainer(self.units)])
         if "alone" in modes:
-            alone = [self.trainer([unit]) for unit in self.units]
-            found["alone"] = lambda number: [take_step(trainer, number) for trainer in alone]
+            found["alone"] = stepper([self.trainer([unit]) for unit in self.units])
         if "peft" in modes:
             found["peft"] = peft_stepper(self)
         if "bound" in modes:
@@ -89,10 +90,16 @@ class Session:
         return found
 
 
-def take_step(trainer: Any, number: int) -> None:
-    """Take one step on the rows of step ``number``."""
-    trainer.step = number
-    trainer._take_step()
+def stepper(trainers: list[Any]) -> Callable[[int], object]:
+    """Return a function that takes the step of a given number with every trainer, one after another."""
+    collators = [trainer.collator() for trainer in trainers]
+
+    def step(number: int) -> None:
+        for trainer, collator in zip(trainers, collators, strict=True):
+            trainer.step = number
+            trainer.take_step(collator)
+
+    return step
 
 
 def peft_stepper(session: Session) -> Callable[[int], object]:
@@ -130,7 +137,7 @@ def bound_stepper(session: Session) -> Callable[[int], object]:
     """Return a function that runs the base alone forward and backward over the rows of a step of all members."""
     import torch
 
-    from raylora.data.task import join, pad_id
+    from raylora.data.task import collate_pack
 
     work, base = session.session, session.session.base
     orders = [state.order for state in session.trainer(session.units).states]
@@ -143,8 +150,7 @@ def bound_stepper(session: Session) -> Callable[[int], object]:
     @functools.cache
     def batch_of(number: int) -> Any:
         examples = [[work.sets.train.examples[i] for i in order.indices(number)] for order in orders]
-        batches = [work.task.collate(rows, base.tokenizer) for rows in examples]
-        return join(batches, pad_id(base.tokenizer), work.task.padding_side(base.is_decoder)).to(base.device)
+        return collate_pack(work.task, examples, base.tokenizer).to(base.device)
 
     def step(number: int) -> None:
         batch = batch_of(number)

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from raylora.client import RunHandle, attach, distill_run, launch, resume, run_local
     from raylora.engine.model.parameter_count import parameter_count
+    from raylora.engine.run.run_status import RunStatus
     from raylora.ensemble.outputs.classes import Prediction
     from raylora.ensemble.outputs.value import ValuePrediction
     from raylora.errors import RayloraError
@@ -29,6 +30,7 @@ _HOMES = {
     "read_spec": "raylora.spec",
     "RayloraError": "raylora.errors",
     "RunHandle": "raylora.client",
+    "RunStatus": "raylora.engine.run.run_status",
     "attach": "raylora.client",
     "distill_run": "raylora.client",
     "read_distill": "raylora.spec",

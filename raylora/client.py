@@ -23,25 +23,26 @@ from raylora.engine.distillation.plan import check_ahead, is_finished, prepare_d
 from raylora.engine.distillation.target_job import TargetPlan
 from raylora.engine.model.machine import compute_device
 from raylora.engine.quantization.layer_solver import Solve, solve_here
-from raylora.engine.quantization.quantize_base import OnBlock, ensure_prepared
-from raylora.engine.run.local_driver import OnProgress, conclude, run_in_process, signals_handled_by
+from raylora.engine.quantization.quantize_base import ensure_prepared
+from raylora.engine.run.local_driver import conclude, run_in_process, signals_handled_by
 from raylora.engine.run.plan_run import Prepared, local_inventory, prepare
+from raylora.engine.run.run_status import OnStatus, RunStatus
 from raylora.engine.training.distillation_loss import task_of
 from raylora.errors import Interrupted, RayloraError, RunDirectoryError, SpecError, TrainingError
 from raylora.placement.plan import Inventory
+from raylora.progress import OnBlock
 from raylora.records import DistillationRecord, PreparationSummary, RunMetrics
 from raylora.report.page import write_report
 from raylora.spec import DistillSpec, RunSpec
 from raylora.store.run_store import RunStore
 
-OnStatus = Callable[[dict[str, Any]], None]
 _POLL_S = 0.5
 
 
-def run_local(
-    spec: RunSpec, on_progress: OnProgress = lambda job, progress: None, on_block: OnBlock = lambda done: None
-) -> RunMetrics:
+def run_local(spec: RunSpec, on_status: OnStatus = lambda status: None) -> RunMetrics:
     """Run a spec in this process, without Ray, and return its metrics; the members equal Ray's.
+
+    ``on_status`` is told after every event, step and batch of rows.
 
     Raises:
         UsageError: bad input; nothing was written.
@@ -50,7 +51,7 @@ def run_local(
     """
     prepared = prepare(spec)
     check_ahead(spec)
-    metrics = cast(RunMetrics, run_in_process(prepared, on_progress, on_block))
+    metrics = cast(RunMetrics, run_in_process(prepared, on_status))
     publish_report(prepared.store)
     return metrics
 
@@ -97,7 +98,7 @@ class RunHandle:
         """Where the run directory is."""
         return self.store.uri
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> RunStatus:
         """Return phase, workers, progress per job and an estimate of the time left."""
         return ray.get(self._coordinator.status.remote())
 
@@ -135,7 +136,7 @@ class RunHandle:
                 status = self.status()
                 on_status(status)
                 if self._outcome is None:
-                    if control.Phase(status["phase"]).terminal:
+                    if status.phase.terminal:
                         return control.replay(control.from_record(r) for r in self.store.read_events())
                     time.sleep(_POLL_S)
             with contextlib.suppress(RayActorError):
@@ -167,8 +168,7 @@ def launch(spec: RunSpec, dashboard: bool = False) -> RunHandle:
 
 
 def distill_run(
-    run: str, settings: DistillSpec, local: bool = False, on_progress: OnProgress = lambda job, progress: None,
-    on_block: OnBlock = lambda done: None, on_status: OnStatus = lambda status: None,
+    run: str, settings: DistillSpec, local: bool = False, on_status: OnStatus = lambda status: None,
     on_stage: Callable[[str], None] = lambda what: None,
 ) -> DistillationRecord:
     """Have a finished run teach a student: make targets, train it with and without them, compare, and return that.
@@ -189,12 +189,12 @@ def distill_run(
         if not work.targets.is_done:
             shards, where = len(work.targets.shards), work.targets.store.uri
             on_stage(f"making targets of {work.targets.rows:,} rows in {shards} shard(s), in {where}")
-            _carry_out(work.targets, local, on_progress, on_block, on_status)
+            _carry_out(work.targets, local, on_status)
         for student in work.students():
             store = RunStore.for_spec(student)
             if not is_finished(store):
                 on_stage(f"training {student.run_name()} in {store.uri}")
-                _carry_out(prepare(student, None if local else _inventory()), local, on_progress, on_block, on_status)
+                _carry_out(prepare(student, None if local else _inventory()), local, on_status)
                 publish_report(store)
     except Interrupted as error:
         raise Interrupted(
@@ -207,12 +207,9 @@ def distill_run(
     return record
 
 
-def _carry_out(
-    prepared: Prepared | TargetPlan, local: bool, on_progress: OnProgress, on_block: OnBlock,
-    on_status: OnStatus,
-) -> None:
+def _carry_out(prepared: Prepared | TargetPlan, local: bool, on_status: OnStatus) -> None:
     if local:
-        run_in_process(prepared, on_progress, on_block)
+        run_in_process(prepared, on_status)
         return
     connect()
     _start(prepared).join(on_status)
@@ -324,7 +321,7 @@ def _clear_name(name: str, run: str) -> None:
     with contextlib.suppress(ValueError, RayActorError):  # no such actor, or it is just going
         coordinator = ray.get_actor(name, namespace=NAMESPACE)
         status: Any = ray.get(coordinator.status.remote())
-        if not control.Phase(status["phase"]).terminal:
+        if not status.phase.terminal:
             raise RunDirectoryError(f"run {run!r} is already going on in this cluster", "follow it: raylora status")
         _put_away(coordinator, name)
 

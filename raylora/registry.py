@@ -1,8 +1,8 @@
-"""Kinds and where they live: adding an adapter, a quantizer, a task or an output is one new file and one line here.
+"""Kinds and where they live: adding an adapter, a quantizer, a task or a tracker is one new file and one line here.
 
 Modules are named, not imported: reading a spec must not import torch before it has to, and the layers
-above stay unknown to this one. Each named module exposes ``Spec`` (a pydantic model) and
-``build``; an output, which a spec does not configure, ``build`` alone, and the report of one its ``SECTION``.
+above stay unknown to this one. Each named module exposes ``Spec`` (a pydantic model) and ``build``, a tracker
+``check`` too; an output, which a spec does not configure, ``build`` alone, and the report of one its ``SECTION``.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ REGISTRY: dict[str, dict[str, str]] = {
         "classes": "raylora.ensemble.outputs.classes",
         "value": "raylora.ensemble.outputs.value",
         "tokens": "raylora.ensemble.outputs.tokens",
+    },
+    "tracker": {
+        "tensorboard": "raylora.tracking.tensorboard",
+        "mlflow": "raylora.tracking.mlflow",
+        "wandb": "raylora.tracking.wandb",
     },
     "report": {
         "classes": "raylora.report.outputs.classes",

@@ -168,13 +168,13 @@ class Parts:
         self.units = member_plans_of(spec)
         self.model = PackedModel(self.base, self.adapter, self.task)
 
-    def trainer(self, units: Any = None, train: Any = None) -> Any:
+    def trainer(self, units: Any = None, train: Any = None, **options: Any) -> Any:
         """Return a pack trainer of these units (all by default)."""
-        from raylora.engine.training.trainer import PackTrainer
+        from raylora.engine.training.trainer import PackTrainer, TrainingSettings
 
         return PackTrainer(
-            self.base, self.adapter, self.task, self.spec, self.units if units is None else units,
-            self.sets.train.examples if train is None else train, self.sets.validation.examples,
+            self.model, TrainingSettings.of(self.spec), self.units if units is None else units,
+            self.sets.train.examples if train is None else train, self.sets.validation.examples, **options,
         )
 
     def member(self, unit: Any, trained: float = 0.0) -> dict[str, Any]:
@@ -191,6 +191,14 @@ class Parts:
     def batch(self, start: int = 0, rows: int = 4) -> Any:
         """Return some training examples as one batch."""
         return self.task.collate(self.sets.train.examples[start : start + rows], self.base.tokenizer)
+
+    def pack(self, *batches: Any) -> Any:
+        """Return batches that were made alone as the one batch of a pack."""
+        from joined_batches import join
+
+        from raylora.data.task import pad_id
+
+        return join(batches, pad_id(self.base.tokenizer), self.task.padding_side(self.base.is_decoder))
 
 
 @pytest.fixture

@@ -12,21 +12,32 @@ import torch
 
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
+from raylora.engine.run.run_status import RunStatus
+from raylora.progress import Activity, Progress
 from raylora.store.run_store import RunStore
 
 
-def run(spec: Any, on_progress: Any = lambda job, progress: None) -> dict[str, Any]:
-    """Train, or go on with, a run in this process and return its metrics."""
-    return run_in_process(prepare(spec), on_progress)
+def run(spec: Any, on_step: Callable[[Progress], None] = lambda progress: None) -> dict[str, Any]:
+    """Train, or go on with, a run in this process and return its metrics; ``on_step`` is told of each new step."""
+    seen: dict[str, Progress] = {}
+
+    def on_status(status: RunStatus) -> None:
+        for name, job in status.jobs.items():
+            progress = job.progress
+            if progress is not None and progress is not seen.get(name) and progress.activity is Activity.TRAINING:
+                seen[name] = progress
+                on_step(progress)
+
+    return run_in_process(prepare(spec), on_status)
 
 
-def stop_at(step: int | None = None) -> Callable[..., None]:
-    """Return a progress callback that sends this process a SIGTERM at a step, by default at every one."""
-    def on_progress(job: str, progress: Any) -> None:
-        if step is None or progress.step == step:
+def stop_at(step: int | None = None) -> Callable[[Progress], None]:
+    """Return a callback that sends this process a SIGTERM at a step, by default at every one."""
+    def on_step(progress: Progress) -> None:
+        if step is None or progress.done == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return on_progress
+    return on_step
 
 
 def weights(run: Any, name: str = "member-000") -> dict[str, torch.Tensor]:

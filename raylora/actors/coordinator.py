@@ -19,8 +19,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raylora import control, logs
 from raylora.actors.preparer import Preparer
 from raylora.actors.worker import Worker
+from raylora.engine.run.run_status import RunStatus, StatusBoard
 from raylora.errors import Interrupted, PlacementError, RayloraError
 from raylora.placement.plan import Plan
+from raylora.progress import BlockDone, Progress
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
@@ -50,13 +52,11 @@ class Coordinator:
         self.spec, self.store, self.plan, self.base = spec, RunStore(store_uri), plan, base
         self.target_job = target_job
         self.preparer: Any = None
-        self.preparation: dict[str, Any] | None = None
         self.events: queue.Queue[control.Event] = queue.Queue()
         self.state = control.State()
         self.workers: dict[str, Any] = {}
         self.pending: dict[Any, tuple[str, control.Command]] = {}
-        self.progress: dict[str, dict[str, Any]] = {}
-        self.started_at = time.time()
+        self.board = StatusBoard(spec.run_name())
         self.group: Any = None
         self.starts = 0
 
@@ -84,8 +84,8 @@ class Coordinator:
             self._collect()
             if time.monotonic() - said > _STATUS_S:
                 said = time.monotonic()
-                self.store.write_json("status.json", self.status())
-        self.store.write_json("status.json", self.status())
+                self.store.write_json("status.json", self.status().record())
+        self.store.write_json("status.json", self.status().record())
 
     def _fold_events(self) -> None:
         while not self.events.empty():
@@ -122,7 +122,7 @@ class Coordinator:
                 actor.stop.remote(self.state.signal_number)
         elif isinstance(command, control.Aggregate):
             worker = self.workers[command.worker]
-            self.pending[worker.aggregate.remote(command.units, self.started_at)] = (command.worker, command)
+            self.pending[worker.aggregate.remote(command.units, self.board.started_at)] = (command.worker, command)
 
     def _prepare_base(self, command: control.PrepareBase) -> None:
         """Before any worker is placed: the CPUs that they will hold are free to solve layers on."""
@@ -176,37 +176,21 @@ class Coordinator:
             remove_placement_group(self.group)
 
     # --- answered while running ---------------------------------------------------------------------
-    def report(self, job: str, progress: dict[str, Any]) -> None:
-        """Take a worker's progress; the latest per job is kept."""
-        self.progress[job] = progress
+    def report(self, job: str, progress: Progress) -> None:
+        """Take a worker's progress."""
+        self.board.report(job, progress)
 
-    def report_preparation(self, done: dict[str, Any]) -> None:
+    def report_preparation(self, done: BlockDone) -> None:
         """Take how far the base is."""
-        self.preparation = done
+        self.board.preparation = done
 
     def interrupt(self, signal_number: int) -> None:
         """Ask the run to commit and stop."""
         self.events.put(control.InterruptRequested(signal_number))
 
-    def status(self) -> dict[str, Any]:
-        """Return phase, workers, progress per job and an estimate of the time left, JSON-able."""
-        state = self.state
-        return {
-            "run": self.spec.run_name(),
-            "phase": state.phase.value,
-            "reason": state.reason,
-            "started_at": self.started_at,
-            "updated_at": time.time(),
-            "workers": dict(state.workers),
-            "preparation": self.preparation,
-            "jobs": {
-                name: {"units": list(job.units), "status": job.status, "attempt": job.attempt,
-                       "failures": job.failures, **self.progress.get(name, {})}
-                for name, job in state.jobs.items()
-            },
-            "failed": dict(state.failed_units),
-            "eta_s": _eta_s(state, self.progress),
-        }
+    def status(self) -> RunStatus:
+        """Return where the run is."""
+        return self.board.status(self.state)
 
     def uri(self) -> str:
         """Return where the run directory is."""
@@ -260,19 +244,3 @@ def _failure(error: RayTaskError, worker: str, command: control.Command) -> cont
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-def _eta_s(state: control.State, progress: dict[str, dict[str, Any]]) -> float | None:
-    """Estimate the training time left: the steps still to take, at the pace seen, over the busy workers."""
-    seen = [p for p in progress.values() if "step_s" in p]
-    if not seen:
-        return None
-    pace_s = sum(p["step_s"] for p in seen) / len(seen)
-    total = max(p["total_steps"] for p in seen)
-    left = sum(
-        total - progress.get(name, {}).get("step", 0)
-        for name, job in state.jobs.items()
-        if job.status in ("pending", "running")
-    )
-    busy = max(1, sum(status == "busy" for status in state.workers.values()))
-    return left * pace_s / busy

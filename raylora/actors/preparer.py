@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -35,7 +34,7 @@ class Preparer:
         device = compute_device(self.gpus)
         ensure_prepared(
             self.spec.base, task, base, device, solve_here if device.type == "cuda" else solve_on_cluster,
-            lambda done: coordinator.report_preparation.remote(asdict(done)), lambda: self.signal_number,
+            lambda done: coordinator.report_preparation.remote(done), lambda: self.signal_number,
         )
 
     @ray.method(concurrency_group="control")

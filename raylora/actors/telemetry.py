@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 from ray.util.metrics import Counter, Gauge
 
-from raylora.engine.training.trainer import Progress
+from raylora.progress import Activity, Progress
 
 _TAGS = ("run", "member")
-_REPORT_EVERY_S = 0.5
 
 
 class Telemetry:
@@ -24,38 +20,12 @@ class Telemetry:
         self.step_seconds = Gauge("raylora_step_seconds", "Duration of a pack's latest step.", ("run",))
 
     def record(self, progress: Progress) -> None:
-        """Publish one step."""
+        """Publish one step; what is not training has no series."""
+        if progress.activity is not Activity.TRAINING:
+            return
         for member, loss in progress.losses.items():
             tags = {"run": self.run, "member": member}
             self.loss.set(loss, tags)
-            self.step.set(progress.step, tags)
+            self.step.set(progress.done, tags)
         self.tokens.inc(max(1, progress.tokens), {"run": self.run})
-        self.step_seconds.set(progress.step_s, {"run": self.run})
-
-
-class Throttle:
-    """Lets a report through at most twice a second, and always the last of a job."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
-        self._tokens = 0
-        self._steps = 0
-        self._seconds = 0.0
-
-    def summary(self, progress: Progress) -> dict[str, Any] | None:
-        """Return what happened since the last report, or None if that was just now."""
-        self._tokens += progress.tokens
-        self._steps += 1
-        self._seconds += progress.step_s
-        now = time.monotonic()
-        if now - self._last < _REPORT_EVERY_S and progress.step < progress.total_steps:
-            return None
-        report = {
-            "step": progress.step,
-            "total_steps": progress.total_steps,
-            "losses": progress.losses,
-            "tokens_per_s": self._tokens / max(self._seconds, 1e-9),
-            "step_s": self._seconds / self._steps,
-        }
-        self._last, self._tokens, self._steps, self._seconds = now, 0, 0, 0.0
-        return report
+        self.step_seconds.set(progress.seconds, {"run": self.run})

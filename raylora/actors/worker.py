@@ -8,7 +8,8 @@ from typing import Any
 import ray
 
 from raylora import logs
-from raylora.actors.telemetry import Telemetry, Throttle
+from raylora.actors.telemetry import Telemetry
+from raylora.progress import Progress, Throttle
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
@@ -43,11 +44,11 @@ class Worker:
         """
         throttle = Throttle()
 
-        def report(progress: Any) -> None:
+        def report(progress: Progress) -> None:
             self.telemetry.record(progress)
-            summary = throttle.summary(progress)
-            if summary is not None:
-                coordinator.report.remote(job, summary)
+            merged = throttle.merged(progress)
+            if merged is not None:
+                coordinator.report.remote(job, merged)
 
         return self.session.run_job(job, units, report, lambda: self.signal_number)
 

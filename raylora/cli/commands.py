@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from rich.table import Table
 import raylora
 from raylora import logs
 from raylora.cli.console import err, out
-from raylora.cli.progress import LiveProgress, LocalLines, say_block
+from raylora.cli.progress import ShownStatus, say_block
 from raylora.cli.tables import predictions_table, status_table
 from raylora.errors import RayloraError, UsageError
 from raylora.records import RunMetrics
@@ -198,20 +199,22 @@ def distill(
 def status(run_path: RunPath, as_json: AsJson = False) -> None:
     """Say how far a run is, from its directory."""
     from raylora import control
+    from raylora.engine.run.run_status import RunStatus, StatusBoard
     from raylora.store.run_store import RunStore
 
     store = RunStore(run_path)
     store.read_spec()
     state = control.replay(control.from_record(record) for record in store.read_events())
-    found = {**(store.read_json("status.json") or {}), "phase": state.phase.value, "reason": state.reason,
-             "finished": list(state.finished_units()), "failed": dict(state.failed_units),
-             "students": _students(store)}
+    written = store.read_json("status.json")
+    last = RunStatus.from_record(written) if written else StatusBoard(store.read_spec().run_name()).status(state)
+    found = replace(last, phase=state.phase, reason=state.reason, failed=dict(state.failed_units))
+    students = _students(store)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps({**found.record(), "finished": list(state.finished_units()), "students": students}))
         return
     out.print(status_table(found))
     out.print(f"{store.uri}: {state.phase.value}" + (f" ({state.reason})" if state.reason else ""))
-    for name, phase in found["students"].items():
+    for name, phase in students.items():
         out.print(f"{store.uri}/{name}: {phase}", markup=False)
 
 
@@ -323,11 +326,12 @@ def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
     store = RunStore.for_spec(spec)
     err.print(f"run {spec.run_name()} in {store.uri}; checking spec, data and base ...", markup=False)
     if local:
-        metrics = run_local(spec, LocalLines(), say_block)
+        with ShownStatus() as show:
+            metrics = run_local(spec, show)
     else:
         handle = launch(spec, dashboard)
         err.print("checked; starting workers (they import torch and load the base, this takes a while) ...")
-        with LiveProgress() as show:
+        with ShownStatus() as show:
             metrics = handle.wait(show)
     if spec.distill is None or not as_json:  # one JSON document per command
         _show_result(store, metrics, as_json)
@@ -359,8 +363,8 @@ def _distill(run_path: str, settings: Any, local: bool, as_json: bool) -> None:
 
     store = RunStore(run_path)
     say(f"checking {store.uri}, the student and its data ...")
-    with LiveProgress() as show:
-        record = distill_run(run_path, settings, local, LocalLines(), say_block, show, say)
+    with ShownStatus() as show:
+        record = distill_run(run_path, settings, local, show, say)
     if as_json:
         print(json.dumps({"run": store.uri, "metrics": f"{store.uri}/metrics.json",
                           "student": f"{store.uri}/{settings.name}", "report": f"{store.uri}/report.html",

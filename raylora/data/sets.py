@@ -159,24 +159,6 @@ def load_sets(
     ))
 
 
-def load_set(
-    name: str,
-    spec: SetSpec,
-    data: DataSpec,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    labeled: bool,
-    base_dir: Path | None = None,
-) -> LoadedSet:
-    """Read and tokenize one set on its own, as for a prediction; nothing is dropped as a duplicate.
-
-    Raises:
-        DataError: as :func:`load_sets`.
-    """
-    task.check(tokenizer)
-    return _tokenized(read_pool(name, spec, data, task, labeled, base_dir), data, task, tokenizer)
-
-
 def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -> LoadedSet:
     examples: list[Example] = []
     content_of: dict[str, str] = {}

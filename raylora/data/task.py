@@ -6,7 +6,7 @@ K positions whose logits the model returned (the last K of T), V vocabulary, C c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -59,6 +59,8 @@ class Batch:
     answer_ids_C: Tensor | None = None
     """The token of each answer letter."""
     rows_per_example: int = 1
+    lengths_K: tuple[int, ...] = ()
+    """Where several members' rows lie below each other: the length that each one's own rows need without padding."""
 
     def __len__(self) -> int:
         """Return the number of examples, N."""
@@ -76,8 +78,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on a device."""
-        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, which a GPU copies from while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: change(value) for name, value in tensors.items()}
+        return replace(self, **changed)
 
 
 class Task(Protocol):
@@ -194,38 +204,21 @@ def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def join(batches: Sequence[Batch], pad_id: int, padding_side: PaddingSide) -> Batch:
-    """Put several members' batches below each other along B, padded to the longest of them.
+def collate_pack(task: Task, examples_K: Sequence[Sequence[Example]], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """Pad several members' examples once, to the longest of all: the rows of member k are the k-th block along B."""
+    batch = task.collate([example for examples in examples_K for example in examples], tokenizer)
+    lengths_K = (max(len(row) for example in examples for row in example.sequences) for examples in examples_K)
+    return replace(batch, lengths_K=tuple(lengths_K))
 
-    Raises:
-        ValueError: the batches come from different tasks (some lack a tensor that others have).
-    """
-    first, longest = batches[0], max(batch.input_ids_BT.shape[1] for batch in batches)
 
-    def joined(name: str, value: int = 0) -> Tensor | None:
-        parts = [getattr(batch, name) for batch in batches]
-        if all(part is None for part in parts):
-            return None
-        if any(part is None for part in parts):
-            raise ValueError(f"only some of the batches have {name}")
-        if name.endswith("_BT"):
-            parts = [_fit(part, longest, value, padding_side) for part in parts]
-        return torch.cat(parts)
-
-    input_ids_BT, mask_BT = joined("input_ids_BT", pad_id), joined("attention_mask_BT")
-    assert input_ids_BT is not None and mask_BT is not None
-    keeps = [batch.keep for batch in batches if batch.keep is not None]
-    return replace(
-        first,
-        ids=[example_id for batch in batches for example_id in batch.ids],
-        input_ids_BT=input_ids_BT,
-        attention_mask_BT=mask_BT,
-        labels_N=joined("labels_N"),
-        position_ids_BT=joined("position_ids_BT"),
-        token_type_ids_BT=joined("token_type_ids_BT"),
-        target_mask_BT=joined("target_mask_BT"),
-        keep=max(keeps) if keeps else None,
-    )
+def repeat(batch: Batch, members: int) -> Batch:
+    """Return the batch once per member, one below the other, for members that all read the same rows."""
+    rows: dict[str, Any] = {
+        name: value.repeat(members, *[1] * (value.dim() - 1))
+        for name, value in vars(batch).items() if isinstance(value, Tensor) and name.endswith(("_BT", "_N"))
+    }
+    lengths_K = (batch.input_ids_BT.shape[1],) * members
+    return replace(batch, ids=batch.ids * members, lengths_K=lengths_K, **rows)
 
 
 def token_logprobs(logits_BKV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,15 @@
 """What a run is: frozen values, read from YAML or built in Python."""
 
-from raylora.spec.base import AdapterSpec, CompensationSpec, Frozen, GridSpec, KindSpec, QuantizationSpec, TaskSpec
+from raylora.spec.base import (
+    AdapterSpec,
+    CompensationSpec,
+    Frozen,
+    GridSpec,
+    KindSpec,
+    QuantizationSpec,
+    TaskSpec,
+    TrackerSpec,
+)
 from raylora.spec.reading import (
     build_spec,
     diff_specs,
@@ -51,6 +60,7 @@ __all__ = [
     "SetSpec",
     "StudentSpec",
     "TaskSpec",
+    "TrackerSpec",
     "build_spec",
     "diff_specs",
     "dump_spec",

@@ -74,6 +74,10 @@ class CompensationSpec(KindSpec):
     starts, as in the CLoQ paper; members then start alike."""
 
 
+class TrackerSpec(KindSpec):
+    """Where the numbers of a run are shown while it goes on; no part of what it computes."""
+
+
 class TaskSpec(KindSpec):
     """What a row means and what the model is asked for."""
 
@@ -118,9 +122,11 @@ if TYPE_CHECKING:  # what a checker may rely on; the concrete class is known to 
     AnyCompensation: TypeAlias = CompensationSpec
     AnyTask: TypeAlias = TaskSpec
     AnyLoss: TypeAlias = KindSpec
+    AnyTracker: TypeAlias = TrackerSpec
 else:
     AnyAdapter = _field(AdapterSpec, "adapter", "lora")
     AnyQuantization = _field(QuantizationSpec, "quantization", "none")
     AnyCompensation = _field(CompensationSpec, "compensation", "cloq")
     AnyTask = _field(TaskSpec, "task", "classification")
     AnyLoss = _field(KindSpec, "loss", "kl")
+    AnyTracker = _field(TrackerSpec, "tracker", "tensorboard")

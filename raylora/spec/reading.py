@@ -16,7 +16,10 @@ from raylora.spec.run import DistillSpec, RunSpec
 
 S = TypeVar("S", bound=Frozen)
 KeyPath = tuple[str | int, ...]
-_DEFAULT_KINDS = {"adapter": "lora", "task": "classification", "quantization": "none", "loss": "kl"}
+_DEFAULT_KINDS = {"adapter": "lora", "task": "classification", "quantization": "none", "loss": "kl",
+                  "tracker": "tensorboard"}
+_SEAM_OF = {"tracking": "tracker"}
+"""Of keys that are not called as their seam is."""
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 
 
@@ -201,12 +204,17 @@ def _known_keys(path: KeyPath, content: dict, root: type[Frozen]) -> list[str]:
 
     model: Any = root
     node: Any = content
+    key = ""
     for part in path:
-        node = node.get(part, {}) if isinstance(node, dict) else {}
+        if isinstance(part, int):
+            node = node[part]
+        else:
+            key, node = part, node.get(part, {}) if isinstance(node, dict) else {}
         field = getattr(model, "model_fields", {}).get(part)
         model = _model_of(field.annotation) if field else model
-        if isinstance(model, type) and issubclass(model, KindSpec):
-            seam, default = str(part), _DEFAULT_KINDS.get(str(part), "")
+        if isinstance(model, type) and issubclass(model, KindSpec) and not isinstance(node, list):
+            seam = _SEAM_OF.get(key, key)
+            default = _DEFAULT_KINDS.get(seam, "")
             if default:
                 model = registry.load(seam, (node or {}).get("kind", default)).Spec
     return sorted(getattr(model, "model_fields", {}))
@@ -228,6 +236,9 @@ def _secret_keys(content: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
             if isinstance(key, str) and _SECRET_KEY.search(key):
                 yield (*path, key)
             yield from _secret_keys(value, (*path, key))
+    elif isinstance(content, list):
+        for index, value in enumerate(content):
+            yield from _secret_keys(value, (*path, index))
 
 
 def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

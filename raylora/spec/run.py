@@ -9,7 +9,16 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from raylora.spec.base import AnyAdapter, AnyCompensation, AnyLoss, AnyQuantization, AnyTask, Frozen, GridSpec
+from raylora.spec.base import (
+    AnyAdapter,
+    AnyCompensation,
+    AnyLoss,
+    AnyQuantization,
+    AnyTask,
+    AnyTracker,
+    Frozen,
+    GridSpec,
+)
 
 NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?\Z")
 """Run names: short enough for a Kubernetes label and safe as a folder name."""
@@ -17,7 +26,7 @@ NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?\Z")
 
 _RUN_FOLDERS = (
     "members", "baselines", "predictions", "checkpoints", "snapshots", "timing", "targets", "export", "plots",
-    "distillation",
+    "distillation", "tensorboard", "wandb", "profile",
 )
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -341,6 +350,8 @@ class RunSpec(Frozen):
     baselines: BaselinesSpec = BaselinesSpec()
     placement: PlacementSpec = PlacementSpec()
     checkpointing: CheckpointingSpec = CheckpointingSpec()
+    tracking: list[AnyTracker] = Field(default_factory=lambda: cast(Any, [{"kind": "tensorboard"}]))
+    """Where the numbers of the run are shown while it goes on; an empty list is nowhere but in the run directory."""
     distill: DistillSpec | None = None
     """Teach a student when the ensemble is finished."""
     distill_from: DistillFromSpec | None = None
@@ -360,6 +371,14 @@ class RunSpec(Frozen):
             raise ValueError("a URI with a password does not belong in a spec: use the environment's credentials")
         return value
 
+    @field_validator("tracking")
+    @classmethod
+    def _each_once(cls, value: list[AnyTracker]) -> list[AnyTracker]:
+        kinds = [tracker.kind for tracker in value]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError("a kind is given twice: give each at most once")
+        return value
+
     @model_validator(mode="after")
     def _decay_is_stable(self) -> RunSpec:
         lr, rules = self.optimization.lr, self.ensemble.regularizers
@@ -377,10 +396,10 @@ class RunSpec(Frozen):
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the result; a run that is taken up again must not differ in it.
 
-        Where it runs is not part of it: a member is the same in any pack, to float tolerance. Nor is whom it
-        teaches afterwards.
+        Where it runs is not part of it: a member is the same in any pack, to float tolerance. Nor is where it is
+        shown, or whom it teaches afterwards.
         """
-        left_out = {"name", "storage_path", "placement", "checkpointing", "distill"}
+        left_out = {"name", "storage_path", "placement", "checkpointing", "tracking", "distill"}
         if self.distill_from is None:  # runs from before there were students keep their digest
             left_out.add("distill_from")
         return self.model_dump(mode="json", exclude=left_out)

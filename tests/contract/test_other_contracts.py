@@ -1,4 +1,4 @@
-"""What every registered quantization and task promises; a new kind is tested by being registered."""
+"""What every registered quantization, task and tracker promises; a new kind is tested by being registered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raylora import registry
 from raylora.adapters.packed import stack
 from raylora.data.task import Task
 from raylora.ensemble.outputs import output_of
-from raylora.spec import TaskSpec
+from raylora.spec import TaskSpec, TrackerSpec
 
 READS = {"optq": {"source": "pypi:bbc-news", "samples": 8, "length": 64, "held_out": 0}}
 """What kinds that look at data are given to read."""
@@ -30,7 +30,7 @@ def test_a_base_loads_on_a_cpu_and_gradients_reach_the_adapters(
     before = {n: p.detach().clone() for n, p in parts.base.model.named_parameters()}
     members = [parts.member(unit, trained=0.05) for unit in parts.units]
     outcome = parts.model.gradients(
-        stack(members), [parts.batch(0), parts.batch(4)], [1, 2]
+        stack(members), parts.pack(parts.batch(0), parts.batch(4)), [1, 2]
     )
     assert all(0.1 < loss < 5 for loss in outcome.losses_K)
     for gradients in outcome.gradients:
@@ -124,6 +124,16 @@ def test_what_it_dequantizes_holds_a_frozen_pair_as_well(make_parts: Callable[..
 def test_its_spec_reads_back_equal(kind: str) -> None:
     spec = registry.load("quantization", kind).Spec()
     assert type(spec).model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize("kind", registry.kinds("tracker"))
+def test_a_tracker_can_be_asked_whether_it_works_and_built(kind: str) -> None:
+    module = registry.load("tracker", kind)
+    spec = module.Spec()
+    assert isinstance(spec, TrackerSpec) and spec.kind == kind
+    assert type(spec).model_validate_json(spec.model_dump_json()) == spec
+    assert list(inspect.signature(module.check).parameters) == ["spec"]
+    assert list(inspect.signature(module.build).parameters) == ["spec", "run"]
 
 
 @pytest.mark.parametrize("kind", registry.kinds("task"))

@@ -9,8 +9,9 @@ import torch
 
 from raylora import registry
 from raylora.client import run_local
+from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.session import TrainingSession
-from raylora.engine.training.trainer import PackTrainer
+from raylora.engine.training.trainer import PackTrainer, TrainingSettings
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
@@ -24,12 +25,12 @@ MakeSpec = Callable[..., RunSpec]
 def trainers(spec: RunSpec) -> tuple[PackTrainer, list[PackTrainer]]:
     session = TrainingSession(spec, RunStore.for_spec(spec), cpus=1, gpus=1)
     session.load()
-    adapter = registry.load("adapter", "lora").build(spec.adapter)
-    units, sets = list(session.units.values()), session.sets
+    model = PackedModel(session.base, registry.load("adapter", "lora").build(spec.adapter), session.task)
+    units, sets = list(session.plans.values()), session.sets
 
     def new(chosen: list) -> PackTrainer:
         return PackTrainer(
-            session.base, adapter, session.task, spec, chosen, sets.train.examples, sets.validation.examples
+            model, TrainingSettings.of(spec), chosen, sets.train.examples, sets.validation.examples
         )
 
     return new(units), [new([unit]) for unit in units]
@@ -40,9 +41,9 @@ def test_packed_equals_alone_on_a_gpu(make_spec: MakeSpec, quantization: str) ->
     spec = make_spec(ensemble__members=4, base__quantization=quantization, placement={"gpus_per_worker": 1})
     packed, alone = trainers(spec)
     for _ in range(3):
-        packed._take_step()
-        for one in alone:
-            one._take_step()
+        for trainer in (packed, *alone):
+            with trainer.collator() as collator:
+                trainer.take_step(collator)
         for in_pack, one in zip(packed.states, alone, strict=True):
             assert in_pack.optimizer.parameters["head:classifier.weight"].is_cuda
             for name, tensor in in_pack.optimizer.tensors().items():

@@ -31,7 +31,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
 
 
 def step_of(handle: RunHandle) -> int:
-    return max((job.get("step", 0) for job in handle.status()["jobs"].values()), default=0)
+    return max((job.progress.done for job in handle.status().jobs.values() if job.progress is not None), default=0)
 
 
 def worker_pids() -> list[int]:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from joined_batches import join
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from raylora.data.catalog import assets
-from raylora.data.task import BadRow, Batch, join, pad_id
+from raylora.data.task import BadRow, Batch, pad_id
 from raylora.data.tasks.classification import Classification, Spec, build
 from raylora.errors import DataError
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from joined_batches import join
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raylora.data.catalog import assets
-from raylora.data.task import BadRow, Task, join, pad_id
+from raylora.data.task import BadRow, Task, pad_id
 from raylora.data.tasks import language_modeling as language_modeling
 from raylora.data.tasks import multiple_choice
 from raylora.errors import DataError

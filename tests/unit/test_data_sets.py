@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raylora.data.catalog import assets
-from raylora.data.sets import DataSets, LoadedSet, load_set, load_sets
+from raylora.data.sets import DataSets, LoadedSet, load_sets
+from raylora.data.splits import read_pool
 from raylora.data.tasks import classification
 from raylora.data.tasks import language_modeling as language_modeling
 from raylora.errors import DataError
@@ -175,21 +176,20 @@ def test_sets_describe_themselves(tokenizer: PreTrainedTokenizerBase) -> None:
     assert "[CLS] text number" in shown and "tokens, label" in shown
 
 
-def test_ids_come_from_the_rows_where_they_identify_them(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_ids_come_from_the_rows_where_they_identify_them() -> None:
     def ids(rows: list[dict[str, Any]]) -> list[str]:
-        loaded = load_set("new", write("a.jsonl", rows), DataSpec(train=SetSpec(files="a")), TASK, tokenizer, False)
-        return [example.id for example in loaded.examples]
+        spec = write("a.jsonl", rows)
+        return [row.id for row in read_pool("new", spec, DataSpec(train=spec), TASK, labeled=False).rows]
 
     assert ids([{"id": 5, "text": "a"}, {"id": "x", "text": "a"}]) == ["5", "x"]
     assert ids([{"id": 5, "text": "a"}, {"id": 5, "text": "b"}]) == ["a.jsonl:1", "a.jsonl:2"]
 
 
-def test_rows_draws_a_seeded_sample(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_rows_draws_a_seeded_sample() -> None:
     spec = write("a.jsonl", numbered(100)).model_copy(update={"rows": 10})
 
     def drawn(seed: int) -> list[str]:
-        data = DataSpec(train=spec, seed=seed)
-        return [e.id for e in load_set("new", spec, data, TASK, tokenizer, labeled=True).examples]
+        return [row.id for row in read_pool("new", spec, DataSpec(train=spec, seed=seed), TASK, labeled=True).rows]
 
     assert len(drawn(0)) == 10 and drawn(0) == drawn(0) != drawn(1)
 

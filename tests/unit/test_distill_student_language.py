@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from raylora.adapters.packed import stack
+from raylora.data.task import collate_pack
 from raylora.distill import TokenTargets
 from raylora.engine.distillation.compare import compare
 from raylora.engine.distillation.plan import prepare_distillation
@@ -110,12 +111,12 @@ def test_a_member_that_teaches_itself_has_nothing_to_learn(teacher: str, tiny_mo
     adapter = registry.load("adapter", "lora").build(work.teacher.adapter)
     built = registry.load("loss", "topk_kl").build(work.settings.loss)
     distillation_loss = DistillationLoss(session.session.task, built, load_targets(work.targets.store))
-    batch = session.session.task.collate(session.examples[:3], session.session.base.tokenizer)
+    batch = collate_pack(session.session.task, [session.examples[:3]], session.session.base.tokenizer)
     stacked = stack([{name: tensor[0] for name, tensor in session.packs[0].items()}])
     found = PackedModel(session.session.base, adapter, session.session.task).gradients(
-        stacked, [batch], [0], loss=lambda logits, joined: distillation_loss.losses(logits, joined, 0.0)
+        stacked, batch, [0], loss=lambda logits, joined: distillation_loss.losses(logits, joined, 0.0)
     )
-    own = PackedModel(session.session.base, adapter, session.session.task).gradients(stacked, [batch], [0])
+    own = PackedModel(session.session.base, adapter, session.session.task).gradients(stacked, batch, [0])
     assert abs(found.losses_K[0]) < 1e-3
     size = max(float(g.abs().max()) for g in own.gradients[0].values())
     assert max(float(g.abs().max()) for g in found.gradients[0].values()) < 0.01 * size

@@ -49,13 +49,13 @@ def teacher(make_spec: Make, trained: Callable[[RunSpec], str]) -> str:
     return trained(make_spec(evaluation__out_of_distribution={"news": {"source": "pypi:bbc-news", "rows": 20}}))
 
 
-def carry_out(uri: str, settings: DistillSpec, on_progress: Any = lambda job, progress: None) -> Any:
+def carry_out(uri: str, settings: DistillSpec, on_step: Any = lambda progress: None) -> Any:
     """Do what the client does, in small shards."""
     work = prepare_distillation(uri, settings, shard_rows=SHARD_ROWS)
     if not work.targets.is_done:
         run_in_process(work.targets)
     for student in work.students():
-        run(student, on_progress)
+        run(student, on_step)
     return work
 
 

@@ -16,7 +16,6 @@ from raylora.adapters.packed import stack
 from raylora.data.task import UNLABELED
 from raylora.distill import ClassificationTargets, Keys
 from raylora.engine.training.distillation_loss import DistillationLoss
-from raylora.engine.training.trainer import PackTrainer
 
 MakeParts = Callable[..., Any]
 
@@ -39,10 +38,7 @@ def some_logits(parts: Any, members: int = 3) -> torch.Tensor:
 
 
 def trained(parts: Any, distillation_loss: DistillationLoss) -> dict[str, Any]:
-    trainer = PackTrainer(
-        parts.base, parts.adapter, parts.task, parts.spec, parts.units, parts.sets.train.examples,
-        parts.sets.validation.examples, distillation_loss,
-    )
+    trainer = parts.trainer(distillation_loss=distillation_loss)
     trainer.run(lambda trainer: None, lambda progress: None, lambda: 0)
     return {t.plan.name: t.result() for t in trainer.states}
 
@@ -54,7 +50,8 @@ def test_a_step_equals_a_float64_reference(make_parts: MakeParts) -> None:
     members = [parts.member(unit, trained=0.05) for unit in parts.units]
     batches = [parts.batch(0, 5), parts.batch(7, 5)]
     found = parts.model.gradients(
-        stack(members), batches, [0, 0], loss=lambda scores, batch: distillation_loss.losses(scores, batch, 0.0)
+        stack(members), parts.pack(*batches), [0, 0],
+        loss=lambda scores, batch: distillation_loss.losses(scores, batch, 0.0),
     )
     dense = transformers.AutoModelForSequenceClassification.from_pretrained(parts.spec.base.source).double().eval()
     weights = {name: weight.detach() for name, weight in dense.named_parameters()}
@@ -86,9 +83,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(make_parts: MakePart
     logits, _, _ = parts.model.scores(member, batch)
     distillation_loss = loss_of(parts, logits[:, None].half().float(), kind="kl", temperature=2.0, task_weight=0.0)
     found = parts.model.gradients(
-        member, [batch], [0], loss=lambda scores, joined: distillation_loss.losses(scores, joined, 0.0)
+        member, parts.pack(batch), [0], loss=lambda scores, joined: distillation_loss.losses(scores, joined, 0.0)
     )
-    own = parts.model.gradients(member, [batch], [0])
+    own = parts.model.gradients(member, parts.pack(batch), [0])
     assert abs(found.losses_K[0]) < 1e-5  # what float16 targets leave
     size = max(float(g.abs().max()) for g in own.gradients[0].values())
     assert max(float(g.abs().max()) for g in found.gradients[0].values()) < 2e-3 * size

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from run_helpers import assert_bit_equal, members, stop_at, weights
+from run_helpers import assert_bit_equal, members, run, stop_at, weights
 from torch import nn
 
 import raylora
@@ -56,7 +56,7 @@ def parts(request: pytest.FixtureRequest, make_parts: Callable[..., Any], tiny_m
 # --- the same numbers as plain torch ---------------------------------------------------------------------
 def test_gradients_are_plain_autograds(parts: Any) -> None:
     member, batch = parts.member(parts.units[0], trained=0.02), parts.batch()
-    found = parts.model.gradients(stack([member]), [batch], [1])
+    found = parts.model.gradients(stack([member]), parts.pack(batch), [1])
     model = plain_model(parts, member)
     loss = plain_loss(parts, model, batch)
     loss.backward()
@@ -154,7 +154,7 @@ def test_tied_embeddings_are_trained_once(make_parts: Callable[..., Any], tiny_m
     )
     member, batch = parts.member(parts.units[0], trained=0.02), parts.batch()
     assert "transformer.wte.weight" in member and "lm_head.weight" not in member
-    found = parts.model.gradients(stack([member]), [batch], [1])
+    found = parts.model.gradients(stack([member]), parts.pack(batch), [1])
     model = plain_model(parts, member)
     assert model.lm_head.weight is model.transformer.wte.weight
     plain_loss(parts, model, batch).backward()
@@ -171,7 +171,7 @@ def test_the_reference_of_kl_is_the_base_with_its_own_weights(make_parts: Callab
     heads = stack([{n: t for n, t in fresh.items() if n.startswith("head:")}])
 
     def loss(kl: KLSpec | None) -> float:
-        return parts.model.gradients(stack([member]), [batch], [1], kl, heads).losses_K[0]
+        return parts.model.gradients(stack([member]), parts.pack(batch), [1], kl, heads).losses_K[0]
 
     logp, logq = (
         F.log_softmax(parts.model.scores(stack([m]), batch)[1].double(), -1)
@@ -238,7 +238,7 @@ def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Callable[...
     one, two = make_spec(name="whole", **changes), make_spec(name="broken", **changes)
     run_in_process(prepare(one))
     with pytest.raises(Interrupted):
-        run_in_process(prepare(two), stop_at(3))
+        run(two, stop_at(3))
     run_in_process(prepare(two))
     assert_bit_equal(members(one), members(two))
     assert not torch.equal(weights(one, "member-000")["bert.embeddings.word_embeddings.weight"],

@@ -75,7 +75,7 @@ def test_several_interruptions_and_a_second_pack_change_nothing(make_spec: Make)
     for stop in (2, 5):
         with pytest.raises(Interrupted):
             run(broken, stop_at(stop))
-    run(broken, lambda job, progress: None)
+    run(broken)
     assert_bit_equal(members(whole), members(broken))
 
 
@@ -103,7 +103,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(make_spec: Mak
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
     first: list[int] = []
-    run(broken, lambda job, progress: first.append(progress.step))
+    run(broken, lambda progress: first.append(progress.done))
     assert first[0] == 5  # step 5 was taken again
     assert_bit_equal(members(whole), members(broken))
 
@@ -126,7 +126,7 @@ def test_a_kill_between_two_members_commits_costs_one_interval_at_most(make_spec
         patch.setattr(RunStore, "commit_checkpoint", killed)
         run(broken)
     first: list[int] = []
-    run(broken, lambda job, progress: first.append(progress.step))
+    run(broken, lambda progress: first.append(progress.done))
     assert first[0] == 3
     assert_bit_equal(members(whole), members(broken))
 
@@ -136,7 +136,7 @@ def one_goes_wrong(monkeypatch: pytest.MonkeyPatch, name: str = "member-001", at
     """Make one member's third loss NaN, whatever pack it is in."""
     real = trainer_module.PackTrainer._micro_batch
 
-    def wrong(self: Any, stepping: Any, number: int, sums: Any, accumulation: int) -> int:
+    def wrong(self: Any, stepping: Any, batch: Any, number: int, sums: Any) -> int:
         names = [t.plan.name for t in stepping]
         inner = trainer_module.PackedModel.gradients
 
@@ -148,7 +148,7 @@ def one_goes_wrong(monkeypatch: pytest.MonkeyPatch, name: str = "member-001", at
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer_module.PackedModel, "gradients", poisoned)
-            return real(self, stepping, number, sums, accumulation)
+            return real(self, stepping, batch, number, sums)
 
     monkeypatch.setattr(trainer_module.PackTrainer, "_micro_batch", wrong)
 
@@ -180,7 +180,7 @@ def test_after_the_cause_is_mended_a_resume_trains_only_what_failed(make_spec: M
         one_goes_wrong(patch)
         run(spec)
     before, seen = members(spec), set()
-    metrics = run(spec, lambda job, progress: seen.update(progress.losses))
+    metrics = run(spec, lambda progress: seen.update(progress.losses))
     assert seen == {"member-001"} and metrics["run"]["members_done"] == 3
     assert_bit_equal(before, {name: members(spec)[name] for name in before})
 
@@ -194,7 +194,7 @@ def test_a_failed_member_does_not_cost_the_others_their_checkpoints(make_spec: M
         with pytest.raises(Interrupted):
             run(spec, stop_at(5))
         first: list[int] = []
-        metrics = run(spec, lambda job, progress: first.append(progress.step))
+        metrics = run(spec, lambda progress: first.append(progress.done))
     assert first == [6] and metrics["run"]["members_done"] == 2
 
 
@@ -318,7 +318,7 @@ def test_changed_data_is_refused_on_resume(make_spec: Make, tmp_path: Path) -> N
 def test_a_finished_run_is_only_aggregated_again(make_spec: Make) -> None:
     spec = make_spec()
     first, steps = run(spec), []
-    second = run(spec, lambda job, progress: steps.append(progress.step))
+    second = run(spec, lambda progress: steps.append(progress.done))
     assert steps == [] and second["members"] == first["members"]
 
 

@@ -105,12 +105,12 @@ def test_gradients_over_a_4_bit_base_are_each_members_own(make_parts: Make) -> N
     frozen_tensors = [frozen_tensors_of(parts.base, parts.adapter, unit.stream("fixed")) for unit in parts.units]
     batches = [parts.batch(0), parts.batch(4)]
     packed = parts.model.gradients(
-        parts.model.step_tensors(stack(members), stack(frozen_tensors)), batches, [1, 2], KLSpec(beta=0.1)
+        parts.model.step_tensors(stack(members), stack(frozen_tensors)), parts.pack(*batches), [1, 2], KLSpec(beta=0.1)
     )
     for k in range(2):
         assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in packed.gradients[k].values())
         own = parts.model.step_tensors(stack(members[k : k + 1]), stack(frozen_tensors[k : k + 1]))
-        alone = parts.model.gradients(own, batches[k : k + 1], [k + 1], KLSpec(beta=0.1))
+        alone = parts.model.gradients(own, parts.pack(batches[k]), [k + 1], KLSpec(beta=0.1))
         one, two = (torch.cat([g.flatten() for g in gradients.values()])
                     for gradients in (packed.gradients[k], alone.gradients[0]))
         assert (one - two).norm() / two.norm() < 0.02
@@ -237,11 +237,11 @@ def test_a_member_is_not_put_together_with_another_draw_or_base(finished: Any, u
 def test_a_checkpoint_of_another_draw_is_not_continued(make_parts: Make) -> None:
     parts = make_parts(adapter=MOS)
     trainer = parts.trainer()
-    states = {t.plan.name: trainer.state_of(t) for t in trainer.states}
-    parts.trainer().restore(states)
+    states = {t.plan.name: t.saved(trainer.step) for t in trainer.states}
+    parts.trainer(saved=states)
     states["member-001"][1]["layout"]["fixed_sha256"] = "0" * 64
     with pytest.raises(RunDirectoryError, match="the checkpoint of member-001: what its seed draws"):
-        parts.trainer().restore(states)
+        parts.trainer(saved=states)
 
 
 def test_a_layout_tells_draws_by_value_and_computed_factors_by_shape() -> None:
@@ -352,9 +352,9 @@ def test_micro_batches_that_share_a_gather_have_the_gradients_they_have_alone(ma
     step = StepTensors(parts.base, parts.adapter, trained, frozen_tensors, micro_batches=2)
     for start in (0, 4):
         batches, seeds = [parts.batch(start)] * len(parts.units), [1] * len(parts.units)
-        shared = parts.model.gradients(step, batches, seeds)
+        shared = parts.model.gradients(step, parts.pack(*batches), seeds)
         alone = parts.model.gradients(
-            parts.model.step_tensors(trained, frozen_tensors), batches, seeds
+            parts.model.step_tensors(trained, frozen_tensors), parts.pack(*batches), seeds
         )
         for one, other in zip(shared.gradients, alone.gradients, strict=True):
             assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from pydantic import ValidationError
-from run_helpers import assert_bit_equal, members, stop_at
+from run_helpers import assert_bit_equal, members, run, stop_at
 from sweeps import sweep
 
 from raylora.adapters import lora
@@ -145,9 +145,9 @@ def test_peft_lora_is_raylora_lora(make_parts: Make) -> None:
     parts = make_parts(adapter=adapter_keys("lora"), ensemble__members=3)
     members = [whole(parts, unit, trained=0.2) for unit in parts.units]
     batches = [parts.batch(4 * k) for k in range(3)]
-    one = parts.model.gradients(stack(members), batches, [1, 2, 3])
+    one = parts.model.gradients(stack(members), parts.pack(*batches), [1, 2, 3])
     parts.adapter = lora.build(lora.Spec(rank=4, alpha=8))
-    two = parts.model.gradients(stack(members), batches, [1, 2, 3])
+    two = parts.model.gradients(stack(members), parts.pack(*batches), [1, 2, 3])
     assert one.losses_K == pytest.approx(two.losses_K, rel=1e-6)
     for k in range(3):
         assert one.gradients[k].keys() == two.gradients[k].keys()
@@ -163,7 +163,7 @@ def test_gradients_are_those_of_peft(name: str, make_parts: Make, tiny_model: An
     trained = own(parts, member, unit)
     frozen_tensors = {n: t for n, t in member.items() if n not in trained}
     found = parts.model.gradients(
-        parts.model.step_tensors(stack([trained]), stack([frozen_tensors])), [batch], [1]
+        parts.model.step_tensors(stack([trained]), stack([frozen_tensors])), parts.pack(batch), [1]
     ).gradients[0]
     files = to_peft(trained, parts.spec.adapter, parts.base.sites, parts.base.target_modules, "SEQ_CLS", "x")
     (tmp_path / "adapter_model.safetensors").write_bytes(to_bytes(files.tensors))
@@ -224,7 +224,7 @@ def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Make) -> Non
     one, two = make_spec(name="whole", **changes), make_spec(name="broken", **changes)
     run_in_process(prepare(one))
     with pytest.raises(Interrupted):
-        run_in_process(prepare(two), stop_at(3))
+        run(two, stop_at(3))
     run_in_process(prepare(two))
     assert_bit_equal(members(one), members(two))
 

@@ -27,7 +27,9 @@ from raylora.engine.quantization.layer_solver import GroupJob, solve_group
 from raylora.engine.quantization.quantize_base import PreparedBase, ensure_prepared, perplexity
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
+from raylora.engine.run.run_status import RunStatus
 from raylora.errors import BaseError, DataError, Interrupted, SpecError, UsageError
+from raylora.progress import BlockDone, OnBlock
 from raylora.quant.linear import QuantizedLinear
 from raylora.report.base_page import by_kind, sentence, write_base_report
 from raylora.serve.predictor import load_ensemble
@@ -311,30 +313,40 @@ def test_query_key_and_value_share_a_gram_matrix(make_spec: Make, tiny_model: An
     assert groups[:4] == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
+def with_blocks(work: Any, each: OnBlock = lambda done: None) -> tuple[dict[str, Any], list[int]]:
+    """Carry a run out; return its metrics and the numbers of the blocks that were prepared first."""
+    blocks: dict[int, BlockDone] = {}
+
+    def on_status(status: RunStatus) -> None:
+        done = status.preparation
+        if done is not None and done.block not in blocks:
+            blocks[done.block] = done
+            each(done)
+
+    return run_in_process(work, on_status), list(blocks)
+
+
 # --- runs ------------------------------------------------------------------------------------------------------
 def test_a_run_prepares_its_base_trains_on_it_and_predicts_again(make_spec: Make, tiny_model: Any) -> None:
     spec = spec_for(make_spec, tiny_model("bert"))
     run = prepare(spec)
     assert not run.base.is_ready and any("prepared first" in note for note in run.notes)
-    blocks: list[int] = []
-    metrics = run_in_process(run, on_block=lambda done: blocks.append(done.block))
+    metrics, blocks = with_blocks(run)
     assert blocks == [1, 2] and metrics["run"]["phase"] == "succeeded"
     assert metrics["preparation"]["linears"] == 12
     assert [e["event"] for e in run.store.read_events()][:3] == ["RunStarted", "BasePrepared", "WorkerReady"]
     assert load_ensemble(run.store.uri).predict(["a fine film"])[0].label in ("negative", "positive")
     second = prepare(spec_for(make_spec, tiny_model("bert"), name="second"))
     assert second.base.is_ready
-    run_in_process(second, on_block=lambda done: blocks.append(done.block))
-    assert blocks == [1, 2]
+    assert with_blocks(second)[1] == []
 
 
 def test_a_signal_while_preparing_interrupts_and_the_run_goes_on(make_spec: Make, tiny_model: Any) -> None:
     spec = spec_for(make_spec, tiny_model("bert"))
     with pytest.raises(Interrupted) as caught:
-        run_in_process(prepare(spec), on_block=lambda done: os.kill(os.getpid(), signal.SIGINT))
+        with_blocks(prepare(spec), lambda done: os.kill(os.getpid(), signal.SIGINT))
     assert caught.value.exit_code == 130
-    blocks: list[int] = []
-    metrics = run_in_process(prepare(spec), on_block=lambda done: blocks.append(done.block))
+    metrics, blocks = with_blocks(prepare(spec))
     assert metrics["run"]["phase"] == "succeeded" and blocks == [1, 2]  # block 1 is read, not solved, again
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from joined_batches import join
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from raylora.data.catalog import assets
 from raylora.data.sets import load_sets
-from raylora.data.task import BadRow, join, pad_id
+from raylora.data.task import BadRow, pad_id
 from raylora.data.tasks.regression import Spec, build
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec

@@ -14,6 +14,7 @@ from raylora.adapters.packed import stack
 from raylora.data.order import Order
 from raylora.engine.model import packed_model as forward
 from raylora.engine.training import trainer as trainer_module
+from raylora.engine.training.optimizer import MemberOptimizer
 from raylora.engine.training.schedule import learning_rate_factor, total_steps
 from raylora.errors import TrainingError
 from raylora.spec import OptimizationSpec
@@ -70,11 +71,11 @@ def test_packed_equals_alone_on_the_real_4_bit_base(make_parts: Callable[..., An
     batches = [parts.batch(4 * k) for k in range(4)]
     seeds = [unit.stream("dropout", 0) for unit in parts.units]
     packed = parts.model.gradients(
-        stack(members), batches, seeds, KLSpec(beta=0.1)
+        stack(members), parts.pack(*batches), seeds, KLSpec(beta=0.1)
     )
     for k in range(4):
         alone = parts.model.gradients(
-            stack([members[k]]), [batches[k]], [seeds[k]], KLSpec(beta=0.1)
+            stack([members[k]]), parts.pack(batches[k]), [seeds[k]], KLSpec(beta=0.1)
         )
         assert packed.losses_K[k] == pytest.approx(alone.losses_K[0], rel=0.02)
         one, two = (torch.cat([g.flatten() for g in gradients.values()]) for gradients in
@@ -91,7 +92,7 @@ def parts(make_parts: Callable[..., Any]) -> Any:
 
 def gradients_of(parts: Any, members: list[Any], batches: list[Any], **options: Any) -> Any:
     seeds = [11, 22, 33][: len(members)]
-    return parts.model.gradients(stack(members), batches, seeds, **options)
+    return parts.model.gradients(stack(members), parts.pack(*batches), seeds, **options)
 
 
 def test_another_members_batch_and_weights_do_not_touch_my_gradient(parts: Any) -> None:
@@ -116,6 +117,14 @@ def test_my_gradient_is_not_divided_by_the_number_of_members(parts: Any) -> None
     assert packed.gradients[0]["head:classifier.weight"].norm() / head == pytest.approx(1.0, rel=1e-5)
 
 
+def replace_member(parts: Any, trainer: Any, index: int, tensors: dict[str, Any]) -> None:
+    """Give a member of the pack other tensors."""
+    trainer.states[index].optimizer = MemberOptimizer(
+        tensors, parts.adapter, parts.spec.optimization, parts.spec.ensemble.regularizers, trainer.total,
+        parts.base.device,
+    )
+
+
 def test_a_member_with_a_huge_loss_does_not_change_the_clipping_of_another(
     make_parts: Callable[..., Any], trajectory: Any
 ) -> None:
@@ -123,7 +132,7 @@ def test_a_member_with_a_huge_loss_does_not_change_the_clipping_of_another(
     calm, wild = parts.trainer(), parts.trainer()
     for trainer, factor in ((calm, 1.0), (wild, 1000.0)):
         other = {n: t * (factor if n.startswith("head:") else 1) for n, t in parts.member(parts.units[1], 0.1).items()}
-        trainer.states[1].optimizer = trainer._optimizer(other)
+        replace_member(parts, trainer, 1, other)
     one, two = trajectory(calm), trajectory(wild)
     losses = [t.states[1].history[0]["loss"] for t in (calm, wild)]
     assert losses[1] > 50 * losses[0]
@@ -197,7 +206,7 @@ def test_kl_to_the_base_equals_a_float64_reference(direction: Any, make_parts: C
     batch = parts.batch()
 
     def loss(kl: KLSpec | None) -> float:
-        return parts.model.gradients(stack([member]), [batch], [1], kl, heads).losses_K[0]
+        return parts.model.gradients(stack([member]), parts.pack(batch), [1], kl, heads).losses_K[0]
 
     def probabilities(tensors: Any) -> torch.Tensor:
         scores = parts.model.scores(stack([tensors]), batch)[1]
@@ -273,7 +282,7 @@ def test_real_overfitting_is_stopped_and_the_best_epoch_is_returned(make_parts: 
 def spoil(parts: Any, trainer: Any, index: int) -> None:
     tensors = parts.member(parts.units[index])
     tensors["head:classifier.bias"] = torch.full_like(tensors["head:classifier.bias"], math.nan)
-    trainer.states[index].optimizer = trainer._optimizer(tensors)
+    replace_member(parts, trainer, index, tensors)
 
 
 def test_a_loss_that_is_nan_fails_its_member_and_no_other(make_parts: Callable[..., Any], trajectory: Any) -> None:

@@ -76,7 +76,8 @@ class _Loaded:
         from raylora.engine.model.machine import compute_device
         from raylora.engine.model.quantized_layers import prepared_store
         from raylora.engine.run.finished_members import read_members
-        from raylora.engine.training.distillation_loss import sets_of, task_of
+        from raylora.engine.training.distillation_loss import task_of
+        from raylora.engine.training.inputs import sets_of
         from raylora.ensemble.outputs import output_of
         from raylora.store.run_store import RunStore
 
@@ -87,7 +88,7 @@ class _Loaded:
         self.base = load_base(spec.base, spec.adapter, self.task, device, prepared_store(store))
         self.adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
         self.stacked = read_members(spec, store, self.base, contender.members)
-        examples = sets_of(spec, self.task, self.base.tokenizer).test.examples
+        examples = sets_of(spec, self.task, self.base.tokenizer, store).test.examples
         self.rows = TEXT_ROWS if output_of(self.task.output).per_token else BATCH_ROWS
         self.examples = (examples * (self.rows // len(examples) + 1))[: self.rows]
 

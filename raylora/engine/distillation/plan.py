@@ -21,12 +21,12 @@ from raylora.engine.model.checkpoint import load_config, load_tokenizer
 from raylora.engine.run.finished_members import finished_members
 from raylora.engine.run.plan_run import Prepared, prepare
 from raylora.engine.training.distillation_loss import (
-    sets_of,
     student_task,
     targets_uri,
     task_of,
     taught_content,
 )
+from raylora.engine.training.inputs import sets_of
 from raylora.ensemble.outputs import output_of
 from raylora.errors import DataError, RunDirectoryError, SpecError
 from raylora.placement.plan import Inventory
@@ -148,7 +148,8 @@ def student_spec(
         "task": student.task or teacher.task, "data": teacher.data, "evaluation": teacher.evaluation,
         "ensemble": EnsembleSpec(members=student.members, seed=student.seed),
         "optimization": student.optimization or teacher.optimization, "baselines": BaselinesSpec(),
-        "placement": placement, "checkpointing": teacher.checkpointing, "distill_from": distill_from,
+        "placement": placement, "checkpointing": teacher.checkpointing, "tracking": teacher.tracking,
+        "distill_from": distill_from,
     }
     return RunSpec.model_validate(fields)
 
@@ -219,7 +220,9 @@ def _content_of(spec: RunSpec, task: Task, settings: DistillSpec, prepared: Prep
         )
     if settings.transfer is None:
         return taught_content(prepared.sets, task)
-    return taught_content(sets_of(spec, task, load_tokenizer(spec.base, task), settings.transfer), task)
+    return taught_content(
+        sets_of(spec, task, load_tokenizer(spec.base, task), prepared.store, settings.transfer), task
+    )
 
 
 def _packs(prepared: Prepared, members: list[str]) -> tuple[tuple[str, ...], ...]:

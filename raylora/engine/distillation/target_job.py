@@ -25,14 +25,16 @@ from raylora.distill import (
     read_targets,
     targets_class,
 )
+from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.finished_members import read_members
 from raylora.engine.run.session import Session, TrainingSession
-from raylora.engine.training.distillation_loss import predicting, read_outputs, sets_of, taught_content
-from raylora.engine.training.predict import predict
-from raylora.engine.training.trainer import Progress
+from raylora.engine.training.distillation_loss import predicting, read_outputs, task_of, taught_content
+from raylora.engine.training.inputs import sets_of
+from raylora.engine.training.predict import OnRows, predict
 from raylora.errors import Interrupted, StoreError
 from raylora.placement.plan import Plan
+from raylora.progress import Activity, OnProgress, RowCounter
 from raylora.records import TargetFacts
 from raylora.spec import RunSpec, SetSpec
 from raylora.store.run_store import RunStore
@@ -85,6 +87,9 @@ class TargetPlan:
             "done": False, "teacher": self.target_job.digest, "members": self.target_job.members, "rows": self.rows,
             "shards": list(self.shards), "tokens": self.target_job.tokens,
         })
+        task = task_of(self.spec)
+        tokenizer, teacher = load_tokenizer(self.spec.base, task), RunStore(self.target_job.run_uri)
+        sets_of(self.spec, task, tokenizer, teacher, self.target_job.transfer, keep=True)
 
     def start_event(self, workers: list[str]) -> control.RunStarted:
         """Return the event that begins the work or takes it up again; every shard is needed."""
@@ -122,16 +127,18 @@ class TargetSession:
         self.session.load()
         sets = self.session.sets
         if self.target_job.transfer is not None:
-            sets = sets_of(self.spec, self.session.task, self.session.base.tokenizer, self.target_job.transfer)
+            sets = sets_of(
+                self.spec, self.session.task, self.session.base.tokenizer, self.session.store, self.target_job.transfer
+            )
         self.examples, self.content_of = sets.train.examples, taught_content(sets, self.session.task)
         self.packs = [
             read_members(self.spec, self.session.store, self.session.base, pack) for pack in self.target_job.packs
         ]
 
     def run_job(
-        self, job: str, unit_names: Sequence[str], report: Callable[[Progress], None], should_stop: Callable[[], int]
+        self, job: str, unit_names: Sequence[str], report: OnProgress, should_stop: Callable[[], int]
     ) -> dict[str, str]:
-        """Make and commit shards that are not there yet.
+        """Make and commit shards that are not there yet; what is counted is rows times packs of members.
 
         Raises:
             Interrupted: the shards so far are committed.
@@ -142,15 +149,19 @@ class TargetSession:
             if not self.store.has_result(f"shards/{name}"):
                 first, last = (int(part) for part in name.split("-")[1:])
                 chosen = self.examples[first : last + 1]
-                is_tokens = self.target_job.tokens is not None
-                files = self._tokens(name, chosen) if is_tokens else self._targets(chosen).to_files()
+                if self.target_job.tokens is not None:
+                    rows = RowCounter(Activity.MAKING_TARGETS, len(chosen), report)
+                    files = self._tokens(name, chosen, rows)
+                else:
+                    rows = RowCounter(Activity.MAKING_TARGETS, len(chosen) * len(self.packs), report)
+                    files = self._targets(chosen, rows).to_files()
                 self.store.commit_result(f"shards/{name}", files)
         return {}
 
-    def _targets(self, examples: Sequence[Example]) -> MemberTargets:
+    def _targets(self, examples: Sequence[Example], report: OnRows) -> MemberTargets:
         task, batch = self.session.task, self.spec.evaluation.batch
         model = self._model()
-        parts = [predict(model, pack, examples, batch)[0] for pack in self.packs]
+        parts = [predict(model, pack, examples, batch, report=report)[0] for pack in self.packs]
         names = self._column_names()
         order = sorted(range(len(names)), key=names.__getitem__)
         outputs_MNC, ids = torch.cat(parts)[order], [example.id for example in examples]
@@ -169,7 +180,7 @@ class TargetSession:
         return [name for pack in self.target_job.packs for name in pack]
 
     @torch.no_grad()
-    def _tokens(self, name: str, examples: Sequence[Example]) -> dict[str, bytes]:
+    def _tokens(self, name: str, examples: Sequence[Example], report: OnRows) -> dict[str, bytes]:
         """Return the files of a shard of a language model's targets; logits are cut to the top k row by row."""
         assert self.target_job.tokens is not None
         files: dict[str, bytes] = {}
@@ -181,7 +192,7 @@ class TargetSession:
             vocabulary=int(base.model.get_output_embeddings().weight.shape[0]),  # type: ignore[operator]
         )
         with writer:
-            for example in examples:
+            for number, example in enumerate(examples, 1):
                 batch = task.collate([example], base.tokenizer).to(base.device)
                 chosen_T = predicting(batch)[0]
                 # A generator: the logits of one pack at a time, which over a vocabulary are the largest thing here.
@@ -190,6 +201,7 @@ class TargetSession:
                     for pack in self.packs for logits_TV in model.scores(pack, batch)[0]
                 )
                 writer.add(example.id, self.content_of[example.id], each)
+                report(number, len(examples))
         return files
 
     def aggregate(self, units: Sequence[str], started_at: float) -> TargetFacts:

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from raylora.adapters.base import Adapter, Tensors
 from raylora.adapters.packed import Dropout, Pack, make_pack
-from raylora.data.task import Batch, Task, join, pad_id
+from raylora.data.task import Batch, Task, repeat
 from raylora.engine.model.base import Base
 from raylora.ensemble.outputs import output_of
 from raylora.spec.run import KLSpec
@@ -74,7 +74,7 @@ class PackedModel:
         return StepTensors(self.base, self.adapter, stacked, frozen_tensors, micro_batches)
 
     def gradients(
-        self, tensors: StepTensors | Mapping[str, Tensor], batches: Sequence[Batch], dropout_seeds_K: Sequence[int],
+        self, tensors: StepTensors | Mapping[str, Tensor], batch: Batch, dropout_seeds_K: Sequence[int],
         kl: KLSpec | None = None, reference_heads: Mapping[str, Tensor] | None = None, loss: ExampleLoss | None = None,
     ) -> PackLoss:
         """Run K members forward and backward once and return each one's loss and gradient.
@@ -83,41 +83,43 @@ class PackedModel:
 
         Args:
             tensors: the members' tensors, stacked over K; as a mapping they are materialized for this call alone.
-            batches: one batch per member, each its own rows.
+            batch: every member's own rows, as :func:`raylora.data.task.collate_pack` puts them together.
             dropout_seeds_K: seeds of this step's adapter dropout.
             kl: adds ``beta * KL`` to the base with its adapters off (arXiv 2310.00035, section 3).
             reference_heads: the members' initial heads, which the reference predicts with.
             loss: takes the place of the task's, such as a distillation loss.
         """
         step = tensors if isinstance(tensors, StepTensors) else self.step_tensors(tensors)
-        batch = _join(self.base, self.task, batches)
-        dropout = _dropout(self.base, self.adapter, self.task, batches, dropout_seeds_K)
+        members, tokens = len(batch.lengths_K), int(batch.attention_mask_BT.sum())
+        batch = batch.to(self.base.device)
+        dropout = self._dropout(batch, dropout_seeds_K)
         logits = _forward(self.base, self.task, replace(step.pack, dropout=dropout), batch)
         losses_N = loss(logits, batch) if loss is not None else self.task.loss(self.task.scores(logits, batch), batch)
-        losses_KN = losses_N.view(len(batches), -1)
+        losses_KN = losses_N.view(members, -1)
         if kl is not None:
             reference_logits = self._reference(step, reference_heads or {}, batch)
             divergence = _divergence(self.task, batch, logits, reference_logits, kl)
-            losses_KN = losses_KN + kl.beta * divergence.view(len(batches), -1)
+            losses_KN = losses_KN + kl.beta * divergence.view(members, -1)
         losses_K = losses_KN.mean(dim=1)
         of_all = step.gradients_of(losses_K.sum())
-        gradients = [{name: gradient[k] for name, gradient in of_all.items()} for k in range(len(batches))]
-        tokens = int(sum(int(b.attention_mask_BT.sum()) for b in batches))
+        gradients = [{name: gradient[k] for name, gradient in of_all.items()} for k in range(members)]
         return PackLoss(losses_K.detach().tolist(), gradients, tokens)
 
     @torch.no_grad()
     def scores(
         self, stacked: Mapping[str, Tensor], batch: Batch, dropout_seeds_K: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor, Batch]:
-        """Return (logits, scores, joined batch) of K members that all read the same batch, member by member."""
-        members = len(next(iter(stacked.values())))
-        batches = [batch] * members
-        joined = _join(self.base, self.task, batches)
-        dropout = None
-        if dropout_seeds_K is not None:
-            dropout = _dropout(self.base, self.adapter, self.task, batches, dropout_seeds_K)
-        logits = _forward(self.base, self.task, make_pack(self.adapter, self.base.sites, stacked, dropout), joined)
-        return logits, self.task.scores(logits, joined), joined
+        """Return (logits, scores, repeated batch) of K members that all read the same batch, member by member."""
+        repeated = repeat(batch.to(self.base.device), len(next(iter(stacked.values()))))
+        dropout = None if dropout_seeds_K is None else self._dropout(repeated, dropout_seeds_K)
+        logits = _forward(self.base, self.task, make_pack(self.adapter, self.base.sites, stacked, dropout), repeated)
+        return logits, self.task.scores(logits, repeated), repeated
+
+    def _dropout(self, batch: Batch, seeds_K: Sequence[int]) -> Dropout | None:
+        if self.adapter.spec.dropout == 0.0:
+            return None
+        left_padded = self.task.padding_side(self.base.is_decoder) == "left"
+        return Dropout(self.adapter.spec.dropout, list(seeds_K), batch.lengths_K, left_padded)
 
     @torch.no_grad()
     def _reference(self, step: StepTensors, heads: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -144,19 +146,6 @@ def _forward_own(base: Base, pack: Pack, inputs: dict[str, Any]) -> Tensor:
     weights = {name: weight.to(types[name]) for name, weight in pack.weights.items()}
     with base.slot.use(pack):
         return functional_call(base.model, weights, kwargs=inputs).logits
-
-
-def _join(base: Base, task: Task, batches: Sequence[Batch]) -> Batch:
-    return join(batches, pad_id(base.tokenizer), task.padding_side(base.is_decoder)).to(base.device)
-
-
-def _dropout(
-    base: Base, adapter: Adapter, task: Task, batches: Sequence[Batch], seeds_K: Sequence[int]
-) -> Dropout | None:
-    if adapter.spec.dropout == 0.0:
-        return None
-    lengths = [batch.input_ids_BT.shape[1] for batch in batches]
-    return Dropout(adapter.spec.dropout, list(seeds_K), lengths, task.padding_side(base.is_decoder) == "left")
 
 
 def _divergence(task: Task, batch: Batch, logits: Tensor, reference: Tensor, kl: KLSpec) -> Tensor:

@@ -42,27 +42,13 @@ from raylora.engine.quantization.calibration import Calibration, load_calibratio
 from raylora.engine.quantization.layer_solver import GroupJob, Solve, layer_tensors, solve_here
 from raylora.engine.quantization.prepared_base import identity_of, store_of, weights_sha256
 from raylora.errors import BaseError, Interrupted, RunDirectoryError
+from raylora.progress import BlockDone, OnBlock
 from raylora.quant.gram import Gram
 from raylora.records import LayerErrors, PreparationSummary
 from raylora.spec import BaseSpec, RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
 _WAIT_S = 2.0
-
-
-@dataclass(frozen=True)
-class BlockDone:
-    """How far a preparation is."""
-
-    block: int
-    blocks: int
-    block_s: float
-    eta_s: float
-    error: float | None
-    """What is left of the block's outputs' norm as error, averaged over its layers; None without calibration."""
-
-
-OnBlock = Callable[[BlockDone], None]
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ import torch
 
 from raylora import control
 from raylora.engine.model.machine import compute_device
-from raylora.engine.quantization.quantize_base import OnBlock, PreparedBase, ensure_prepared
+from raylora.engine.quantization.quantize_base import PreparedBase, ensure_prepared
+from raylora.engine.run.run_status import OnStatus, StatusBoard
 from raylora.engine.run.session import Session
 from raylora.engine.training.distillation_loss import task_of
-from raylora.engine.training.trainer import Progress
 from raylora.errors import Interrupted, RayloraError, TrainingError, UsageError
 from raylora.placement.plan import Plan
+from raylora.progress import BlockDone, Progress
 from raylora.spec.run import RunSpec
 from raylora.store.run_store import RunStore
 
 Metrics = TypeVar("Metrics", bound=Mapping[str, Any])
-OnProgress = Callable[[str, Progress], None]
 
 
 class Work(Protocol):
@@ -56,10 +56,11 @@ class Work(Protocol):
 
 
 def run_in_process(
-    prepared: Work, on_progress: OnProgress = lambda job, progress: None,
-    on_block: OnBlock = lambda done: None,
+    prepared: Work, on_status: OnStatus = lambda status: None,
 ) -> Mapping[str, Any]:
     """Train, evaluate and aggregate a prepared run (or make targets), job after job, and return its metrics.
+
+    ``on_status`` is told after every event, step and batch of rows: whoever shows it decides how often.
 
     The plan's packs and threads are those that a cluster would use, so the members are equal to Ray's.
 
@@ -70,16 +71,15 @@ def run_in_process(
     store = prepared.store
     with store.held():
         prepared.begin()
-        return _Driver(prepared, on_progress, on_block).run()
+        return _Driver(prepared, on_status).run()
 
 
 class _Driver:
     """Folds events through the transition and carries the commands out, one at a time."""
 
-    def __init__(self, prepared: Work, on_progress: OnProgress, on_block: OnBlock) -> None:
-        self.prepared, self.store, self.on_progress = prepared, prepared.store, on_progress
-        self.on_block = on_block
-        self.started_at = time.time()
+    def __init__(self, prepared: Work, on_status: OnStatus) -> None:
+        self.prepared, self.store, self.on_status = prepared, prepared.store, on_status
+        self.board = StatusBoard(prepared.spec.run_name())
         self.signal_number = 0
         self.session: Session | None = None
         self.metrics: Mapping[str, Any] = {}
@@ -93,6 +93,7 @@ class _Driver:
                 event = queue.pop(0)
                 self.store.append_event({**control.to_record(event), "at": time.time()})
                 self.state, commands = control.transition(self.state, event)
+                self.on_status(self.board.status(self.state))
                 for command in commands:
                     queue += self._carry_out(command)
         return conclude(self.state, self.metrics, self.store.uri, self.error)
@@ -107,7 +108,7 @@ class _Driver:
         if isinstance(command, control.Aggregate):
             assert self.session is not None
             try:
-                self.metrics = self.session.aggregate(command.units, self.started_at)
+                self.metrics = self.session.aggregate(command.units, self.board.started_at)
             except RayloraError as error:
                 self.error = error
                 return [control.AggregationFailed(str(error))]
@@ -123,7 +124,7 @@ class _Driver:
         try:
             ensure_prepared(
                 spec.base, task, base, compute_device(plan.gpus_per_worker),
-                report=self.on_block, should_stop=lambda: self.signal_number,
+                report=self._block_done, should_stop=lambda: self.signal_number,
             )
         except Interrupted:
             return [control.InterruptRequested(self.signal_number), control.PreparationInterrupted()]
@@ -147,7 +148,8 @@ class _Driver:
         assert self.session is not None
         try:
             failed = self.session.run_job(
-                command.job, command.units, lambda p: self.on_progress(command.job, p), lambda: self.signal_number
+                command.job, command.units, lambda progress: self._progress(command.job, progress),
+                lambda: self.signal_number,
             )
         except Interrupted:
             stop = control.InterruptRequested(self.signal_number)
@@ -157,6 +159,14 @@ class _Driver:
             return [control.JobFailed(command.job, command.attempt, str(error), fatal=True)]
         events: list[control.Event] = [control.JobFinished(command.job, command.attempt, failed)]
         return events if not self.signal_number else [control.InterruptRequested(self.signal_number), *events]
+
+    def _block_done(self, done: BlockDone) -> None:
+        self.board.preparation = done
+        self.on_status(self.board.status(self.state))
+
+    def _progress(self, job: str, progress: Progress) -> None:
+        self.board.report(job, progress)
+        self.on_status(self.board.status(self.state))
 
     def _interrupted(self, signal_number: int) -> None:
         self.signal_number = signal_number

@@ -23,7 +23,9 @@ from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.quantization.block_activations import base_linears
 from raylora.engine.quantization.quantize_base import PreparedBase, open_base
 from raylora.engine.run.session import TrainingSession
-from raylora.engine.training.distillation_loss import sets_of, task_of
+from raylora.engine.run.tracking import check_trackers
+from raylora.engine.training.distillation_loss import task_of
+from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import (
     MEMBER,
     MemberPlan,
@@ -36,7 +38,7 @@ from raylora.engine.training.member_plan import (
 from raylora.engine.training.schedule import total_steps
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import check_rule
-from raylora.errors import BaseError, SpecError
+from raylora.errors import BaseError, RunDirectoryError, SpecError
 from raylora.placement.plan import Demand, Inventory, Plan, make_plan
 from raylora.records import DataRecord
 from raylora.spec import RunSpec, SetSpec
@@ -98,6 +100,8 @@ class Prepared:
             self.store.write_json("data.json", data_record(self.sets))
             if self.base is not None:
                 self.store.write_json("base.json", {"prepared": self.base.store.uri.rpartition("/")[2]})
+        task = task_of(self.spec)
+        sets_of(self.spec, task, load_tokenizer(self.spec.base, task), self.store, keep=True)
 
 
 def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
@@ -115,6 +119,7 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     check_baselines(spec, bool(heads))
     check_weights(spec)
     _check_task(spec, task)
+    check_trackers(spec)
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
     sites = adapter_sites(shell, adapter, heads)
     members = adapter_parameters(adapter, sites, shell, heads) + sum(
@@ -122,7 +127,9 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     )
     notes = tuple(adapter.notes(sites)) if isinstance(adapter, Noted) else ()
     tokenizer = load_tokenizer(spec.base, task)
-    sets = sets_of(spec, task, tokenizer)
+    sets = sets_of(spec, task, tokenizer, store)
+    if is_resume:
+        _check_data(store, sets)
     base = open_base(
         spec.base, task, bases_folder(store.uri.rpartition("/")[0]), sets.evaluated_keys(), evaluation_sets(spec)
     ) if spec.base.grid is not None else None
@@ -206,6 +213,15 @@ def data_record(sets: DataSets) -> DataRecord:
             for loaded in sets.all()
         ],
     }
+
+
+def _check_data(store: RunStore, sets: DataSets) -> None:
+    """Refuse to go on with other data than a run was begun with. Raises: RunDirectoryError."""
+    recorded = store.read_json("data.json")
+    if recorded and recorded["content_hash"] != sets.content_hash():
+        raise RunDirectoryError(
+            f"{store.uri}: the data has changed since the run was begun", "restore it, or start a new run"
+        )
 
 
 def _check_task(spec: RunSpec, task: Task) -> None:

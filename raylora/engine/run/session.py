@@ -24,20 +24,23 @@ from raylora.engine.model.machine import compute_device, peak_memory_bytes
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
 from raylora.engine.run.run_metrics import aggregate
-from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, sets_of, task_of
+from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
+from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, task_of
+from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import LAST_LAYER, MC_DROPOUT, MEMBER, MemberPlan, member_plans_of
+from raylora.engine.training.member_state import MemberState, SavedState
 from raylora.engine.training.optimizer import start_deepspeed
 from raylora.engine.training.predict import predict_set
-from raylora.engine.training.trainer import MemberState, PackTrainer, Progress
+from raylora.engine.training.trainer import PackTrainer, TrainingSettings
 from raylora.ensemble.predictions import Predictions, Role
 from raylora.errors import Interrupted, RunDirectoryError, StoreError
+from raylora.progress import Activity, OnProgress, Progress, RowCounter
 from raylora.records import JobTiming, RunMetrics
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[Progress], None]
 StopSignal = Callable[[], int]
 
 
@@ -48,7 +51,7 @@ class Session(Protocol):
         """Load what all jobs need. Raises: UsageError for bad input."""
 
     def run_job(
-        self, job: str, unit_names: Sequence[str], report: Callable[[Progress], None], should_stop: Callable[[], int]
+        self, job: str, unit_names: Sequence[str], report: OnProgress, should_stop: StopSignal
     ) -> dict[str, str]:
         """Do and commit the units of a job; return those that failed. Raises: Interrupted."""
 
@@ -86,7 +89,7 @@ class TrainingSession:
         self.base = load_base(
             self.spec.base, self.spec.adapter, self.task, self.device, prepared_store(self.store)
         )
-        self.sets = sets_of(self.spec, self.task, self.base.tokenizer)
+        self.sets = sets_of(self.spec, self.task, self.base.tokenizer, self.store)
         recorded = self.store.read_json("data.json")
         if recorded and recorded["content_hash"] != self.sets.content_hash():
             raise RunDirectoryError(
@@ -96,7 +99,9 @@ class TrainingSession:
         self.distillation_loss = read_distillation_loss(self.spec, self.store, self.task, self.sets)
 
     # --- a job --------------------------------------------------------------------------------------
-    def run_job(self, job: str, unit_names: Sequence[str], report: Report, should_stop: StopSignal) -> dict[str, str]:
+    def run_job(
+        self, job: str, unit_names: Sequence[str], report: OnProgress, should_stop: StopSignal
+    ) -> dict[str, str]:
         """Train and evaluate units in one pack, commit each, and return those that failed with the reason.
 
         Raises:
@@ -110,21 +115,33 @@ class TrainingSession:
             return self._run_job(job, plans, report, should_stop)
 
     def _run_job(
-        self, job: str, plans: Sequence[MemberPlan], report: Report, should_stop: StopSignal
+        self, job: str, plans: Sequence[MemberPlan], report: OnProgress, should_stop: StopSignal
     ) -> dict[str, str]:
         adapter = registry.load("adapter", plans[0].adapter.kind).build(plans[0].adapter)
+        model = PackedModel(self.base, adapter, self.task)
         trainer = PackTrainer(
-            self.base, adapter, self.task, self.spec, plans, self.sets.train.examples, self.sets.validation.examples,
-            self.distillation_loss,
+            model, TrainingSettings.of(self.spec), plans, self.sets.train.examples, self.sets.validation.examples,
+            self.distillation_loss, self._saved(plans),
         )
-        resumed_at = self._resume(trainer)
+        resumed_at = trainer.step
         logger.info("%s: training from step %d to %d", job, resumed_at, trainer.total)
-        meter = _Meter(report)
-        trainer.run(self._save, meter, should_stop, self._epoch_end)
+        tracking = Tracking(self.spec, self.store)
+        tracked, complete = TrackedPack(tracking, trainer), False
+        meter = _Meter(report, tracked)
+
+        def save(trainer: PackTrainer) -> None:
+            self._save(trainer)
+            tracked.commit()
+
+        try:
+            trainer.run(save, meter, should_stop, self._epoch_end)
+            complete = True
+        finally:
+            tracking.close(complete)
         trained_s = time.perf_counter() - meter.started
         done = [state for state in trainer.states if not state.failure]
         logger.info("%s: trained in %.1f s", job, trained_s)
-        evaluate_s = self._evaluate(adapter, done, should_stop)
+        evaluate_s = self._evaluate(model, done, report, should_stop)
         logger.info("%s: evaluated in %.1f s", job, evaluate_s)
         self.store.write_json(f"timing/{job}.json", JobTiming({
             "units": [t.plan.name for t in done],
@@ -148,32 +165,30 @@ class TrainingSession:
 
     def aggregate(self, units: Sequence[str], started_at: float) -> RunMetrics:
         """Combine the finished units' predictions into the run's metrics. Raises: StoreError for a damaged one."""
-        return aggregate(self.spec, self.store, units, started_at)
+        metrics = aggregate(self.spec, self.store, units, started_at)
+        track_results(self.spec, self.store, metrics)
+        return metrics
 
     # --- checkpoints --------------------------------------------------------------------------------
     def _save(self, trainer: PackTrainer) -> None:
         logger.debug("committing step %d", trainer.step)
         for state in trainer.states:
-            files = serialization.pack_state(*trainer.state_of(state))
+            files = serialization.pack_state(*state.saved(trainer.step))
             self.store.commit_checkpoint(state.plan.name, trainer.step, files)
         # Only now: until every plan has this step, the one before is the newest that all have.
         for state in trainer.states:
             keep = self.spec.checkpointing.num_to_keep
             self.store.prune_checkpoints(state.plan.name, trainer.step, keep)
 
-    def _resume(self, trainer: PackTrainer) -> int:
-        """Continue from the newest step that every plan of the pack has committed; return that step."""
-        steps = [set(self.store.checkpoint_steps(t.plan.name)) for t in trainer.states]
-        common = set.intersection(*steps)
-        if common:
-            newest = max(common)
-            states = {
-                t.plan.name: serialization.unpack_state(self.store.load_checkpoint(t.plan.name, newest).files)
-                for t in trainer.states
-            }
-            if not all("failure" in facts for _, facts in states.values()):  # else they are tried once more
-                trainer.restore(states)
-        return trainer.step
+    def _saved(self, plans: Sequence[MemberPlan]) -> dict[str, SavedState] | None:
+        """Return what is committed of a pack at the newest step that all its plans have, or None to begin."""
+        common = set.intersection(*(set(self.store.checkpoint_steps(plan.name)) for plan in plans))
+        if not common:
+            return None
+        files = {plan.name: self.store.load_checkpoint(plan.name, max(common)).files for plan in plans}
+        states = {name: serialization.unpack_state(found) for name, found in files.items()}
+        all_failed = all("failure" in facts for _, facts in states.values())
+        return None if all_failed else states  # those who all failed are tried once more
 
     def _epoch_end(self, trainer: PackTrainer, epoch: int) -> None:
         """Keep the last epoch ends of member 0, for the ensemble of checkpoints."""
@@ -185,51 +200,56 @@ class TrainingSession:
             self.store.commit_result(f"snapshots/epoch-{epoch:03d}", {"member.safetensors": content})
 
     # --- results ------------------------------------------------------------------------------------
-    def _evaluate(self, adapter: Any, done: Sequence[MemberState], should_stop: StopSignal) -> float:
+    def _evaluate(
+        self, model: PackedModel, done: Sequence[MemberState], report: OnProgress, should_stop: StopSignal
+    ) -> float:
         started = time.perf_counter()
         if not done:
             return 0.0
         # Before member 0 is committed: it is not taken up again afterwards.
         if any(t.plan.name == "member-000" for t in done) and self.spec.baselines.checkpoints:
-            self._evaluate_snapshots(adapter, done[0].frozen_tensors, should_stop)
+            self._evaluate_snapshots(model, done[0].frozen_tensors, report, should_stop)
         members = [state.result() for state in done]
         whole = [{**tensors, **state.frozen_tensors} for tensors, state in zip(members, done, strict=True)]
         if done[0].plan.role == MC_DROPOUT:
             assert self.spec.baselines.mc_dropout is not None
             passes = self.spec.baselines.mc_dropout.passes
             seeds = [done[0].plan.stream("pass", number) for number in range(passes)]
-            self._commit(done[0], members[0], self._predict(adapter, whole * passes, should_stop, seeds))
+            self._commit(done[0], members[0], self._predict(model, whole * passes, report, should_stop, seeds))
         else:
-            sets = self._predict(adapter, whole, should_stop)
+            sets = self._predict(model, whole, report, should_stop)
             for index, (state, tensors) in enumerate(zip(done, members, strict=True)):
                 self._commit(state, tensors, [one.member(index) for one in sets])
         return time.perf_counter() - started
 
-    def _evaluate_snapshots(self, adapter: Any, frozen_tensors: Tensors, should_stop: StopSignal) -> None:
+    def _evaluate_snapshots(
+        self, model: PackedModel, frozen_tensors: Tensors, report: OnProgress, should_stop: StopSignal
+    ) -> None:
         snapshots = [
             serialization.from_bytes(self.store.load_result(f"snapshots/{name}")["member.safetensors"]) | frozen_tensors
             for name in self.store.storage.list("snapshots")
             if self.store.has_result(f"snapshots/{name}")
         ]
         if snapshots:
-            predictions = self._predict(adapter, snapshots, should_stop)
+            predictions = self._predict(model, snapshots, report, should_stop)
             self.store.commit_result("predictions/checkpoints", serialization.pack_predictions(predictions))
 
     def _predict(
-        self, adapter: Any, members: Sequence[Tensors], should_stop: StopSignal,
+        self, model: PackedModel, members: Sequence[Tensors], report: OnProgress, should_stop: StopSignal,
         dropout_seeds: Sequence[int] | None = None,
     ) -> list[Predictions]:
         stacked = stack([{n: t.to(self.base.device) for n, t in member.items()} for member in members])
-        model, found = PackedModel(self.base, adapter, self.task), []
-        for loaded, role in evaluated_sets(self.sets):
-            found.append(predict_set(
-                model, stacked, loaded.examples, loaded.name, role,
-                self.spec.evaluation.batch, dropout_seeds,
+        sets = evaluated_sets(self.sets)
+        rows = RowCounter(Activity.EVALUATING, sum(len(loaded.examples) for loaded, _ in sets), report)
+        predictions = []
+        for loaded, role in sets:
+            predictions.append(predict_set(
+                model, stacked, loaded.examples, loaded.name, role, self.spec.evaluation.batch, dropout_seeds, rows,
             ))
             if should_stop():
                 raise Interrupted("stopped while evaluating; the trained state is committed",
                                   signal_number=should_stop())
-        return found
+        return predictions
 
     def _commit(self, state: MemberState, tensors: Tensors, predictions: Sequence[Predictions]) -> None:
         """Publish predictions first: a member's folder is what marks the plan as done."""
@@ -263,13 +283,15 @@ class TrainingSession:
 
 
 class _Meter:
-    """Counts tokens and time on the way to whoever listens to progress."""
+    """Counts tokens and time on the way to the trackers and to whoever listens to progress."""
 
-    def __init__(self, report: Report) -> None:
-        self.report, self.tokens, self.started = report, 0, time.perf_counter()
+    def __init__(self, report: OnProgress, tracked: TrackedPack) -> None:
+        self.report, self.tracked = report, tracked
+        self.tokens, self.started = 0, time.perf_counter()
 
     def __call__(self, progress: Progress) -> None:
         self.tokens += progress.tokens
+        self.tracked.step(progress)
         self.report(progress)
 
 

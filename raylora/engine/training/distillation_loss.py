@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from raylora import registry
-from raylora.data.sets import DataSets, content_hash, load_sets
+from raylora.data.sets import DataSets, content_hash
 from raylora.data.task import Batch, Task
 from raylora.distill import Annealed, Loss, MemberTargets, TokenTargets, merge, read_targets
 from raylora.ensemble.outputs import output_of
 from raylora.errors import DataError, SpecError, StoreError
-from raylora.spec import KindSpec, RunSpec, SetSpec
+from raylora.spec import KindSpec, RunSpec
 from raylora.store.run_store import RunStore
 
 
@@ -24,19 +24,6 @@ def task_of(spec: RunSpec) -> Task:
     """Return a run's task; a student's has the head that its loss needs."""
     task: Task = registry.load("task", spec.task.kind).build(spec.task)
     return task if spec.distill_from is None else student_task(task, spec.distill_from.loss)
-
-
-def sets_of(spec: RunSpec, task: Task, tokenizer: Any, transfer: SetSpec | None = None) -> DataSets:
-    """Return every set of a run; a student's training set has the transfer rows.
-
-    Args:
-        transfer: has a teacher's training set grow by the same rows.
-
-    Raises:
-        DataError: as :func:`raylora.data.sets.load_sets`.
-    """
-    extra = spec.distill_from.transfer if spec.distill_from is not None else transfer
-    return load_sets(spec.data, spec.evaluation, task, tokenizer, transfer=extra)
 
 
 def student_task(task: Task, loss_spec: KindSpec) -> Task:

@@ -9,7 +9,7 @@ from raylora import registry
 from raylora.adapters.base import NeedsBaseWeights, Unpackable, WholeModel
 from raylora.data.order import derive_seed
 from raylora.errors import BaseError
-from raylora.spec import AdapterSpec, RunSpec
+from raylora.spec import AdapterSpec, EnsembleSpec, RunSpec
 
 MEMBER, MC_DROPOUT, LAST_LAYER = "member", "mc_dropout", "last_layer"
 
@@ -42,10 +42,10 @@ def member_plans_of(spec: RunSpec) -> list[MemberPlan]:
     return plans
 
 
-def order_seed(plan: MemberPlan, spec: RunSpec) -> int:
+def order_seed(plan: MemberPlan, ensemble: EnsembleSpec) -> int:
     """Return the seed of a unit's data order; with ``shared`` order all units see the same batches."""
-    if spec.ensemble.data_order == "shared":
-        return derive_seed(spec.ensemble.seed, "order")
+    if ensemble.data_order == "shared":
+        return derive_seed(ensemble.seed, "order")
     return plan.stream("order")
 
 

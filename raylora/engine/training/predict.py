@@ -18,10 +18,12 @@ from raylora.ensemble.outputs import output_of
 from raylora.ensemble.predictions import Predictions, Role
 from raylora.spec import EvaluationSpec
 
+OnRows = Callable[[int, int], None]
+
 
 def predict(
     model: PackedModel, stacked: Mapping[str, Tensor], examples: Sequence[Example],
-    batch: int, dropout_seeds: Sequence[int] | None = None, report: Callable[[int, int], None] = lambda done, of: None,
+    batch: int, dropout_seeds: Sequence[int] | None = None, report: OnRows = lambda done, of: None,
 ) -> tuple[Tensor, list[str]]:
     """Return (values, ids): outputs M x N x C, or log-probabilities M x N of every target token.
 
@@ -32,6 +34,7 @@ def predict(
 
     Args:
         batch: model rows per forward, shared out among the M members.
+        report: told after each batch how many rows are done, and of how many.
         dropout_seeds: keeps the adapter dropout on, one stream per member (Monte-Carlo dropout).
     """
     members, output = len(next(iter(stacked.values()))), output_of(model.task.output)
@@ -54,9 +57,10 @@ def predict(
 def predict_set(
     model: PackedModel, stacked: Mapping[str, Tensor], examples: Sequence[Example],
     name: str, role: Role, batch: int, dropout_seeds: Sequence[int] | None = None,
+    report: OnRows = lambda done, of: None,
 ) -> Predictions:
     """Return checked predictions of one named set."""
-    values, ids = predict(model, stacked, examples, batch, dropout_seeds)
+    values, ids = predict(model, stacked, examples, batch, dropout_seeds, report)
     labels = [example.label for example in examples if example.label is not None]
     output = output_of(model.task.output)
     labeled = not output.per_token and len(labels) == len(examples)

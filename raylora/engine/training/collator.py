@@ -1,0 +1,53 @@
+"""Batches made ready in a background thread, while the step before them computes.
+
+Shapes: K members of a pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from raylora.data.order import Order
+from raylora.data.task import Batch, Example, collate_pack
+from raylora.engine.model.packed_model import PackedModel
+
+_Key = tuple[int, tuple[str, ...]]
+
+
+class Collator:
+    """Collates micro-batch after micro-batch of a pack's members, one ahead of what is asked for.
+
+    One thread does all of it, so that a member's order is never read by two. What was made ahead for members of
+    whom one has left since is thrown away; what is asked for is always made from these members and this number.
+    """
+
+    def __init__(self, model: PackedModel, examples: Sequence[Example], micro_batches: int) -> None:
+        """Take the training examples, and how many micro-batches a run has in all."""
+        self._model, self._examples, self._micro_batches = model, examples, micro_batches
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="collator")
+        self._ahead: tuple[_Key, Future[Batch]] | None = None
+
+    def __enter__(self) -> Collator:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def batch(self, number: int, orders_K: Mapping[str, Order]) -> Batch:
+        """Return micro-batch ``number`` (from 0) of members by name, in that order, padded once to the longest."""
+        key = number, tuple(orders_K)
+        ahead, self._ahead = self._ahead, None
+        wanted = ahead[1] if ahead is not None and ahead[0] == key else self._submit(number, orders_K)
+        if number + 1 < self._micro_batches:
+            self._ahead = (number + 1, key[1]), self._submit(number + 1, orders_K)
+        return wanted.result()
+
+    def _submit(self, number: int, orders_K: Mapping[str, Order]) -> Future[Batch]:
+        return self._thread.submit(self._collate, number, list(orders_K.values()))
+
+    def _collate(self, number: int, orders_K: Sequence[Order]) -> Batch:
+        examples_K = [[self._examples[i] for i in order.indices(number)] for order in orders_K]
+        batch = collate_pack(self._model.task, examples_K, self._model.base.tokenizer)
+        return batch.pin_memory() if self._model.base.device.type == "cuda" else batch

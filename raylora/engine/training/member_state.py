@@ -1,0 +1,142 @@
+"""One member while it trains: built new or from a commit, and cut into what a commit holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from raylora.adapters.base import HEAD, Tensors
+from raylora.data.order import Order
+from raylora.data.task import Example
+from raylora.engine.model.base import head_tensors
+from raylora.engine.model.member_tensors import frozen_tensors_of, initial_member, start_tensors
+from raylora.engine.model.packed_model import PackedModel
+from raylora.engine.model.serialization import check_layout, layout_of
+from raylora.engine.training.member_plan import MemberPlan, order_seed
+from raylora.engine.training.optimizer import MemberOptimizer
+from raylora.engine.training.schedule import total_steps
+from raylora.ensemble.outputs import output_of
+from raylora.records import HistoryRow
+from raylora.spec import EnsembleSpec, OptimizationSpec
+
+SavedState = tuple[dict[str, Tensors], dict[str, Any]]
+"""What a commit holds of a member: tensors by section, and the plain facts beside them."""
+
+
+@dataclass
+class MemberState:
+    """One member while it trains."""
+
+    plan: MemberPlan
+    optimizer: MemberOptimizer
+    order: Order
+    initial_head: Tensors
+    frozen_tensors: Tensors
+    """What the adapter needs but does not train."""
+    history: list[HistoryRow] = field(default_factory=list)
+    best_value: float | None = None
+    best_tensors: Tensors | None = None
+    bad_epochs: int = 0
+    stopped_at: int | None = None
+    """The step after which early stopping took the member out of the pack."""
+    failure: str = ""
+
+    @property
+    def training(self) -> bool:
+        """Whether the member still takes steps."""
+        return self.stopped_at is None and not self.failure
+
+    def whole(self) -> Tensors:
+        """Return the live member with what is fixed, as a forward needs it."""
+        return {**self.optimizer.tensors(), **self.frozen_tensors}
+
+    def result(self) -> Tensors:
+        """Return the member: its best state if early stopping watched it, else its last."""
+        final = self.best_tensors if self.best_tensors is not None else self.optimizer.tensors()
+        return {name: t.detach().cpu().clone() for name, t in final.items()}
+
+    def saved(self, step: int) -> SavedState:
+        """Return what a commit after a step holds; of a member that failed, no tensors."""
+        if self.failure:
+            return {}, {"step": step, "failure": self.failure}
+        sections = {"member": self.optimizer.tensors(), "optimizer": self.optimizer.state()}
+        if self.best_tensors is not None:
+            sections["best"] = self.best_tensors
+        facts = {
+            "step": step,
+            "updates": self.optimizer.steps_done,
+            "history": self.history,
+            "best_value": self.best_value,
+            "bad_epochs": self.bad_epochs,
+            "stopped_at": self.stopped_at,
+            "layout": layout_of(sections["member"], self.frozen_tensors),
+        }
+        return sections, facts
+
+    def judge(self, value: float, step: int, patience: int, lower_is_better: bool) -> None:
+        """Keep the weights if a validation metric is the best so far; stop after too many epochs that are not."""
+        best = self.best_value
+        if best is None or (value < best if lower_is_better else value > best):
+            self.best_value, self.bad_epochs = value, 0
+            self.best_tensors = {n: t.cpu().clone() for n, t in self.optimizer.tensors().items()}
+            return
+        self.bad_epochs += 1
+        if self.bad_epochs >= patience:
+            self.stopped_at = step
+
+
+class MemberBuilder:
+    """Builds the members of one job, from their seeds or from what was committed of them."""
+
+    def __init__(
+        self, model: PackedModel, train: Sequence[Example], optimization: OptimizationSpec, ensemble: EnsembleSpec
+    ) -> None:
+        """Read the base's head and the labels once for all members."""
+        self.model, self.rows = model, len(train)
+        self.optimization, self.ensemble = optimization, ensemble
+        self._head = head_tensors(model.base)
+        labels = [example.label for example in train if example.label is not None]
+        self._start_value = output_of(model.task.output).start_value(labels)
+        self._lengths = tuple(max(map(len, example.sequences)) for example in train)
+
+    def build(self, plan: MemberPlan, saved: SavedState | None = None) -> MemberState:
+        """Return a member at its start, or as it was saved.
+
+        Raises:
+            RunDirectoryError: it was saved with other tensors than it would have now.
+        """
+        model = self.model
+        tensors = initial_member(model.base, model.adapter, self._head, plan.stream("init"), self._start_value)
+        frozen_tensors = frozen_tensors_of(model.base, model.adapter, plan.stream("fixed"))
+        initial_head = {n: t.to(model.base.device) for n, t in tensors.items() if n.startswith(HEAD)}
+        sections, facts = saved or ({}, {})
+        if "member" in sections:
+            found = layout_of(tensors, frozen_tensors)
+            check_layout(f"the checkpoint of {plan.name}", facts.get("layout"), found)
+            # In this order: a file has its own, and sums depend on it.
+            tensors = {name: sections["member"][name] for name in tensors}
+        state = MemberState(plan, self._optimizer(tensors), self._order(plan), initial_head, frozen_tensors)
+        state.failure = facts.get("failure", "")
+        if "member" in sections:
+            state.optimizer.load_state(sections.get("optimizer", {}), facts["updates"])
+            state.history, state.best_value = facts["history"], facts["best_value"]
+            state.bad_epochs, state.stopped_at = facts["bad_epochs"], facts["stopped_at"]
+            state.best_tensors = {n: sections["best"][n] for n in tensors} if "best" in sections else None
+        return state
+
+    def _order(self, plan: MemberPlan) -> Order:
+        return Order(
+            self.rows, self.optimization.micro_batch, order_seed(plan, self.ensemble),
+            plan.stream("bootstrap") if self.ensemble.bootstrap else None,
+            self._lengths if self.optimization.group_by_length else None,
+        )
+
+    def _optimizer(self, tensors: Mapping[str, Tensor]) -> MemberOptimizer:
+        model = self.model
+        return MemberOptimizer(
+            tensors, model.adapter, self.optimization, self.ensemble.regularizers,
+            total_steps(self.rows, self.optimization), model.base.device, start_tensors(model.base, model.adapter),
+        )

@@ -1,0 +1,99 @@
+"""What long work says of itself while it goes on; it travels from whoever does the work to whoever waits for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+_REPORT_EVERY_S = 0.5
+
+
+class Activity(str, Enum):
+    """What a job is at; training counts steps, the others count rows."""
+
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    MAKING_TARGETS = "making targets"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is, and what its latest step or batch of rows was."""
+
+    activity: Activity
+    done: int
+    """Steps taken, or rows predicted, of all that this activity has."""
+    total: int
+    new: int
+    """How many of them are new since the last report."""
+    seconds: float
+    """How long the new ones took."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """The latest step's loss by member."""
+    tokens: int = 0
+    """That the new steps trained on."""
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """How far a base's preparation is."""
+
+    block: int
+    blocks: int
+    block_s: float
+    eta_s: float
+    error: float | None
+    """What is left of the block's outputs' norm as error, averaged over its layers; None without calibration."""
+
+
+OnBlock = Callable[[BlockDone], None]
+
+
+class RowCounter:
+    """Turns "this set has come so far" into progress over all rows of several sets."""
+
+    def __init__(self, activity: Activity, total: int, report: OnProgress) -> None:
+        self._activity, self._total, self._report = activity, total, report
+        self._before = self._done = 0
+        self._last = time.perf_counter()
+
+    def __call__(self, done: int, of: int) -> None:
+        """Take it that ``done`` of the current set's rows are predicted; the last call of a set has ``done == of``."""
+        now = time.perf_counter()
+        new = self._before + done - self._done
+        self._done += new
+        self._report(Progress(self._activity, self._done, self._total, new, now - self._last))
+        self._last = now
+        if done == of:
+            self._before = self._done
+
+
+class Throttle:
+    """Adds up reports and lets one through at most twice a second; the last of an activity always passes."""
+
+    def __init__(self) -> None:
+        self._sent_at = 0.0
+        self._activity: Activity | None = None
+        self._new, self._seconds, self._tokens = 0, 0.0, 0
+
+    def merged(self, progress: Progress) -> Progress | None:
+        """Return what happened since the last report that passed, or None if that was just now."""
+        if progress.activity is not self._activity:
+            self._activity, self._sent_at = progress.activity, 0.0
+            self._new, self._seconds, self._tokens = 0, 0.0, 0
+        self._new += progress.new
+        self._seconds += progress.seconds
+        self._tokens += progress.tokens
+        now = time.monotonic()
+        if now - self._sent_at < _REPORT_EVERY_S and progress.done < progress.total:
+            return None
+        merged = Progress(
+            progress.activity, progress.done, progress.total, self._new, self._seconds, progress.losses, self._tokens
+        )
+        self._sent_at, self._new, self._seconds, self._tokens = now, 0, 0.0, 0
+        return merged
