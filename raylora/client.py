@@ -229,10 +229,7 @@ def resume(run: str, dashboard: bool = False) -> RunHandle:
     Raises:
         RunDirectoryError: there is no run there.
     """
-    store = RunStore(run)
-    spec = store.read_spec()
-    parent, _, name = store.uri.rpartition("/")
-    return launch(spec.model_copy(update={"storage_path": parent, "name": name}), dashboard)
+    return launch(RunStore(run).spec_in_place(), dashboard)
 
 
 def attach(run: str) -> RunHandle:

@@ -175,10 +175,7 @@ def resume(
     """Continue a run from its last commits."""
     from raylora.store.run_store import RunStore
 
-    store = RunStore(run_path)
-    parent, _, name = store.uri.rpartition("/")
-    spec = store.read_spec().model_copy(update={"storage_path": parent, "name": name})
-    _run(spec, local, False, as_json)
+    _run(RunStore(run_path).spec_in_place(), local, False, as_json)
 
 
 @app.command()

@@ -27,8 +27,8 @@ from raylora.engine.run.tracking import check_trackers
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import (
-    MEMBER,
     MemberPlan,
+    PlanRole,
     check_baselines,
     check_weights,
     member_plans_of,
@@ -83,7 +83,7 @@ class Prepared:
         return control.RunStarted(
             jobs=self.plan.jobs(),
             workers=workers,
-            required=[unit.name for unit in self.units if unit.role == MEMBER],
+            required=[unit.name for unit in self.units if unit.role is PlanRole.MEMBER],
             min_members=ensemble.min_members or ensemble.members,
             max_failures=self.spec.checkpointing.max_failures,
             prepare_base=self.base is not None and not self.base.is_ready,

@@ -11,7 +11,7 @@ from typing import Literal
 from raylora.engine.model import serialization
 from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
-from raylora.engine.training.member_plan import LAST_LAYER, MC_DROPOUT, MEMBER, member_plans_of
+from raylora.engine.training.member_plan import PlanRole, member_plans_of
 from raylora.ensemble.predictions import Predictions
 from raylora.ensemble.summary import summarize
 from raylora.records import Compute, HistoryRow, JobTiming, RunMetrics, Timing
@@ -31,10 +31,10 @@ def aggregate(spec: RunSpec, store: RunStore, finished: Sequence[str], started_a
         StoreError: a prediction is missing or damaged.
     """
     roles = {plan.name: plan.role for plan in member_plans_of(spec)}
-    members = [name for name in finished if roles[name] == MEMBER]
+    members = [name for name in finished if roles[name] is PlanRole.MEMBER]
     groups = {"ensemble": _group(store, members)}
-    dropped = [name for name in finished if roles[name] == MC_DROPOUT]
-    heads = [name for name in finished if roles[name] == LAST_LAYER]
+    dropped = [name for name in finished if roles[name] is PlanRole.MC_DROPOUT]
+    heads = [name for name in finished if roles[name] is PlanRole.LAST_LAYER]
     if dropped:
         groups["mc_dropout"] = _group(store, dropped)
     if heads:

@@ -27,7 +27,7 @@ from raylora.engine.run.run_metrics import aggregate
 from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
 from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, task_of
 from raylora.engine.training.inputs import sets_of
-from raylora.engine.training.member_plan import LAST_LAYER, MC_DROPOUT, MEMBER, MemberPlan, member_plans_of
+from raylora.engine.training.member_plan import MemberPlan, PlanRole, member_plans_of
 from raylora.engine.training.member_state import MemberState, SavedState
 from raylora.engine.training.optimizer import start_deepspeed
 from raylora.engine.training.predict import predict_set
@@ -211,7 +211,7 @@ class TrainingSession:
             self._evaluate_snapshots(model, done[0].frozen_tensors, report, should_stop)
         members = [state.result() for state in done]
         whole = [{**tensors, **state.frozen_tensors} for tensors, state in zip(members, done, strict=True)]
-        if done[0].plan.role == MC_DROPOUT:
+        if done[0].plan.role is PlanRole.MC_DROPOUT:
             assert self.spec.baselines.mc_dropout is not None
             passes = self.spec.baselines.mc_dropout.passes
             seeds = [done[0].plan.stream("pass", number) for number in range(passes)]
@@ -297,7 +297,7 @@ class _Meter:
 
 def folder_of(plan: MemberPlan) -> str:
     """Return where a unit's result lies in the run directory."""
-    return f"members/{plan.name}" if plan.role == MEMBER else f"baselines/{plan.name}"
+    return f"members/{plan.name}" if plan.role is PlanRole.MEMBER else f"baselines/{plan.name}"
 
 
 def evaluated_sets(sets: DataSets) -> list[tuple[Any, Role]]:
@@ -319,7 +319,8 @@ def check_finite(tensors: Tensors, plan: MemberPlan) -> None:
 
 def _readme(plan: MemberPlan, spec: RunSpec, base_name: str, in_peft: bool) -> str:
     whole = isinstance(registry.load("adapter", plan.adapter.kind).build(plan.adapter), WholeModel)
-    kind = "last-layer head" if plan.role == LAST_LAYER else "whole model" if whole else f"{plan.adapter.kind} adapter"
+    head_only = plan.role is PlanRole.LAST_LAYER
+    kind = "last-layer head" if head_only else "whole model" if whole else f"{plan.adapter.kind} adapter"
     library = "peft" if in_peft else "raylora"
     use = (
         "`raylora export RUN --format checkpoint` writes it as a folder that transformers loads." if whole else
