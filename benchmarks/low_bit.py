@@ -191,7 +191,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
         ("minilm-l6", "tuned_nll", "MiniLM-L6: NLL on movie reviews after fine-tuning"),
     ]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.4))
-    colours = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
+    colors = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
     for axis, (model, key, title) in zip(axes, panels, strict=True):
         for index, method in enumerate(METHODS):
             chosen = sorted((r for r in rows if (r["model"], r["method"]) == (model, method) and key in r),
@@ -199,7 +199,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
             shift = 0.03 * (index - len(METHODS) / 2)
             axis.errorbar([row["bits"] + shift for row in chosen], [row[key] for row in chosen],
                           yerr=[row.get(f"{key}_se", 0.0) for row in chosen], marker="o", capsize=3, label=method,
-                          color=colours[method])
+                          color=colors[method])
         whole = next((row[key] for row in rows if row["method"] == "unquantized" and key in row), None)
         if whole is not None:
             axis.axhline(whole, color="black", linestyle=":", label="unquantized")

@@ -114,7 +114,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = plt.get_cmap("tab10").colors
+    colors = plt.get_cmap("tab10").colors
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, grid = plt.subplots(len(tasks), 2, figsize=(12, 4.4 * len(tasks)), squeeze=False)
     for line, task in enumerate(tasks):
@@ -126,7 +126,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
                 # Contenders of one budget would lie on each other: they stand side by side, in the table's order.
                 shift = 1.0 + 0.035 * (index - len(chosen) / 2)
                 axis.errorbar(row["parameters"] * shift, factor * row[key], yerr=factor * row[f"{key}_se"], marker="o",
-                              capsize=3, linestyle="none", color=colours[index], label=row["contender"])
+                              capsize=3, linestyle="none", color=colors[index], label=row["contender"])
             axis.set_xscale("log")
             axis.set_title(task)
             axis.set_xlabel("trainable adapter parameters per member (log; spread sideways to be seen)")

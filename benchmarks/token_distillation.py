@@ -225,10 +225,10 @@ def plot(rows: list[dict[str, Any]], memory: list[dict[str, Any]]) -> None:
 
     figure, (scores, sizes, peaks) = plt.subplots(1, 3, figsize=(14, 3.6), width_ratios=[1.4, 1, 1])
     for height, row in enumerate(rows[::-1]):
-        colour = "tab:orange" if row["contender"].startswith("student") else "tab:blue"
+        color = "tab:orange" if row["contender"].startswith("student") else "tab:blue"
         seeds = [cell["nll"] for cell in row["per_seed"]]
-        scores.plot(seeds, [height] * len(seeds), "o", color=colour, alpha=0.45)
-        scores.plot(row["nll"], height, "|", color=colour, markersize=18)
+        scores.plot(seeds, [height] * len(seeds), "o", color=color, alpha=0.45)
+        scores.plot(row["nll"], height, "|", color=color, markersize=18)
         scores.annotate(f"{row['nll']:.3f}", (row["nll"], height), (0, 9), textcoords="offset points", ha="center",
                         fontsize=8)
     scores.set_yticks(range(len(rows)), [f"{row['contender']} (seeds: {row['seeds']})" for row in rows[::-1]])

@@ -1,4 +1,4 @@
-"""From a driver's side: start a run on Ray or in this process, follow it, take it up again."""
+"""From a driver's side: start a run on Ray or in this process, follow it, resume it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run_local(spec: RunSpec, on_status: OnStatus = lambda status: None) -> RunMe
 def prepare_base(
     spec: RunSpec, local: bool = False, on_block: OnBlock = lambda done: None
 ) -> tuple[str, PreparationSummary]:
-    """Prepare a spec's base, unless it is prepared already, and return where it lies and its summary.
+    """Prepare a spec's base, unless it is already prepared, and return where it lies and its summary.
 
     Layers are solved side by side on the cluster that ``RAY_ADDRESS`` names or on a local one, else in this process.
 
@@ -87,7 +87,7 @@ def prepare_base(
 
 
 class RunHandle:
-    """A run that is going on in a Ray cluster."""
+    """A run in a Ray cluster."""
 
     def __init__(self, coordinator: Any, store: RunStore, outcome: Any = None) -> None:
         self.store = store
@@ -171,9 +171,9 @@ def distill_run(
     run: str, settings: DistillSpec, local: bool = False, on_status: OnStatus = lambda status: None,
     on_stage: Callable[[str], None] = lambda what: None,
 ) -> DistillationRecord:
-    """Have a finished run teach a student: make targets, train it with and without them, compare, and return that.
+    """Distill a finished run into a student: make targets, train it with and without them, and return the comparison.
 
-    What is there already is not done again, so an interrupted distillation goes on when it is called again.
+    What already exists is not made again, so an interrupted distillation continues when this is called again.
 
     Args:
         local: do it all in this process, without Ray; the result is the same.
@@ -236,7 +236,7 @@ def attach(run: str) -> RunHandle:
     """Return a handle on a run that another driver started, by its directory or name.
 
     Raises:
-        RunDirectoryError: no such run is going on in this cluster.
+        RunDirectoryError: no such run is running in this cluster.
     """
     connect()
     wanted = {coordinator_name(run), coordinator_name(RunStore(run).uri)}
@@ -244,7 +244,7 @@ def attach(run: str) -> RunHandle:
     found = [n for n in going_on if n in wanted or n.rpartition("-")[0] == f"coordinator-{run}"]
     if len(found) != 1:
         raise RunDirectoryError(
-            f"no run {run!r} is going on in this cluster" if not found else f"{len(found)} runs are called {run!r}",
+            f"no run {run!r} is running in this cluster" if not found else f"{len(found)} runs are called {run!r}",
             "give its directory; `raylora status RUN` reads what it has written",
         )
     coordinator = ray.get_actor(found[0], namespace=NAMESPACE)
@@ -319,7 +319,7 @@ def _clear_name(name: str, run: str) -> None:
         coordinator = ray.get_actor(name, namespace=NAMESPACE)
         status: Any = ray.get(coordinator.status.remote())
         if not status.phase.terminal:
-            raise RunDirectoryError(f"run {run!r} is already going on in this cluster", "follow it: raylora status")
+            raise RunDirectoryError(f"run {run!r} is already running in this cluster", "follow it: raylora status")
         _put_away(coordinator, name)
 
 

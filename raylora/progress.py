@@ -1,4 +1,4 @@
-"""What long work says of itself while it goes on; it travels from whoever does the work to whoever waits for it."""
+"""The progress that long work reports: it goes from the worker to the client that waits."""
 
 from __future__ import annotations
 

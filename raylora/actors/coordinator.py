@@ -142,7 +142,7 @@ class Coordinator:
             remove_placement_group(self.group)
             free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
             raise PlacementError(
-                f"placement: {plan.workers} x {bundle} did not become free in {timeout_s:.0f} s; free now: {free}",
+                f"placement: {plan.workers} x {bundle} were not free within {timeout_s:.0f} s; free now: {free}",
                 "wait for other work to end, ask for less, or raise placement.start_timeout_s",
             )
 

@@ -67,7 +67,7 @@ class FullModel:
             which = f" ({codes[0]} holds codes)" if codes else ""
             raise BaseError(
                 f"adapter.kind: full trains every weight, and this base is quantized{which}",
-                "give the model as it was before with quantization none, or use another adapter",
+                "give the unquantized model with quantization none, or use another adapter",
             )
         return found
 

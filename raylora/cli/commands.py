@@ -108,7 +108,7 @@ def validate(
 @app.command()
 @_command
 def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say who would train what, where, with how much memory, and why."""
+    """Show which worker would train which members, with how much memory, and why."""
     from raylora.engine.run.plan_run import prepare
 
     prepared = prepare(raylora.read_spec(spec_file, overrides or []))
@@ -161,7 +161,7 @@ def run(
     dashboard: Annotated[bool, typer.Option(help="Start the Ray dashboard with a local cluster.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train, evaluate, report and, with a distill section, teach; run again to continue after an interruption."""
+    """Train, evaluate and report, and distill if the spec has a distill section; run again to continue."""
     _run(raylora.read_spec(spec_file, overrides or []), local, dashboard, as_json)
 
 
@@ -184,17 +184,17 @@ def distill(
     run_path: RunPath,
     student: Annotated[Path, typer.Option("--student", help="YAML with a distill section: student, loss, ...")],
     overrides: Overrides = None,
-    local: Annotated[bool, typer.Option(help="Do it in this process, without Ray.")] = False,
+    local: Annotated[bool, typer.Option(help="Run in this process, without Ray.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Have a finished run teach a smaller student, and compare the two; call again to continue."""
+    """Train a smaller student on a finished run's predictions, and compare the two; run again to continue."""
     _distill(run_path, raylora.read_distill(student, overrides or []), local, as_json)
 
 
 @app.command()
 @_command
 def status(run_path: RunPath, as_json: AsJson = False) -> None:
-    """Say how far a run is, from its directory."""
+    """Show the progress of a run, from its directory."""
     from raylora import control
     from raylora.engine.run.run_status import RunStatus, StatusBoard
     from raylora.store.run_store import RunStore
@@ -224,7 +224,7 @@ def predict(
     output: Annotated[str | None, typer.Option("--out", help="Write JSON lines here instead of printing.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict, with uncertainty."""
+    """Predict new rows, with the uncertainty of each prediction."""
     from raylora.serve.predictor import load_ensemble, read_rows, write_rows
 
     if bool(text) == bool(file):
@@ -250,8 +250,8 @@ def export(
         "peft-lora: members as folders that PEFT loads. checkpoint: fully fine-tuned members as whole models. "
         "base, base-packed: a prepared base as a checkpoint, dequantized or packed, and its pair."
     ))] = "peft-lora",
-    output: Annotated[str | None, typer.Option("--out", help="Where to; by default RUN/export.")] = None,
-    member: Annotated[list[str] | None, typer.Option("--member", help="Only this one; may be repeated.")] = None,
+    output: Annotated[str | None, typer.Option("--out", help="The output folder; by default RUN/export.")] = None,
+    member: Annotated[list[str] | None, typer.Option("--member", help="Only this member; may be repeated.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write members, or the prepared base, in a format that other programs read."""
@@ -302,7 +302,7 @@ def schema() -> None:
 @app.command()
 @_command
 def doctor(as_json: AsJson = False) -> None:
-    """Look at this machine: what would be used, and what would get in the way."""
+    """Check this machine: what a run would use, and what would stop it."""
     from raylora.doctor import examine
 
     findings = examine()

@@ -1,4 +1,4 @@
-"""Rows of one data set, from files, a hub or the ``pypi:`` catalogue, each with the place it came from."""
+"""Rows of one data set, from files, a hub or the ``pypi:`` catalog, each with the place it came from."""
 
 from __future__ import annotations
 

@@ -138,9 +138,9 @@ def judge(name: str, bad: list[str], read: int, data: DataSpec) -> None:
     if not bad or data.on_bad_row == "skip" and len(bad) <= data.max_bad_fraction * read:
         return
     shown = [*bad[:_SHOWN], *([f"... and {len(bad) - _SHOWN:,} more"] if len(bad) > _SHOWN else [])]
-    hint = "mend these rows, or set data.on_bad_row to skip"
+    hint = "fix these rows, or set data.on_bad_row to skip"
     if data.on_bad_row == "skip":
-        hint = f"these are {len(bad) / read:.1%}, data.max_bad_fraction allows {data.max_bad_fraction:.1%}: mend them"
+        hint = f"these are {len(bad) / read:.1%}, data.max_bad_fraction allows {data.max_bad_fraction:.1%}: fix them"
     raise DataError("\n  - ".join([f"{name}: {len(bad):,} of {read:,} rows cannot be used", *shown]), hint)
 
 

@@ -48,7 +48,10 @@ class MemberTargets:
                 f"expected {expected} (examples, members, classes) of {self.dtype}",
             )
         if not expected[0] or not expected[1] or list(self.members) != sorted(set(self.members)):
-            raise DataError(f"{expected[0]} examples, members {list(self.members)}", "give some of both, in order")
+            raise DataError(
+                f"{expected[0]} examples, members {list(self.members)}",
+                "give at least one of each, members in rising order",
+            )
 
     def check(self, *, teacher_digest: str, label_names: Sequence[str], content_hash_of: Mapping[str, str]) -> None:
         """Refuse a student these targets were not made for, before it is trained.
@@ -193,7 +196,10 @@ def _agreed(shards: Sequence[T], *more: str) -> T:
         values = [getattr(shard, name) for shard in shards]
         different = [value for value in values if value != values[0]]
         if different:
-            raise DataError(f"targets differ in {name}: {values[0]!r} and {different[0]!r}", "teach them alike")
+            raise DataError(
+                f"targets differ in {name}: {values[0]!r} and {different[0]!r}",
+                "make them with one teacher and the same settings",
+            )
     return shards[0]
 
 

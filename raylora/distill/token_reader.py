@@ -105,7 +105,7 @@ class TokenTargets:
         """
         rows = self.keys.rows(ids, content_hashes)
         if not rows:
-            raise DataError("asked for the targets of no example", "give at least one id")
+            raise DataError("no ids were given", "give at least one id")
         found: dict[int, TopK] = {}
         for number, shard in enumerate(self._shards):  # by shard, so that a small cache reads each once per call
             wanted = [row for row in rows if shard.first_row <= row < shard.first_row + shard.examples]

@@ -89,7 +89,7 @@ class TokenTargetsWriter:
     def close(self) -> None:
         """Write what is left and the facts. Raises: DataError if nothing was added."""
         if not self._known:
-            raise DataError("no example was taught", "check the data set and its filters")
+            raise DataError("no example has targets", "check the data set and its filters")
         self._flush()
         facts = {
             **self.facts, "vocabulary": self.vocabulary, "k": self.k, "temperature": self.temperature,

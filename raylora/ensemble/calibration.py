@@ -1,6 +1,6 @@
 """One temperature, fitted on the validation split, that makes confidences honest.
 
-An ensemble has one T shared by its members: each member's logits are divided by T, then averaged, and T minimises the
+An ensemble has one T shared by its members: each member's logits are divided by T, then averaged, and T minimizes the
 NLL of that pooled prediction. (A T per member would make each member honest and the average of them underconfident.)
 
 Shapes: M members, N rows, C classes.

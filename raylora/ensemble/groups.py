@@ -95,7 +95,9 @@ def check_groups(groups: Mapping[str, Group]) -> None:
 
 def _check_same(part: Predictions, reference: Predictions | None, group: str) -> None:
     if reference is None:
-        raise DataError(f"set {part.name!r} of group {group!r} was not predicted by the ensemble", "evaluate it too")
+        raise DataError(
+            f"set {part.name!r} of group {group!r} was not predicted by the ensemble", "evaluate the ensemble on it too"
+        )
     if part.role != reference.role or part.output != reference.output:
         raise DataError(f"set {part.name!r} differs in role or task between {group!r} and the ensemble", "use one")
     same_labels = (part.labels_N is None) == (reference.labels_N is None) and (

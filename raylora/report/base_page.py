@@ -53,8 +53,8 @@ def sentence(summary: PreparationSummary) -> str:
     if summary["widest_input_not_spanned"]:
         text += (
             f" The {summary['calibration_tokens']:,} calibration tokens are fewer than the widest layer's "
-            f"{summary['widest_input_not_spanned']:,} inputs: there, directions that no token showed are kept by "
-            "damping alone, and more text would help."
+            f"{summary['widest_input_not_spanned']:,} inputs: directions that no token shows are determined by "
+            "damping alone there, and more text would help."
         )
     return text
 

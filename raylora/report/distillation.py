@@ -50,13 +50,13 @@ def worth(record: DistillationRecord) -> str:
     found = {entry.key: entry.cell("eval", "test", "nll") for entry in _entries(record)}
     taught, alone = found["student"], found.get("alone")
     if taught is None or alone is None:
-        return "No student was trained without a teacher, so what the teacher was worth is not known."
+        return "No student was trained without a teacher, so what the teacher contributed is not known."
     gain = number(abs(alone.value - taught.value), "nll")
     nats = f"{gain} nats{section_of(record).unit}"
-    verdict = f"the teacher was worth {nats}" if taught.value < alone.value else f"the teacher cost it {nats}"
+    verdict = f"the teacher {'improved it' if taught.value < alone.value else 'made it worse'} by {nats}"
     if gain == number(0.0, "nll"):
-        verdict = "the teacher made next to no difference"
-    doubt = " (the intervals overlap: other rows may say otherwise)" if _overlap(taught, alone) else ""
+        verdict = "the teacher made almost no difference"
+    doubt = " (the intervals overlap: it may be different on other rows)" if _overlap(taught, alone) else ""
     return (
         f"Taught, the student has a test NLL of {_with_interval(taught)}, against {_with_interval(alone)} without a "
         f"teacher: {verdict}{doubt}."
@@ -79,7 +79,7 @@ def retained(record: DistillationRecord) -> str:
         own, whole = (number(one[last], last) for one in (told, said))
         return f"With {cost} its {METRICS[last].label.lower()} is {own}, the teacher's {whole}."
     if share is None:
-        return f"The teacher itself learnt nothing of which a share could be kept; the student has {cost}."
+        return f"The teacher's own score is not above zero, so no share of it can be given; the student has {cost}."
     return (
         f"It keeps {100 * share:.1f} % of the teacher's {METRICS[metric].label.lower()} "
         f"({number(told[metric], metric)} of {number(said[metric], metric)}), with {cost}."

@@ -22,7 +22,7 @@ from raylora.records import CurvePoint, ReliabilityBin, RunMetrics
 from raylora.report.entries import entries, scored_sets
 from raylora.report.outputs.base import section_of
 
-COLOURS = {
+COLORS = {
     "ensemble": "#0072B2",
     "mean_member": "#56B4E9",
     "single": "#D55E00",
@@ -68,9 +68,9 @@ def style() -> Iterator[None]:
         yield
 
 
-def colour(key: str, index: int = 0) -> str:
-    """Return the colour of a contender, the same in every figure."""
-    return COLOURS.get(key, SPARE[index % len(SPARE)])
+def color(key: str, index: int = 0) -> str:
+    """Return the color of a contender, the same in every figure."""
+    return COLORS.get(key, SPARE[index % len(SPARE)])
 
 
 def reliability(metrics: RunMetrics) -> list[Drawn]:
@@ -87,15 +87,15 @@ def reliability(metrics: RunMetrics) -> list[Drawn]:
             bins = (groups[key].get("before") if stage == "before" else groups[key].get("after")) or []
             words = {"before": "as predicted", "after": "temperature-scaled"}[stage] if len(stages) > 1 else ""
             axes[2 * row][column].set_title(f"{key.capitalize()} {words}".strip())
-            _reliability_panel(axes[2 * row][column], bins, colour(key))
-            _count_panel(axes[2 * row + 1][column], bins, colour(key))
+            _reliability_panel(axes[2 * row][column], bins, color(key))
+            _count_panel(axes[2 * row + 1][column], bins, color(key))
         drawn.append(Drawn(f"reliability-{name}", figure, f"Reliability diagrams with counts on {name}"))
     return drawn
 
 
 def _reliability_panel(axes: Axes, bins: Sequence[ReliabilityBin], tint: str) -> None:
     full = [one for one in bins if one["count"]]
-    axes.plot([0, 1], [0, 1], color="#555555", linewidth=1, linestyle="--", label="honest")
+    axes.plot([0, 1], [0, 1], color="#555555", linewidth=1, linestyle="--", label="calibrated")
     axes.bar(
         [(one["lower"] + one["upper"]) / 2 for one in full],
         [one["accuracy"] or 0.0 for one in full],
@@ -112,11 +112,11 @@ def _reliability_panel(axes: Axes, bins: Sequence[ReliabilityBin], tint: str) ->
 
 def _count_panel(axes: Axes, bins: Sequence[ReliabilityBin], tint: str) -> None:
     counts = [one["count"] for one in bins]
-    centres = [(one["lower"] + one["upper"]) / 2 for one in bins]
-    axes.bar(centres, counts, width=1 / max(len(bins), 1), color=tint, edgecolor="white")
-    for centre, count in zip(centres, counts, strict=True):
+    centers = [(one["lower"] + one["upper"]) / 2 for one in bins]
+    axes.bar(centers, counts, width=1 / max(len(bins), 1), color=tint, edgecolor="white")
+    for center, count in zip(centers, counts, strict=True):
         if count:
-            axes.text(centre, count, f"{count}", ha="center", va="bottom", fontsize=7.5, rotation=90)
+            axes.text(center, count, f"{count}", ha="center", va="bottom", fontsize=7.5, rotation=90)
     axes.set(xlim=(0, 1), ylim=(0, max([1, *counts]) * 1.9), xlabel="confidence", ylabel="rows")
     axes.grid(visible=False)
 
@@ -134,7 +134,7 @@ def risk_coverage(metrics: RunMetrics) -> list[Drawn]:
             axes.plot(
                 percent,
                 risk,
-                color=colour(key, index),
+                color=color(key, index),
                 label=labels.get(key, key),
                 linewidth=2,
                 linestyle=DASHES.get(key, "-"),
@@ -176,8 +176,8 @@ def _curve_panel(axes: Axes, curve: Sequence[CurvePoint], metric: str) -> None:
     mean = [scale * point[metric] for point in curve]
     spread = [scale * point[f"{metric}_std"] for point in curve]
     low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
-    axes.fill_between(members, low, high, color=COLOURS["ensemble"], alpha=0.18, linewidth=0)
-    axes.plot(members, mean, "o-", color=COLOURS["ensemble"], markersize=4)
+    axes.fill_between(members, low, high, color=COLORS["ensemble"], alpha=0.18, linewidth=0)
+    axes.plot(members, mean, "o-", color=COLORS["ensemble"], markersize=4)
     axes.set(xlabel="members", ylabel=METRICS[metric].label + (" (%)" if scale == 100 else ""))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 

@@ -10,11 +10,11 @@ from matplotlib.ticker import MaxNLocator
 from raylora.ensemble.metric_table import METRICS
 from raylora.records import DistillationRecord, RunMetrics
 from raylora.report.entries import Entry
-from raylora.report.figures import COLOURS, Drawn
+from raylora.report.figures import COLORS, Drawn
 from raylora.report.formatting import number
 from raylora.report.outputs.base import section_of
 
-TINTS = {"teacher": COLOURS["ensemble"], "single": COLOURS["single"], "student": "#009E73", "alone": "#777777"}
+TINTS = {"teacher": COLORS["ensemble"], "single": COLORS["single"], "student": "#009E73", "alone": "#777777"}
 _COSTS = {"latency_ms": ("Latency of one row (ms)", 1.0), "parameters": ("Parameters (millions)", 1e-6)}
 
 

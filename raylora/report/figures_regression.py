@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from raylora.records import RunMetrics
 from raylora.report.entries import entries
-from raylora.report.figures import COLOURS, DASHES, Drawn, colour
+from raylora.report.figures import COLORS, DASHES, Drawn, color
 
 
 def values(metrics: RunMetrics) -> list[Drawn]:
@@ -21,12 +21,12 @@ def values(metrics: RunMetrics) -> list[Drawn]:
         label, value = points["label"], points["value"]
         ends = min([*label, *value]), max([*label, *value])
         axes.plot(ends, ends, color="#555555", linewidth=1, linestyle="--", label="right")
-        bars = ((points["total_std"], COLOURS["mean_member"], 1.0, 0.5, "total"),
-                (points["epistemic_std"], COLOURS["single"], 2.2, 0.9, "between members"))
+        bars = ((points["total_std"], COLORS["mean_member"], 1.0, 0.5, "total"),
+                (points["epistemic_std"], COLORS["single"], 2.2, 0.9, "between members"))
         for reach, tint, width, alpha, words in bars:
             axes.errorbar(label, value, yerr=reach, fmt="none", ecolor=tint, elinewidth=width, alpha=alpha,
                           label=f"± one std, {words}")
-        axes.plot(label, value, "o", color=COLOURS["ensemble"], markersize=3.5)
+        axes.plot(label, value, "o", color=COLORS["ensemble"], markersize=3.5)
         axes.set(title=name, xlabel="true value", ylabel="predicted value (mean of the members)")
         figure.legend(loc="outside lower center", ncols=3)
         predicted = metrics.get("sets", {})
@@ -43,11 +43,11 @@ def coverage(metrics: RunMetrics) -> list[Drawn]:
     for name, groups in metrics.get("plots", {}).get("coverage", {}).items():
         figure = Figure(figsize=(5.4, 4.8), layout="constrained")
         axes = figure.subplots()
-        axes.plot([0, 100], [0, 100], color="#555555", linewidth=1, linestyle="--", label="honest")
+        axes.plot([0, 100], [0, 100], color="#555555", linewidth=1, linestyle="--", label="calibrated")
         for index, (key, curve) in enumerate(groups.items()):
             axes.plot(
                 [100 * level for level in curve["nominal"]], [100 * share for share in curve["observed"]],
-                color=colour(key, index), linestyle=DASHES.get(key, "-"), linewidth=2, marker="o", markersize=3.5,
+                color=color(key, index), linestyle=DASHES.get(key, "-"), linewidth=2, marker="o", markersize=3.5,
                 label=labels.get(key, key),
             )
         axes.set(title=name, xlabel="promised: nominal coverage (%)", ylabel="kept: labels inside the interval (%)",

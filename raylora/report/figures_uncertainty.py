@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from raylora.ensemble.metric_table import METRICS
 from raylora.records import Doubt, RunMetrics
 from raylora.report.entries import scored_sets, set_names, value_of
-from raylora.report.figures import COLOURS, Drawn
+from raylora.report.figures import COLORS, Drawn
 
 
 def detection(metrics: RunMetrics) -> list[Drawn]:
@@ -18,8 +18,8 @@ def detection(metrics: RunMetrics) -> list[Drawn]:
             figure = Figure(figsize=(3.9, 2.9), layout="constrained")
             axes = figure.subplots()
             for drawn_shares, label, tint, hatch in (
-                (found["test"], "test", COLOURS["ensemble"], ""),
-                (found["foreign"], name, COLOURS["single"], "//"),
+                (found["test"], "test", COLORS["ensemble"], ""),
+                (found["foreign"], name, COLORS["single"], "//"),
             ):
                 shares = [100 * value for value in drawn_shares]
                 axes.stairs(shares, found["edges"], fill=True, color=tint, alpha=0.35, hatch=hatch)
@@ -50,15 +50,15 @@ def decomposition(metrics: RunMetrics) -> list[Drawn]:
     names = list(found)[::-1]
     expected = [found[name]["expected_entropy"] for name in names]
     between = [found[name]["mutual_information"] for name in names]
-    axes.barh(names, expected, color=COLOURS["mean_member"], label="expected entropy: each member's own doubt")
+    axes.barh(names, expected, color=COLORS["mean_member"], label="expected entropy: each member's own uncertainty")
     axes.barh(
         names,
         between,
         left=expected,
-        color=COLOURS["single"],
+        color=COLORS["single"],
         hatch="//",
         edgecolor="white",
-        label="mutual information: doubt between members",
+        label="mutual information: disagreement of the members",
     )
     for row, (inner, outer) in enumerate(zip(expected, between, strict=True)):
         axes.text(inner + outer, row, f"  {inner:.3f} + {outer:.3f}", va="center", fontsize=9)

@@ -54,7 +54,7 @@ def _verdict(gain: Gain, metric: str, other: str) -> str:
         return f"the same as {other} to the digits shown"
     if "interval" not in gain:
         direction = "better" if gain["gain"] > 0 else "worse"
-        return f"{amount} {direction} than {other} (no interval was asked for)"
+        return f"{amount} {direction} than {other} (no interval was computed)"
     low, high = gain["interval"]
     within = f"{difference(low, metric)} to {difference(high, metric)}"
     if low > 0:
@@ -73,7 +73,7 @@ def _detection(metrics: RunMetrics, name: str) -> str:
     single = value_of(metrics.get("baselines", {}).get("single", {}).get("ood", {}).get(name, {}), score)
     against = f", that of {SINGLE} with {number(single)}" if single is not None else ""
     return (
-        f"The ensemble's {METRICS[score].label.lower()} tells inputs from {name} from test inputs with an AUROC of "
+        f"The ensemble's {METRICS[score].label.lower()} separates inputs of {name} from test inputs with an AUROC of "
         f"{number(value)}{against} (1 is perfect, 0.5 is guessing)."
     )
 
@@ -84,5 +84,5 @@ def _degraded(metrics: RunMetrics) -> list[str]:
         return []
     return [
         f"Degraded: {run.get('members_done', '?')} of {run.get('members_asked', '?')} members finished; "
-        "every number here is of those that did."
+        "every number here is from those."
     ]

@@ -110,7 +110,7 @@ def temperatures(metrics: RunMetrics) -> list[str]:
     for row in entries(metrics):
         if "temperature" in row.content:
             told = not row.content.get("temperature_fit", {}).get("degenerate", False)
-            note = "" if told else " (the validation split could not tell, so it stays 1)"
+            note = "" if told else " (the validation split does not determine it, so it stays 1)"
             phrases.append(f"{row.label}: T = {row.content['temperature']:.2f}{note}")
     return phrases
 
@@ -125,7 +125,7 @@ def noises(metrics: RunMetrics) -> list[str]:
             between = row.content["eval"][test]["epistemic_std"]
             phrase += f", between members {number(between)} on average" if between else ""
             if row.content["noise_fit"]["degenerate"]:
-                phrase += " (the validation labels were hit all but exactly, so the noise is a guess)"
+                phrase += " (the validation labels were predicted almost exactly, so the noise is a lower bound)"
             phrases.append(phrase)
     return phrases
 

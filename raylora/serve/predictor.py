@@ -114,7 +114,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     """
     table = load_rows(SetSpec(files=path), Path())
     if table.bad:
-        raise DataError(table.bad[0], "mend the row: predictions are never silently left out")
+        raise DataError(table.bad[0], "fix the row: rows are never silently left out")
     return [dict(row.values) for row in table.rows]
 
 

@@ -155,7 +155,7 @@ BAD = {
     "no such file": (["--set", "data.train={files: none.jsonl}"], "none.jsonl"),
     "too many workers": (["--set", "placement.workers=99"], r"99 worker\(s\).*this machine has"),
     "too many rows": (["--set", "data.train_rows=999999"], "10,605 usable rows"),
-    "an encoder as a language model": (["--set", "task={kind: language_modeling}"], "reads both ways"),
+    "an encoder as a language model": (["--set", "task={kind: language_modeling}"], "is bidirectional"),
 }
 
 

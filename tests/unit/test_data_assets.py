@@ -1,4 +1,4 @@
-"""The catalogue: what it holds, and that nothing unpinned, unsafe or half-made gets into the cache."""
+"""The catalog: what it holds, and that nothing unpinned, unsafe or half-made gets into the cache."""
 
 from __future__ import annotations
 

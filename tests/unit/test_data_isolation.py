@@ -68,7 +68,7 @@ def tiny_gguf(path: Path) -> None:
 
 @pytest.fixture
 def add_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path, Path], None]], None]:
-    """Return a function that puts a conversion of a tiny packed Llama into the catalogue as ``tiny``."""
+    """Return a function that puts a conversion of a tiny packed Llama into the catalog as ``tiny``."""
     wheel = tmp_path / "tiny-1-py3-none-any.whl"
     tiny_gguf(tmp_path / "tiny.gguf")
     with zipfile.ZipFile(wheel, "w") as packed:

@@ -143,7 +143,7 @@ def test_bad_rows_are_counted_and_placed(tokenizer: PreTrainedTokenizerBase) -> 
         load(tokenizer, DataSpec(train=spec))
     lines = str(raised.value).split("\n")
     assert lines[0] == "train: 8 of 100 rows cannot be used"
-    assert lines[6:] == ["  - ... and 3 more", "  -> mend these rows, or set data.on_bad_row to skip"]
+    assert lines[6:] == ["  - ... and 3 more", "  -> fix these rows, or set data.on_bad_row to skip"]
     for line, (index, (_, why)) in zip(lines[1:6], enumerate(BAD), strict=False):
         assert line.startswith(f"  - a.jsonl:{10 * index + 1}: {why}")
 

@@ -168,6 +168,6 @@ def test_heads_report_the_members_disagreement() -> None:
 
 
 def test_fewer_heads_than_members_are_refused() -> None:
-    with pytest.raises(SpecError, match="last 2 would teach nobody") as caught:
+    with pytest.raises(SpecError, match="last 2 would not be used") as caught:
         multi_head.build(multi_head.Spec(heads=3)).per_example(randn(2, 6), randn(2, 5, 2), None)
     assert "set heads to 5" in caught.value.hint

@@ -89,10 +89,10 @@ def test_t_squared_keeps_the_gradient_of_one_size_over_temperatures(kind: str) -
         assert student_BC.grad is not None
         norms[temperature] = student_BC.grad.norm().item()
     assert norms[32.0] / norms[4.0] == pytest.approx(1, rel=0.1)  # without the factor it would be 1/64
-    if kind == "kl":  # Hinton et al., equation 4: for high T the gradient is (z - v) / C of centred logits
+    if kind == "kl":  # Hinton et al., equation 4: for high T the gradient is (z - v) / C of centered logits
         apart_BC = start_BC - members_BMC.mean(1)
-        centred_BC = apart_BC - apart_BC.mean(1, keepdim=True)
-        assert norms[32.0] == pytest.approx((centred_BC / 5).norm().item(), rel=0.05)
+        centered_BC = apart_BC - apart_BC.mean(1, keepdim=True)
+        assert norms[32.0] == pytest.approx((centered_BC / 5).norm().item(), rel=0.05)
 
 
 @pytest.mark.parametrize("kind", SOFT)

@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused_when_written() -> None:
     files = Files()
     writer = TokenTargetsWriter(files.__setitem__, teacher_digest="t", members=[0], vocabulary=50, k=80)
     assert writer.k == 50
-    with pytest.raises(DataError, match="no example was taught"):
+    with pytest.raises(DataError, match="no example has targets"):
         writer.close()
     writer.add("a", "h", torch.zeros(1, 2, 50))
     with pytest.raises(DataError, match="'a' was added before"):
@@ -284,7 +284,7 @@ def test_what_does_not_fit_is_refused_when_read() -> None:
         targets.gather(["a", "z"])
     with pytest.raises(DataError, match="under their ids: 'a'"):
         targets.gather(["a"], ["h"])
-    with pytest.raises(DataError, match="no example"):
+    with pytest.raises(DataError, match="no ids"):
         targets.gather([])
 
 

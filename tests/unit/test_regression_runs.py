@@ -296,7 +296,7 @@ def test_the_page_shows_values_intervals_and_no_word_of_classes(finished: str, t
     names = {path.name for path in written[1:]}
     assert {"values-test.png", "coverage-test.png", "members-test.png", "training-validation-rmse.png",
             "detection-news-epistemic-std.png"} <= names
-    for heading in ("Predicted and true values", "Can the intervals be trusted?", "Noticing foreign inputs",
+    for heading in ("Predicted and true values", "Are the intervals calibrated?", "Detecting foreign inputs",
                     "How many members are enough?", "95 % coverage", "Ensemble of 2: noise"):
         assert heading in page, heading
     seen = re.sub(r"data:image/png;base64,[^\"]*", "", page)

@@ -119,10 +119,10 @@ def test_report_is_one_self_contained_file_with_every_section(written):
     assert page.headings == [
         "Results",
         "Under shift",
-        "Noticing foreign inputs",
-        "Can the confidence be trusted?",
+        "Detecting foreign inputs",
+        "Is the confidence calibrated?",
         "Answering only when sure",
-        "Where the doubt comes from",
+        "Where the uncertainty comes from",
         "How many members are enough?",
         "The members",
         "Training",
@@ -252,7 +252,7 @@ def test_a_distillation_says_what_the_teacher_was_worth_and_what_was_kept(metric
     page = Page(paths[0].read_text(encoding="utf-8"))
     text = " ".join(page.words)
     assert "test NLL of 0.600 (0.580 to 0.620), against 0.770 (0.750 to 0.790) without a teacher" in text
-    assert "the teacher was worth 0.170 nats." in text and "the intervals overlap" not in text
+    assert "the teacher improved it by 0.170 nats." in text and "the intervals overlap" not in text
     assert "It keeps 100.0 % of the teacher's accuracy (80.0 % of 80.0 %), with 25 % of the parameters, " in text
     assert "25 % of the latency and 25 % of the peak memory" in text
     assert [one for one in page.headings if "Distilled" in one] == ["Distilled: student", "Distilled: other"]
@@ -261,10 +261,10 @@ def test_a_distillation_says_what_the_teacher_was_worth_and_what_was_kept(metric
 
 
 @pytest.mark.parametrize(("alone", "said"), [
-    (0.61, "the teacher was worth 0.010 nats (the intervals overlap"),
-    (0.5, "the teacher cost it 0.100 nats."),
-    (0.6002, "the teacher made next to no difference (the intervals overlap"),
-    (None, "what the teacher was worth is not known"),
+    (0.61, "the teacher improved it by 0.010 nats (the intervals overlap"),
+    (0.5, "the teacher made it worse by 0.100 nats."),
+    (0.6002, "the teacher made almost no difference (the intervals overlap"),
+    (None, "what the teacher contributed is not known"),
 ])
 def test_a_teacher_that_brought_nothing_is_not_praised(metrics, tmp_path, monkeypatch, alone, said):
     monkeypatch.setattr("raylora.report.page.png_of", lambda drawn: b"")
@@ -277,7 +277,8 @@ def test_a_distilled_language_model_has_perplexities_and_bytes_per_token(tmp_pat
     found = summarize({"ensemble": fake_language_group(3)}, FEW) | surroundings(3)
     found["distillation"] = [distilled(language=True)]
     text = " ".join(Page(write_report(found, tmp_path)[0].read_text(encoding="utf-8")).words)
-    assert "peak memory its perplexity is 1.82, the teacher's 1.65." in text and "worth 0.170 nats per token" in text
+    assert "peak memory its perplexity is 1.82, the teacher's 1.65." in text
+    assert "the teacher improved it by 0.170 nats per token" in text
     assert "on 300 blocks of text; the targets take 127.0 KiB" in text
     assert "130 bytes for each of 1,000 tokens (the 32 most probable" in text and "Accuracy kept" not in text
 

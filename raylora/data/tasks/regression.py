@@ -83,7 +83,7 @@ class Regression(SequenceTask):
         low, high = self.spec.low, self.spec.high
         if (low is not None and value < low) or (high is not None and value > high):
             scale = f"{'' if low is None else f'{low:g}'} .. {'' if high is None else f'{high:g}'}".strip()
-            raise BadRow(f"label {value:g} is off the scale {scale} of task.low and task.high")
+            raise BadRow(f"label {value:g} is outside the scale {scale} of task.low and task.high")
 
 
 def build(spec: Spec) -> Regression:

@@ -42,12 +42,12 @@ class MultiHead:
         """Return the loss B of student_outputs B x (H C) against the members' logits B x M x C.
 
         Raises:
-            SpecError: there are fewer heads than members, some of whom would teach nobody.
+            SpecError: there are fewer heads than members, some of whom would not be used.
         """
         heads, members = self.spec.heads, targets.shape[1]
         if heads < members:
             raise SpecError(
-                f"{heads} heads for {members} teacher members, of whom the last {members - heads} would teach nobody",
+                f"{heads} heads for {members} teacher members, and the last {members - heads} would not be used",
                 f"set heads to {members}, or use kind kl, which learns the mean of all members",
             )
         member_of_H = torch.arange(heads, device=targets.device) % members

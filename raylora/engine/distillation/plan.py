@@ -58,10 +58,10 @@ class Distillation:
 def prepare_distillation(
     run: str, settings: DistillSpec, inventory: Inventory | None = None, shard_rows: int = SHARD_ROWS
 ) -> Distillation:
-    """Check a run and what it is to teach.
+    """Check a run and its distill section.
 
     Raises:
-        UsageError: with what is wrong and how to mend it; nothing was started or written.
+        UsageError: with what is wrong and how to fix it; nothing was started or written.
     """
     store = RunStore(run)
     spec = store.spec_in_place()
@@ -95,7 +95,7 @@ def prepare_distillation(
 
 
 def check_ahead(spec: RunSpec, inventory: Inventory | None = None) -> None:
-    """Check whom a run is to teach when it is finished: hours later it would be too late to mend it.
+    """Check a run's distill section before it starts: an error should not show up hours later.
 
     Raises:
         UsageError: as :func:`prepare_distillation`.
@@ -210,7 +210,7 @@ def _content_of(spec: RunSpec, task: Task, settings: DistillSpec, prepared: Prep
     recorded = prepared.store.read_json("data.json")
     if recorded and recorded["content_hash"] != prepared.sets.content_hash():
         raise RunDirectoryError(
-            f"{prepared.store.uri}: the data has changed since the teacher was trained", "restore it, or train anew"
+            f"{prepared.store.uri}: the data has changed since the teacher was trained", "restore it, or train again"
         )
     if settings.transfer is None:
         return taught_content(prepared.sets, task)

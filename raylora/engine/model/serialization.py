@@ -88,7 +88,7 @@ def check_layout(where: str, recorded: Mapping[str, Any] | None, found: Mapping[
                 f"{now.get(name, 'missing')} on this base", "use the base that it was trained on",
             )
     raise RunDirectoryError(
-        f"{where}: what its seed draws is not what it was trained with",
+        f"{where}: its seed no longer gives the tensors that it was trained with",
         "its seed was changed, its base has other layers, or this version of torch draws other numbers than the one "
         "it was trained with",
     )

@@ -62,7 +62,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     ]
     if not lists:
         raise BaseError(
-            f"base.source: {type(model).__name__} is not a chain of blocks, and is calibrated block by block",
+            f"base.source: {type(model).__name__} is not a chain of blocks, which calibration needs",
             "use quantization nf4, int8 or none for it",
         )
     # The outermost: the experts of one block may be more than the blocks are.

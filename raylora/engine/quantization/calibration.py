@@ -70,7 +70,7 @@ def load_calibration(
         raise DataError(
             f"base.calibration: {_origin(spec)} holds text for {len(samples)} samples of {limit} tokens"
             + (f" beside {len(held_out)} held out" if held_out else "") + f", and {spec.samples} are asked for"
-            + (f" ({len(texts) - len(free)} texts are evaluated on and left out)" if len(free) < len(texts) else ""),
+            + (f" ({len(texts) - len(free)} texts are in evaluation sets)" if len(free) < len(texts) else ""),
             "give more text, or lower base.calibration.samples, length or held_out",
         )
     content = hashlib.sha256(json.dumps([samples, held_out]).encode()).hexdigest()
@@ -98,8 +98,8 @@ def _refuse_evaluation_sets(spec: CalibrationSpec, sets: Sequence[SetSpec]) -> N
             other.source, other.subset, other.split, _files(other)
         ):
             raise DataError(
-                f"base.calibration: {_origin(spec)} is evaluated on in this run",
-                "calibrate on other text: a base that has read the test set flatters it",
+                f"base.calibration: {_origin(spec)} is an evaluation set of this run",
+                "calibrate on other text: a base calibrated on test data makes its scores look too good",
             )
 
 

@@ -67,9 +67,9 @@ class PreparedBase:
     def notes(self, spec: RunSpec) -> list[str]:
         """Return what a person should know before it is prepared or trained on."""
         name = self.store.uri.rpartition("/")[2]
-        found = [f"the base {name} is prepared already" if self.is_ready else f"the base {name} is prepared first"]
+        found = [f"the base {name} is already prepared" if self.is_ready else f"the base {name} will be prepared first"]
         if self.calibration is not None and self.calibration.left_out:
-            found.append(f"{self.calibration.left_out:,} calibration texts are evaluated on and were left out")
+            found.append(f"{self.calibration.left_out:,} calibration texts are in evaluation sets and were left out")
         compensation = spec.base.compensation
         if compensation is not None and compensation.trainable and spec.ensemble.members > 1:
             found.append("members start from one and the same pair (base.compensation.trainable): "

@@ -190,7 +190,7 @@ def conclude(
     if state.phase is control.Phase.FAILED:
         if isinstance(error, UsageError):
             raise error
-        raise TrainingError(f"run failed: {state.reason}", f"after mending the cause: raylora resume {uri}") from error
+        raise TrainingError(f"run failed: {state.reason}", f"fix the cause, then: raylora resume {uri}") from error
     return metrics
 
 

@@ -108,7 +108,7 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     """Check a spec against its data, its base, the machines and the run directory.
 
     Raises:
-        UsageError: with what is wrong and how to mend it; nothing was started or written.
+        UsageError: with what is wrong and how to fix it; nothing was started or written.
     """
     store = RunStore.for_spec(spec)
     store.check_unlocked()

@@ -35,7 +35,7 @@ def student_task(task: Task, loss_spec: KindSpec) -> Task:
     loss: Loss = registry.load("loss", loss_spec.kind).build(loss_spec)
     if loss.teaches != task.output:
         raise SpecError(
-            f"distill.loss: {loss_spec.kind} teaches {loss.teaches}, and {task.spec.kind} predicts {task.output}",
+            f"distill.loss: {loss_spec.kind} is for {loss.teaches}, but {task.spec.kind} predicts {task.output}",
             f"use {' or '.join(losses_for(task.output))}",
         )
     if output_of(task.output).per_token:
@@ -45,7 +45,7 @@ def student_task(task: Task, loss_spec: KindSpec) -> Task:
         return task
     if outputs != task.num_outputs and task.auto_class != "AutoModelForSequenceClassification":
         raise SpecError(
-            f"distill.loss: {loss_spec.kind} needs {outputs} outputs, and {task.spec.kind} has no head for them",
+            f"distill.loss: {loss_spec.kind} needs {outputs} outputs, but {task.spec.kind} has no head for them",
             "use kl or dirichlet, or task.kind classification",
         )
     return cast(Task, StudentTask(task, loss, outputs))

@@ -69,7 +69,7 @@ class Output(Protocol):
     """Why a loaded ensemble does not answer new rows, or nothing if it does."""
 
     def start_value(self, labels: Sequence[float]) -> float:
-        """Return what a fresh head says before it has learnt anything."""
+        """Return what a fresh head says before it has learned anything."""
 
     def validation_metrics(self, predictions: Predictions, evaluation: EvaluationSpec) -> list[dict[str, float]]:
         """Return each member's metrics on the validation split."""

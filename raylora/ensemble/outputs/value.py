@@ -194,7 +194,7 @@ def noise_of(group: Group) -> Noise:
     validation = with_role(group, "validation")
     if not validation:
         raise DataError(
-            "a regression's noise is fitted on a validation set, and there is none", "predict one, with its labels"
+            "a regression's noise is fitted on a validation set, and there is none", "predict one too, with its labels"
         )
     return fit_noise(validation[0].values, validation[0].labels())
 

@@ -7,7 +7,7 @@ from raylora.report import figures, figures_uncertainty, tables
 from raylora.report.outputs.base import Block, OutputSection, Part
 
 _RELIABILITY = Part(
-    "Can the confidence be trusted?",
+    "Is the confidence calibrated?",
     "Answers are sorted into bins by confidence; on the dashed line, answers given with 80 % confidence are right 80 % "
     "of the time, and bars below it mean overconfidence. The lower strips count the rows in each bin: a bar of few "
     "rows says little.",
@@ -18,9 +18,9 @@ _RISK = Part(
     "Lower curves are better; the right end is the plain error rate.",
 )
 _DECOMPOSITION = Part(
-    "Where the doubt comes from",
-    "The ensemble's total uncertainty is the doubt that each member has by itself plus the doubt that arises because "
-    "members disagree; the second part should grow on unfamiliar data.",
+    "Where the uncertainty comes from",
+    "The ensemble's total uncertainty is each member's own uncertainty plus what is added because the members "
+    "disagree; the second part should grow on unfamiliar data.",
 )
 
 
