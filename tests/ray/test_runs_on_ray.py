@@ -155,7 +155,7 @@ def test_a_base_is_prepared_on_the_cluster_and_members_on_it_equal_those_in_proc
     spec = make_spec(**PREPARED, name="on-ray", placement__workers=2)
     seen: set[str] = set()
     handle = launch(spec)
-    metrics = handle.wait(lambda status: seen.add(status["phase"]))
+    metrics = handle.wait(lambda status: seen.add(status.phase.value))
     assert metrics["run"]["phase"] == "succeeded" and "preparing" in seen
     events = [event["event"] for event in handle.store.read_events()]
     assert events.index("BasePrepared") < events.index("WorkerReady")
