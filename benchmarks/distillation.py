@@ -304,9 +304,8 @@ def measure_costs(pair: Pair, task: str, sizes: argparse.Namespace, folder: str,
     places |= {FROM_FULL: f"{full}/{folder_of(FROM_FULL)}"} if table.has(task, 0, FROM_FULL) else {}
     contenders = [Contender(name, uri, tuple(finished_members(RunStore(uri)))) for name, uri in places.items()]
     contenders.append(Contender(SINGLE, taught, contenders[0].members[:1]))
-    for name, costs in measure(contenders).items():
-        if name != "measured_on":
-            table.add_costs(task, name, costs)
+    for name, costs in measure(contenders)[0].items():
+        table.add_costs(task, name, costs)
 
 
 def plot(rows: list[dict[str, Any]], result: str) -> None:

@@ -70,12 +70,12 @@ def train_student(run: str, seed: int, lr: float, sizes: argparse.Namespace, k: 
             "optimization": {"lr": lr, "epochs": sizes.epochs, "micro_batch": 2, "clip_norm": 1.0},
         },
     }))
-    if k is not None and not work.target_job.is_done:
-        run_in_process(work.target_job)
+    if k is not None and not work.targets.is_done:
+        run_in_process(work.targets)
     spec = work.student if k is not None else work.alone
     assert spec is not None
     uri, metrics = finished(spec)
-    return {"metrics": metrics, "uri": uri, "targets": work.target_job.store.read_json("targets.json")}
+    return {"metrics": metrics, "uri": uri, "targets": work.targets.store.read_json("targets.json")}
 
 
 def cells_of(found: dict[str, Any], lr: float, epochs: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -31,6 +31,7 @@ from raylora.engine.training.distillation_loss import task_of
 from raylora.errors import Interrupted, RayloraError, RunDirectoryError, SpecError, TrainingError
 from raylora.placement.plan import Inventory
 from raylora.progress import OnBlock
+from raylora.records import DistillationRecord, PreparationSummary, RunMetrics
 from raylora.report.page import write_report
 from raylora.spec import DistillSpec, RunSpec
 from raylora.store.run_store import RunStore
@@ -38,7 +39,7 @@ from raylora.store.run_store import RunStore
 _POLL_S = 0.5
 
 
-def run_local(spec: RunSpec, on_status: OnStatus = lambda status: None) -> dict[str, Any]:
+def run_local(spec: RunSpec, on_status: OnStatus = lambda status: None) -> RunMetrics:
     """Run a spec in this process, without Ray, and return its metrics; the members equal Ray's.
 
     ``on_status`` is told after every event, step and batch of rows.
@@ -50,14 +51,14 @@ def run_local(spec: RunSpec, on_status: OnStatus = lambda status: None) -> dict[
     """
     prepared = prepare(spec)
     check_ahead(spec)
-    metrics = run_in_process(prepared, on_status)
+    metrics = cast(RunMetrics, run_in_process(prepared, on_status))
     publish_report(prepared.store)
     return metrics
 
 
 def prepare_base(
     spec: RunSpec, local: bool = False, on_block: OnBlock = lambda done: None
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, PreparationSummary]:
     """Prepare a spec's base, unless it is prepared already, and return where it lies and its summary.
 
     Layers are solved side by side on the cluster that ``RAY_ADDRESS`` names or on a local one, else in this process.
@@ -105,7 +106,7 @@ class RunHandle:
         """Ask the run to commit and stop after the current step."""
         self._coordinator.interrupt.remote(int(signal_number))
 
-    def wait(self, on_status: OnStatus = lambda status: None) -> dict[str, Any]:
+    def wait(self, on_status: OnStatus = lambda status: None) -> RunMetrics:
         """Follow the run to its end, write the report and return the metrics.
 
         A SIGINT or SIGTERM meanwhile lets the workers commit before this returns.
@@ -119,13 +120,15 @@ class RunHandle:
         publish_report(self.store)
         return metrics
 
-    def join(self, on_status: OnStatus = lambda status: None) -> dict[str, Any]:
+    def join(self, on_status: OnStatus = lambda status: None) -> RunMetrics:
         """Follow the run to its end as :meth:`wait`, but write no report."""
         with signals_handled_by(self.interrupt):
             state = self._final_state(on_status)
         if self._outcome is not None:
             _put_away(self._coordinator, coordinator_name(self.uri))
-        return conclude(state, self.store.read_json("metrics.json") or {}, self.uri)
+        metrics = self.store.read_json("metrics.json")
+        found: RunMetrics = metrics if metrics is not None else {}
+        return conclude(state, found, self.uri)
 
     def _final_state(self, on_status: OnStatus) -> control.State:
         try:
@@ -167,7 +170,7 @@ def launch(spec: RunSpec, dashboard: bool = False) -> RunHandle:
 def distill_run(
     run: str, settings: DistillSpec, local: bool = False, on_status: OnStatus = lambda status: None,
     on_stage: Callable[[str], None] = lambda what: None,
-) -> dict[str, Any]:
+) -> DistillationRecord:
     """Have a finished run teach a student: make targets, train it with and without them, compare, and return that.
 
     What is there already is not done again, so an interrupted distillation goes on when it is called again.
@@ -183,10 +186,10 @@ def distill_run(
     """
     work = prepare_distillation(run, settings, None if local else _inventory())
     try:
-        if not work.target_job.is_done:
-            shards, where = len(work.target_job.shards), work.target_job.store.uri
-            on_stage(f"making targets of {work.target_job.rows:,} rows in {shards} shard(s), in {where}")
-            _carry_out(work.target_job, local, on_status)
+        if not work.targets.is_done:
+            shards, where = len(work.targets.shards), work.targets.store.uri
+            on_stage(f"making targets of {work.targets.rows:,} rows in {shards} shard(s), in {where}")
+            _carry_out(work.targets, local, on_status)
         for student in work.students():
             store = RunStore.for_spec(student)
             if not is_finished(store):
@@ -226,10 +229,7 @@ def resume(run: str, dashboard: bool = False) -> RunHandle:
     Raises:
         RunDirectoryError: there is no run there.
     """
-    store = RunStore(run)
-    spec = store.read_spec()
-    parent, _, name = store.uri.rpartition("/")
-    return launch(spec.model_copy(update={"storage_path": parent, "name": name}), dashboard)
+    return launch(RunStore(run).spec_in_place(), dashboard)
 
 
 def attach(run: str) -> RunHandle:
@@ -288,7 +288,7 @@ def publish_report(store: RunStore) -> None:
     Raises:
         RunDirectoryError: the run has no metrics yet.
     """
-    metrics = store.read_json("metrics.json")
+    metrics: RunMetrics | None = store.read_json("metrics.json")
     if metrics is None:
         raise RunDirectoryError(f"{store.uri}: has no metrics yet", "let the run finish: raylora resume")
     metrics["distillation"] = distillations(store)

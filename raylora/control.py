@@ -30,6 +30,30 @@ class Phase(str, Enum):
         return self in (Phase.SUCCEEDED, Phase.DEGRADED, Phase.FAILED, Phase.INTERRUPTED)
 
 
+class JobState(str, Enum):
+    """Where a job stands."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+    @property
+    def open(self) -> bool:
+        """Whether the job still has to end."""
+        return self in (JobState.PENDING, JobState.RUNNING)
+
+
+class WorkerState(str, Enum):
+    """Where a worker stands; one that waits is started when the base is prepared."""
+
+    WAITING = "waiting"
+    STARTING = "starting"
+    IDLE = "idle"
+    BUSY = "busy"
+    LOST = "lost"
+
+
 # --- events: what happened ------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class RunStarted:
@@ -184,7 +208,7 @@ class Job:
     """A pack of units and how far it is."""
 
     units: tuple[str, ...]
-    status: str = "pending"  # pending | running | finished | failed
+    status: JobState = JobState.PENDING
     attempt: int = 0
     failures: int = 0
     worker: str = ""
@@ -196,7 +220,7 @@ class State:
 
     phase: Phase = Phase.PENDING
     jobs: dict[str, Job] = field(default_factory=dict)
-    workers: dict[str, str] = field(default_factory=dict)  # waiting | starting | idle | busy | lost
+    workers: dict[str, WorkerState] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     min_members: int = 1
     max_failures: int = 0
@@ -208,7 +232,7 @@ class State:
 
     def finished_units(self) -> tuple[str, ...]:
         """Units whose results are committed, in job order."""
-        done = (u for job in self.jobs.values() if job.status == "finished" for u in job.units)
+        done = (u for job in self.jobs.values() if job.status is JobState.FINISHED for u in job.units)
         return tuple(u for u in done if u not in self.failed_units)
 
 
@@ -221,9 +245,9 @@ def transition(state: State, event: Event) -> tuple[State, list[Command]]:
     if isinstance(event, BasePrepared | BaseFailed | PreparationInterrupted):
         return _end_preparation(state, event)
     if isinstance(event, WorkerReady):
-        if state.workers.get(event.worker) != "starting":
+        if state.workers.get(event.worker) is not WorkerState.STARTING:
             return state, []  # said twice, or by a worker that was given up
-        return _assign(replace(state, workers={**state.workers, event.worker: "idle"}))
+        return _assign(replace(state, workers={**state.workers, event.worker: WorkerState.IDLE}))
     if isinstance(event, WorkerLost):
         return _lose_worker(state, event)
     if isinstance(event, JobFinished | JobFailed | JobInterrupted):
@@ -265,20 +289,20 @@ def _start(state: State, event: RunStarted) -> tuple[State, list[Command]]:
     jobs = {}
     for name, units in event.jobs.items():
         old = state.jobs.get(name)
-        done = old is not None and old.status == "finished" and old.units == tuple(units)
+        done = old is not None and old.status is JobState.FINISHED and old.units == tuple(units)
         done = done and not any(unit in state.failed_units for unit in units)
         attempt = old.attempt if old else 0
-        jobs[name] = Job(tuple(units), "finished" if done else "pending", attempt)
+        jobs[name] = Job(tuple(units), JobState.FINISHED if done else JobState.PENDING, attempt)
     fresh = State(
         phase=Phase.TRAINING,
         jobs=jobs,
-        workers={worker: "starting" for worker in event.workers},
+        workers={worker: WorkerState.STARTING for worker in event.workers},
         required=tuple(event.required),
         min_members=event.min_members,
         max_failures=event.max_failures,
     )
     if event.prepare_base:
-        waiting = {worker: "waiting" for worker in event.workers}
+        waiting = {worker: WorkerState.WAITING for worker in event.workers}
         return replace(fresh, phase=Phase.PREPARING, workers=waiting), [PrepareBase()]
     return fresh, [StartWorker(worker) for worker in event.workers]
 
@@ -292,7 +316,7 @@ def _end_preparation(
         return _finish(state, Phase.FAILED, event.reason)
     if isinstance(event, PreparationInterrupted) or state.signal_number:
         return _finish(state, Phase.INTERRUPTED, f"signal {state.signal_number}")
-    workers = dict.fromkeys(state.workers, "starting")
+    workers = dict.fromkeys(state.workers, WorkerState.STARTING)
     return replace(state, phase=Phase.TRAINING, workers=workers), [StartWorker(worker) for worker in workers]
 
 
@@ -303,21 +327,21 @@ def _assign(state: State) -> tuple[State, list[Command]]:
     jobs, workers = dict(state.jobs), dict(state.workers)
     commands: list[Command] = []
     for name, job in state.jobs.items():
-        idle = next((w for w, status in workers.items() if status == "idle"), None)
+        idle = next((w for w, found in workers.items() if found is WorkerState.IDLE), None)
         if idle is None:
             break
-        if job.status == "pending":
-            jobs[name] = replace(job, status="running", attempt=job.attempt + 1, worker=idle)
-            workers[idle] = "busy"
+        if job.status is JobState.PENDING:
+            jobs[name] = replace(job, status=JobState.RUNNING, attempt=job.attempt + 1, worker=idle)
+            workers[idle] = WorkerState.BUSY
             commands.append(RunJob(name, jobs[name].attempt, idle, job.units))
     state = replace(state, jobs=jobs, workers=workers)
-    open_jobs = [j for j in jobs.values() if j.status in ("pending", "running")]
-    idle = next((w for w, status in workers.items() if status == "idle"), None)
+    open_jobs = [j for j in jobs.values() if j.status.open]
+    idle = next((w for w, found in workers.items() if found is WorkerState.IDLE), None)
     if state.phase is Phase.TRAINING and not open_jobs and idle is not None:
         alive = [u for u in state.required if u in state.finished_units()]
         if len(alive) < state.min_members:
             return _too_few(state, len(alive))
-        workers[idle] = "busy"
+        workers[idle] = WorkerState.BUSY
         commands.append(Aggregate(idle, state.finished_units()))
         state = replace(state, phase=Phase.AGGREGATING, workers=workers)
     return state, commands
@@ -325,51 +349,54 @@ def _assign(state: State) -> tuple[State, list[Command]]:
 
 def _end_job(state: State, event: JobFinished | JobFailed | JobInterrupted) -> tuple[State, list[Command]]:
     job = state.jobs.get(event.job)
-    if job is None or job.status != "running" or job.attempt != event.attempt:
+    if job is None or job.status is not JobState.RUNNING or job.attempt != event.attempt:
         return state, []  # a report of an attempt that is no longer the current one
-    workers = {**state.workers, job.worker: "idle"} if state.workers.get(job.worker) == "busy" else state.workers
+    workers = dict(state.workers)
+    if workers.get(job.worker) is WorkerState.BUSY:
+        workers[job.worker] = WorkerState.IDLE
     if isinstance(event, JobFinished):
-        ended, failed = replace(job, status="finished"), {**state.failed_units, **event.failed}
+        ended, failed = replace(job, status=JobState.FINISHED), {**state.failed_units, **event.failed}
     elif isinstance(event, JobInterrupted):
-        ended, failed = replace(job, status="pending"), dict(state.failed_units)
+        ended, failed = replace(job, status=JobState.PENDING), dict(state.failed_units)
     else:
         ended, failed = _retry(state, job, event.reason, event.fatal)
-    state = replace(state, jobs={**state.jobs, event.job: ended}, workers=dict(workers), failed_units=failed)
+    state = replace(state, jobs={**state.jobs, event.job: ended}, workers=workers, failed_units=failed)
     return _stop_if_hopeless(state)
 
 
 def _retry(state: State, job: Job, reason: str, fatal: bool) -> tuple[Job, dict[str, str]]:
     failures = job.failures + 1
     if fatal or failures > state.max_failures:
-        return replace(job, status="failed", failures=failures), {
+        return replace(job, status=JobState.FAILED, failures=failures), {
             **state.failed_units, **{unit: reason for unit in job.units}
         }
-    return replace(job, status="pending", failures=failures), dict(state.failed_units)
+    return replace(job, status=JobState.PENDING, failures=failures), dict(state.failed_units)
 
 
 def _lose_worker(state: State, event: WorkerLost) -> tuple[State, list[Command]]:
     """Put the worker's job back and start the worker again, as often as jobs may fail."""
-    before = state.workers.get(event.worker, "lost")
-    if before == "lost":
+    before = state.workers.get(event.worker, WorkerState.LOST)
+    if before is WorkerState.LOST:
         return state, []
     jobs, failed = dict(state.jobs), dict(state.failed_units)
     for name, job in state.jobs.items():
-        if job.status == "running" and job.worker == event.worker:
+        if job.status is JobState.RUNNING and job.worker == event.worker:
             jobs[name], failed = _retry(replace(state, failed_units=failed), job, event.reason, fatal=False)
     deaths = dict(state.worker_failures)
     if jobs == state.jobs:
         deaths[event.worker] = deaths.get(event.worker, 0) + 1
-    given_up = before == "starting" or state.signal_number or deaths.get(event.worker, 0) > state.max_failures
-    aggregating = state.phase is Phase.AGGREGATING and before != "busy"  # the only busy worker aggregates
+    too_often = deaths.get(event.worker, 0) > state.max_failures
+    given_up = before is WorkerState.STARTING or state.signal_number or too_often
+    aggregating = state.phase is Phase.AGGREGATING and before is not WorkerState.BUSY  # the only busy worker aggregates
     state = replace(
         state,
         jobs=jobs,
         failed_units=failed,
         worker_failures=deaths,
         phase=Phase.AGGREGATING if aggregating else Phase.TRAINING,
-        workers={**state.workers, event.worker: "lost" if given_up else "starting"},
+        workers={**state.workers, event.worker: WorkerState.LOST if given_up else WorkerState.STARTING},
     )
-    if all(s == "lost" for s in state.workers.values()) and not state.signal_number:
+    if all(s is WorkerState.LOST for s in state.workers.values()) and not state.signal_number:
         return _finish(state, Phase.FAILED, f"no worker is left: {event.reason}")
     state, commands = _stop_if_hopeless(state)
     restart = [] if given_up or state.phase.terminal else [StartWorker(event.worker)]
@@ -396,7 +423,7 @@ def _interrupt(state: State, event: InterruptRequested) -> tuple[State, list[Com
 
 
 def _settle_interrupt(state: State) -> tuple[State, list[Command]]:
-    if any(job.status == "running" for job in state.jobs.values()):
+    if any(job.status is JobState.RUNNING for job in state.jobs.values()):
         return state, []
     return _finish(state, Phase.INTERRUPTED, f"signal {state.signal_number}")
 

@@ -23,6 +23,7 @@ from raylora.cli.console import err, out
 from raylora.cli.progress import ShownStatus, say_block
 from raylora.cli.tables import predictions_table, status_table
 from raylora.errors import RayloraError, UsageError
+from raylora.records import RunMetrics
 
 DEGRADED = 3
 
@@ -183,10 +184,7 @@ def resume(
     """Continue a run from its last commits."""
     from raylora.store.run_store import RunStore
 
-    store = RunStore(run_path)
-    parent, _, name = store.uri.rpartition("/")
-    spec = store.read_spec().model_copy(update={"storage_path": parent, "name": name})
-    _run(spec, local, False, as_json)
+    _run(RunStore(run_path).spec_in_place(), local, False, as_json)
 
 
 @app.command()
@@ -389,7 +387,7 @@ def _distill(run_path: str, settings: Any, local: bool, as_json: bool) -> None:
     out.print(f"student: {store.uri}/{settings.name}\nreport: {store.uri}/report.html")
 
 
-def _show_result(store: Any, metrics: dict[str, Any], as_json: bool) -> None:
+def _show_result(store: Any, metrics: RunMetrics, as_json: bool) -> None:
     from raylora.report.table import console_table
 
     report_path = f"{store.uri}/report.html"

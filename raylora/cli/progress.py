@@ -8,6 +8,7 @@ from typing import Any
 
 from raylora.cli.console import err
 from raylora.cli.tables import block_line, headline, job_line, status_table
+from raylora.control import JobState
 from raylora.engine.run.run_status import OnStatus, RunStatus
 from raylora.progress import BlockDone
 
@@ -54,7 +55,7 @@ class ShownStatus:
     def _lines(self, status: RunStatus) -> None:
         if not self._is_due(LINE_EVERY_S):
             return
-        jobs = [job_line(name, job) for name, job in status.jobs.items() if job.status == "running"]
+        jobs = [job_line(name, job) for name, job in status.jobs.items() if job.status is JobState.RUNNING]
         lines = [*jobs, headline(status)]
         if lines != self._printed:  # a long wait is printed once
             self._printed = lines

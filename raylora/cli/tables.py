@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from raylora.control import Phase
+from raylora.control import JobState, Phase, WorkerState
 from raylora.engine.run.run_status import JobStatus, RunStatus
 from raylora.progress import Activity, BlockDone
 
@@ -29,7 +29,7 @@ def status_table(status: RunStatus) -> Table:
         for unit in job.units:
             loss = progress.losses.get(unit) if progress is not None else None
             table.add_row(
-                unit, "failed" if unit in status.failed else job.status,
+                unit, (JobState.FAILED if unit in status.failed else job.status).value,
                 f"{progress.activity.value} {progress.done}/{progress.total}" if progress is not None else "",
                 f"{loss:.3f}" if loss is not None else "",
                 f"{progress.tokens / max(progress.seconds, 1e-9):.0f}" if progress is not None and trains else "",
@@ -52,10 +52,10 @@ def activity(status: RunStatus) -> str:
     if status.phase is Phase.PREPARING:
         done = status.preparation
         return block_line(done) if done else "preparing the base: reading calibration text"
-    starting = [worker for worker, state in status.workers.items() if state == "starting"]
+    starting = [worker for worker, state in status.workers.items() if state is WorkerState.STARTING]
     if starting and not status.phase.terminal:
         return "loading the base in " + ", ".join(starting)
-    at_work = [job.progress.activity for job in status.jobs.values() if job.status == "running" and job.progress]
+    at_work = [job.progress.activity for job in status.jobs.values() if job.status is JobState.RUNNING and job.progress]
     return at_work[0].value if status.phase is Phase.TRAINING and at_work else status.phase.value
 
 

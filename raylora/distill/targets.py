@@ -25,9 +25,8 @@ FACTS, TENSORS = "targets.json", "targets.safetensors"
 class MemberTargets:
     """What both kinds share: N rows of M members' outputs, and what they belong to."""
 
-    kind: ClassVar[str]
     output: ClassVar[str]
-    """The output that its teacher has."""
+    """The output that its teacher has; files say it."""
     dtype: ClassVar[torch.dtype]
     dimensions: ClassVar[int]
 
@@ -45,7 +44,7 @@ class MemberTargets:
         expected = (len(self.keys), len(self.members), len(self.label_names))[: self.dimensions]
         if self.values.dtype != self.dtype or tuple(self.values.shape) != expected:
             raise DataError(
-                f"{self.kind} targets of shape {tuple(self.values.shape)} and type {self.values.dtype}",
+                f"targets of {self.output} have shape {tuple(self.values.shape)} and type {self.values.dtype}",
                 f"expected {expected} (examples, members, classes) of {self.dtype}",
             )
         if not expected[0] or not expected[1] or list(self.members) != sorted(set(self.members)):
@@ -81,7 +80,7 @@ class MemberTargets:
             "label_names": self.label_names, "rounding_error": self.rounding_error, "ids": self.keys.ids,
             "content_hashes": self.keys.content_hashes,
         }
-        return {TENSORS: content, FACTS: pack_facts(self.kind, facts)}
+        return {TENSORS: content, FACTS: pack_facts(self.output, facts)}
 
     @classmethod
     def from_outputs(
@@ -98,7 +97,7 @@ class MemberTargets:
         Raises:
             StoreError: a file is missing or damaged, of another format or another kind.
         """
-        facts = read_facts(files.get(FACTS), FACTS, cls.kind)
+        facts = read_facts(files.get(FACTS), FACTS, cls.output)
         try:
             keys = Keys(facts["ids"], facts["content_hashes"])
             return cls(
@@ -115,13 +114,12 @@ T = TypeVar("T", bound=MemberTargets)
 
 def targets_class(output: str) -> type[MemberTargets]:
     """Return the targets of a teacher that has this output, by row."""
-    return next(kind for kind in _KINDS if kind.output == output)
+    return next(one for one in _CLASSES if one.output == output)
 
 
 class ClassificationTargets(MemberTargets):
     """Logits N x M x C in float16: off by at most ``|z| / 2048``, 0.004 for the logits below 8 that are usual."""
 
-    kind = "classification"
     dtype = torch.float16
     dimensions = 3
     output = "classes"
@@ -146,7 +144,6 @@ class ClassificationTargets(MemberTargets):
 class RegressionTargets(MemberTargets):
     """Values N x M in float32: so few that rounding them would save nothing, and float16 would cost 0.002 of a 5."""
 
-    kind = "regression"
     dtype = torch.float32
     dimensions = 2
     output = "value"
@@ -165,12 +162,12 @@ class RegressionTargets(MemberTargets):
 
 
 def read_targets(files: Mapping[str, bytes]) -> MemberTargets:
-    """Return targets of whichever kind was written. Raises: StoreError as :meth:`MemberTargets.from_files`."""
-    facts = read_facts(files.get(FACTS), FACTS, *(kind.kind for kind in _KINDS))
-    return next(kind for kind in _KINDS if kind.kind == facts["kind"]).from_files(files)
+    """Return targets of whichever output was written. Raises: StoreError as :meth:`MemberTargets.from_files`."""
+    facts = read_facts(files.get(FACTS), FACTS, *(one.output for one in _CLASSES))
+    return targets_class(facts["kind"]).from_files(files)
 
 
-_KINDS: tuple[type[MemberTargets], ...] = (ClassificationTargets, RegressionTargets)
+_CLASSES: tuple[type[MemberTargets], ...] = (ClassificationTargets, RegressionTargets)
 
 
 def merge(shards: Sequence[T]) -> T:

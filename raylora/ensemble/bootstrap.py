@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylora.ensemble.metrics import METRICS, RowScores, draw_metrics
+from raylora.ensemble.metrics import CLASS_METRICS, RowScores, draw_metrics
 
 CHUNK = 2_000_000
 """Row indices held at once: bounds the memory of many resamples of a large set."""
@@ -33,7 +33,7 @@ def row_draws(rows: int, samples: int, seed: int) -> Iterator[Tensor]:
 
 
 def bootstrap_metrics(
-    scores: RowScores, bins: int, samples: int, seed: int, names: Sequence[str] = METRICS
+    scores: RowScores, bins: int, samples: int, seed: int, names: Sequence[str] = CLASS_METRICS
 ) -> dict[str, Tensor]:
     """Return each named metric over ``samples`` resamples of the rows, S."""
     return resampled(lambda draws_SN: draw_metrics(scores, draws_SN, bins, names), len(scores.nll_N), samples, seed)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +19,12 @@ from raylora.ensemble.groups import Settings
 from raylora.ensemble.metric_table import METRICS
 from raylora.ensemble.metrics import RowScores, point_metrics, score_rows
 from raylora.ensemble.predictions import Predictions
+from raylora.records import Gain, Gains
 
 COMPARED = ("accuracy", "nll", "brier", "ece")
 
 
-def classification_gains(part: Predictions, settings: Settings) -> dict[str, Any]:
+def classification_gains(part: Predictions, settings: Settings) -> Gains:
     """Return ``{over_mean_member, over_single: {metric: {gain, interval}}}`` for one labeled set."""
     logits_MNC, labels_N, bins = part.values, part.labels(), settings.evaluation.bins
     pooled = score_rows(aggregate_logits(logits_MNC, settings.rule), labels_N, part.name)
@@ -48,21 +48,22 @@ class Measured:
 
 def gains_over_members(
     pooled: Measured, members: Sequence[Measured], metrics: Sequence[str], settings: Settings
-) -> dict[str, Any]:
+) -> Gains:
     """Return ``{over_mean_member, over_single: {metric: {gain, interval}}}``; what is undefined is left out."""
-    gains: dict[str, Any] = {"over_mean_member": {}, "over_single": {}}
+    gains: Gains = {"over_mean_member": {}, "over_single": {}}
     for metric in metrics:
         sign = METRICS[metric].sign
-        for name, others in (("over_mean_member", members), ("over_single", members[:1])):
+        for found, others in ((gains["over_mean_member"], members), (gains["over_single"], members[:1])):
             values = [one.point[metric] for one in (pooled, *others)]
             known = [value for value in values if value is not None]
             if len(known) < len(values):
                 continue
-            gains[name][metric] = {"gain": sign * (known[0] - sum(known[1:]) / len(others))}
+            found[metric] = {"gain": sign * (known[0] - sum(known[1:]) / len(others))}
             if pooled.drawn:
                 mean_S = torch.stack([one.drawn[metric] for one in others]).mean(dim=0)
-                found = interval_if_defined(sign * (pooled.drawn[metric] - mean_S), settings.evaluation.confidence)
-                gains[name][metric] |= {"interval": found} if found is not None else {}
+                ends = interval_if_defined(sign * (pooled.drawn[metric] - mean_S), settings.evaluation.confidence)
+                if ends is not None:
+                    found[metric]["interval"] = ends
     return gains
 
 
@@ -72,13 +73,15 @@ def _resample(scores: RowScores, settings: Settings) -> dict[str, Tensor]:
     return bootstrap_metrics(scores, settings.evaluation.bins, settings.samples, settings.seed, COMPARED)
 
 
-def language_gains(pooled_nll_N: Tensor, nll_MN: Tensor, ids: list[str], settings: Settings) -> dict[str, Any]:
+def language_gains(pooled_nll_N: Tensor, nll_MN: Tensor, ids: list[str], settings: Settings) -> Gains:
     """Return the gain in token NLL over the mean member and over member 0."""
-    gains: dict[str, Any] = {}
-    for name, other_N in (("over_mean_member", nll_MN.mean(dim=0)), ("over_single", nll_MN[0])):
+
+    def over(other_N: Tensor) -> dict[str, Gain]:
         difference_N = other_N - pooled_nll_N
-        gains[name] = {"nll": {"gain": float(difference_N.mean())}}
+        gain: Gain = {"gain": float(difference_N.mean())}
         if settings.samples:
             values_S = bootstrap_token_nll(difference_N, ids, settings.samples, settings.seed)
-            gains[name]["nll"]["interval"] = interval(values_S, settings.evaluation.confidence)
-    return gains
+            gain["interval"] = interval(values_S, settings.evaluation.confidence)
+        return {"nll": gain}
+
+    return {"over_mean_member": over(nll_MN.mean(dim=0)), "over_single": over(nll_MN[0])}

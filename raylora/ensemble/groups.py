@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import DataError, RayloraError
+from raylora.records import Description, GroupMetrics, MeanAndError, MeanMember, MemberMetrics, Summary
 from raylora.spec.run import EvaluationSpec
 
 Group = Sequence[Predictions]
@@ -42,6 +44,31 @@ def one_member(group: Group, index: int) -> list[Predictions]:
 def baselines_of(groups: Mapping[str, Group]) -> dict[str, Group]:
     """Return what the ensemble is compared with: its member 0 alone, and every other group."""
     return {"single": one_member(groups["ensemble"], 0), **{k: v for k, v in groups.items() if k != "ensemble"}}
+
+
+def describe_contenders(
+    output: str, groups: Mapping[str, Group], settings: Settings, describe: Callable[[Group, bool], Description],
+    average: Callable[[Sequence[MemberMetrics]], MeanMember],
+) -> Summary:
+    """Return what is said of every contender: each member, the ensemble, the mean member and every baseline.
+
+    ``describe`` takes a group and whether its numbers have intervals; a member's have none.
+    """
+    ensemble = groups["ensemble"]
+    size = ensemble[0].members
+    members = [cast(MemberMetrics, {"index": m, **describe(one_member(ensemble, m), False)}) for m in range(size)]
+
+    def described(group: Group) -> GroupMetrics:
+        return {"members": group[0].members, **describe(group, True)}
+
+    return {
+        "output": output,
+        "aggregate": settings.rule,
+        "members": members,
+        "ensemble": described(ensemble),
+        "mean_member": average(members),
+        "baselines": {name: described(group) for name, group in baselines_of(groups).items()},
+    }
 
 
 def with_role(group: Group, *roles: str) -> list[Predictions]:
@@ -91,7 +118,7 @@ def check_jensen(pooled: float, members: Sequence[float], metric: str, name: str
         )
 
 
-def mean_and_error(values: Sequence[float]) -> dict[str, float | None]:
+def mean_and_error(values: Sequence[float]) -> MeanAndError:
     """Return the mean and its standard error over members (None for one member, who has none)."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "standard_error": error}

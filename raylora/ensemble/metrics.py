@@ -17,8 +17,9 @@ from torch import Tensor
 
 from raylora.ensemble.predictions import check_labels
 from raylora.errors import DataError
+from raylora.records import ReliabilityBin
 
-METRICS = ("accuracy", "nll", "brier", "ece", "adaptive_ece", "aurc")
+CLASS_METRICS = ("accuracy", "nll", "brier", "ece", "adaptive_ece", "aurc")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,19 +53,22 @@ def score_rows(log_probs_NC: Tensor, labels_N: Tensor, name: str = "predictions"
 
 
 def evaluate(
-    log_probs_NC: Tensor, labels_N: Tensor, bins: int = 15, names: Sequence[str] = METRICS, name: str = "predictions"
+    log_probs_NC: Tensor, labels_N: Tensor, bins: int = 15, names: Sequence[str] = CLASS_METRICS,
+    name: str = "predictions",
 ) -> dict[str, float]:
     """Return the named metrics of log-probabilities N x C; DataError as in ``score_rows``."""
     return point_metrics(score_rows(log_probs_NC, labels_N, name), bins, names)
 
 
-def point_metrics(scores: RowScores, bins: int, names: Sequence[str] = METRICS) -> dict[str, float]:
+def point_metrics(scores: RowScores, bins: int, names: Sequence[str] = CLASS_METRICS) -> dict[str, float]:
     """Return the named metrics of the rows as they are."""
     identity_1N = torch.arange(len(scores.correct_N))[None]
     return {name: float(values_S[0]) for name, values_S in draw_metrics(scores, identity_1N, bins, names).items()}
 
 
-def draw_metrics(scores: RowScores, draws_SN: Tensor, bins: int, names: Sequence[str] = METRICS) -> dict[str, Tensor]:
+def draw_metrics(
+    scores: RowScores, draws_SN: Tensor, bins: int, names: Sequence[str] = CLASS_METRICS
+) -> dict[str, Tensor]:
     """Return each named metric, S, over S draws of row indices."""
     kernels: dict[str, Callable[[], Tensor]] = {
         "accuracy": lambda: scores.correct_N[draws_SN].mean(dim=1),
@@ -120,7 +124,7 @@ def bin_of(confidence_N: Tensor, bins: int) -> Tensor:
     return (confidence_N * bins).long().clamp(0, bins - 1)
 
 
-def reliability_bins(scores: RowScores, bins: int) -> list[dict[str, float | int | None]]:
+def reliability_bins(scores: RowScores, bins: int) -> list[ReliabilityBin]:
     """Return per equal-width bin its edges, count, mean confidence and accuracy (None where it is empty)."""
     bin_N = bin_of(scores.confidence_N, bins)
     count_B = torch.bincount(bin_N, minlength=bins)

@@ -17,6 +17,7 @@ from torch import Tensor
 from raylora.ensemble.aggregate import aggregate_logits
 from raylora.ensemble.bootstrap import row_draws
 from raylora.ensemble.uncertainty import decompose
+from raylora.records import Histograms
 
 SCORES = ("max_probability", "predictive_entropy", "mutual_information")
 
@@ -63,7 +64,7 @@ def _draw_all(rows: int, samples: int, seed: int) -> Iterator[Tensor]:
     return (draw_N for draws_SN in row_draws(rows, samples, seed) for draw_N in draws_SN)
 
 
-def histograms(familiar_N: Tensor, foreign_K: Tensor, bins: int = 30) -> dict[str, list[float]]:
+def histograms(familiar_N: Tensor, foreign_K: Tensor, bins: int = 30) -> Histograms:
     """Return shared bin edges and, for either set, the share of its rows in each bin."""
     both = torch.cat([familiar_N, foreign_K]).numpy()
     edges = np.linspace(both.min(), max(both.max(), both.min() + 1e-9), bins + 1)

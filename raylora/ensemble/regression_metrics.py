@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raylora.ensemble.gaussian import coverage, epistemic_std, mixture_nll, total_std
 
-METRICS = ("rmse", "mae", "pearson", "spearman", "r2", "nll", "coverage_95")
+VALUE_METRICS = ("rmse", "mae", "pearson", "spearman", "r2", "nll", "coverage_95")
 LEVEL = 0.95
 
 
@@ -44,14 +44,14 @@ def score_values(real_MN: Tensor, labels_N: Tensor, noise_std: float) -> ValueSc
     )
 
 
-def point_metrics(scores: ValueScores, names: Sequence[str] = METRICS) -> dict[str, float | None]:
+def point_metrics(scores: ValueScores, names: Sequence[str] = VALUE_METRICS) -> dict[str, float | None]:
     """Return the named metrics of the rows as they are; None where one is undefined."""
     identity_1N = torch.arange(len(scores.label_N))[None]
     found = {name: float(values_S[0]) for name, values_S in draw_metrics(scores, identity_1N, names).items()}
     return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
-def draw_metrics(scores: ValueScores, draws_SN: Tensor, names: Sequence[str] = METRICS) -> dict[str, Tensor]:
+def draw_metrics(scores: ValueScores, draws_SN: Tensor, names: Sequence[str] = VALUE_METRICS) -> dict[str, Tensor]:
     """Return each named metric, S, over S draws of row indices; NaN where one is undefined."""
     error_N = scores.value_N - scores.label_N
     kernels: dict[str, Callable[[], Tensor]] = {

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-from raylora.ensemble.aggregate import RULES
 from raylora.ensemble.groups import Group, Settings, check_groups
 from raylora.ensemble.outputs import output_of
-from raylora.errors import SpecError, suggest
+from raylora.ensemble.outputs.base import check_rule
+from raylora.records import SetFacts, Summary
 from raylora.spec.run import EvaluationSpec
 
 
@@ -20,18 +19,21 @@ def summarize(
     evaluation: EvaluationSpec,
     aggregate: str = "mean_probabilities",
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Summary:
     """Return the summary of a run as plain JSON-able values; docs/metrics.md describes every field.
 
-    ``groups`` holds the ensemble under ``ensemble`` and any baselines under their names; ``single`` is added. Raises
-    DataError for sets that cannot be scored or compared, and RayloraError if a result contradicts mathematics.
+    ``groups`` holds the ensemble under ``ensemble`` and any baselines under their names; ``single`` is added.
+
+    Raises:
+        SpecError: the rule cannot aggregate this output.
+        DataError: sets that cannot be scored or compared.
+        RayloraError: a result contradicts mathematics.
     """
-    if aggregate not in RULES:
-        raise SpecError(f"unknown aggregate {aggregate!r}", suggest(aggregate, RULES))
     check_groups(groups)
     settings = Settings(evaluation, aggregate, seed)
-    sets = {part.name: {"role": part.role, "rows": part.rows} for part in groups["ensemble"]}
+    sets: dict[str, SetFacts] = {part.name: {"role": part.role, "rows": part.rows} for part in groups["ensemble"]}
     output = output_of(groups["ensemble"][0].output)
+    check_rule(output, aggregate)
     with one_thread():
         return {"sets": sets, "confidence": evaluation.confidence, **output.summarize(groups, settings)}
 

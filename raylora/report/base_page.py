@@ -5,7 +5,7 @@ Each function takes the summary of a prepared base.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import rich.table
 from matplotlib.figure import Figure
 
+from raylora.records import LayerErrors, PreparationSummary
 from raylora.report import figures
 from raylora.report.figures import Drawn
 from raylora.report.formatting import duration, flat, number, size
@@ -29,12 +30,12 @@ STAGES = {
 _COLORS = {"quantized": "#D55E00", "svd": "#8A6D00", "compensated": "#0072B2", "theory": "#000000"}
 
 
-def section(summary: dict[str, Any]) -> dict[str, Any]:
+def section(summary: PreparationSummary) -> dict[str, Any]:
     """Return what a page says about the base: a sentence, how to read the errors, and a table by kind of layer."""
     return {"sentence": sentence(summary), "reading": reading(summary), "table": by_kind(summary)}
 
 
-def sentence(summary: dict[str, Any]) -> str:
+def sentence(summary: PreparationSummary) -> str:
     """Return the result in words."""
     parts = [
         f"{summary['linears']} layers of {summary['weights']:,} weights take {size(summary['quantized_bytes'])} at "
@@ -43,11 +44,11 @@ def sentence(summary: dict[str, Any]) -> str:
     if summary["pair_bytes"]:
         parts.append(f"their low-rank pairs {size(summary['pair_bytes'])}")
     text = ", ".join(parts) + "."
-    if summary["perplexity_after"] is not None:
+    before, after = summary["perplexity_before"], summary["perplexity_after"]
+    if before is not None and after is not None:
         text += (
             f" Perplexity on {summary['held_out_tokens']:,} held-out tokens: "
-            f"{number(summary['perplexity_before'], 'perplexity')} before, "
-            f"{number(summary['perplexity_after'], 'perplexity')} after."
+            f"{number(before, 'perplexity')} before, {number(after, 'perplexity')} after."
         )
     if summary["widest_input_not_spanned"]:
         text += (
@@ -58,7 +59,7 @@ def sentence(summary: dict[str, Any]) -> str:
     return text
 
 
-def reading(summary: dict[str, Any]) -> str:
+def reading(summary: PreparationSummary) -> str:
     """Return how the errors are to be read."""
     if not stages(summary):
         return "Nothing was calibrated, so what the layers lost on real inputs is not known."
@@ -68,14 +69,14 @@ def reading(summary: dict[str, Any]) -> str:
     )
 
 
-def stages(summary: dict[str, Any]) -> list[str]:
+def stages(summary: PreparationSummary) -> list[str]:
     """Return which errors were measured, in reading order."""
     return [key for key in STAGES if summary["layers"] and key in summary["layers"][0]]
 
 
-def by_kind(summary: dict[str, Any]) -> Table:
+def by_kind(summary: PreparationSummary) -> Table:
     """Return the mean relative errors per kind of layer."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
+    kinds: dict[str, list[LayerErrors]] = {}
     for layer in summary["layers"]:
         kinds.setdefault(_inner(layer["name"]), []).append(layer)
     rows = [(f"{kind} ({len(layers)})", _cells(layers, stages(summary))) for kind, layers in kinds.items()]
@@ -83,7 +84,7 @@ def by_kind(summary: dict[str, Any]) -> Table:
     return Table([], [STAGES[key][0] for key in stages(summary)], rows)
 
 
-def each(summary: dict[str, Any]) -> Table:
+def each(summary: PreparationSummary) -> Table:
     """Return the relative errors of every layer."""
     rows = [
         (layer["name"], [Text(f"{layer['shape'][0]} × {layer['shape'][1]}"), *_cells([layer], stages(summary))])
@@ -92,14 +93,14 @@ def each(summary: dict[str, Any]) -> Table:
     return Table([], ["Outputs × inputs", *(STAGES[key][0] for key in stages(summary))], rows)
 
 
-def layer_errors(summary: dict[str, Any]) -> list[Drawn]:
+def layer_errors(summary: PreparationSummary) -> list[Drawn]:
     """Draw every layer's relative error, in the model's order."""
     if not stages(summary):
         return []
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     axes = figure.subplots()
     for key in stages(summary):
-        values = [100 * layer[key] / layer["weight"] for layer in summary["layers"]]
+        values = [100 * share for share in _shares(summary["layers"], key)]
         line = "--" if key == "theory" else "-"
         axes.plot(range(1, len(values) + 1), values, line, color=_COLORS[key], linewidth=1.3, marker=".",
                   markersize=3 if key != "theory" else 0, label=STAGES[key][1])
@@ -114,12 +115,12 @@ def layer_errors(summary: dict[str, Any]) -> list[Drawn]:
     return [Drawn("layer_errors", figure, f"Relative calibration error per layer. {words}")]
 
 
-def base_table(summary: dict[str, Any]) -> rich.table.Table:
+def base_table(summary: PreparationSummary) -> rich.table.Table:
     """Return a compact table for the terminal."""
     title = f"{summary['bits_per_weight']:.2f} bits per weight, {size(summary['quantized_bytes'])}"
-    if summary["perplexity_after"] is not None:
-        before, after = (number(summary[f"perplexity_{when}"], "perplexity") for when in ("before", "after"))
-        title += f"; perplexity {before} -> {after}"
+    before, after = summary["perplexity_before"], summary["perplexity_after"]
+    if before is not None and after is not None:
+        title += f"; perplexity {number(before, 'perplexity')} -> {number(after, 'perplexity')}"
     found = by_kind(summary)
     table = rich.table.Table("layers", title=f"{title}; {duration(summary['seconds']['total'])}")
     for head in found.heads:
@@ -129,17 +130,18 @@ def base_table(summary: dict[str, Any]) -> rich.table.Table:
     return table
 
 
-def write_base_report(summary: dict[str, Any], folder: str) -> str:
+def write_base_report(summary: PreparationSummary, folder: str) -> str:
     """Write ``report.html`` into a prepared base's local folder and return its path."""
     with figures.style():
         images = [image_of(drawn) for drawn in layer_errors(summary)]
     left_out = ("layers", "perplexity_before", "perplexity_after")
+    seconds = {f"{name}_s": value for name, value in summary["seconds"].items()}
     path = Path(folder) / "report.html"
     path.write_text(environment().get_template("base.html").render(
         name=Path(folder).name, preparation=section(summary), layers=each(summary), images=images,
         facts=flat({
-            key if key != "seconds" else "time": {f"{name}_s": value for name, value in found.items()}
-            if key == "seconds" else found for key, found in summary.items() if key not in left_out
+            "time" if key == "seconds" else key: seconds if key == "seconds" else found
+            for key, found in summary.items() if key not in left_out
         }),
     ), encoding="utf-8")
     return str(path)
@@ -152,9 +154,9 @@ def _inner(name: str) -> str:
     return ".".join(parts[index + 1 :])
 
 
-def _cells(layers: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[Text]:
+def _cells(layers: Sequence[LayerErrors], keys: Sequence[str]) -> list[Text]:
     return [Text(f"{100 * fmean(_shares(layers, key)):.2f} %") for key in keys]
 
 
-def _shares(layers: Sequence[dict[str, Any]], key: str) -> list[float]:
+def _shares(layers: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     return [layer[key] / layer["weight"] if layer["weight"] else 0.0 for layer in layers]

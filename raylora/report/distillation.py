@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table as ConsoleTable
 
 from raylora.ensemble.metric_table import METRICS
+from raylora.records import DistillationRecord, MeasuredOn, RunMetrics, TargetFacts
 from raylora.report.entries import Cell, Entry, columns
 from raylora.report.formatting import duration, number, size
 from raylora.report.outputs.base import section_of
 from raylora.report.tables import MISSING, Table, Text, text_of
 
 
-def sections(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+def sections(metrics: RunMetrics) -> list[dict[str, Any]]:
     """Return, per student, its name, what it kept in words, and two tables: what it says, and what it costs."""
     return [_section(one) for one in metrics.get("distillation") or []]
 
 
-def distillation_table(record: dict[str, Any]) -> ConsoleTable:
+def distillation_table(record: DistillationRecord) -> ConsoleTable:
     """Return one row per contender for a terminal: the test metrics, then what it costs."""
     quality, costs = _quality(record), _costs(record)
     table = ConsoleTable(title=f"distillation: {record['name']}", header_style="bold")
@@ -34,7 +35,7 @@ def distillation_table(record: dict[str, Any]) -> ConsoleTable:
     return table
 
 
-def _section(record: dict[str, Any]) -> dict[str, Any]:
+def _section(record: DistillationRecord) -> dict[str, Any]:
     return {
         "name": record["name"], "headline": [worth(record), retained(record)],
         "sentence": _targets(record["targets"], section_of(record).taught_on),
@@ -44,7 +45,7 @@ def _section(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def worth(record: dict[str, Any]) -> str:
+def worth(record: DistillationRecord) -> str:
     """Return what the teacher was worth to its student, in words."""
     found = {entry.key: entry.cell("eval", "test", "nll") for entry in _entries(record)}
     taught, alone = found["student"], found.get("alone")
@@ -62,10 +63,11 @@ def worth(record: dict[str, Any]) -> str:
     )
 
 
-def retained(record: dict[str, Any]) -> str:
+def retained(record: DistillationRecord) -> str:
     """Return what the student kept of its teacher, and for which share of the costs, in words."""
     teacher, student = record["contenders"]["teacher"], record["contenders"]["student"]
-    said, told = teacher["eval"]["test"], student["eval"]["test"]
+    said: Mapping[str, Any] = teacher["eval"]["test"]
+    told: Mapping[str, Any] = student["eval"]["test"]
     shares = [f"{100 * student['parameters'] / teacher['parameters']:.0f} % of the parameters"]
     if "latency_ms" in student:
         shares.append(f"{100 * student['latency_ms'] / teacher['latency_ms']:.0f} % of the latency")
@@ -89,7 +91,7 @@ def _listed(metrics: Sequence[str]) -> str:
     return " and ".join(METRICS[metric].label for metric in metrics if METRICS[metric].sign < 0)
 
 
-def _has_intervals(record: dict[str, Any]) -> bool:
+def _has_intervals(record: DistillationRecord) -> bool:
     cells = [entry.cell("eval", "test", "nll") for entry in _entries(record)]
     return any(cell is not None and cell.low is not None for cell in cells)
 
@@ -106,7 +108,7 @@ def _overlap(one: Cell, other: Cell) -> bool:
     return one.low <= other.high and other.low <= one.high
 
 
-def _targets(taught: dict[str, Any], rows: str) -> str:
+def _targets(taught: TargetFacts, rows: str) -> str:
     """Return who taught on what, and what the targets took."""
     members = len(taught["members"])
     text = (
@@ -122,7 +124,7 @@ def _targets(taught: dict[str, Any], rows: str) -> str:
     return f"{text} and took {duration(taught['made_s'])} to make, once."
 
 
-def _measured(where: dict[str, Any] | None) -> str:
+def _measured(where: MeasuredOn | None) -> str:
     if where is None:
         return ""
     threads = f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}"
@@ -134,11 +136,11 @@ def _measured(where: dict[str, Any] | None) -> str:
     )
 
 
-def _entries(record: dict[str, Any]) -> list[Entry]:
+def _entries(record: DistillationRecord) -> list[Entry]:
     return [Entry(name, one["label"], one) for name, one in record["contenders"].items()]
 
 
-def _quality(record: dict[str, Any]) -> Table:
+def _quality(record: DistillationRecord) -> Table:
     rows = _entries(record)
     sets, foreign = list(rows[0].content["eval"]), list(rows[0].content["ood"])
     show = section_of(record)
@@ -160,7 +162,7 @@ def _quality(record: dict[str, Any]) -> Table:
     return Table(groups, heads, lines)
 
 
-def _costs(record: dict[str, Any]) -> Table:
+def _costs(record: DistillationRecord) -> Table:
     """Return a column for everything that was measured of any contender."""
     metric = record.get("retained_metric") or "accuracy"
     shown: dict[str, tuple[str, Callable[[Any], str]]] = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from raylora.ensemble.metric_table import METRICS
+from raylora.records import RunMetrics
 
 BASELINE_LABELS = {
     "single": "Single LoRA (member 0)",
@@ -33,7 +34,7 @@ class Entry:
 
     key: str
     label: str
-    content: dict[str, Any]
+    content: Mapping[str, Any]
 
     def cell(self, part: str, name: str, metric: str, scaled: bool = False) -> Cell | None:
         """Return the number of a metric on set ``name`` in ``part`` (``eval`` or ``ood``), if there is one."""
@@ -49,7 +50,12 @@ class Entry:
         return Cell(value, low, high)
 
 
-def entries(metrics: dict[str, Any]) -> list[Entry]:
+def value_of(found: Mapping[str, Any], metric: str) -> float | None:
+    """Return a metric by its name, or None where there is no such number."""
+    return found.get(metric)
+
+
+def entries(metrics: RunMetrics) -> list[Entry]:
     """Return the rows of the comparison in reading order; absent parts are left out."""
     found = []
     if metrics.get("ensemble"):
@@ -63,18 +69,18 @@ def entries(metrics: dict[str, Any]) -> list[Entry]:
     ]
 
 
-def member_entries(metrics: dict[str, Any]) -> list[Entry]:
+def member_entries(metrics: RunMetrics) -> list[Entry]:
     """Return one row per member."""
     members = metrics.get("members", [])
     return [Entry(f"member-{one['index']:03d}", f"Member {one['index']}", one) for one in members]
 
 
-def set_names(metrics: dict[str, Any], role: str) -> list[str]:
+def set_names(metrics: RunMetrics, role: str) -> list[str]:
     """Return the names of the sets with a role."""
     return [name for name, one in metrics.get("sets", {}).items() if one.get("role") == role]
 
 
-def scored_sets(metrics: dict[str, Any]) -> list[str]:
+def scored_sets(metrics: RunMetrics) -> list[str]:
     """Return the labeled sets, the test set first."""
     known = metrics.get("ensemble", {}).get("eval", {})
     ordered = [name for role in ("test", "in_distribution", "out_of_distribution") for name in set_names(metrics, role)]

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from raylora.ensemble.metric_table import METRICS
+from raylora.records import CurvePoint, ReliabilityBin, RunMetrics
 from raylora.report.entries import entries, scored_sets
 from raylora.report.outputs.base import section_of
 
@@ -72,7 +73,7 @@ def colour(key: str, index: int = 0) -> str:
     return COLOURS.get(key, SPARE[index % len(SPARE)])
 
 
-def reliability(metrics: dict[str, Any]) -> list[Drawn]:
+def reliability(metrics: RunMetrics) -> list[Drawn]:
     """Per set: accuracy against confidence with counts, ensemble above single, before and after temperature."""
     drawn = []
     for name, groups in metrics.get("plots", {}).get("reliability", {}).items():
@@ -83,7 +84,7 @@ def reliability(metrics: dict[str, Any]) -> list[Drawn]:
         ratios = [3, 1] * len(pair)
         axes = figure.subplots(2 * len(pair), len(stages), squeeze=False, height_ratios=ratios)
         for (row, key), (column, stage) in itertools.product(enumerate(pair), enumerate(stages)):
-            bins = groups[key].get(stage, [])
+            bins = (groups[key].get("before") if stage == "before" else groups[key].get("after")) or []
             words = {"before": "as predicted", "after": "temperature-scaled"}[stage] if len(stages) > 1 else ""
             axes[2 * row][column].set_title(f"{key.capitalize()} {words}".strip())
             _reliability_panel(axes[2 * row][column], bins, colour(key))
@@ -92,23 +93,24 @@ def reliability(metrics: dict[str, Any]) -> list[Drawn]:
     return drawn
 
 
-def _reliability_panel(axes: Axes, bins: Sequence[dict[str, Any]], tint: str) -> None:
+def _reliability_panel(axes: Axes, bins: Sequence[ReliabilityBin], tint: str) -> None:
     full = [one for one in bins if one["count"]]
     axes.plot([0, 1], [0, 1], color="#555555", linewidth=1, linestyle="--", label="honest")
     axes.bar(
         [(one["lower"] + one["upper"]) / 2 for one in full],
-        [one["accuracy"] for one in full],
+        [one["accuracy"] or 0.0 for one in full],
         width=1 / max(len(bins), 1),
         color=tint,
         alpha=0.45,
         edgecolor=tint,
     )
-    axes.plot([one["confidence"] for one in full], [one["accuracy"] for one in full], "o", color=tint, markersize=4)
+    points = [(one["confidence"] or 0.0, one["accuracy"] or 0.0) for one in full]
+    axes.plot([x for x, _ in points], [y for _, y in points], "o", color=tint, markersize=4)
     axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     axes.tick_params(labelbottom=False)
 
 
-def _count_panel(axes: Axes, bins: Sequence[dict[str, Any]], tint: str) -> None:
+def _count_panel(axes: Axes, bins: Sequence[ReliabilityBin], tint: str) -> None:
     counts = [one["count"] for one in bins]
     centres = [(one["lower"] + one["upper"]) / 2 for one in bins]
     axes.bar(centres, counts, width=1 / max(len(bins), 1), color=tint, edgecolor="white")
@@ -119,7 +121,7 @@ def _count_panel(axes: Axes, bins: Sequence[dict[str, Any]], tint: str) -> None:
     axes.grid(visible=False)
 
 
-def risk_coverage(metrics: dict[str, Any]) -> list[Drawn]:
+def risk_coverage(metrics: RunMetrics) -> list[Drawn]:
     """Per set: the error rate among the most confident rows."""
     labels = {entry.key: entry.label for entry in entries(metrics)}
     drawn = []
@@ -149,7 +151,7 @@ def risk_coverage(metrics: dict[str, Any]) -> list[Drawn]:
     return drawn
 
 
-def member_curve(metrics: dict[str, Any]) -> list[Drawn]:
+def member_curve(metrics: RunMetrics) -> list[Drawn]:
     """Per set: each metric against the number of members."""
     drawn = []
     for name in scored_sets(metrics):
@@ -168,7 +170,7 @@ def member_curve(metrics: dict[str, Any]) -> list[Drawn]:
     return drawn
 
 
-def _curve_panel(axes: Axes, curve: Sequence[dict[str, float]], metric: str) -> None:
+def _curve_panel(axes: Axes, curve: Sequence[CurvePoint], metric: str) -> None:
     scale = 100 if METRICS[metric].percent else 1
     members = [point["members"] for point in curve]
     mean = [scale * point[metric] for point in curve]
@@ -180,7 +182,7 @@ def _curve_panel(axes: Axes, curve: Sequence[dict[str, float]], metric: str) -> 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
-def training(metrics: dict[str, Any]) -> list[Drawn]:
+def training(metrics: RunMetrics) -> list[Drawn]:
     """The loss and, where recorded, validation NLL, gradient norm and learning rate of every member."""
     runs = {name: rows for name, rows in metrics.get("training", {}).items() if rows}
     titles = {

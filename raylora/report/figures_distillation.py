@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from raylora.ensemble.metric_table import METRICS
+from raylora.records import DistillationRecord, RunMetrics
 from raylora.report.entries import Entry
 from raylora.report.figures import COLOURS, Drawn
 from raylora.report.formatting import number
@@ -19,12 +18,12 @@ TINTS = {"teacher": COLOURS["ensemble"], "single": COLOURS["single"], "student":
 _COSTS = {"latency_ms": ("Latency of one row (ms)", 1.0), "parameters": ("Parameters (millions)", 1e-6)}
 
 
-def retained(metrics: dict[str, Any]) -> list[Drawn]:
+def retained(metrics: RunMetrics) -> list[Drawn]:
     """Draw one figure per student: its test metrics and its cost, beside its teacher's."""
     return [_figure(record) for record in metrics.get("distillation") or []]
 
 
-def _figure(record: dict[str, Any]) -> Drawn:
+def _figure(record: DistillationRecord) -> Drawn:
     rows = [Entry(key, one["label"], one) for key, one in record["contenders"].items()][::-1]
     shown = [metric for metric in section_of(record).distilled if rows[0].cell("eval", "test", metric) is not None]
     cost = next(key for key in _COSTS if all(key in row.content for row in rows))

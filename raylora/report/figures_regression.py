@@ -5,15 +5,14 @@ Each function takes metrics.json and returns ``Drawn`` figures; it returns none 
 
 from __future__ import annotations
 
-from typing import Any
-
 from matplotlib.figure import Figure
 
+from raylora.records import RunMetrics
 from raylora.report.entries import entries
 from raylora.report.figures import COLOURS, DASHES, Drawn, colour
 
 
-def values(metrics: dict[str, Any]) -> list[Drawn]:
+def values(metrics: RunMetrics) -> list[Drawn]:
     """Per set: predicted against true values, with one epistemic and one total standard deviation."""
     drawn = []
     for name, points in metrics.get("plots", {}).get("values", {}).items():
@@ -22,21 +21,22 @@ def values(metrics: dict[str, Any]) -> list[Drawn]:
         label, value = points["label"], points["value"]
         ends = min([*label, *value]), max([*label, *value])
         axes.plot(ends, ends, color="#555555", linewidth=1, linestyle="--", label="right")
-        bars = (("total_std", COLOURS["mean_member"], 1.0, 0.5, "total"),
-                ("epistemic_std", COLOURS["single"], 2.2, 0.9, "between members"))
-        for key, tint, width, alpha, words in bars:
-            axes.errorbar(label, value, yerr=points[key], fmt="none", ecolor=tint, elinewidth=width, alpha=alpha,
+        bars = ((points["total_std"], COLOURS["mean_member"], 1.0, 0.5, "total"),
+                (points["epistemic_std"], COLOURS["single"], 2.2, 0.9, "between members"))
+        for reach, tint, width, alpha, words in bars:
+            axes.errorbar(label, value, yerr=reach, fmt="none", ecolor=tint, elinewidth=width, alpha=alpha,
                           label=f"± one std, {words}")
         axes.plot(label, value, "o", color=COLOURS["ensemble"], markersize=3.5)
         axes.set(title=name, xlabel="true value", ylabel="predicted value (mean of the members)")
         figure.legend(loc="outside lower center", ncols=3)
-        rows = metrics.get("sets", {}).get(name, {}).get("rows", len(label))
+        predicted = metrics.get("sets", {})
+        rows = predicted[name]["rows"] if name in predicted else len(label)
         of_all = f"{len(label)} of {rows} rows" if rows > len(label) else f"{rows} rows"
         drawn.append(Drawn(f"values-{name}", figure, f"Predicted against true values on {name}, {of_all}"))
     return drawn
 
 
-def coverage(metrics: dict[str, Any]) -> list[Drawn]:
+def coverage(metrics: RunMetrics) -> list[Drawn]:
     """Per set: the share of labels inside central intervals, against the share that they promise."""
     labels = {entry.key: entry.label for entry in entries(metrics)}
     drawn = []

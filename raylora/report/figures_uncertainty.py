@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from matplotlib.figure import Figure
 
 from raylora.ensemble.metric_table import METRICS
-from raylora.report.entries import scored_sets, set_names
+from raylora.records import Doubt, RunMetrics
+from raylora.report.entries import scored_sets, set_names, value_of
 from raylora.report.figures import COLOURS, Drawn
 
 
-def detection(metrics: dict[str, Any]) -> list[Drawn]:
+def detection(metrics: RunMetrics) -> list[Drawn]:
     """Per foreign set and score: how the score is spread over test and over foreign rows."""
     drawn = []
     for name, scores in metrics.get("plots", {}).get("ood_histograms", {}).items():
         for score, found in scores.items():
             figure = Figure(figsize=(3.9, 2.9), layout="constrained")
             axes = figure.subplots()
-            for key, label, tint, hatch in (
-                ("test", "test", COLOURS["ensemble"], ""),
-                ("foreign", name, COLOURS["single"], "//"),
+            for drawn_shares, label, tint, hatch in (
+                (found["test"], "test", COLOURS["ensemble"], ""),
+                (found["foreign"], name, COLOURS["single"], "//"),
             ):
-                shares = [100 * value for value in found[key]]
+                shares = [100 * value for value in drawn_shares]
                 axes.stairs(shares, found["edges"], fill=True, color=tint, alpha=0.35, hatch=hatch)
                 axes.stairs(shares, found["edges"], color=tint, linewidth=1.5, label=label)
-            value = metrics.get("ensemble", {}).get("ood", {}).get(name, {}).get(score)
+            value = value_of(metrics.get("ensemble", {}).get("ood", {}).get(name, {}), score)
             title = METRICS[score].label + (f", AUROC {value:.3f}" if value is not None else "")
             axes.set(title=title, xlabel=METRICS[score].axis, ylabel="rows (%)")
             axes.legend()
@@ -33,10 +32,10 @@ def detection(metrics: dict[str, Any]) -> list[Drawn]:
     return drawn
 
 
-def decomposition(metrics: dict[str, Any]) -> list[Drawn]:
+def decomposition(metrics: RunMetrics) -> list[Drawn]:
     """Per set: mean predictive entropy as expected entropy plus mutual information."""
     ensemble = metrics.get("ensemble", {})
-    found = {name: ensemble["eval"][name] for name in scored_sets(metrics)}
+    found: dict[str, Doubt] = {name: ensemble["eval"][name] for name in scored_sets(metrics)}
     foreign = ensemble.get("ood", {})
     found |= {
         name: foreign[name].get("uncertainty", {})
@@ -69,7 +68,7 @@ def decomposition(metrics: dict[str, Any]) -> list[Drawn]:
     return [Drawn("uncertainty", figure, "Uncertainty of the ensemble by set, split into its two parts")]
 
 
-def disagreement(metrics: dict[str, Any]) -> list[Drawn]:
+def disagreement(metrics: RunMetrics) -> list[Drawn]:
     """Per set: the KL divergence between every two members."""
     drawn = []
     shown = [*scored_sets(metrics), *set_names(metrics, "out_of_distribution")]

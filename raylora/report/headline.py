@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from raylora.ensemble.metric_table import METRICS
-from raylora.report.entries import scored_sets, set_names
+from raylora.records import Gain, Gains, RunMetrics
+from raylora.report.entries import scored_sets, set_names, value_of
 from raylora.report.formatting import difference, number
 from raylora.report.outputs.base import section_of
 
-OTHERS = {"over_mean_member": "its average member", "over_single": "a single LoRA"}
+SINGLE = "a single LoRA"
 
-def headline(metrics: dict[str, Any]) -> list[str]:
+
+def headline(metrics: RunMetrics) -> list[str]:
     """Return sentences, the most important first; empty where nothing was evaluated."""
     sets = scored_sets(metrics)
     if not sets:
@@ -26,14 +29,13 @@ def headline(metrics: dict[str, Any]) -> list[str]:
     return [*[sentence for sentence in sentences if sentence], *_degraded(metrics)]
 
 
-def _comparison(metrics: dict[str, Any], name: str, metric: str) -> str:
-    value = metrics["ensemble"]["eval"][name].get(metric)
-    gains = metrics.get("gains", {}).get(name, {})
+def _comparison(metrics: RunMetrics, name: str, metric: str) -> str:
+    value = value_of(metrics["ensemble"]["eval"][name], metric)
+    gains: Gains | None = metrics.get("gains", {}).get(name)
     if value is None or not gains:
         return ""
-    parts = [
-        _verdict(gains[key][metric], metric, other) for key, other in OTHERS.items() if metric in gains.get(key, {})
-    ]
+    against = ((gains.get("over_mean_member", {}), "its average member"), (gains.get("over_single", {}), SINGLE))
+    parts = [_verdict(gain[metric], metric, other) for gain, other in against if metric in gain]
     members = metrics["ensemble"].get("members", 0)
     return (
         f"On {name}, the ensemble of {members} has {_article(metric)} {METRICS[metric].in_words} "
@@ -45,7 +47,7 @@ def _article(metric: str) -> str:
     return "an" if METRICS[metric].in_words[0] in "aeiou" else "a"
 
 
-def _verdict(gain: dict[str, Any], metric: str, other: str) -> str:
+def _verdict(gain: Gain, metric: str, other: str) -> str:
     """Say better or worse only where the interval leaves zero out."""
     amount = difference(abs(gain["gain"]), metric).lstrip("+")
     if amount == difference(0.0, metric).lstrip("+"):
@@ -62,22 +64,22 @@ def _verdict(gain: dict[str, Any], metric: str, other: str) -> str:
     return f"not measurably different from {other} ({within} includes zero)"
 
 
-def _detection(metrics: dict[str, Any], name: str) -> str:
+def _detection(metrics: RunMetrics, name: str) -> str:
     """Compare by one score alone: picking the best of several afterwards would flatter."""
     score = section_of(metrics).detected_by
-    value = metrics["ensemble"].get("ood", {}).get(name, {}).get(score)
+    value = value_of(metrics["ensemble"].get("ood", {}).get(name, {}), score)
     if value is None:
         return ""
-    single = metrics.get("baselines", {}).get("single", {}).get("ood", {}).get(name, {}).get(score)
-    against = f", that of a single LoRA with {number(single)}" if single is not None else ""
+    single = value_of(metrics.get("baselines", {}).get("single", {}).get("ood", {}).get(name, {}), score)
+    against = f", that of {SINGLE} with {number(single)}" if single is not None else ""
     return (
         f"The ensemble's {METRICS[score].label.lower()} tells inputs from {name} from test inputs with an AUROC of "
         f"{number(value)}{against} (1 is perfect, 0.5 is guessing)."
     )
 
 
-def _degraded(metrics: dict[str, Any]) -> list[str]:
-    run = metrics.get("run", {})
+def _degraded(metrics: RunMetrics) -> list[str]:
+    run: Mapping[str, Any] = metrics.get("run", {})
     if not run.get("degraded"):
         return []
     return [

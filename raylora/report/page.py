@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raylora.records import RunMetrics
 from raylora.report import (
     base_page,
     distillation,
@@ -24,7 +25,7 @@ from raylora.report.rendering import environment, image_of, png_of
 SAFE = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
-def write_report(metrics: dict[str, Any], folder: Path) -> list[Path]:
+def write_report(metrics: RunMetrics, folder: Path) -> list[Path]:
     """Write ``report.html`` (self-contained) and ``plots/*.png`` below ``folder``; return what was written.
 
     ``metrics`` is metrics.json; sections whose numbers are missing are left out.
@@ -49,9 +50,9 @@ def write_report(metrics: dict[str, Any], folder: Path) -> list[Path]:
     return [page, *written]
 
 
-def render(metrics: dict[str, Any], images: dict[str, list[dict[str, str]]], blocks: Sequence[Block]) -> str:
+def render(metrics: RunMetrics, images: dict[str, list[dict[str, str]]], blocks: Sequence[Block]) -> str:
     """Return the page's HTML; every string of the run is escaped."""
-    run = metrics.get("run") or {}
+    run: Mapping[str, Any] = metrics.get("run") or {}
     preparation = metrics.get("preparation")
     return environment().get_template("template.html").render(
         name=run.get("name", "run"),
@@ -78,7 +79,7 @@ def render(metrics: dict[str, Any], images: dict[str, list[dict[str, str]]], blo
     )
 
 
-def _draw(metrics: dict[str, Any]) -> dict[str, Sequence[Drawn]]:
+def _draw(metrics: RunMetrics) -> dict[str, Sequence[Drawn]]:
     return {
         "member_curve": figures.member_curve(metrics),
         "training": figures.training(metrics),

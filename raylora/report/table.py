@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.table import Table
 
 from raylora.ensemble.metric_table import METRICS
+from raylora.records import RunMetrics
 from raylora.report.entries import Cell, columns, entries, scored_sets, set_names
 from raylora.report.formatting import number
 from raylora.report.outputs.base import section_of
 
 
-def console_table(metrics: dict[str, Any]) -> Table:
+def console_table(metrics: RunMetrics) -> Table:
     """Return one row per contender: test metrics, NLL under shift, AUROC of detection; the best of a column is bold."""
     rows = entries(metrics)
     keys = _keys(metrics)
@@ -29,7 +28,7 @@ def console_table(metrics: dict[str, Any]) -> Table:
     return table
 
 
-def _keys(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _keys(metrics: RunMetrics) -> list[tuple[str, str, str]]:
     test, *others = scored_sets(metrics) or ["test"]
     show = section_of(metrics)
     keys = [("eval", test, metric) for metric in show.compared] + [("eval", name, "nll") for name in others]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raylora.ensemble.metric_table import METRICS
+from raylora.records import RunMetrics
 from raylora.report.entries import Cell, Entry, columns, entries, member_entries, scored_sets, set_names
 from raylora.report.formatting import difference, flat, number
 from raylora.report.outputs.base import section_of
@@ -32,7 +33,7 @@ class Table:
     rows: list[tuple[str, list[Text]]]
 
 
-def comparison(metrics: dict[str, Any]) -> Table | None:
+def comparison(metrics: RunMetrics) -> Table | None:
     """Everyone on every labeled set."""
     return _grouped(
         entries(metrics),
@@ -42,7 +43,7 @@ def comparison(metrics: dict[str, Any]) -> Table | None:
     )
 
 
-def scaled(metrics: dict[str, Any]) -> Table | None:
+def scaled(metrics: RunMetrics) -> Table | None:
     """The same after temperature scaling, for those that have a temperature."""
     return _grouped(
         entries(metrics),
@@ -52,7 +53,7 @@ def scaled(metrics: dict[str, Any]) -> Table | None:
     )
 
 
-def members(metrics: dict[str, Any]) -> Table | None:
+def members(metrics: RunMetrics) -> Table | None:
     """Each member on every labeled set."""
     return _grouped(
         member_entries(metrics), scored_sets(metrics), section_of(metrics).members,
@@ -60,7 +61,7 @@ def members(metrics: dict[str, Any]) -> Table | None:
     )
 
 
-def secondary(metrics: dict[str, Any]) -> Table | None:
+def secondary(metrics: RunMetrics) -> Table | None:
     """The metrics that the comparison leaves out."""
     return _grouped(
         entries(metrics),
@@ -70,7 +71,7 @@ def secondary(metrics: dict[str, Any]) -> Table | None:
     )
 
 
-def detection(metrics: dict[str, Any]) -> Table | None:
+def detection(metrics: RunMetrics) -> Table | None:
     """The AUROC of each score on each foreign set."""
     foreign = [
         name for name in set_names(metrics, "out_of_distribution") if name in metrics.get("ensemble", {}).get("ood", {})
@@ -81,7 +82,7 @@ def detection(metrics: dict[str, Any]) -> Table | None:
     )
 
 
-def shift(metrics: dict[str, Any]) -> Table | None:
+def shift(metrics: RunMetrics) -> Table | None:
     """How much each contender loses from the test set to each other labeled set."""
     test, *others = scored_sets(metrics) or [""]
     told = section_of(metrics).shifted
@@ -103,7 +104,7 @@ def _change(before: Cell | None, after: Cell | None, metric: str) -> Text:
     return Text(difference(after.value - before.value, metric), path)
 
 
-def temperatures(metrics: dict[str, Any]) -> list[str]:
+def temperatures(metrics: RunMetrics) -> list[str]:
     """Return one phrase per contender that has a fitted temperature."""
     phrases = []
     for row in entries(metrics):
@@ -114,7 +115,7 @@ def temperatures(metrics: dict[str, Any]) -> list[str]:
     return phrases
 
 
-def noises(metrics: dict[str, Any]) -> list[str]:
+def noises(metrics: RunMetrics) -> list[str]:
     """Return one phrase per contender of a regression: its noise, and how far its members differ on the test set."""
     test = (scored_sets(metrics) or [""])[0]
     phrases = []
@@ -129,15 +130,16 @@ def noises(metrics: dict[str, Any]) -> list[str]:
     return phrases
 
 
-def facts(metrics: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
+def facts(metrics: RunMetrics) -> dict[str, list[tuple[str, str]]]:
     """Return the two-column tables: what a run cost and where it ran."""
     titles = {"timing": "Time", "memory": "Memory", "parameters": "Parameters",
               "compute": "Computation", "machine": "Machine"}
-    found = {title: flat(metrics.get(key) or {}) for key, title in titles.items()}
+    known: Mapping[str, Any] = metrics
+    found = {title: flat(known.get(key) or {}) for key, title in titles.items()}
     return {title: rows for title, rows in found.items() if rows}
 
 
-def data(metrics: dict[str, Any]) -> Table | None:
+def data(metrics: RunMetrics) -> Table | None:
     """One row per data set; a column for every count that any set reports."""
     sets = metrics.get("data", [])
     known = [key for one in sets for key in one if key != "name"]

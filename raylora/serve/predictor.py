@@ -24,6 +24,7 @@ from raylora.engine.training.predict import predict
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import Record, Rows
 from raylora.errors import DataError, UsageError
+from raylora.records import GroupMetrics
 from raylora.spec import RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
@@ -33,7 +34,7 @@ class LoadedEnsemble:
 
     def __init__(
         self, spec: RunSpec, base: Base, task: Task, members: Mapping[str, Tensors],
-        layouts: Mapping[str, Any] | None = None, described: Mapping[str, Any] | None = None,
+        layouts: Mapping[str, Any] | None = None, described: GroupMetrics | None = None,
     ) -> None:
         """Take members by name; what they need but did not train is made again from their seeds.
 

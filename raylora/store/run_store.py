@@ -89,6 +89,15 @@ class RunStore:
             raise RunDirectoryError(f"{self.uri}: there is no run here", "give a run directory") from None
         return parse_spec(text, where=f"{self.uri}/spec.yaml")
 
+    def spec_in_place(self) -> RunSpec:
+        """Return the recorded spec under the name and path where the run directory now is: it may have been moved.
+
+        Raises:
+            RunDirectoryError: there is no run here.
+        """
+        parent, _, name = self.uri.rpartition("/")
+        return self.read_spec().model_copy(update={"storage_path": parent, "name": name})
+
     # --- the event log ------------------------------------------------------------------------------
     def append_event(self, event: Mapping[str, Any]) -> None:
         """Add one event to the durable log."""

@@ -25,7 +25,7 @@ Trained = Callable[[RunSpec], str]
 
 def shards_of(work: Distillation) -> dict[str, bytes]:
     """Return every file of targets by its name, manifests left out."""
-    shards = Path(work.target_job.store.uri) / "shards"
+    shards = Path(work.targets.store.uri) / "shards"
     return {file.name: file.read_bytes() for file in shards.glob("*/rows-*")}
 
 
@@ -38,11 +38,11 @@ def coordinator_memory() -> int:
 def make_targets(work: Distillation, grows_at_most: int) -> list[str]:
     """Make targets on Ray, check that the coordinator stays as small as it starts, and return the run's events."""
     seen: list[int] = []
-    facts = _start(work.target_job).join(lambda status: seen.append(coordinator_memory()))
-    assert facts == {} and work.target_job.is_done
+    facts = _start(work.targets).join(lambda status: seen.append(coordinator_memory()))
+    assert facts == {} and work.targets.is_done
     held = [size for size in seen if size]
     assert held and held[-1] - held[0] < grows_at_most, held  # it sees the names of shards, and starts workers
-    return [record["event"] for record in work.target_job.store.read_events()]
+    return [record["event"] for record in work.targets.store.read_events()]
 
 
 def test_a_student_taught_on_ray_equals_one_taught_in_process(
@@ -55,7 +55,7 @@ def test_a_student_taught_on_ray_equals_one_taught_in_process(
     in_process = distill_run(uris[0], settings, local=True)
 
     work = prepare_distillation(uris[1], settings, shard_rows=8)
-    assert len(work.target_job.shards) == 25
+    assert len(work.targets.shards) == 25
     events = make_targets(work, grows_at_most=40 * 2**20)
     assert events.count("JobFinished") == 25 and events.count("WorkerReady") >= 1  # the second may come too late
 
@@ -108,12 +108,12 @@ def test_a_language_model_taught_on_ray_equals_one_taught_in_process(
     trained(spec.model_copy(update={"storage_path": str(tmp_path / "local")}))
     launch(spec.model_copy(update={"storage_path": str(tmp_path / "ray")})).wait()
     in_process, on_ray = (prepare_distillation(uri, settings, shard_rows=16) for uri in uris)
-    run_in_process(in_process.target_job)
+    run_in_process(in_process.targets)
     events = make_targets(on_ray, grows_at_most=30 * 2**20)
-    assert events.count("JobFinished") == len(on_ray.target_job.shards) >= 4
-    assert on_ray.target_job.store.read_json("targets.json")["size_bytes"] > 60 * 2**20  # passed on, they would show
+    assert events.count("JobFinished") == len(on_ray.targets.shards) >= 4
+    assert on_ray.targets.store.read_json("targets.json")["size_bytes"] > 60 * 2**20  # passed on, they would show
     ours, theirs = shards_of(in_process), shards_of(on_ray)
-    assert ours == theirs and len(ours) == 2 * len(on_ray.target_job.shards)
+    assert ours == theirs and len(ours) == 2 * len(on_ray.targets.shards)
 
     record, same = distill_run(uris[1], settings), distill_run(uris[0], settings, local=True)
     assert record["contenders"] == same["contenders"]

@@ -24,6 +24,7 @@ from raylora.control import (
     JobFailed,
     JobFinished,
     JobInterrupted,
+    JobState,
     Phase,
     PreparationInterrupted,
     PrepareBase,
@@ -94,12 +95,12 @@ class Cluster:
             self.pending.append(WorkerLost(command.worker, "died") if fails else Aggregated())
 
     def check(self, before: State, event: Event) -> None:
-        running = [job.worker for job in self.state.jobs.values() if job.status == "running"]
+        running = [job.worker for job in self.state.jobs.values() if job.status is JobState.RUNNING]
         assert len(running) == len(set(running)), f"a worker has two jobs after {event}"
         if not isinstance(event, RunStarted):
             for name, job in before.jobs.items():
-                if job.status == "finished":
-                    assert self.state.jobs[name].status == "finished"
+                if job.status is JobState.FINISHED:
+                    assert self.state.jobs[name].status is JobState.FINISHED
 
 
 cases = st.tuples(st.integers(0, 10**6), st.floats(0, 1), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
@@ -140,7 +141,7 @@ def test_stale_and_repeated_reports_change_nothing(case: tuple[int, float, int, 
     state = cluster.state
     for name, job in state.jobs.items():
         for attempt in range(job.attempt + 3):
-            if attempt != job.attempt or job.status != "running":
+            if attempt != job.attempt or job.status is not JobState.RUNNING:
                 for event in (JobFinished(name, attempt), JobFailed(name, attempt, "x"), JobInterrupted(name, attempt)):
                     assert transition(state, event) == (state, [])
     assert transition(state, JobFinished("no-such-job", 1)) == (state, [])
@@ -163,7 +164,7 @@ def test_an_interrupted_run_ends_and_a_resume_finishes_the_rest(
         return
     assert commands[0] == StopJobs()
     for name, job in before.jobs.items():
-        if job.status == "running":
+        if job.status is JobState.RUNNING:
             state, commands = transition(state, JobInterrupted(name, job.attempt))
     assert state.phase is Phase.INTERRUPTED and commands[-1] == Finish(Phase.INTERRUPTED, "signal 15")
     assert transition(state, WorkerReady("w0")) == (state, [])
@@ -212,12 +213,12 @@ def test_a_job_is_retried_max_failures_times_and_then_fails() -> None:
 
 def test_a_fatal_failure_is_not_retried() -> None:
     state, _ = fold(start(1, max_failures=5), WorkerReady("w0"), JobFailed("job-0", 1, "bad", fatal=True))
-    assert state.phase is Phase.FAILED and state.jobs["job-0"].status == "failed"
+    assert state.phase is Phase.FAILED and state.jobs["job-0"].status is JobState.FAILED
 
 
 def test_a_lost_worker_is_restarted_and_its_job_runs_again_under_a_new_attempt() -> None:
     state, commands = fold(start(1), WorkerReady("w0"), WorkerLost("w0", "killed"))
-    assert commands == [StartWorker("w0")] and state.jobs["job-0"].status == "pending"
+    assert commands == [StartWorker("w0")] and state.jobs["job-0"].status is JobState.PENDING
     state, commands = fold(WorkerReady("w0"), state=state)
     assert commands == [RunJob("job-0", 2, "w0", ("member-0", "member-1"))]
     assert transition(state, JobFinished("job-0", 1)) == (state, [])
@@ -250,7 +251,7 @@ def test_a_worker_that_dies_forever_while_aggregating_is_given_up_after_max_fail
 def test_a_job_that_kills_its_worker_does_not_use_up_the_worker() -> None:
     state, _ = fold(start(2, min_members=2, max_failures=1), WorkerReady("w0"))
     state, _ = fold(WorkerLost("w0", "x"), WorkerReady("w0"), WorkerLost("w0", "x"), WorkerReady("w0"), state=state)
-    assert state.jobs["job-0"].status == "failed" and state.jobs["job-1"].status == "running"
+    assert state.jobs["job-0"].status is JobState.FAILED and state.jobs["job-1"].status is JobState.RUNNING
     state, _ = fold(JobFinished("job-1", 1), Aggregated(), state=state)
     assert state.phase is Phase.DEGRADED
 

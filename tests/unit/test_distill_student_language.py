@@ -58,19 +58,19 @@ def settings(source: str, **changes: Any) -> DistillSpec:
 
 def test_a_language_model_is_taught_token_by_token(teacher: str, tiny_model: Callable[[str], str]) -> None:
     work = prepare_distillation(teacher, settings(tiny_model("gpt2")), shard_rows=5)
-    run_in_process(work.target_job)
+    run_in_process(work.targets)
     for student in work.students():
         run_in_process(prepare(student))
-    targets = load_targets(work.target_job.store)
+    targets = load_targets(work.targets.store)
     assert isinstance(targets, TokenTargets) and targets.k == 64 and targets.members == (0, 1)
-    assert len(work.target_job.shards) > 2
+    assert len(work.targets.shards) > 2
     record = compare(work)
     assert record["contenders"]["student"]["eval"]["test"].keys() >= {"nll", "perplexity"}
     assert record["contenders"]["student"]["retained_score"] is None
     assert distillation_table(record).row_count == 4 and sections({"distillation": [record]})
     fewer = settings(tiny_model("gpt2"), name="fewer", loss={"kind": "topk_kl", "top_k": 8})
     other = prepare_distillation(teacher, fewer)
-    assert other.target_job.store.uri != work.target_job.store.uri
+    assert other.targets.store.uri != work.targets.store.uri
 
 
 def test_token_losses_are_means_over_each_blocks_targets(teacher: str, tiny_model: Callable[[str], str]) -> None:
@@ -78,14 +78,14 @@ def test_token_losses_are_means_over_each_blocks_targets(teacher: str, tiny_mode
     vocabulary = json.loads(Path(tiny_model("llama"), "config.json").read_text())["vocab_size"]
     loss = {"kind": "topk_kl", "top_k": vocabulary, "task_weight": weight}
     work = prepare_distillation(teacher, settings(tiny_model("llama"), loss=loss))
-    run_in_process(work.target_job)
-    session = TargetSession(work.teacher, work.target_job.store, 1, 0, work.target_job.target_job)
+    run_in_process(work.targets)
+    session = TargetSession(work.teacher, work.targets.store, 1, 0, work.targets.target_job)
     session.load()
     from raylora import registry
 
     adapter = registry.load("adapter", "lora").build(work.teacher.adapter)
     built = registry.load("loss", "topk_kl").build(work.settings.loss)
-    distillation_loss = DistillationLoss(session.session.task, built, load_targets(work.target_job.store))
+    distillation_loss = DistillationLoss(session.session.task, built, load_targets(work.targets.store))
     batch = session.session.task.collate(session.examples[:4], session.session.base.tokenizer)
     (pack,) = session.packs
     member = {name: tensor[:1] for name, tensor in pack.items()}
@@ -103,14 +103,14 @@ def test_token_losses_are_means_over_each_blocks_targets(teacher: str, tiny_mode
 def test_a_member_that_teaches_itself_has_nothing_to_learn(teacher: str, tiny_model: Callable[[str], str]) -> None:
     loss = {"kind": "topk_kl", "top_k": 64, "task_weight": 0.0}
     work = prepare_distillation(teacher, settings(tiny_model("llama"), loss=loss, teacher="single"))
-    run_in_process(work.target_job)
-    session = TargetSession(work.teacher, work.target_job.store, 1, 0, work.target_job.target_job)
+    run_in_process(work.targets)
+    session = TargetSession(work.teacher, work.targets.store, 1, 0, work.targets.target_job)
     session.load()
     from raylora import registry
 
     adapter = registry.load("adapter", "lora").build(work.teacher.adapter)
     built = registry.load("loss", "topk_kl").build(work.settings.loss)
-    distillation_loss = DistillationLoss(session.session.task, built, load_targets(work.target_job.store))
+    distillation_loss = DistillationLoss(session.session.task, built, load_targets(work.targets.store))
     batch = collate_pack(session.session.task, [session.examples[:3]], session.session.base.tokenizer)
     stacked = stack([{name: tensor[0] for name, tensor in session.packs[0].items()}])
     found = PackedModel(session.session.base, adapter, session.session.task).gradients(
@@ -137,7 +137,7 @@ def test_a_growing_transfer_set_takes_no_more_memory(
     teacher: str, tiny_model: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = prepare_distillation(teacher, settings(tiny_model("llama"), loss={"kind": "topk_kl", "top_k": 4096}))
-    apart = replace(work.target_job.target_job, packs=(("member-000",), ("member-001",)), shard_rows=4)
+    apart = replace(work.targets.target_job, packs=(("member-000",), ("member-001",)), shard_rows=4)
     logits: list[StorageWeakRef] = []
     alive: list[int] = []
 

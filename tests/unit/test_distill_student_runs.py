@@ -52,8 +52,8 @@ def teacher(make_spec: Make, trained: Callable[[RunSpec], str]) -> str:
 def carry_out(uri: str, settings: DistillSpec, on_step: Any = lambda progress: None) -> Any:
     """Do what the client does, in small shards."""
     work = prepare_distillation(uri, settings, shard_rows=SHARD_ROWS)
-    if not work.target_job.is_done:
-        run_in_process(work.target_job)
+    if not work.targets.is_done:
+        run_in_process(work.targets)
     for student in work.students():
         run(student, on_step)
     return work
@@ -86,11 +86,11 @@ def test_settings_are_no_part_of_the_teachers_identity(make_spec: Make, settings
 
 def test_targets_are_what_the_members_say(teacher: str, settings: Make) -> None:
     work = prepare_distillation(teacher, settings(), shard_rows=SHARD_ROWS)
-    assert len(work.target_job.shards) == 3 and not Path(teacher, "targets").exists()
-    facts = run_in_process(work.target_job)
+    assert len(work.targets.shards) == 3 and not Path(teacher, "targets").exists()
+    facts = run_in_process(work.targets)
     assert facts["rows"] == 40 and facts["members"] == ["member-000", "member-001"]
-    targets = load_targets(work.target_job.store)
-    session = teach.TargetSession(work.teacher, work.target_job.store, 1, 0, work.target_job.target_job)
+    targets = load_targets(work.targets.store)
+    session = teach.TargetSession(work.teacher, work.targets.store, 1, 0, work.targets.target_job)
     session.load()
     ids = [example.id for example in session.examples][::-1]
     found = targets.gather(ids, [session.content_of[i] for i in ids])
@@ -163,11 +163,11 @@ def test_every_loss_trains_a_student_that_predicts(
 def test_a_single_member_can_teach(teacher: str, settings: Make) -> None:
     both = carry_out(teacher, settings(name="both", alone=False))
     one = carry_out(teacher, settings(name="one", teacher="single", alone=False))
-    assert both.target_job.store.uri != one.target_job.store.uri
-    assert load_targets(one.target_job.store).members == (0,)
-    ids = list(load_targets(one.target_job.store).keys.ids)
-    single = load_targets(one.target_job.store).gather(ids)
-    first = load_targets(both.target_job.store).gather(ids)[:, :1]
+    assert both.targets.store.uri != one.targets.store.uri
+    assert load_targets(one.targets.store).members == (0,)
+    ids = list(load_targets(one.targets.store).keys.ids)
+    single = load_targets(one.targets.store).gather(ids)
+    first = load_targets(both.targets.store).gather(ids)[:, :1]
     torch.testing.assert_close(single, first, atol=2e-3, rtol=0)
 
 
@@ -178,7 +178,7 @@ def test_unlabeled_text_is_taught_on_and_left_to_the_teacher(teacher: str, setti
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, texts[0].upper()]))
     assert UNLABELED == losses.UNLABELED
     work = carry_out(teacher, settings(transfer={"files": str(file)}))
-    targets = load_targets(work.target_job.store)
+    targets = load_targets(work.targets.store)
     assert len(targets.keys) == 40 + 10  # a text that differs in case alone is not taught twice
     assert sum(example_id.startswith("transfer:") for example_id in targets.keys.ids) == 10
     rows = {one["name"]: one["rows"] for one in RunStore.for_spec(work.student).read_json("data.json")["sets"]}
@@ -314,8 +314,8 @@ def test_memory_is_that_of_a_fresh_process(teacher: str) -> None:
 @pytest.mark.slow  # one process per contender, and one for all
 def test_costs_are_measured_in_processes_of_their_own(teacher: str) -> None:
     both = costs.Contender("both", teacher, ("member-000", "member-001"))
-    found = costs.measure([both, costs.Contender("one", teacher, ("member-000",))])
-    assert found.keys() == {"both", "one", "measured_on"}
+    found, where = costs.measure([both, costs.Contender("one", teacher, ("member-000",))])
+    assert found.keys() == {"both", "one"} and where["rounds"] == costs.ROUNDS
     for name in ("both", "one"):
         assert found[name]["latency_ms"] > 0 and found[name]["rows_per_s"] > 0
         assert 2**26 < found[name]["peak_memory_bytes"] < 2**34

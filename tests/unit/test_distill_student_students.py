@@ -42,7 +42,7 @@ def taught(teacher: RunSpec, student: dict[str, Any], **changes: Any) -> RunSpec
     """Return the spec of a student that has been taught."""
     settings = DistillSpec.model_validate({"student": student, "costs": False, "alone": False, **changes})
     work = prepare_distillation(RunStore.for_spec(teacher).uri, settings)
-    run_in_process(work.target_job)
+    run_in_process(work.targets)
     run_in_process(prepare(work.student))
     return work.student
 

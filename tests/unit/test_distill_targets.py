@@ -182,5 +182,5 @@ def test_damaged_missing_and_foreign_files_are_refused() -> None:
             ClassificationTargets.from_files({**files, "targets.json": json.dumps({**facts, **changed}).encode()})
     with pytest.raises(StoreError, match="of format 9"):
         ClassificationTargets.from_files({**files, "targets.json": json.dumps({**facts, "format": 9}).encode()})
-    with pytest.raises(StoreError, match="holds classification targets of format 1, not regression"):
+    with pytest.raises(StoreError, match="holds classes targets of format 1, not value"):
         RegressionTargets.from_files(files)

@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from raylora.ensemble import evaluate, fit_temperature, mean_probabilities
 from raylora.ensemble.bootstrap import bootstrap_metrics, bootstrap_token_nll, interval, row_draws
-from raylora.ensemble.metrics import METRICS, draw_metrics, point_metrics, reliability_bins, score_rows
+from raylora.ensemble.metrics import CLASS_METRICS, draw_metrics, point_metrics, reliability_bins, score_rows
 from raylora.ensemble.ood import auroc, bootstrap_auroc, foreign_scores, histograms
 from raylora.errors import DataError
 
@@ -65,7 +65,7 @@ def test_resampled_metrics_equal_metrics_of_the_resampled_rows():
     fast = draw_metrics(score_rows(log_probs_NC, labels_N), draws_SN, 15)
     for s, rows in enumerate(draws_SN):
         slow = evaluate(log_probs_NC[rows], labels_N[rows])
-        assert {name: float(fast[name][s]) for name in METRICS} == pytest.approx(slow, abs=1e-12)
+        assert {name: float(fast[name][s]) for name in CLASS_METRICS} == pytest.approx(slow, abs=1e-12)
 
 
 def test_rows_that_are_not_distributions_are_refused():
@@ -81,7 +81,7 @@ def test_bootstrap_is_seeded_chunk_free_and_covers_the_point(monkeypatch):
     logits_MNC, labels_N = fake_logits(3, 300, 4, seed=2)
     scores = score_rows(mean_probabilities(logits_MNC), labels_N)
     first, again = (bootstrap_metrics(scores, 15, 200, seed=3) for _ in range(2))
-    assert all(torch.equal(first[name], again[name]) for name in METRICS)
+    assert all(torch.equal(first[name], again[name]) for name in CLASS_METRICS)
     assert not torch.equal(first["nll"], bootstrap_metrics(scores, 15, 200, seed=4)["nll"])
     monkeypatch.setattr("raylora.ensemble.bootstrap.CHUNK", 900)
     assert torch.equal(first["nll"], bootstrap_metrics(scores, 15, 200, seed=3)["nll"])

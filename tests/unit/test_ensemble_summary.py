@@ -168,7 +168,7 @@ def test_groups_that_cannot_be_compared_are_refused():
         summarize({"ensemble": [replace(group[1], labels_N=None)]}, FEW)
     with pytest.raises(DataError, match="twice"):
         summarize({"ensemble": [group[1], group[1]]}, FEW)
-    with pytest.raises(SpecError, match="unknown aggregate"):
+    with pytest.raises(SpecError, match="median cannot aggregate predictions of classes"):
         summarize({"ensemble": group}, FEW, "median")
 
 
@@ -199,7 +199,7 @@ def test_language_modeling_keeps_jensen_and_has_intervals():
     assert found["m_curve"]["shifted"][-1]["perplexity"] == pytest.approx(
         found["ensemble"]["eval"]["shifted"]["perplexity"]
     )
-    with pytest.raises(SpecError, match="whole vocabulary"):
+    with pytest.raises(SpecError, match="mean_logits cannot aggregate predictions of tokens"):
         summarize({"ensemble": fake_language_group(2)}, FEW, "mean_logits")
 
 

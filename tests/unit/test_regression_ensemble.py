@@ -19,7 +19,7 @@ from raylora.ensemble import Predictions, summarize
 from raylora.ensemble.bootstrap import row_draws
 from raylora.ensemble.gaussian import FLOOR, coverage, epistemic_std, fit_noise, mixture_nll, total_std
 from raylora.ensemble.outputs.value import ValuePredictions, pairwise_kl
-from raylora.ensemble.regression_metrics import METRICS, draw_metrics, point_metrics, score_values
+from raylora.ensemble.regression_metrics import VALUE_METRICS, draw_metrics, point_metrics, score_values
 from raylora.errors import DataError, SpecError
 from raylora.spec.run import EvaluationSpec
 
@@ -60,7 +60,7 @@ def test_metrics_are_those_of_the_libraries() -> None:
     real_MN, labels_N = fake()
     value_N, label_N = real_MN.double().mean(0), labels_N.double()
     found = point_metrics(score_values(real_MN, labels_N, 0.7))
-    assert list(found) == list(METRICS)
+    assert list(found) == list(VALUE_METRICS)
     assert found["rmse"] == pytest.approx(float(tm.mean_squared_error(value_N, label_N, squared=False)), rel=1e-12)
     assert found["mae"] == pytest.approx(float(tm.mean_absolute_error(value_N, label_N)), rel=1e-12)
     assert found["r2"] == pytest.approx(float(tm.r2_score(value_N, label_N)), rel=1e-12)
@@ -114,7 +114,7 @@ def test_a_resample_is_scored_as_if_it_were_a_set() -> None:
     drawn = draw_metrics(scores, draws_SN)
     for s, draw_N in enumerate(draws_SN):
         alone = point_metrics(score_values(real_MN[:, draw_N], labels_N[draw_N], 0.7))
-        assert {key: float(drawn[key][s]) for key in METRICS} == pytest.approx(alone, rel=1e-10)
+        assert {key: float(drawn[key][s]) for key in VALUE_METRICS} == pytest.approx(alone, rel=1e-10)
 
 
 def test_shuffling_rows_changes_nothing_and_shuffling_members_next_to_nothing() -> None:
@@ -151,7 +151,7 @@ def test_the_summary_is_json_with_the_parts_of_every_other(summary: dict[str, An
                              "baselines", "gains", "m_curve", "pairwise_kl", "plots"]
     assert summary["output"] == "value" and set(summary["baselines"]) == {"single", "mc_dropout"}
     tested = summary["ensemble"]["eval"]["test"]
-    assert set(tested["intervals"]) == set(METRICS)
+    assert set(tested["intervals"]) == set(VALUE_METRICS)
     assert all(low <= tested[key] <= high for key, (low, high) in tested["intervals"].items())
     assert len(summary["pairwise_kl"]["foreign"]) == 5
 
@@ -169,7 +169,7 @@ def test_the_ensemble_is_the_mean_with_a_noise_of_its_own(summary: dict[str, Any
     noise = fit_noise(validation.values, validation.labels())
     assert summary["ensemble"]["noise_std"] == noise.std
     expected = point_metrics(score_values(test.values, test.labels(), noise.std))
-    assert {key: summary["ensemble"]["eval"]["test"][key] for key in METRICS} == expected
+    assert {key: summary["ensemble"]["eval"]["test"][key] for key in VALUE_METRICS} == expected
     single, first = summary["baselines"]["single"], summary["members"][0]
     assert single["eval"]["test"]["nll"] == first["eval"]["test"]["nll"] and single["noise_std"] > noise.std
     assert single["eval"]["test"]["epistemic_std"] == 0
@@ -230,7 +230,7 @@ def test_one_member_equals_the_single_and_gains_nothing() -> None:
 
 def test_what_cannot_be_summarized_is_refused() -> None:
     group = group_of(2)
-    with pytest.raises(SpecError, match="mean_logits is for classes"):
+    with pytest.raises(SpecError, match="mean_logits cannot aggregate predictions of value"):
         summarize({"ensemble": group}, FEW, "mean_logits")
     with pytest.raises(DataError, match="fitted on a validation set"):
         summarize({"ensemble": group[1:]}, FEW)

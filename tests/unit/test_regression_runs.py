@@ -134,7 +134,7 @@ def test_other_adapters_and_baselines_work_untouched(make: Make, adapter: dict[s
     ({"ensemble__regularizers": {"early_stopping": {"metric": "accuracy"}}}, "regression has no accuracy.*nll or rmse"),
     ({"ensemble__regularizers": {"early_stopping": {"metric": "ece"}}}, "regression has no ece"),
     ({"ensemble__regularizers": {"kl": {"beta": 0.1}}}, "regularizers.kl: .* one value, not a distribution"),
-    ({"ensemble__aggregate": "mean_logits"}, "aggregate: regression predicts value, which mean_logits cannot"),
+    ({"ensemble__aggregate": "mean_logits"}, "aggregate: mean_logits cannot aggregate predictions of value"),
 ])
 def test_what_means_nothing_for_a_value_is_refused_before_anything(
     make: Make, changes: dict[str, Any], says: str, tmp_path: Path
@@ -185,8 +185,8 @@ def test_an_ensemble_teaches_values_and_the_share_kept_is_one_of_correlation(
     uri = RunStore.for_spec(spec).uri
     taught = settings(transfer={"files": str(more)}, alone=True)
     work = prepare_distillation(uri, taught, shard_rows=16)
-    run_in_process(work.target_job)
-    targets = load_targets(work.target_job.store)
+    run_in_process(work.targets)
+    targets = load_targets(work.targets.store)
     assert isinstance(targets, RegressionTargets) and targets.values.shape == (45, 2)
     assert targets.values.dtype == torch.float32 and targets.rounding_error == 0
     for student in work.students():
@@ -199,8 +199,8 @@ def test_an_ensemble_teaches_values_and_the_share_kept_is_one_of_correlation(
         assert row["retained_score"] == share
     assert record == json.loads(json.dumps(work.store.read_json("distillation/student.json"), allow_nan=False))
     one = prepare_distillation(uri, settings(name="one", teacher="single"))
-    run_in_process(one.target_job)
-    single = load_targets(one.target_job.store)
+    run_in_process(one.targets)
+    single = load_targets(one.targets.store)
     ids = list(single.keys.ids)
     assert single.members == (0,)
     torch.testing.assert_close(single.gather(ids), targets.gather(ids)[:, :1], atol=1e-5, rtol=0)
@@ -217,7 +217,7 @@ def test_a_resumed_student_is_bit_equal(make: Make, settings: Make) -> None:
     run(spec)
     uri = RunStore.for_spec(spec).uri
     whole = prepare_distillation(uri, settings(name="whole"))
-    run_in_process(whole.target_job)
+    run_in_process(whole.targets)
     run_in_process(prepare(whole.student))
     broken = prepare_distillation(uri, settings(name="broken"))
     with pytest.raises(Interrupted):

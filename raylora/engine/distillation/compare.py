@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 from raylora.engine.distillation.costs import Contender, measure
 from raylora.engine.distillation.plan import Distillation
@@ -10,12 +11,21 @@ from raylora.engine.distillation.target_job import FACTS
 from raylora.engine.run.finished_members import finished_members
 from raylora.engine.training.distillation_loss import task_of
 from raylora.ensemble.outputs import output_of
+from raylora.records import (
+    ContenderMetrics,
+    Contenders,
+    Description,
+    DistillationRecord,
+    Parameters,
+    RunMetrics,
+    TargetFacts,
+)
 from raylora.store.run_store import RunStore
 
 FOLDER = "distillation"
 
 
-def compare(work: Distillation) -> dict[str, Any]:
+def compare(work: Distillation) -> DistillationRecord:
     """Return the comparison, and write it below ``distillation`` in the teacher's run.
 
     Raises:
@@ -23,7 +33,7 @@ def compare(work: Distillation) -> dict[str, Any]:
     """
     student, output = RunStore.for_spec(work.student), output_of(task_of(work.teacher).output)
     members, one = finished_members(work.store), finished_members(work.store)[:1]
-    rows = {
+    rows: Contenders = {
         "teacher": _row(f"Teacher: ensemble of {len(members)}", work.store, "ensemble", len(members)),
         "single": _row("Teacher's member 0", work.store, "single", 1),
         "student": _row(f"Student ({work.settings.loss.kind})", student, "ensemble", work.settings.student.members),
@@ -32,46 +42,45 @@ def compare(work: Distillation) -> dict[str, Any]:
         rows["alone"] = _row(
             "Student without a teacher", RunStore.for_spec(work.alone), "ensemble", work.settings.student.members
         )
-    record: dict[str, Any] = {
+    record: DistillationRecord = {
         "name": work.settings.name, "taught_by": work.settings.teacher, "targets": _targets(work), "contenders": rows,
     }
     if work.settings.costs:
-        measured = measure([
+        measured, where = measure([
             Contender("teacher", work.store.uri, tuple(members)), Contender("single", work.store.uri, tuple(one)),
             Contender("student", student.uri, tuple(finished_members(student))),
         ])
-        record["measured_on"] = measured.pop("measured_on")
-        for name, costs in measured.items():
-            rows[name] |= costs
-        if "alone" in rows:  # the same model: its costs are the student's
-            rows["alone"] |= measured["student"]
+        record["measured_on"] = where
+        for name, row in rows.items():  # alone is the same model: its costs are the student's
+            row.update(cast(ContenderMetrics, measured["student" if name == "alone" else name]))
     record["output"] = output.name
     record["retained_metric"] = _retained(rows, output.retained)
     work.store.write_json(f"{FOLDER}/{work.settings.name}.json", record)
     return record
 
 
-def _retained(rows: dict[str, dict[str, Any]], metric: str | None) -> str | None:
+def _retained(rows: Contenders, metric: str | None) -> str | None:
     """Add to every contender its share of the teacher's score, and return the metric; some outputs have none."""
-    taught = rows["teacher"]["eval"]["test"]
+    taught: Mapping[str, Any] = rows["teacher"]["eval"]["test"]
     for row in rows.values():
-        own, whole = (one.get(metric) if metric else None for one in (row["eval"]["test"], taught))
+        said: Mapping[str, Any] = row["eval"]["test"]
+        own, whole = (one.get(metric) if metric else None for one in (said, taught))
         # A teacher whose values do not rise with the labels has nothing of which there could be a share.
         row["retained_score"] = own / whole if own is not None and whole is not None and whole > 0 else None
     return metric
 
 
-def distillations(store: RunStore) -> list[dict[str, Any]]:
+def distillations(store: RunStore) -> list[DistillationRecord]:
     """Return every comparison that a run has been through, by name."""
     names = [name for name in store.storage.list(FOLDER) if name.endswith(".json")]
     return [store.read_json(f"{FOLDER}/{name}") for name in names]
 
 
-def _row(label: str, store: RunStore, group: str, members: int) -> dict[str, Any]:
+def _row(label: str, store: RunStore, group: str, members: int) -> ContenderMetrics:
     """Return one contender: its metrics on the run's sets, and its parameters."""
-    metrics = store.read_json("metrics.json")
+    metrics: RunMetrics = store.read_json("metrics.json")
     # As a baseline member 0 has intervals; baselines may be off in the spec, but it is measured in any case.
-    single = metrics.get("baselines", {}).get("single") or metrics["members"][0]
+    single: Description = metrics.get("baselines", {}).get("single") or metrics["members"][0]
     found = metrics["ensemble"] if group == "ensemble" else single
     counts = metrics["parameters"]
     return {
@@ -83,7 +92,7 @@ def _row(label: str, store: RunStore, group: str, members: int) -> dict[str, Any
     }
 
 
-def _in_use(counts: dict[str, int], members: int) -> int:
+def _in_use(counts: Parameters, members: int) -> int:
     """Return the numbers that members together need to predict."""
     own = counts["per_member_trainable"]
     if own >= counts["base"]:  # a fully fine-tuned member uses nothing of the base
@@ -92,7 +101,7 @@ def _in_use(counts: dict[str, int], members: int) -> int:
     return counts["base"] - counts.get("head", 0) + members * own
 
 
-def _targets(work: Distillation) -> dict[str, Any]:
-    facts = work.target_job.store.read_json(FACTS)
+def _targets(work: Distillation) -> TargetFacts:
+    facts = work.targets.store.read_json(FACTS)
     shown = ("rows", "members", "tokens", "positions", "size_bytes", "rounding_error", "made_s")
-    return {key: facts[key] for key in shown if facts.get(key) is not None}
+    return cast(TargetFacts, {key: facts[key] for key in shown if facts.get(key) is not None})

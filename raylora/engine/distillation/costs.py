@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from raylora.errors import RayloraError
+from raylora.records import Costs, MeasuredOn
 
 BATCH_ROWS = 64
 TEXT_ROWS = 8
@@ -35,8 +36,8 @@ class Contender:
     members: tuple[str, ...]
 
 
-def measure(contenders: Sequence[Contender]) -> dict[str, Any]:
-    """Return by name ``latency_ms`` (one row), ``rows_per_s`` (batches), ``peak_memory_bytes``, and where.
+def measure(contenders: Sequence[Contender]) -> tuple[dict[str, Costs], MeasuredOn]:
+    """Return by name ``latency_ms`` (one row), ``rows_per_s`` (batches), ``peak_memory_bytes``; and where that was.
 
     Peak memory is of a fresh process that loads one contender and predicts one batch, libraries included; on a GPU
     it is the device's. Speeds are medians of rounds in which all take turns in one process.
@@ -45,10 +46,11 @@ def measure(contenders: Sequence[Contender]) -> dict[str, Any]:
         RayloraError: a process failed; the message is its last line.
     """
     timed = _in_process(contenders, "speed")
-    found: dict[str, Any] = {"measured_on": timed.pop("measured_on")}
+    where: MeasuredOn = timed.pop("measured_on")
+    found: dict[str, Costs] = {}
     for one in contenders:
-        found[one.name] = {**timed[one.name], **_in_process([one], "memory")}
-    return found
+        found[one.name] = cast(Costs, {**timed[one.name], **_in_process([one], "memory")})
+    return found, where
 
 
 def _in_process(contenders: Sequence[Contender], what: str) -> dict[str, Any]:
@@ -136,7 +138,7 @@ def _interleaved(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def _memory(contender: Contender) -> dict[str, Any]:
+def _memory(contender: Contender) -> Costs:
     import torch
 
     loaded = _Loaded(contender)

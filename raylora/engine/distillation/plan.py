@@ -45,7 +45,7 @@ class Distillation:
     store: RunStore
     """Of the teacher."""
     teacher: RunSpec
-    target_job: TargetPlan
+    targets: TargetPlan
     student: RunSpec
     alone: RunSpec | None
     """The same student without a teacher."""
@@ -64,7 +64,7 @@ def prepare_distillation(
         UsageError: with what is wrong and how to mend it; nothing was started or written.
     """
     store = RunStore(run)
-    spec = spec_in_place(store)
+    spec = store.spec_in_place()
     check_finished(store)
     task = task_of(spec)
     _check_task(settings, task)
@@ -111,12 +111,6 @@ def check_ahead(spec: RunSpec, inventory: Inventory | None = None) -> None:
     if _tokens(settings) is not None:
         check_tokenizers(spec, student, task)
     prepare(student, inventory)
-
-
-def spec_in_place(store: RunStore) -> RunSpec:
-    """Return the spec of a run directory under the name and path where it now is. Raises: RunDirectoryError."""
-    parent, _, name = store.uri.rpartition("/")
-    return store.read_spec().model_copy(update={"storage_path": parent, "name": name})
 
 
 def is_finished(store: RunStore) -> bool:

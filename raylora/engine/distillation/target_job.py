@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -35,6 +35,7 @@ from raylora.engine.training.predict import OnRows, predict
 from raylora.errors import Interrupted, StoreError
 from raylora.placement.plan import Plan
 from raylora.progress import Activity, OnProgress, RowCounter
+from raylora.records import TargetFacts
 from raylora.spec import RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
@@ -203,16 +204,16 @@ class TargetSession:
                 report(number, len(examples))
         return files
 
-    def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:
+    def aggregate(self, units: Sequence[str], started_at: float) -> TargetFacts:
         """Check every shard, one at a time, and declare the targets done. Raises: StoreError for a damaged one."""
         shards = [self._check_shard(name) for name in units]
-        facts = {**self.store.read_json(FACTS), "made_s": time.time() - started_at, "done": True}
+        facts: dict[str, Any] = {**self.store.read_json(FACTS), "made_s": time.time() - started_at, "done": True}
         if sum(one.pop("rows") for one in shards) != facts["rows"]:
             raise StoreError(f"{self.store.uri}: the shards do not add up to {facts['rows']} rows", "delete the folder")
         for key in shards[0]:
             facts[key] = (max if key == "rounding_error" else sum)(one[key] for one in shards)
         self.store.write_json(FACTS, facts)
-        return facts
+        return cast(TargetFacts, facts)
 
     def _check_shard(self, name: str) -> dict[str, Any]:
         """Return a committed shard's rows and bytes, and of logits the rounding error, of tokens the positions."""

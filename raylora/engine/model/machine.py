@@ -6,12 +6,13 @@ import os
 import platform
 import resource
 import sys
-from typing import Any
 
 import torch
 
+from raylora.records import Machine
 
-def machine() -> dict[str, Any]:
+
+def machine() -> Machine:
     """Return what kind of machine this is, without its name."""
     return {
         "system": platform.system(),

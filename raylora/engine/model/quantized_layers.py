@@ -15,6 +15,7 @@ from raylora.engine.model.serialization import from_bytes
 from raylora.errors import BaseError
 from raylora.quant.linear import QuantizedLinear
 from raylora.quant.quantized import Quantized
+from raylora.records import PreparationSummary
 from raylora.spec import GridSpec
 from raylora.store.run_store import RunStore
 
@@ -67,7 +68,7 @@ def all_layers(store: RunStore, spec: GridSpec) -> Iterator[list[Solved]]:
         yield solved_layers(store, block, spec)
 
 
-def summary_of(store: RunStore) -> dict[str, Any]:
+def summary_of(store: RunStore) -> PreparationSummary:
     """Return what is recorded of a prepared base: sizes, errors per layer, perplexities, time and memory.
 
     Raises:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ from raylora.engine.quantization.prepared_base import identity_of, store_of, wei
 from raylora.errors import BaseError, Interrupted, RunDirectoryError
 from raylora.progress import BlockDone, OnBlock
 from raylora.quant.gram import Gram
+from raylora.records import LayerErrors, PreparationSummary
 from raylora.spec import BaseSpec, RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
@@ -100,7 +101,7 @@ def open_base(
 def ensure_prepared(
     spec: BaseSpec, task: Task, base: PreparedBase, device: torch.device, solve: Solve = solve_here,
     report: OnBlock = lambda done: None, should_stop: Callable[[], int] = lambda: 0,
-) -> dict[str, Any]:
+) -> PreparationSummary:
     """Prepare a base unless it is there already; if another process is at it, wait for that one. Return its summary.
 
     Raises:
@@ -226,7 +227,7 @@ class _Preparation:
         pair_bytes = sum(each.nbytes for layer in self.layers for each in layer.pair or ())
         weights = sum(math.prod(layer.quantized.shape) for layer in self.layers)
         calibration = self.calibration
-        summary = {
+        summary: PreparationSummary = {
             "blocks": len(blocks),
             "linears": len(self.layers),
             "weights": weights,
@@ -244,8 +245,10 @@ class _Preparation:
             "peak_rss_bytes": peak_memory_bytes(),
             "compute_dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
-            "layers": [{"name": layer.name, "shape": list(layer.quantized.shape), **layer.errors}
-                       for layer in self.layers],
+            "layers": [
+                cast(LayerErrors, {"name": layer.name, "shape": list(layer.quantized.shape), **layer.errors})
+                for layer in self.layers
+            ],
         }
         self.store.commit_result(SUMMARY, {"summary.json": json.dumps(summary, indent=1).encode()})
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from raylora.placement.plan import Plan
 from raylora.progress import BlockDone, Progress
 from raylora.spec.run import RunSpec
 from raylora.store.run_store import RunStore
+
+Metrics = TypeVar("Metrics", bound=Mapping[str, Any])
 
 
 class Work(Protocol):
@@ -55,7 +57,7 @@ class Work(Protocol):
 
 def run_in_process(
     prepared: Work, on_status: OnStatus = lambda status: None,
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Train, evaluate and aggregate a prepared run (or make targets), job after job, and return its metrics.
 
     ``on_status`` is told after every event, step and batch of rows: whoever shows it decides how often.
@@ -80,11 +82,11 @@ class _Driver:
         self.board = StatusBoard(prepared.spec.run_name())
         self.signal_number = 0
         self.session: Session | None = None
-        self.metrics: dict[str, Any] = {}
+        self.metrics: Mapping[str, Any] = {}
         self.error: BaseException | None = None
         self.state = control.replay(control.from_record(r) for r in self.store.read_events())
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Mapping[str, Any]:
         with signals_handled_by(self._interrupted):
             queue: list[control.Event] = [self.prepared.start_event(["worker-0"])]
             while queue:
@@ -171,8 +173,8 @@ class _Driver:
 
 
 def conclude(
-    state: control.State, metrics: dict[str, Any], uri: str, error: BaseException | None = None
-) -> dict[str, Any]:
+    state: control.State, metrics: Metrics, uri: str, error: BaseException | None = None
+) -> Metrics:
     """Return the metrics of a run that ended well, and raise what a run that did not ends with.
 
     Raises:

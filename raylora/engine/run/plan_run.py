@@ -27,8 +27,8 @@ from raylora.engine.run.tracking import check_trackers
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import (
-    MEMBER,
     MemberPlan,
+    PlanRole,
     check_baselines,
     check_weights,
     member_plans_of,
@@ -37,8 +37,10 @@ from raylora.engine.training.member_plan import (
 )
 from raylora.engine.training.schedule import total_steps
 from raylora.ensemble.outputs import output_of
+from raylora.ensemble.outputs.base import check_rule
 from raylora.errors import BaseError, RunDirectoryError, SpecError
 from raylora.placement.plan import Demand, Inventory, Plan, make_plan
+from raylora.records import DataRecord
 from raylora.spec import RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
@@ -81,7 +83,7 @@ class Prepared:
         return control.RunStarted(
             jobs=self.plan.jobs(),
             workers=workers,
-            required=[unit.name for unit in self.units if unit.role == MEMBER],
+            required=[unit.name for unit in self.units if unit.role is PlanRole.MEMBER],
             min_members=ensemble.min_members or ensemble.members,
             max_failures=self.spec.checkpointing.max_failures,
             prepare_base=self.base is not None and not self.base.is_ready,
@@ -191,7 +193,7 @@ def local_inventory() -> Inventory:
     return Inventory(cpus=cpus, gpus=gpus, memory_bytes=int(memory))
 
 
-def data_record(sets: DataSets) -> dict[str, Any]:
+def data_record(sets: DataSets) -> DataRecord:
     """Return what is remembered of the data: its hash, to refuse other data on resume, and the counts."""
     roles = {name: "in_distribution" for name in sets.in_distribution}
     roles |= {name: "out_of_distribution" for name in sets.out_of_distribution}
@@ -237,11 +239,7 @@ def _check_task(spec: RunSpec, task: Task) -> None:
             "base's, and the base's own head is not trained",
             "use early_stopping, decay_a, decay_b or decay_head",
         )
-    if spec.ensemble.aggregate not in output.rules:
-        raise SpecError(
-            f"ensemble.aggregate: {kind} predicts {output.name}, which {spec.ensemble.aggregate} cannot aggregate",
-            f"use {' or '.join(output.rules)}",
-        )
+    check_rule(output, spec.ensemble.aggregate)
 
 
 def _base_bytes(shell: Any, spec: RunSpec, heads: Sequence[str]) -> int:

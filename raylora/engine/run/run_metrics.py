@@ -6,14 +6,15 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 from raylora.engine.model import serialization
 from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
-from raylora.engine.training.member_plan import LAST_LAYER, MC_DROPOUT, MEMBER, member_plans_of
+from raylora.engine.training.member_plan import PlanRole, member_plans_of
 from raylora.ensemble.predictions import Predictions
 from raylora.ensemble.summary import summarize
+from raylora.records import Compute, HistoryRow, JobTiming, RunMetrics, Timing
 from raylora.spec import RunSpec, dump_spec
 from raylora.store.run_store import RunStore
 
@@ -23,29 +24,29 @@ _PACKAGES = (
 )
 
 
-def aggregate(spec: RunSpec, store: RunStore, finished: Sequence[str], started_at: float) -> dict[str, Any]:
+def aggregate(spec: RunSpec, store: RunStore, finished: Sequence[str], started_at: float) -> RunMetrics:
     """Combine the finished units' predictions, write ``metrics.json`` and return it.
 
     Raises:
         StoreError: a prediction is missing or damaged.
     """
     roles = {plan.name: plan.role for plan in member_plans_of(spec)}
-    members = [name for name in finished if roles[name] == MEMBER]
+    members = [name for name in finished if roles[name] is PlanRole.MEMBER]
     groups = {"ensemble": _group(store, members)}
-    dropped = [name for name in finished if roles[name] == MC_DROPOUT]
-    heads = [name for name in finished if roles[name] == LAST_LAYER]
+    dropped = [name for name in finished if roles[name] is PlanRole.MC_DROPOUT]
+    heads = [name for name in finished if roles[name] is PlanRole.LAST_LAYER]
     if dropped:
         groups["mc_dropout"] = _group(store, dropped)
     if heads:
         groups["last_layer"] = _group(store, heads)
     if store.has_result("predictions/checkpoints"):
         groups["checkpoints"] = _group(store, ["checkpoints"])
-    metrics = summarize(groups, spec.evaluation, spec.ensemble.aggregate, seed=spec.data.seed)
+    summary = summarize(groups, spec.evaluation, spec.ensemble.aggregate, seed=spec.data.seed)
     if not spec.baselines.single:
-        metrics["baselines"].pop("single", None)
-    for entry, name in zip(metrics["members"], members, strict=True):
+        summary["baselines"].pop("single", None)
+    for entry, name in zip(summary["members"], members, strict=True):
         entry["name"] = name
-    metrics |= _facts(spec, store, members, started_at)
+    metrics: RunMetrics = {**summary, **_facts(spec, store, members, started_at)}
     store.write_json("metrics.json", metrics)
     return metrics
 
@@ -55,11 +56,11 @@ def _group(store: RunStore, names: Sequence[str]) -> list[Predictions]:
     return serialization.join_members(parts)
 
 
-def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: float) -> dict[str, Any]:
-    jobs = [store.read_json(f"timing/{name}") for name in store.storage.list("timing")]
+def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: float) -> RunMetrics:
+    jobs: list[JobTiming] = [store.read_json(f"timing/{name}") for name in store.storage.list("timing")]
     asked = spec.ensemble.members
     histories = {name: _history(store, name) for name in members}
-    return {
+    facts: RunMetrics = {
         "run": {
             "name": spec.run_name(),
             "digest": spec.digest(),
@@ -88,18 +89,28 @@ def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: f
             "head": max((job.get("head_parameters", 0) for job in jobs), default=0),
             "per_member_trainable": max((job["member_parameters"] for job in jobs), default=0),
         },
-        "compute": {key: jobs[0][key] for key in ("compute_dtype", "device", "threads")} if jobs else {},
+        "compute": _compute(jobs),
         "data": (store.read_json("data.json") or {}).get("sets", []),
         "training": histories,
-        **({"preparation": summary_of(prepared)} if (prepared := prepared_store(store)) is not None else {}),
     }
+    prepared = prepared_store(store)
+    if prepared is not None:
+        facts["preparation"] = summary_of(prepared)
+    return facts
 
 
-def _history(store: RunStore, name: str) -> list[dict[str, float]]:
+def _compute(jobs: Sequence[JobTiming]) -> Compute:
+    if not jobs:
+        return {}
+    first = jobs[0]
+    return {"compute_dtype": first["compute_dtype"], "device": first["device"], "threads": first["threads"]}
+
+
+def _history(store: RunStore, name: str) -> list[HistoryRow]:
     return serialization.json.loads(store.load_result(f"members/{name}")["member.json"])["history"]
 
 
-def _timing(jobs: Sequence[dict[str, Any]], started_at: float) -> dict[str, float]:
+def _timing(jobs: Sequence[JobTiming], started_at: float) -> Timing:
     train_s = sum(job["train_s"] for job in jobs)
     return {
         "total_s": time.time() - started_at,
@@ -111,7 +122,7 @@ def _timing(jobs: Sequence[dict[str, Any]], started_at: float) -> dict[str, floa
     }
 
 
-def _peaks(jobs: Sequence[dict[str, Any]], key: str) -> list[int]:
+def _peaks(jobs: Sequence[JobTiming], key: Literal["peak_rss_bytes", "peak_device_bytes"]) -> list[int]:
     """Return one peak per worker process: its jobs ran one after another and a peak only grows."""
     peaks: dict[int, int] = {}
     for job in jobs:

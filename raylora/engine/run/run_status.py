@@ -16,7 +16,7 @@ class JobStatus:
     """One job of a run: whom it trains, or which rows it makes targets of."""
 
     units: list[str]
-    status: str
+    status: control.JobState
     attempt: int
     failures: int
     progress: Progress | None = None
@@ -40,7 +40,7 @@ class RunStatus:
     reason: str
     started_at: float
     updated_at: float
-    workers: dict[str, str] = field(default_factory=dict)
+    workers: dict[str, control.WorkerState] = field(default_factory=dict)
     preparation: BlockDone | None = None
     jobs: dict[str, JobStatus] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -59,6 +59,7 @@ class RunStatus:
         return cls(**{
             **record,
             "phase": control.Phase(record["phase"]),
+            "workers": {name: control.WorkerState(state) for name, state in record["workers"].items()},
             "preparation": BlockDone(**preparation) if preparation else None,
             "jobs": {name: _job_of(job) for name, job in record["jobs"].items()},
         })
@@ -93,12 +94,12 @@ class StatusBoard:
 
 def _job_of(record: Mapping[str, Any]) -> JobStatus:
     progress = record["progress"]
-    if progress is None:
-        return JobStatus(**record)
-    return JobStatus(**{**record, "progress": Progress(**{**progress, "activity": Activity(progress["activity"])})})
+    if progress is not None:
+        progress = Progress(**{**progress, "activity": Activity(progress["activity"])})
+    return JobStatus(**{**record, "status": control.JobState(record["status"]), "progress": progress})
 
 
-def _eta_s(jobs: Mapping[str, JobStatus], workers: Mapping[str, str]) -> float | None:
+def _eta_s(jobs: Mapping[str, JobStatus], workers: Mapping[str, control.WorkerState]) -> float | None:
     """Estimate what is left of the jobs' main part: what is still to do, at the pace seen, over the busy workers."""
     seen = [
         job.progress for job in jobs.values()
@@ -108,8 +109,8 @@ def _eta_s(jobs: Mapping[str, JobStatus], workers: Mapping[str, str]) -> float |
         return None
     pace_s = sum(p.seconds for p in seen) / sum(p.new for p in seen)
     total = max(p.total for p in seen)
-    left = sum(_left(job, total) for job in jobs.values() if job.status in ("pending", "running"))
-    return left * pace_s / max(1, sum(status == "busy" for status in workers.values()))
+    left = sum(_left(job, total) for job in jobs.values() if job.status.open)
+    return left * pace_s / max(1, sum(state is control.WorkerState.BUSY for state in workers.values()))
 
 
 def _left(job: JobStatus, total: int) -> int:

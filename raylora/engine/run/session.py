@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,7 @@ from raylora.engine.run.run_metrics import aggregate
 from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
 from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, task_of
 from raylora.engine.training.inputs import sets_of
-from raylora.engine.training.member_plan import LAST_LAYER, MC_DROPOUT, MEMBER, MemberPlan, member_plans_of
+from raylora.engine.training.member_plan import MemberPlan, PlanRole, member_plans_of
 from raylora.engine.training.member_state import MemberState, SavedState
 from raylora.engine.training.optimizer import start_deepspeed
 from raylora.engine.training.predict import predict_set
@@ -36,6 +36,7 @@ from raylora.engine.training.trainer import PackTrainer, TrainingSettings
 from raylora.ensemble.predictions import Predictions, Role
 from raylora.errors import Interrupted, RunDirectoryError, StoreError
 from raylora.progress import Activity, OnProgress, Progress, RowCounter
+from raylora.records import JobTiming, RunMetrics
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
@@ -55,7 +56,7 @@ class Session(Protocol):
     ) -> dict[str, str]:
         """Do and commit the units of a job; return those that failed. Raises: Interrupted."""
 
-    def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:
+    def aggregate(self, units: Sequence[str], started_at: float) -> Mapping[str, Any]:
         """Put the finished units together. Raises: StoreError for a damaged one."""
 
 
@@ -145,7 +146,7 @@ class TrainingSession:
         logger.info("%s: trained in %.1f s", job, trained_s)
         evaluate_s = self._evaluate(model, done, report, should_stop)
         logger.info("%s: evaluated in %.1f s", job, evaluate_s)
-        self.store.write_json(f"timing/{job}.json", {
+        self.store.write_json(f"timing/{job}.json", JobTiming({
             "units": [t.plan.name for t in done],
             "train_s": trained_s,
             "evaluate_s": evaluate_s,
@@ -162,10 +163,10 @@ class TrainingSession:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "pid": os.getpid(),
-        })
+        }))
         return {t.plan.name: t.failure for t in trainer.states if t.failure}
 
-    def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:
+    def aggregate(self, units: Sequence[str], started_at: float) -> RunMetrics:
         """Combine the finished units' predictions into the run's metrics. Raises: StoreError for a damaged one."""
         metrics = aggregate(self.spec, self.store, units, started_at)
         track_results(self.spec, self.store, metrics)
@@ -213,7 +214,7 @@ class TrainingSession:
             self._evaluate_snapshots(model, done[0].frozen_tensors, report, should_stop)
         members = [state.result() for state in done]
         whole = [{**tensors, **state.frozen_tensors} for tensors, state in zip(members, done, strict=True)]
-        if done[0].plan.role == MC_DROPOUT:
+        if done[0].plan.role is PlanRole.MC_DROPOUT:
             assert self.spec.baselines.mc_dropout is not None
             passes = self.spec.baselines.mc_dropout.passes
             seeds = [done[0].plan.stream("pass", number) for number in range(passes)]
@@ -300,7 +301,7 @@ class _Meter:
 
 def folder_of(plan: MemberPlan) -> str:
     """Return where a unit's result lies in the run directory."""
-    return f"members/{plan.name}" if plan.role == MEMBER else f"baselines/{plan.name}"
+    return f"members/{plan.name}" if plan.role is PlanRole.MEMBER else f"baselines/{plan.name}"
 
 
 def evaluated_sets(sets: DataSets) -> list[tuple[Any, Role]]:
@@ -322,7 +323,8 @@ def check_finite(tensors: Tensors, plan: MemberPlan) -> None:
 
 def _readme(plan: MemberPlan, spec: RunSpec, base_name: str, in_peft: bool) -> str:
     whole = isinstance(registry.load("adapter", plan.adapter.kind).build(plan.adapter), WholeModel)
-    kind = "last-layer head" if plan.role == LAST_LAYER else "whole model" if whole else f"{plan.adapter.kind} adapter"
+    head_only = plan.role is PlanRole.LAST_LAYER
+    kind = "last-layer head" if head_only else "whole model" if whole else f"{plan.adapter.kind} adapter"
     library = "peft" if in_peft else "raylora"
     use = (
         "`raylora export RUN --format checkpoint` writes it as a folder that transformers loads." if whole else

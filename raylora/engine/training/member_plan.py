@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from raylora import registry
 from raylora.adapters.base import NeedsBaseWeights, Unpackable, WholeModel
@@ -11,7 +12,13 @@ from raylora.data.order import derive_seed
 from raylora.errors import BaseError
 from raylora.spec import AdapterSpec, EnsembleSpec, RunSpec
 
-MEMBER, MC_DROPOUT, LAST_LAYER = "member", "mc_dropout", "last_layer"
+
+class PlanRole(str, Enum):
+    """What something is trained for: to be of the ensemble, or to be compared with it."""
+
+    MEMBER = "member"
+    MC_DROPOUT = "mc_dropout"
+    LAST_LAYER = "last_layer"
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,7 @@ class MemberPlan:
     """One thing to train: a seed and an adapter. Units of one role have equal adapters and can be packed."""
 
     name: str
-    role: str
+    role: PlanRole
     seed: int
     adapter: AdapterSpec
 
@@ -31,14 +38,14 @@ class MemberPlan:
 def member_plans_of(spec: RunSpec) -> list[MemberPlan]:
     """Return every plan of a run, members first."""
     seeds = spec.ensemble.member_seeds()
-    plans = [MemberPlan(f"member-{m:03d}", MEMBER, seed, spec.adapter) for m, seed in enumerate(seeds)]
+    plans = [MemberPlan(f"member-{m:03d}", PlanRole.MEMBER, seed, spec.adapter) for m, seed in enumerate(seeds)]
     if spec.baselines.mc_dropout is not None:
         dropped = spec.adapter.model_copy(update={"dropout": spec.baselines.mc_dropout.dropout})
-        plans.append(MemberPlan("mc-dropout", MC_DROPOUT, seeds[0], dropped))
+        plans.append(MemberPlan("mc-dropout", PlanRole.MC_DROPOUT, seeds[0], dropped))
     none = registry.load("adapter", "none").Spec()
     for m in range(spec.baselines.last_layer):
         seed = seeds[m] if m < len(seeds) else derive_seed(seeds[0], "last-layer", m)
-        plans.append(MemberPlan(f"last-layer-{m:03d}", LAST_LAYER, seed, none))
+        plans.append(MemberPlan(f"last-layer-{m:03d}", PlanRole.LAST_LAYER, seed, none))
     return plans
 
 

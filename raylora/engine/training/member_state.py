@@ -19,6 +19,7 @@ from raylora.engine.training.member_plan import MemberPlan, order_seed
 from raylora.engine.training.optimizer import MemberOptimizer
 from raylora.engine.training.schedule import total_steps
 from raylora.ensemble.outputs import output_of
+from raylora.records import HistoryRow
 from raylora.spec import EnsembleSpec, OptimizationSpec
 
 SavedState = tuple[dict[str, Tensors], dict[str, Any]]
@@ -35,7 +36,7 @@ class MemberState:
     initial_head: Tensors
     frozen_tensors: Tensors
     """What the adapter needs but does not train."""
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[HistoryRow] = field(default_factory=list)
     best_value: float | None = None
     best_tensors: Tensors | None = None
     bad_epochs: int = 0

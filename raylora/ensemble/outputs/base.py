@@ -16,6 +16,8 @@ from torch import Tensor
 
 from raylora.ensemble.groups import Group, Settings
 from raylora.ensemble.predictions import Predictions
+from raylora.errors import SpecError
+from raylora.records import GroupMetrics, Summary
 from raylora.spec import EvaluationSpec
 
 
@@ -44,7 +46,7 @@ class Rows:
     truncated: Sequence[bool]
     label_names: Sequence[str]
     rule: str
-    described: Mapping[str, Any]
+    described: GroupMetrics
     """What the run's summary says of the ensemble, such as its noise; empty while there is none."""
 
 
@@ -72,8 +74,17 @@ class Output(Protocol):
     def validation_metrics(self, predictions: Predictions, evaluation: EvaluationSpec) -> list[dict[str, float]]:
         """Return each member's metrics on the validation split."""
 
-    def summarize(self, groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
-        """Return the summary of a run, described in docs/metrics.md. Raises: SpecError, DataError."""
+    def summarize(self, groups: Mapping[str, Group], settings: Settings) -> Summary:
+        """Return the summary of a run, described in docs/metrics.md. Raises: DataError."""
 
     def records(self, values: Tensor, expected_entropy_MN: Tensor | None, rows: Rows) -> list[Record]:
         """Return what the members say about new rows together."""
+
+
+def check_rule(output: Output, rule: str) -> None:
+    """Refuse a rule that means nothing for an output. Raises: SpecError."""
+    if rule not in output.rules:
+        raise SpecError(
+            f"ensemble.aggregate: {rule} cannot aggregate predictions of {output.name}",
+            f"use {' or '.join(output.rules)}",
+        )

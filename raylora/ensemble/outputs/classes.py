@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
@@ -16,12 +16,21 @@ from raylora.ensemble.bootstrap import bootstrap_metrics, interval
 from raylora.ensemble.calibration import Temperature, fit_temperature
 from raylora.ensemble.curves import member_curve, plot_data
 from raylora.ensemble.gains import classification_gains
-from raylora.ensemble.groups import Group, Settings, baselines_of, check_jensen, mean_and_error, one_member, with_role
-from raylora.ensemble.metrics import METRICS, evaluate, point_metrics, score_rows
+from raylora.ensemble.groups import (
+    Group,
+    Settings,
+    baselines_of,
+    check_jensen,
+    describe_contenders,
+    mean_and_error,
+    with_role,
+)
+from raylora.ensemble.metrics import CLASS_METRICS, evaluate, point_metrics, score_rows
 from raylora.ensemble.ood import auroc, bootstrap_auroc, foreign_scores
 from raylora.ensemble.outputs.base import Record, Rows
 from raylora.ensemble.predictions import Predictions, check_labels
 from raylora.ensemble.uncertainty import decompose, pairwise_kl
+from raylora.records import Description, Doubt, MeanMember, MemberMetrics, OodMetrics, SetMetrics, Summary
 from raylora.spec import EvaluationSpec
 
 SCALED = ("nll", "brier", "ece")
@@ -93,7 +102,7 @@ class Classes:
             for logits_NC in predictions.values
         ]
 
-    def summarize(self, groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+    def summarize(self, groups: Mapping[str, Group], settings: Settings) -> Summary:
         """Return the summary described in docs/metrics.md."""
         return summarize_classes(groups, settings)
 
@@ -122,39 +131,30 @@ def build() -> Classes:
     return Classes()
 
 
-def summarize_classes(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+def summarize_classes(groups: Mapping[str, Group], settings: Settings) -> Summary:
     """Return the summary described in docs/metrics.md."""
     ensemble = groups["ensemble"]
-    size = ensemble[0].members
-    baselines = baselines_of(groups)
-    members = [{"index": m, **describe_group(one_member(ensemble, m), settings, intervals=False)} for m in range(size)]
-    summary: dict[str, Any] = {
-        "output": "classes",
-        "aggregate": settings.rule,
-        "members": members,
-        "ensemble": {"members": size, **describe_group(ensemble, settings)},
-        "mean_member": _mean_member(members),
-        "baselines": {
-            name: {"members": group[0].members, **describe_group(group, settings)} for name, group in baselines.items()
-        },
-    }
+    summary = describe_contenders(
+        "classes", groups, settings, lambda group, intervals: describe_group(group, settings, intervals), _mean_member
+    )
     _check_identities(summary, settings.rule)
     labeled = with_role(ensemble, "test", "in_distribution")
     fitted = {"ensemble": summary["ensemble"], **summary["baselines"]}
     temperatures = {name: part["temperature"] for name, part in fitted.items() if "temperature" in part}
-    return summary | {
+    return {
+        **summary,
         "gains": {part.name: classification_gains(part, settings) for part in labeled},
         "m_curve": {part.name: member_curve(part, settings) for part in labeled},
         "pairwise_kl": {part.name: pairwise_kl(part.values).tolist() for part in ensemble},
-        "plots": plot_data({"ensemble": ensemble, **baselines}, temperatures, settings),
+        "plots": plot_data({"ensemble": ensemble, **baselines_of(groups)}, temperatures, settings),
     }
 
 
-def describe_group(group: Group, settings: Settings, intervals: bool = True) -> dict[str, Any]:
+def describe_group(group: Group, settings: Settings, intervals: bool = True) -> Description:
     """Return ``eval``, ``ood`` and, where a validation set allows it, the fitted ``temperature`` of a group."""
     temperature = _temperature(group, settings)
     labeled = with_role(group, "test", "in_distribution")
-    description: dict[str, Any] = {
+    description: Description = {
         "eval": {part.name: _describe_set(part, temperature, settings, intervals) for part in labeled},
         "ood": _describe_ood(group, settings, intervals),
     }
@@ -177,10 +177,10 @@ def _temperature(group: Group, settings: Settings) -> Temperature | None:
 
 def _describe_set(
     part: Predictions, temperature: Temperature | None, settings: Settings, intervals: bool
-) -> dict[str, Any]:
+) -> SetMetrics:
     bins, samples = settings.evaluation.bins, settings.samples
     scores = score_rows(aggregate_logits(part.values, settings.rule), part.labels(), part.name)
-    described: dict[str, Any] = {"rows": part.rows, **point_metrics(scores, bins), **_uncertainty(part)}
+    described = cast(SetMetrics, {"rows": part.rows, **point_metrics(scores, bins), **_uncertainty(part)})
     if temperature is not None:
         scaled_NC = aggregate_logits(part.values, settings.rule, temperature.value)
         described["temperature_scaled"] = point_metrics(score_rows(scaled_NC, part.labels(), part.name), bins, SCALED)
@@ -191,7 +191,7 @@ def _describe_set(
     return described
 
 
-def _uncertainty(part: Predictions) -> dict[str, float]:
+def _uncertainty(part: Predictions) -> Doubt:
     parts = decompose(part.values, expected_entropy_MN=part.expected_entropy_MN)
     return {
         "predictive_entropy": float(parts.predictive_entropy_N.mean()),
@@ -201,15 +201,15 @@ def _uncertainty(part: Predictions) -> dict[str, float]:
     }
 
 
-def _describe_ood(group: Group, settings: Settings, intervals: bool) -> dict[str, Any]:
+def _describe_ood(group: Group, settings: Settings, intervals: bool) -> dict[str, OodMetrics]:
     foreign_sets = with_role(group, "out_of_distribution")
     if not foreign_sets:
         return {}
     familiar = _scores(with_role(group, "test")[0], settings)
-    described: dict[str, Any] = {}
+    described: dict[str, OodMetrics] = {}
     for part in foreign_sets:
         foreign = _scores(part, settings)
-        values: dict[str, Any] = {name: auroc(familiar[name], foreign[name]) for name in familiar}
+        values = cast(OodMetrics, {name: auroc(familiar[name], foreign[name]) for name in familiar})
         if intervals and settings.samples:
             values["intervals"] = {
                 name: interval(
@@ -218,7 +218,7 @@ def _describe_ood(group: Group, settings: Settings, intervals: bool) -> dict[str
                 )
                 for name in familiar
             }
-        described[part.name] = values | {"rows": part.rows, "uncertainty": _uncertainty(part)}
+        described[part.name] = {**values, "rows": part.rows, "uncertainty": _uncertainty(part)}
     return described
 
 
@@ -226,26 +226,27 @@ def _scores(part: Predictions, settings: Settings) -> dict[str, Tensor]:
     return foreign_scores(part.values, settings.rule, part.expected_entropy_MN)
 
 
-def _mean_member(members: list[dict[str, Any]]) -> dict[str, Any]:
+def _mean_member(members: Sequence[MemberMetrics]) -> MeanMember:
     """Average the members' metrics, not their predictions."""
-    averaged: dict[str, Any] = {"eval": {}, "ood": {}}
+    averaged: MeanMember = {"eval": {}, "ood": {}}
     for name, first in members[0]["eval"].items():
-        sets = [member["eval"][name] for member in members]
-        averaged["eval"][name] = {key: mean_and_error([one[key] for one in sets]) for key in METRICS}
+        sets: list[Mapping[str, Any]] = [member["eval"][name] for member in members]
+        averaged["eval"][name] = {key: mean_and_error([one[key] for one in sets]) for key in CLASS_METRICS}
         if "temperature_scaled" in first:
             averaged["eval"][name]["temperature_scaled"] = {
                 key: mean_and_error([one["temperature_scaled"][key] for one in sets]) for key in SCALED
             }
-    for name, first in members[0]["ood"].items():
-        sets = [member["ood"][name] for member in members]
-        scores = [key for key in first if key not in ("rows", "uncertainty")]
-        averaged["ood"][name] = {key: mean_and_error([one[key] for one in sets]) for key in scores}
+    for name, found in members[0]["ood"].items():
+        scored: list[Mapping[str, Any]] = [member["ood"][name] for member in members]
+        scores = [key for key in found if key not in ("rows", "uncertainty")]
+        averaged["ood"][name] = {key: mean_and_error([one[key] for one in scored]) for key in scores}
     return averaged
 
 
-def _check_identities(summary: dict[str, Any], rule: str) -> None:
+def _check_identities(summary: Summary, rule: str) -> None:
     # NLL is convex in probabilities and in logits, Brier in probabilities only.
-    convex = ("nll", "brier") if rule == "mean_probabilities" else ("nll",)
     for name, pooled in summary["ensemble"]["eval"].items():
-        for metric in convex:
-            check_jensen(pooled[metric], [m["eval"][name][metric] for m in summary["members"]], metric, name)
+        members = [member["eval"][name] for member in summary["members"]]
+        check_jensen(pooled["nll"], [one["nll"] for one in members], "nll", name)
+        if rule == "mean_probabilities":
+            check_jensen(pooled["brier"], [one["brier"] for one in members], "brier", name)

@@ -18,16 +18,16 @@ from raylora.ensemble.gains import language_gains
 from raylora.ensemble.groups import (
     Group,
     Settings,
-    baselines_of,
     check_jensen,
+    describe_contenders,
     mean_and_error,
     member_subsets,
-    one_member,
     with_role,
 )
 from raylora.ensemble.outputs.base import Record, Rows
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import SpecError
+from raylora.records import CurvePoint, Description, MeanMember, MemberMetrics, SetMetrics, Summary
 from raylora.spec import EvaluationSpec
 
 
@@ -63,8 +63,8 @@ class Tokens:
         """Return each member's mean negative log-likelihood per token."""
         return [{"nll": -float(row_N.double().mean())} for row_N in predictions.values]
 
-    def summarize(self, groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
-        """Return the summary described in docs/metrics.md; SpecError for a rule that needs whole distributions."""
+    def summarize(self, groups: Mapping[str, Group], settings: Settings) -> Summary:
+        """Return the summary described in docs/metrics.md."""
         return summarize_tokens(groups, settings)
 
     def records(self, values: Tensor, expected_entropy_MN: Tensor | None, rows: Rows) -> list[Record]:
@@ -77,31 +77,14 @@ def build() -> Tokens:
     return Tokens()
 
 
-def summarize_tokens(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
-    """Return the summary described in docs/metrics.md; SpecError for a rule that needs whole distributions."""
-    if settings.rule != "mean_probabilities":
-        raise SpecError(
-            f"aggregate {settings.rule!r} needs the logits of the whole vocabulary",
-            "use aggregate: mean_probabilities for language modeling",
-        )
-    ensemble = groups["ensemble"]
-    size = ensemble[0].members
-    baselines = baselines_of(groups)
-    members = [{"index": m, **_describe(one_member(ensemble, m), settings, False)} for m in range(size)]
-    summary: dict[str, Any] = {
-        "output": "tokens",
-        "aggregate": settings.rule,
-        "members": members,
-        "ensemble": {"members": size, **_describe(ensemble, settings, True)},
-        "mean_member": {"eval": _mean_member(members)},
-        "baselines": {
-            name: {"members": group[0].members, **_describe(group, settings, True)} for name, group in baselines.items()
-        },
-        "gains": {},
-        "m_curve": {},
-    }
-    for part in _scored(ensemble):
-        member_nlls = [member["eval"][part.name]["nll"] for member in members]
+def summarize_tokens(groups: Mapping[str, Group], settings: Settings) -> Summary:
+    """Return the summary described in docs/metrics.md."""
+    summary = describe_contenders(
+        "tokens", groups, settings, lambda group, intervals: _describe(group, settings, intervals), _mean_member
+    )
+    summary["gains"], summary["m_curve"] = {}, {}
+    for part in _scored(groups["ensemble"]):
+        member_nlls = [member["eval"][part.name]["nll"] for member in summary["members"]]
         check_jensen(summary["ensemble"]["eval"][part.name]["nll"], member_nlls, "nll", part.name)
         summary["gains"][part.name] = language_gains(token_nll(part.values), -part.values.double(), part.ids, settings)
         summary["m_curve"][part.name] = _curve(part, settings)
@@ -117,8 +100,8 @@ def _scored(group: Group) -> list[Predictions]:
     return with_role(group, "test", "in_distribution", "out_of_distribution")
 
 
-def _describe(group: Group, settings: Settings, intervals: bool) -> dict[str, Any]:
-    described: dict[str, Any] = {}
+def _describe(group: Group, settings: Settings, intervals: bool) -> Description:
+    described: dict[str, SetMetrics] = {}
     for part in _scored(group):
         nll_N = token_nll(part.values)
         nll = float(nll_N.mean())
@@ -135,15 +118,19 @@ def _describe(group: Group, settings: Settings, intervals: bool) -> dict[str, An
     return {"eval": described}
 
 
-def _mean_member(members: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        name: {key: mean_and_error([m["eval"][name][key] for m in members]) for key in ("nll", "perplexity")}
-        for name in members[0]["eval"]
-    }
+def _mean_member(members: Sequence[MemberMetrics]) -> MeanMember:
+    averaged: dict[str, dict[str, Any]] = {}
+    for name in members[0]["eval"]:
+        sets = [member["eval"][name] for member in members]
+        averaged[name] = {
+            "nll": mean_and_error([one["nll"] for one in sets]),
+            "perplexity": mean_and_error([one["perplexity"] for one in sets]),
+        }
+    return {"eval": averaged}
 
 
-def _curve(part: Predictions, settings: Settings) -> list[dict[str, float]]:
-    curve = []
+def _curve(part: Predictions, settings: Settings) -> list[CurvePoint]:
+    curve: list[CurvePoint] = []
     for size in range(1, part.members + 1):
         subsets = member_subsets(part.members, size, settings.seed)
         values = [float(token_nll(part.values[list(subset)]).mean()) for subset in subsets]

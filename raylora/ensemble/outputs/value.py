@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from raylora.ensemble.groups import (
     Settings,
     baselines_of,
     check_jensen,
+    describe_contenders,
     mean_and_error,
     member_subsets,
     one_member,
@@ -38,8 +39,21 @@ from raylora.ensemble.groups import (
 from raylora.ensemble.ood import auroc, bootstrap_auroc, histograms
 from raylora.ensemble.outputs.base import Record, Rows
 from raylora.ensemble.predictions import Predictions, check_one_each
-from raylora.ensemble.regression_metrics import LEVEL, METRICS, draw_metrics, point_metrics, score_values
-from raylora.errors import DataError, SpecError
+from raylora.ensemble.regression_metrics import LEVEL, VALUE_METRICS, draw_metrics, point_metrics, score_values
+from raylora.errors import DataError
+from raylora.records import (
+    CurvePoint,
+    Description,
+    Doubt,
+    Gains,
+    MeanMember,
+    MemberMetrics,
+    OodMetrics,
+    Plots,
+    SetMetrics,
+    Summary,
+    ValuePoints,
+)
 from raylora.spec import EvaluationSpec
 
 COMPARED = ("rmse", "mae", "pearson", "spearman", "nll")
@@ -129,7 +143,7 @@ class Value:
             for value_N in predictions.values
         ]
 
-    def summarize(self, groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+    def summarize(self, groups: Mapping[str, Group], settings: Settings) -> Summary:
         """Return the summary described in docs/metrics.md."""
         return summarize_values(groups, settings)
 
@@ -153,37 +167,25 @@ def build() -> Value:
     return Value()
 
 
-def summarize_values(groups: Mapping[str, Group], settings: Settings) -> dict[str, Any]:
+def summarize_values(groups: Mapping[str, Group], settings: Settings) -> Summary:
     """Return the summary described in docs/metrics.md.
 
     Raises:
-        SpecError: the rule is one for logits.
         DataError: a group has no labeled validation set, which its noise is fitted on.
     """
-    if settings.rule != "mean_probabilities":
-        raise SpecError(
-            f"ensemble.aggregate: {settings.rule} is for classes, a value has no logits", "use mean_probabilities"
-        )
     ensemble = groups["ensemble"]
-    size = ensemble[0].members
-    baselines = baselines_of(groups)
-    members = [{"index": m, **describe_group(one_member(ensemble, m), settings, intervals=False)} for m in range(size)]
+    summary = describe_contenders(
+        "value", groups, settings, lambda group, intervals: describe_group(group, settings, intervals), _mean_member
+    )
     noise = noise_of(ensemble)
     _check_identities(ensemble, noise)
     labeled = with_role(ensemble, "test", "in_distribution")
     return {
-        "output": "value",
-        "aggregate": settings.rule,
-        "members": members,
-        "ensemble": {"members": size, **describe_group(ensemble, settings)},
-        "mean_member": _mean_member(members),
-        "baselines": {
-            name: {"members": group[0].members, **describe_group(group, settings)} for name, group in baselines.items()
-        },
+        **summary,
         "gains": {part.name: _gains(part, ensemble, settings) for part in labeled},
         "m_curve": {part.name: _curve(part, ensemble, settings) for part in labeled},
         "pairwise_kl": {part.name: pairwise_kl(part.values, noise.std).tolist() for part in ensemble},
-        "plots": _plots({"ensemble": ensemble, **baselines}),
+        "plots": _plots({"ensemble": ensemble, **baselines_of(groups)}),
     }
 
 
@@ -197,7 +199,7 @@ def noise_of(group: Group) -> Noise:
     return fit_noise(validation[0].values, validation[0].labels())
 
 
-def describe_group(group: Group, settings: Settings, intervals: bool = True) -> dict[str, Any]:
+def describe_group(group: Group, settings: Settings, intervals: bool = True) -> Description:
     """Return the fitted noise, ``eval`` and ``ood`` of a group."""
     noise = noise_of(group)
     return {
@@ -217,9 +219,9 @@ def pairwise_kl(real_MN: Tensor, noise_std: float) -> Tensor:
     return (difference_MMN**2).mean(dim=2) / (2 * noise_std**2)
 
 
-def _describe_set(part: Predictions, noise_std: float, settings: Settings, intervals: bool) -> dict[str, Any]:
+def _describe_set(part: Predictions, noise_std: float, settings: Settings, intervals: bool) -> SetMetrics:
     scores = score_values(part.values, part.labels(), noise_std)
-    described: dict[str, Any] = {"rows": part.rows, **point_metrics(scores), **_doubt(part, noise_std)}
+    described = cast(SetMetrics, {"rows": part.rows, **point_metrics(scores), **_doubt(part, noise_std)})
     if intervals and settings.samples:
         drawn = resampled(lambda draws_SN: draw_metrics(scores, draws_SN), part.rows, settings.samples, settings.seed)
         found = {key: interval_if_defined(values_S, settings.evaluation.confidence) for key, values_S in drawn.items()}
@@ -227,17 +229,17 @@ def _describe_set(part: Predictions, noise_std: float, settings: Settings, inter
     return described
 
 
-def _doubt(part: Predictions, noise_std: float) -> dict[str, float]:
+def _doubt(part: Predictions, noise_std: float) -> Doubt:
     return {
         "epistemic_std": float(epistemic_std(part.values).mean()),
         "total_std": float(total_std(part.values, noise_std).mean()),
     }
 
 
-def _describe_ood(group: Group, noise_std: float, settings: Settings, intervals: bool) -> dict[str, Any]:
-    described: dict[str, Any] = {}
+def _describe_ood(group: Group, noise_std: float, settings: Settings, intervals: bool) -> dict[str, OodMetrics]:
+    described: dict[str, OodMetrics] = {}
     for part in with_role(group, "out_of_distribution"):
-        values: dict[str, Any] = {"rows": part.rows, "uncertainty": _doubt(part, noise_std)}
+        values: OodMetrics = {"rows": part.rows, "uncertainty": _doubt(part, noise_std)}
         if part.members > 1:  # one member disagrees with nobody
             familiar, foreign = _scores(with_role(group, "test")[0]), _scores(part)
             values["epistemic_std"] = auroc(familiar, foreign)
@@ -253,12 +255,13 @@ def _scores(part: Predictions) -> Tensor:
     return epistemic_std(part.values).round(decimals=12)
 
 
-def _mean_member(members: list[dict[str, Any]]) -> dict[str, Any]:
+def _mean_member(members: Sequence[MemberMetrics]) -> MeanMember:
     """Average the members' metrics, not their predictions; what is undefined for one of them is left out."""
-    averaged: dict[str, Any] = {}
+    averaged: dict[str, dict[str, Any]] = {}
     for name in members[0]["eval"]:
-        known = (*METRICS, "epistemic_std", "total_std")
-        values = {key: [member["eval"][name][key] for member in members] for key in known}
+        known = (*VALUE_METRICS, "epistemic_std", "total_std")
+        sets: list[Mapping[str, Any]] = [member["eval"][name] for member in members]
+        values = {key: [one[key] for one in sets] for key in known}
         averaged[name] = {key: mean_and_error(found) for key, found in values.items() if None not in found}
     return {"eval": averaged, "ood": {}}
 
@@ -273,7 +276,7 @@ def _check_identities(ensemble: Group, noise: Noise) -> None:
         check_jensen(nll, [float(mixture_nll(v, labels_N, noise.std).mean()) for v in own], "nll", part.name)
 
 
-def _gains(part: Predictions, ensemble: Group, settings: Settings) -> dict[str, Any]:
+def _gains(part: Predictions, ensemble: Group, settings: Settings) -> Gains:
     """Compare the ensemble with its members, each with the noise of its own."""
 
     def measured(group: Group, own: Predictions) -> Measured:
@@ -287,7 +290,7 @@ def _gains(part: Predictions, ensemble: Group, settings: Settings) -> dict[str, 
     return gains_over_members(measured(ensemble, part), members, COMPARED, settings)
 
 
-def _curve(part: Predictions, ensemble: Group, settings: Settings) -> list[dict[str, float]]:
+def _curve(part: Predictions, ensemble: Group, settings: Settings) -> list[CurvePoint]:
     """Return, for sizes 1..M, the mean and spread of each metric over subsets, each with the noise of its own."""
     validation = with_role(ensemble, "validation")[0]
     curve = []
@@ -298,7 +301,7 @@ def _curve(part: Predictions, ensemble: Group, settings: Settings) -> list[dict[
             noise = fit_noise(validation.values[subset], validation.labels())
             scores = score_values(part.values[subset], part.labels(), noise.std)
             values.append(point_metrics(scores, CURVE_METRICS))
-        point: dict[str, float] = {"members": size, "subsets": len(subsets)}
+        point: CurvePoint = {"members": size, "subsets": len(subsets)}
         for metric in CURVE_METRICS:
             known = [value for one in values if (value := one[metric]) is not None]
             if len(known) == len(values):
@@ -307,9 +310,9 @@ def _curve(part: Predictions, ensemble: Group, settings: Settings) -> list[dict[
     return curve
 
 
-def _plots(groups: Mapping[str, Group]) -> dict[str, Any]:
+def _plots(groups: Mapping[str, Group]) -> Plots:
     """Return points of the ensemble, interval coverage by set and group, and histograms of disagreement."""
-    data: dict[str, Any] = {"values": {}, "coverage": {}, "ood_histograms": {}}
+    data: Plots = {"values": {}, "coverage": {}, "ood_histograms": {}}
     for name, group in groups.items():
         noise_std = noise_of(group).std
         for part in with_role(group, "test", "in_distribution"):
@@ -324,10 +327,11 @@ def _plots(groups: Mapping[str, Group]) -> dict[str, Any]:
     return data
 
 
-def _points(part: Predictions, noise_std: float) -> dict[str, list[float]]:
+def _points(part: Predictions, noise_std: float) -> ValuePoints:
     kept = torch.linspace(0, part.rows - 1, min(part.rows, POINTS)).round().long()
-    columns = {
-        "label": part.labels().double(), "value": part.values.double().mean(dim=0),
-        "epistemic_std": epistemic_std(part.values), "total_std": total_std(part.values, noise_std),
+    return {
+        "label": part.labels().double()[kept].tolist(),
+        "value": part.values.double().mean(dim=0)[kept].tolist(),
+        "epistemic_std": epistemic_std(part.values)[kept].tolist(),
+        "total_std": total_std(part.values, noise_std)[kept].tolist(),
     }
-    return {key: column_N[kept].tolist() for key, column_N in columns.items()}

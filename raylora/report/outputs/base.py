@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raylora import registry
+from raylora.records import DistillationRecord, RunMetrics
 
 if TYPE_CHECKING:  # figures and tables ask for the section that is being shown
     from raylora.report.figures import Drawn
@@ -63,11 +64,11 @@ class OutputSection:
     unit: str = ""
     """What a difference in nats is per, where that is not a row."""
     taught_on: str = "rows"
-    blocks: Callable[[Mapping[str, Any]], list[Block]] = lambda metrics: []
+    blocks: Callable[[RunMetrics], list[Block]] = lambda metrics: []
     """From metrics.json to the blocks that have something to show."""
 
 
-def section_of(metrics: Mapping[str, Any]) -> OutputSection:
+def section_of(metrics: RunMetrics | DistillationRecord) -> OutputSection:
     """Return what is shown of a run's metrics, or of a distillation; numbers that do not say are those of classes."""
     name = metrics.get("output")
     section: OutputSection = registry.load("report", name if name in registry.kinds("report") else "classes").SECTION

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from raylora.records import RunMetrics
 from raylora.report import figures, figures_uncertainty, tables
 from raylora.report.outputs.base import Block, OutputSection, Part
 
@@ -26,19 +24,18 @@ _DECOMPOSITION = Part(
 )
 
 
-def _blocks(metrics: Mapping[str, Any]) -> list[Block]:
-    found = dict(metrics)
-    scaled = tables.scaled(found)
+def _blocks(metrics: RunMetrics) -> list[Block]:
+    scaled = tables.scaled(metrics)
     more = [Part(
         "After temperature scaling",
         "One number T, fitted on the validation split, divides each member's logits before averaging; T above 1 means "
         "that the model was overconfident.",
-        "; ".join(tables.temperatures(found)) + ".", scaled,
+        "; ".join(tables.temperatures(metrics)) + ".", scaled,
     )] if scaled is not None else []
     return [
-        Block(_RELIABILITY, figures.reliability(found), more),
-        Block(_RISK, figures.risk_coverage(found)),
-        Block(_DECOMPOSITION, figures_uncertainty.decomposition(found)),
+        Block(_RELIABILITY, figures.reliability(metrics), more),
+        Block(_RISK, figures.risk_coverage(metrics)),
+        Block(_DECOMPOSITION, figures_uncertainty.decomposition(metrics)),
     ]
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from raylora.records import RunMetrics
 from raylora.report import figures_regression, tables
 from raylora.report.outputs.base import Block, OutputSection, Part
 
@@ -16,17 +14,16 @@ _PREDICTED = Part(
 )
 
 
-def _blocks(metrics: Mapping[str, Any]) -> list[Block]:
-    found = dict(metrics)
+def _blocks(metrics: RunMetrics) -> list[Block]:
     intervals = Part(
         "Can the intervals be trusted?",
         "Every prediction is a distribution: the members' values with one noise around all of them, fitted on the "
         "validation split. On the dashed line, intervals that promise to hold the label 80 % of the time do so; below "
         "it they are too narrow (overconfident), above it too wide.",
-        "; ".join(tables.noises(found)) + ".",
+        "; ".join(tables.noises(metrics)) + ".",
     )
-    return [Block(_PREDICTED, figures_regression.values(found)),
-            Block(intervals, figures_regression.coverage(found))]
+    return [Block(_PREDICTED, figures_regression.values(metrics)),
+            Block(intervals, figures_regression.coverage(metrics))]
 
 
 SECTION = OutputSection(
