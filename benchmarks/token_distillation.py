@@ -187,7 +187,8 @@ def grow(run: str, rows: int, k: int) -> dict[str, Any]:
         first = session.examples
         session.examples = [replace(first[n % len(first)], id=f"row-{n}") for n in range(rows)]
         session.content_of = {example.id: example.id for example in session.examples}
-        RunStore(f"{folder}/warm").commit_result("shards/one", session._tokens("one", session.examples[:1]))
+        warm = session._tokens("one", session.examples[:1], lambda done, of: None)
+        RunStore(f"{folder}/warm").commit_result("shards/one", warm)
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of loading, is forgotten
         before = _status("VmRSS")
         names = shard_names(rows, SHARD_ROWS)

@@ -159,10 +159,19 @@ def run(
     overrides: Overrides = None,
     local: Annotated[bool, typer.Option(help="Run in this process, without Ray.")] = False,
     dashboard: Annotated[bool, typer.Option(help="Start the Ray dashboard with a local cluster.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help=(
+        "Trace three steps of each job into RUN/profile: JOB.json.gz for chrome://tracing or ui.perfetto.dev, "
+        "JOB.txt as a table."
+    ))] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train, evaluate and report, and distill if the spec has a distill section; run again to continue."""
-    _run(raylora.read_spec(spec_file, overrides or []), local, dashboard, as_json)
+    from raylora.spec import ProfileSpec
+
+    spec = raylora.read_spec(spec_file, overrides or [])
+    if profile and spec.profile is None:
+        spec = spec.model_copy(update={"profile": ProfileSpec()})
+    _run(spec, local, dashboard, as_json)
 
 
 @app.command()
@@ -330,6 +339,9 @@ def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
         err.print("checked; starting workers (they import torch and load the base, this takes a while) ...")
         with ShownStatus() as show:
             metrics = handle.wait(show)
+    if spec.profile is not None:
+        err.print(f"profile: {store.uri}/profile; open *.json.gz in chrome://tracing or https://ui.perfetto.dev",
+                  markup=False)
     if spec.distill is None or not as_json:  # one JSON document per command
         _show_result(store, metrics, as_json)
     if spec.distill is not None:

@@ -283,6 +283,14 @@ class CheckpointingSpec(Frozen):
     """How often a member may be restarted from its last commit after its worker died."""
 
 
+class ProfileSpec(Frozen):
+    """A trace of a few steps of each job, in ``RUN/profile``; what ``raylora run --profile`` asks for."""
+
+    skip: int = Field(default=2, ge=0)
+    """The first steps are slower than the rest: memory is allocated and kernels are chosen."""
+    steps: int = Field(default=3, ge=1)
+
+
 class StudentSpec(Frozen):
     """The model that is taught: a smaller base with an adapter of its own."""
 
@@ -352,6 +360,7 @@ class RunSpec(Frozen):
     checkpointing: CheckpointingSpec = CheckpointingSpec()
     tracking: list[AnyTracker] = Field(default_factory=lambda: cast(Any, [{"kind": "tensorboard"}]))
     """Where the numbers of the run are shown while it goes on; an empty list is nowhere but in the run directory."""
+    profile: ProfileSpec | None = None
     distill: DistillSpec | None = None
     """Teach a student when the ensemble is finished."""
     distill_from: DistillFromSpec | None = None
@@ -397,9 +406,9 @@ class RunSpec(Frozen):
         """Return everything that decides the result; a run that is taken up again must not differ in it.
 
         Where it runs is not part of it: a member is the same in any pack, to float tolerance. Nor is where it is
-        shown, or whom it teaches afterwards.
+        shown, what is measured on the way, or whom it teaches afterwards.
         """
-        left_out = {"name", "storage_path", "placement", "checkpointing", "tracking", "distill"}
+        left_out = {"name", "storage_path", "placement", "checkpointing", "tracking", "profile", "distill"}
         if self.distill_from is None:  # runs from before there were students keep their digest
             left_out.add("distill_from")
         return self.model_dump(mode="json", exclude=left_out)

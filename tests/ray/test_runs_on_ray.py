@@ -50,8 +50,8 @@ def on_ray(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def run_on_ray(make_spec: MakeSpec, on_ray: dict[str, Path], tmp_path: Path) -> RunSpec:
-    """Return the spec of a run of three members that two workers of the cluster trained, copied for this test."""
-    spec = make_spec(ensemble__members=3, placement__workers=2)
+    """Return the spec of a profiled run of three members that two workers trained, copied for this test."""
+    spec = make_spec(ensemble__members=3, placement__workers=2, profile={})
     if not any(on_ray["kept"].iterdir()):
         launch(spec.model_copy(update={"storage_path": str(on_ray["kept"])})).wait()
     shutil.copytree(on_ray["kept"], tmp_path / "runs")
@@ -61,12 +61,16 @@ def run_on_ray(make_spec: MakeSpec, on_ray: dict[str, Path], tmp_path: Path) -> 
 def test_members_trained_on_ray_equal_members_trained_in_process(run_on_ray: RunSpec, tmp_path: Path) -> None:
     store = RunStore.for_spec(run_on_ray)
     on_ray = store.read_json("metrics.json")
-    in_process = run_local(run_on_ray.model_copy(update={"storage_path": str(tmp_path / "local")}))
+    in_process = run_local(run_on_ray.model_copy(update={"storage_path": str(tmp_path / "local"), "profile": None}))
     assert_bit_equal(members(store.uri), members(str(tmp_path / "local" / "demo")))
     assert on_ray["ensemble"]["eval"] == in_process["ensemble"]["eval"]
     assert len(on_ray["members"]) == 3
     for name in ("report.html", "metrics.json", "spec.yaml", "events.jsonl"):
         assert Path(store.uri, name).stat().st_size > 0
+    jobs = [name.removesuffix(".json") for name in store.storage.list("timing")]
+    assert store.storage.list("profile") == sorted(f"{job}.{ending}" for job in jobs for ending in ("json.gz", "txt"))
+    assert len(jobs) == 2 and not Path(tmp_path, "local", "demo", "profile").exists()
+    assert store.storage.list("tensorboard") == ["ensemble", "member-000", "member-001", "member-002"]
 
 
 def test_a_killed_worker_costs_nothing_but_time(make_spec: MakeSpec, tmp_path: Path) -> None:
@@ -151,7 +155,7 @@ def test_a_base_is_prepared_on_the_cluster_and_members_on_it_equal_those_in_proc
     spec = make_spec(**PREPARED, name="on-ray", placement__workers=2)
     seen: set[str] = set()
     handle = launch(spec)
-    metrics = handle.wait(lambda status: seen.add(status["phase"]))
+    metrics = handle.wait(lambda status: seen.add(status.phase.value))
     assert metrics["run"]["phase"] == "succeeded" and "preparing" in seen
     events = [event["event"] for event in handle.store.read_events()]
     assert events.index("BasePrepared") < events.index("WorkerReady")

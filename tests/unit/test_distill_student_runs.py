@@ -94,7 +94,7 @@ def test_targets_are_what_the_members_say(teacher: str, settings: Make) -> None:
     session.load()
     ids = [example.id for example in session.examples][::-1]
     found = targets.gather(ids, [session.content_of[i] for i in ids])
-    expected = session._targets(session.examples).gather(ids)
+    expected = session._targets(session.examples, lambda done, of: None).gather(ids)
     assert found.shape == (40, 2, 2)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
@@ -105,11 +105,11 @@ def test_targets_are_taken_up_again_and_asked_for_once(
     made: list[int] = []
     real = teach.TargetSession._targets
 
-    def counted(self: Any, examples: Any) -> Any:
+    def counted(self: Any, examples: Any, report: Any) -> Any:
         made.append(len(examples))
         if len(made) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, examples)
+        return real(self, examples, report)
 
     monkeypatch.setattr(teach.TargetSession, "_targets", counted)
     with pytest.raises(Interrupted):

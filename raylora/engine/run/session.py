@@ -23,6 +23,7 @@ from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.machine import compute_device, peak_memory_bytes
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
+from raylora.engine.run.profiling import StepProfiler
 from raylora.engine.run.run_metrics import aggregate
 from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
 from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, task_of
@@ -127,14 +128,16 @@ class TrainingSession:
         logger.info("%s: training from step %d to %d", job, resumed_at, trainer.total)
         tracking = Tracking(self.spec, self.store)
         tracked, complete = TrackedPack(tracking, trainer), False
-        meter = _Meter(report, tracked)
+        profiler = StepProfiler(self.spec.profile, self.store, job, trainer.total - trainer.step)
+        meter = _Meter(report, tracked, profiler)
 
         def save(trainer: PackTrainer) -> None:
             self._save(trainer)
             tracked.commit()
 
         try:
-            trainer.run(save, meter, should_stop, self._epoch_end)
+            with profiler:
+                trainer.run(save, meter, should_stop, self._epoch_end)
             complete = True
         finally:
             tracking.close(complete)
@@ -283,13 +286,14 @@ class TrainingSession:
 
 
 class _Meter:
-    """Counts tokens and time on the way to the trackers and to whoever listens to progress."""
+    """Counts tokens and time on the way to profiler, trackers and whoever listens to progress."""
 
-    def __init__(self, report: OnProgress, tracked: TrackedPack) -> None:
-        self.report, self.tracked = report, tracked
+    def __init__(self, report: OnProgress, tracked: TrackedPack, profiler: StepProfiler) -> None:
+        self.report, self.tracked, self.profiler = report, tracked, profiler
         self.tokens, self.started = 0, time.perf_counter()
 
     def __call__(self, progress: Progress) -> None:
+        self.profiler.after_step()
         self.tokens += progress.tokens
         self.tracked.step(progress)
         self.report(progress)
