@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from run_helpers import run
 
 from raylora import registry
-from raylora.client import run_local
 from raylora.engine.run.session import TrainingSession
 from raylora.engine.training.trainer import PackTrainer
 from raylora.spec import RunSpec
@@ -25,7 +25,7 @@ def trainers(spec: RunSpec) -> tuple[PackTrainer, list[PackTrainer]]:
     session = TrainingSession(spec, RunStore.for_spec(spec), cpus=1, gpus=1)
     session.load()
     adapter = registry.load("adapter", "lora").build(spec.adapter)
-    units, sets = list(session.units.values()), session.sets
+    units, sets = list(session.plans.values()), session.sets
 
     def new(chosen: list) -> PackTrainer:
         return PackTrainer(
@@ -50,8 +50,8 @@ def test_packed_equals_alone_on_a_gpu(make_spec: MakeSpec, quantization: str) ->
 
 
 def test_a_whole_run_on_a_gpu_agrees_with_the_cpu(make_spec: MakeSpec) -> None:
-    on_gpu = run_local(make_spec(name="gpu", placement={"gpus_per_worker": 1}))
-    on_cpu = run_local(make_spec(name="cpu", placement={"gpus_per_worker": 0}))
+    on_gpu = run(make_spec(name="gpu", placement={"gpus_per_worker": 1}))
+    on_cpu = run(make_spec(name="cpu", placement={"gpus_per_worker": 0}))
     assert on_gpu["compute"]["device"].startswith("cuda")
     gpu, cpu = (found["ensemble"]["eval"]["test"]["nll"] for found in (on_gpu, on_cpu))
     assert gpu == pytest.approx(cpu, abs=1e-3)
