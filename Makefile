@@ -7,6 +7,8 @@ PYTHON ?= python3
 TORCH_ARGS ?=
 UV ?= uv
 PYTEST_ARGS ?=
+# make gpu-bundle BUNDLE_ARGS="--python 3.11 --cuda 128 130 --without scipy scikit-learn"
+BUNDLE_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,10 +16,10 @@ STAMP := $(VENV)/.installed
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint bench lock clean
+.PHONY: help install demo test test-all lint bench gpu-bundle lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv with everything pinned; does nothing if it is up to date
 
@@ -47,6 +49,9 @@ lint: install  ## ruff, mypy and the layers, fastest first
 
 bench: install  ## measure raylora against its peers on this machine
 	$(BIN)/python -m benchmarks
+
+gpu-bundle: install  ## dist/gpu-bundle: what a machine with a GPU and torch needs to run the GPU tests offline
+	$(BIN)/python tools/gpu_bundle.py $(BUNDLE_ARGS)
 
 lock:  ## resolve constraints.txt anew, keeping the pins that still fit (needs uv)
 	UV=$(UV) tools/lock.sh

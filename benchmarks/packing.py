@@ -9,6 +9,7 @@ interleaved, and the ratio is taken round by round. Memory is the peak of a proc
 The bound is what no pack can be faster than: one forward and one backward pass of the frozen base over the same
 padded tokens of all members, adapters off. Its gradient goes as deep as training's, to the outputs of the first
 layers that carry an adapter, so that it passes through the same frozen layers. Rows are put together beforehand.
+Where there is a GPU all of it is done there, unless ``--gpus 0`` is given.
 ``packed_vs_bound`` is the bound's time over the pack's; what is missing to 1 is the share of a step beside the base.
 """
 
@@ -50,7 +51,7 @@ _TARGETS = {"pypi:minilm-l6": "[query, key, value]", "pypi:smollm2-135m": "[q_pr
 class Session:
     """A base with K members packed, and the same K members as packs of one."""
 
-    def __init__(self, base: str, quantization: str, batch: int, members: int, threads: int) -> None:
+    def __init__(self, base: str, quantization: str, batch: int, members: int, threads: int, gpus: int) -> None:
         from raylora.engine.run.plan_run import prepare
         from raylora.engine.run.session import TrainingSession
         from raylora.spec import parse_spec
@@ -60,7 +61,7 @@ class Session:
                             targets=_TARGETS[base])
         self.spec = parse_spec(text)
         store = prepare(self.spec).store
-        self.session = TrainingSession(self.spec, store, cpus=threads, gpus=0)
+        self.session = TrainingSession(self.spec, store, cpus=threads, gpus=gpus)
         self.session.load()
         self.units = list(self.session.plans.values())
 
@@ -87,7 +88,20 @@ class Session:
             found["peft"] = peft_stepper(self)
         if "bound" in modes:
             found["bound"] = bound_stepper(self)
-        return found
+        return {mode: self._to_its_end(call) for mode, call in found.items()}
+
+    def _to_its_end(self, call: Callable[[int], object]) -> Callable[[int], object]:
+        """Return a call that waits for the GPU, which else would be timed while it has only been told what to do."""
+        import torch
+
+        if self.session.device.type != "cuda":
+            return call
+
+        def finished(number: int) -> None:
+            call(number)
+            torch.cuda.synchronize()
+
+        return finished
 
 
 def stepper(trainers: list[Any]) -> Callable[[int], object]:
@@ -123,7 +137,7 @@ def peft_stepper(session: Session) -> Callable[[int], object]:
     def step(number: int) -> None:
         for model, trained, optimizer, order in members:
             examples = [work.sets.train.examples[i] for i in order.indices(number)]
-            batch = work.task.collate(examples, work.base.tokenizer)
+            batch = work.task.collate(examples, work.base.tokenizer).to(work.base.device)
             logits = model(**batch.model_inputs()).logits
             work.task.loss(work.task.scores(logits, batch), batch).mean().backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -165,13 +179,15 @@ def bound_stepper(session: Session) -> Callable[[int], object]:
     return step
 
 
-def measure(base: str, quantization: str, batch: int, members: int, threads: int, rounds: int) -> dict[str, Any]:
+def measure(
+    base: str, quantization: str, batch: int, members: int, threads: int, gpus: int, rounds: int
+) -> dict[str, Any]:
     """Return one row: seconds per step of all K members for each contender, and the ratios."""
-    session = Session(base, quantization, batch, members, threads)
+    session = Session(base, quantization, batch, members, threads, gpus)
     times = record.interleaved(session.contenders(["packed", "bound", "alone", "peft"]), rounds)
     return {
         "base": base, "quantization": quantization, "compute_dtype": str(session.session.base.dtype),
-        "members": members,
+        "members": members, "device": str(session.session.device),
         "micro_batch": batch, "threads": threads, "rounds": rounds,
         **{f"{name}_step_s": statistics.median(values) for name, values in times.items()},
         "alone_over_packed": record.ratio(times["alone"], times["packed"]),
@@ -180,11 +196,11 @@ def measure(base: str, quantization: str, batch: int, members: int, threads: int
     }
 
 
-def peak_memory(base: str, quantization: str, batch: int, members: int, threads: int, mode: str) -> int:
+def peak_memory(base: str, quantization: str, batch: int, members: int, threads: int, gpus: int, mode: str) -> int:
     """Return the peak resident bytes of a process that takes three steps in one mode."""
     from raylora.engine.model.machine import peak_memory_bytes
 
-    session = Session(base, quantization, batch, members, threads)
+    session = Session(base, quantization, batch, members, threads, gpus)
     (call,) = session.contenders([mode]).values()
     for number in range(3):
         call(number)
@@ -229,11 +245,18 @@ def plot(rows: list[dict[str, Any]]) -> None:
     figure.savefig(record.RESULTS / "packing.png", dpi=130)
 
 
+def _gpus() -> int:
+    import torch
+
+    return int(torch.cuda.is_available())
+
+
 def main() -> None:
     """Measure every cell in a process of its own and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--members", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--gpus", type=int, choices=[0, 1], default=_gpus(), help="by default 1 where there is one")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="only the two cells that have a goal of the bound")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -244,17 +267,19 @@ def main() -> None:
         return
     name = _QUICK if arguments.quick else _NAME
     cells = QUICK_CELLS if arguments.quick else [(*cell, members) for cell in CELLS for members in arguments.members]
-    rows = [_row(*cell, arguments.threads, arguments.rounds, with_memory=not arguments.quick) for cell in cells]
+    how = (arguments.threads, arguments.gpus, arguments.rounds)
+    rows = [_row(*cell, *how, with_memory=not arguments.quick) for cell in cells]
     if not arguments.quick:
         plot(rows)
     print(record.write(name, rows, _summary(rows), "benchmarks.packing"))
 
 
 def _row(
-    base: str, quantization: str, batch: int, members: int, threads: int, rounds: int, with_memory: bool
+    base: str, quantization: str, batch: int, members: int, threads: int, gpus: int, rounds: int, with_memory: bool
 ) -> dict[str, Any]:
     """Measure one cell in a process of its own, and its memory in others, and print a line."""
-    place = {"base": base, "quantization": quantization, "batch": batch, "members": members, "threads": threads}
+    place = {"base": base, "quantization": quantization, "batch": batch, "members": members, "threads": threads,
+             "gpus": gpus}
     row: dict[str, Any] = _in_own_process(**place, rounds=rounds)
     if with_memory and members == 4 and batch == CELLS[0][2]:
         row |= {f"{mode}_peak_rss_bytes": _in_own_process(**place, mode=mode) for mode in ("packed", "alone", "peft")}

@@ -8,7 +8,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,20 @@ def write(
     content = {
         "command": command or " ".join(["python", "-m", module, *sys.argv[1:]]),
         "machine": machine(),
-        "versions": {package: version(package) for package in _PACKAGES},
+        "versions": _versions(),
         "rows": list(rows),
         "summary": summary,
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:  # a benchmark that needs no Ray runs without it
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def machine() -> dict[str, Any]:

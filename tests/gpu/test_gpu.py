@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from run_helpers import run
 
 from raylora import registry
-from raylora.client import run_local
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.session import TrainingSession
 from raylora.engine.training.trainer import PackTrainer, TrainingSettings
@@ -51,8 +51,8 @@ def test_packed_equals_alone_on_a_gpu(make_spec: MakeSpec, quantization: str) ->
 
 
 def test_a_whole_run_on_a_gpu_agrees_with_the_cpu(make_spec: MakeSpec) -> None:
-    on_gpu = run_local(make_spec(name="gpu", placement={"gpus_per_worker": 1}))
-    on_cpu = run_local(make_spec(name="cpu", placement={"gpus_per_worker": 0}))
+    on_gpu = run(make_spec(name="gpu", placement={"gpus_per_worker": 1}))
+    on_cpu = run(make_spec(name="cpu", placement={"gpus_per_worker": 0}))
     assert on_gpu["compute"]["device"].startswith("cuda")
     gpu, cpu = (found["ensemble"]["eval"]["test"]["nll"] for found in (on_gpu, on_cpu))
     assert gpu == pytest.approx(cpu, abs=1e-3)
