@@ -178,6 +178,6 @@ def test_other_tokenizers_and_losses_are_refused(
     tokenizer.save_pretrained(other)
     with pytest.raises(DataError, match="different tokenizers.*1 differ, such as '<a new token>'"):
         prepare_distillation(teacher, settings(str(other)))
-    with pytest.raises(SpecError, match="kl teaches classes, and language_modeling predicts tokens"):
+    with pytest.raises(SpecError, match="kl is for classes, but language_modeling predicts tokens"):
         prepare_distillation(teacher, settings(tiny_model("gpt2"), loss={"kind": "kl"}))
     assert not Path(teacher, "targets").exists()

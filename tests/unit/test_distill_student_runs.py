@@ -207,7 +207,7 @@ def test_other_labels_are_refused(teacher: str, settings: Make, labels: list[str
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"loss": {"kind": "multi_head", "heads": 1}}, "1 heads for 2 teacher members"),
-    ({"loss": {"kind": "topk_kl"}}, "topk_kl teaches tokens"),
+    ({"loss": {"kind": "topk_kl"}}, "topk_kl is for tokens"),
     ({"student": {"base": {"source": "/nowhere", "quantization": "none"}}}, "there is no folder"),
     ({"student": {"adapter": {"kind": "lora", "target_modules": ["nothing"]}}}, "nothing"),
     ({"transfer": {"files": "/nowhere.jsonl"}}, "nowhere.jsonl"),
@@ -230,9 +230,9 @@ def test_a_shorter_student_of_the_same_labels_is_fine(teacher: str, settings: Ma
 
 
 def test_token_level_losses_are_refused_for_classes(teacher: str, settings: Make) -> None:
-    with pytest.raises(SpecError, match="teaches"):
+    with pytest.raises(SpecError, match="is for"):
         prepare_distillation(teacher, settings(loss={"kind": "topk_kl"}))
-    with pytest.raises(SpecError, match="mse teaches value"):
+    with pytest.raises(SpecError, match="mse is for value"):
         prepare_distillation(teacher, settings(loss={"kind": "mse"}))
 
 

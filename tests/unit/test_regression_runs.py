@@ -233,7 +233,7 @@ def test_losses_of_classes_are_refused_with_the_one_to_use(make: Make, settings:
 
 
 def test_mse_is_refused_for_classes(make_spec: Make, settings: Make) -> None:
-    with pytest.raises(SpecError, match=r"(?s)mse teaches value.*kl"):
+    with pytest.raises(SpecError, match=r"(?s)mse is for value.*kl"):
         check_ahead(make_spec().model_copy(update={"distill": settings()}))
 
 
