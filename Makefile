@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint bench gpu-bundle lock clean
+.PHONY: help install demo test test-unit test-ray test-all lint bench gpu-bundle lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,8 +36,14 @@ demo: install  ## train, evaluate and report the quickstart's ensemble, in a few
 	$(BIN)/raylora run examples/quickstart.yaml
 	@echo "open $(CURDIR)/$(RUN)/report.html"
 
-test: lint  ## lint, then all tests but the slow ones (PYTEST_ARGS="-m 'not ray and not slow'")
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+test: lint test-unit test-ray  ## lint, then all tests but the slow ones (PYTEST_ARGS="-x --durations=50")
+
+# A file stays in one process, since its tests share what they trained. Ray has the machine for itself afterwards.
+test-unit: install  ## the tests without Ray, on several cores
+	$(BIN)/python -m pytest -m "not ray and not slow" -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
+test-ray: install  ## the tests on Ray's one local cluster
+	$(BIN)/python -m pytest -m "ray and not slow" tests/ray $(PYTEST_ARGS)
 
 test-all: lint  ## lint, then every test in one pytest process
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -74,7 +74,7 @@ def test_members_trained_on_ray_equal_members_trained_in_process(run_on_ray: Run
 
 
 def test_a_killed_worker_costs_nothing_but_time(make_spec: MakeSpec, tmp_path: Path) -> None:
-    spec = make_spec(optimization__steps=200, checkpointing__every_steps=5, ensemble__members=2, placement__workers=1)
+    spec = make_spec(optimization__steps=100, checkpointing__every_steps=5, ensemble__members=2, placement__workers=1)
     unbroken = spec.model_copy(update={"storage_path": str(tmp_path / "unbroken")})
     run_local(unbroken)
     handle = launch(spec.model_copy(update={"storage_path": str(tmp_path / "broken")}))
@@ -90,7 +90,7 @@ def test_a_killed_worker_costs_nothing_but_time(make_spec: MakeSpec, tmp_path: P
 
 
 def test_an_interrupted_run_commits_and_resumes_bit_equal(make_spec: MakeSpec, tmp_path: Path) -> None:
-    spec = make_spec(optimization__steps=400, ensemble__members=2, placement__workers=1)
+    spec = make_spec(optimization__steps=200, ensemble__members=2, placement__workers=1)
     run_local(spec.model_copy(update={"storage_path": str(tmp_path / "unbroken")}))
     handle = launch(spec.model_copy(update={"storage_path": str(tmp_path / "broken")}))
 
@@ -106,7 +106,7 @@ def test_an_interrupted_run_commits_and_resumes_bit_equal(make_spec: MakeSpec, t
     assert caught.value.exit_code == 143
     assert f"raylora resume {handle.uri}" in str(caught.value)
     (step,) = {max(handle.store.checkpoint_steps(f"member-00{m}")) for m in range(2)}
-    assert 5 <= step < 400
+    assert 5 <= step < 200
     resume(handle.uri).wait()
     assert_bit_equal(members(handle.uri), members(str(tmp_path / "unbroken" / "demo")))
 
