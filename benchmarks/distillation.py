@@ -294,7 +294,7 @@ def run_teacher(spec: dict[str, Any]) -> tuple[str, float]:
 def measure_costs(pair: Pair, task: str, sizes: argparse.Namespace, folder: str, table: Table) -> None:
     """Measure memory and speed of every contender of seed 0, all in one go."""
     from raylora.engine.distillation.costs import Contender, measure
-    from raylora.engine.run.finished_members import finished_members
+    from raylora.engine.run.roster import read_roster
     from raylora.store.run_store import RunStore
 
     taught, full = (f"{folder}/{task}-{kind}-0" for kind in ("lora", "full"))
@@ -302,7 +302,7 @@ def measure_costs(pair: Pair, task: str, sizes: argparse.Namespace, folder: str,
     places |= {name: f"{taught}/{folder_of(name)}" for name in LESSONS if table.has(task, 0, name)}
     places |= {FULL: full} if table.has(task, 0, FULL) else {}
     places |= {FROM_FULL: f"{full}/{folder_of(FROM_FULL)}"} if table.has(task, 0, FROM_FULL) else {}
-    contenders = [Contender(name, uri, tuple(finished_members(RunStore(uri)))) for name, uri in places.items()]
+    contenders = [Contender(name, uri, tuple(read_roster(RunStore(uri)).members())) for name, uri in places.items()]
     contenders.append(Contender(SINGLE, taught, contenders[0].members[:1]))
     for name, costs in measure(contenders)[0].items():
         table.add_costs(task, name, costs)

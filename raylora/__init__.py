@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from raylora.client import RunHandle, attach, distill_run, launch, resume, run_local
+    from raylora.client import Repaired, RunHandle, attach, distill_run, launch, repair_run, resume, run_local
     from raylora.engine.model.parameter_count import parameter_count
     from raylora.engine.run.run_status import RunStatus
+    from raylora.engine.run.verify import verify_run
     from raylora.ensemble.outputs.classes import Prediction
     from raylora.ensemble.outputs.value import ValuePrediction
     from raylora.errors import RayloraError
@@ -33,6 +34,9 @@ _HOMES = {
     "RunStatus": "raylora.engine.run.run_status",
     "attach": "raylora.client",
     "distill_run": "raylora.client",
+    "Repaired": "raylora.client",
+    "repair_run": "raylora.client",
+    "verify_run": "raylora.engine.run.verify",
     "read_distill": "raylora.spec",
     "launch": "raylora.client",
     "resume": "raylora.client",

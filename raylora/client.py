@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import os
 import signal
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util import list_named_actors
 
 from raylora import control, logs
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
 from raylora.actors.preparer import solve_on_cluster
+from raylora.connection import clear_name, connect, find_run, inventory_of_cluster, put_away
 from raylora.engine.distillation.compare import compare, distillations
 from raylora.engine.distillation.plan import check_ahead, is_finished, prepare_distillation
 from raylora.engine.distillation.target_job import TargetPlan
@@ -25,18 +27,21 @@ from raylora.engine.model.machine import compute_device
 from raylora.engine.quantization.layer_solver import Solve, solve_here
 from raylora.engine.quantization.quantize_base import ensure_prepared
 from raylora.engine.run.local_driver import conclude, run_in_process, signals_handled_by
-from raylora.engine.run.plan_run import Prepared, local_inventory, prepare
+from raylora.engine.run.plan_run import Prepared, prepare
+from raylora.engine.run.roster import read_state, sound_seal
 from raylora.engine.run.run_status import OnStatus, RunStatus
 from raylora.engine.training.distillation_loss import task_of
 from raylora.errors import Interrupted, RayloraError, RunDirectoryError, SpecError, TrainingError
-from raylora.placement.plan import Inventory
 from raylora.progress import OnBlock
 from raylora.records import DistillationRecord, PreparationSummary, RunMetrics
 from raylora.report.page import write_report
 from raylora.spec import DistillSpec, RunSpec
+from raylora.store.commit import MANIFEST
 from raylora.store.run_store import RunStore
 
 _POLL_S = 0.5
+_EXIT_S = 60.0
+"""How long a driver that ends waits for its run to commit."""
 
 
 def run_local(spec: RunSpec, on_status: OnStatus = lambda status: None) -> RunMetrics:
@@ -92,6 +97,13 @@ class RunHandle:
     def __init__(self, coordinator: Any, store: RunStore, outcome: Any = None) -> None:
         self.store = store
         self._coordinator, self._outcome = coordinator, outcome
+        self.on_end: Callable[[], object] = lambda: None
+        """Called when the run has been followed to its end."""
+
+    def __repr__(self) -> str:
+        state = read_state(self.store)
+        done, asked = len(set(state.required) & set(state.finished_units())), self.store.read_spec().ensemble.members
+        return f"<raylora run {self.uri}: {state.phase.value}, {done} of {asked} members finished>"
 
     @property
     def uri(self) -> str:
@@ -101,6 +113,12 @@ class RunHandle:
     def status(self) -> RunStatus:
         """Return phase, workers, progress per job and an estimate of the time left."""
         return ray.get(self._coordinator.status.remote())
+
+    def has_ended(self) -> bool:
+        """Return whether the run is over, or its coordinator lost; waits for nothing."""
+        if self._outcome is not None:
+            return bool(ray.wait([self._outcome], timeout=0)[0])
+        return read_state(self.store).phase.terminal
 
     def interrupt(self, signal_number: int = signal.SIGINT) -> None:
         """Ask the run to commit and stop after the current step."""
@@ -123,9 +141,12 @@ class RunHandle:
     def join(self, on_status: OnStatus = lambda status: None) -> RunMetrics:
         """Follow the run to its end as :meth:`wait`, but write no report."""
         with signals_handled_by(self.interrupt):
-            state = self._final_state(on_status)
-        if self._outcome is not None:
-            _put_away(self._coordinator, coordinator_name(self.uri))
+            try:
+                state = self._final_state(on_status)
+            finally:
+                self.on_end()
+        if self._outcome is not None or ray.get(self._coordinator.is_detached.remote()):
+            put_away(self._coordinator, coordinator_name(self.uri))
         metrics = self.store.read_json("metrics.json")
         found: RunMetrics = metrics if metrics is not None else {}
         return conclude(state, found, self.uri)
@@ -152,19 +173,61 @@ class RunHandle:
             ) from error
 
 
-def launch(spec: RunSpec, dashboard: bool = False) -> RunHandle:
+def launch(spec: RunSpec, dashboard: bool = False, detach: bool = False) -> RunHandle:
     """Start a run on the cluster that ``RAY_ADDRESS`` names or this process is connected to, else on a local one.
 
-    Everything is checked first: with bad input no cluster is started and no actor.
+    Everything is checked first: with bad input no cluster is started and no actor. A run whose driver ends without
+    waiting for it commits and stops before the driver goes.
+
+    Args:
+        detach: the run goes on when this process has ended; follow it with :func:`attach`.
 
     Raises:
         UsageError: bad input, or more workers than the cluster has.
+        SpecError: detach without a cluster that outlives this process.
     """
-    inventory = _inventory()
+    inventory = inventory_of_cluster()
+    if detach and inventory is None:
+        raise SpecError(
+            "detach: a cluster that this process starts ends with it",
+            "start one with `ray start --head` and set RAY_ADDRESS, or call wait()",
+        )
     prepared = prepare(spec, inventory)
     check_ahead(spec, inventory)
     connect(dashboard)
-    return _start(prepared)
+    handle = _start(prepared, detach)
+    if detach:
+        _wait_until_begun(handle)
+    else:
+        _ends_with_its_driver(handle)
+    return handle
+
+
+def _wait_until_begun(handle: RunHandle) -> None:
+    """Wait until the coordinator is at work: a call that is still in this process's queue would end with it."""
+    while not handle.has_ended() and not handle.store.read_events():
+        time.sleep(_POLL_S)
+
+
+def _ends_with_its_driver(handle: RunHandle) -> None:
+    """Let a run commit before its driver's cluster goes: Ray kills actors where they stand."""
+    ended = atexit.register(_stop_before_exit, handle)
+    handle.on_end = lambda: atexit.unregister(ended)
+
+
+def _stop_before_exit(handle: RunHandle) -> None:
+    if not ray.is_initialized() or handle.has_ended():
+        return
+    print(
+        f"raylora: {handle.uri} is not finished and nobody waits for it: it commits and stops now.\n"
+        f"  -> call wait() on what launch() returned, launch with detach=True on a cluster, "
+        f"or go on later: raylora resume {handle.uri}",
+        file=sys.stderr, flush=True,
+    )
+    handle.interrupt(signal.SIGTERM)
+    deadline = time.monotonic() + _EXIT_S
+    while not handle.has_ended() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 def distill_run(
@@ -184,7 +247,7 @@ def distill_run(
         Interrupted: a signal came; call again to continue.
         TrainingError: the targets could not be made, or a student not be trained.
     """
-    work = prepare_distillation(run, settings, None if local else _inventory())
+    work = prepare_distillation(run, settings, None if local else inventory_of_cluster())
     try:
         if not work.targets.is_done:
             shards, where = len(work.targets.shards), work.targets.store.uri
@@ -194,7 +257,7 @@ def distill_run(
             store = RunStore.for_spec(student)
             if not is_finished(store):
                 on_stage(f"training {student.run_name()} in {store.uri}")
-                _carry_out(prepare(student, None if local else _inventory()), local, on_status)
+                _carry_out(prepare(student, None if local else inventory_of_cluster()), local, on_status)
                 publish_report(store)
     except Interrupted as error:
         raise Interrupted(
@@ -215,71 +278,68 @@ def _carry_out(prepared: Prepared | TargetPlan, local: bool, on_status: OnStatus
     _start(prepared).join(on_status)
 
 
-def _inventory() -> Inventory | None:
-    """Return what the cluster has that would be used; None for a local one, which is not started yet."""
-    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
-        return None
-    connect()
-    return cluster_inventory()
-
-
-def resume(run: str, dashboard: bool = False) -> RunHandle:
-    """Continue the run in a directory from its last commits.
+def resume(run: str, dashboard: bool = False, detach: bool = False) -> RunHandle:
+    """Continue the run in a directory from its last commits; the options are those of :func:`launch`.
 
     Raises:
         RunDirectoryError: there is no run there.
     """
-    return launch(RunStore(run).spec_in_place(), dashboard)
+    return launch(RunStore(run).spec_in_place(), dashboard, detach)
 
 
-def attach(run: str) -> RunHandle:
-    """Return a handle on a run that another driver started, by its directory or name.
+def attach(run: str | RunHandle) -> RunHandle:
+    """Return a handle on a run that is going on, by its directory, by its name, or by a handle of another process.
+
+    Looked for is the cluster that this process is in or that ``RAY_ADDRESS`` names, else the one that the run directory
+    names, else every one on this machine.
 
     Raises:
-        RunDirectoryError: no such run is running in this cluster.
+        RunDirectoryError: no such run is running there.
     """
-    connect()
-    wanted = {coordinator_name(run), coordinator_name(RunStore(run).uri)}
-    going_on = [a["name"] for a in list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
-    found = [n for n in going_on if n in wanted or n.rpartition("-")[0] == f"coordinator-{run}"]
-    if len(found) != 1:
-        raise RunDirectoryError(
-            f"no run {run!r} is running in this cluster" if not found else f"{len(found)} runs are called {run!r}",
-            "give its directory; `raylora status RUN` reads what it has written",
-        )
-    coordinator = ray.get_actor(found[0], namespace=NAMESPACE)
+    if isinstance(run, RunHandle):
+        run = run.uri
+    coordinator = ray.get_actor(find_run(run), namespace=NAMESPACE)
     uri: Any = ray.get(coordinator.uri.remote())
     return RunHandle(coordinator, RunStore(uri))
 
 
-def connect(dashboard: bool = False) -> None:
-    """Join the cluster of ``RAY_ADDRESS``, or start a local one; do nothing if already connected."""
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
-    if address:
-        ray.init(address=address, **options)
-        return
-    inventory = local_inventory()
-    ray.init(
-        address="local", num_cpus=inventory.cpus, num_gpus=inventory.gpus, include_dashboard=dashboard, **options
-    )
+@dataclass(frozen=True)
+class Repaired:
+    """What was damaged in a run, and whether it came out again as it was."""
+
+    lost: Mapping[str, str]
+    """Folder or file of the run -> what was the matter with it."""
+    equal: Mapping[str, bool]
+    """Folder -> whether it is what the run had committed, bit for bit; on another kind of machine it may differ."""
 
 
-def cluster_inventory() -> Inventory:
-    """Return what the connected cluster has in all, whoever uses it now."""
-    total = ray.cluster_resources()
-    gpus = int(total.get("GPU", 0))
-    memory = ray.get(_device_memory.remote()) if gpus else total.get("memory", 0)
-    return Inventory(int(total.get("CPU", 0)), gpus, int(memory), "the cluster")
+def repair_run(run: str, local: bool = False, on_status: OnStatus = lambda status: None) -> Repaired:
+    """Train again what a run has lost, with the packs, seeds and data of before, and write its metrics and report anew.
 
-
-@ray.remote(num_cpus=0, num_gpus=1)
-def _device_memory() -> int:
-    import torch
-
-    return torch.cuda.get_device_properties(0).total_memory
+    Raises:
+        UsageError: bad input, such as data that is not what the run was begun with; nothing was started or written.
+        Interrupted: a signal came; what is done is committed, and `raylora repair` or `raylora resume` goes on.
+        TrainingError: it could not be trained.
+    """
+    store = RunStore(run)
+    spec, before = store.spec_in_place(), sound_seal(store)
+    prepared = prepare(spec, None if local else inventory_of_cluster(), repair=True)
+    lost = {damage.folder: str(damage) for damage in prepared.damages}
+    if before is not None and read_state(store).phase.terminal:
+        why = before.damage_of(store.storage, "metrics.json")
+        lost |= {"metrics.json": f"metrics.json {why}"} if why else {}
+    if not lost:
+        return Repaired({}, {})
+    _carry_out(prepared, local, on_status)
+    publish_report(prepared.store)
+    now = sound_seal(store)
+    if before is None or now is None:
+        return Repaired(lost, {})
+    manifests = {place: f"{place}/{MANIFEST}" for place in lost}
+    return Repaired(lost, {
+        place: now.files.get(manifest) == before.files[manifest]
+        for place, manifest in manifests.items() if manifest in before.files
+    })
 
 
 def publish_report(store: RunStore) -> None:
@@ -300,33 +360,15 @@ def publish_report(store: RunStore) -> None:
             store.storage.write(path.relative_to(folder).as_posix(), path.read_bytes())
 
 
-def _start(prepared: Prepared | TargetPlan) -> RunHandle:
+def _start(prepared: Prepared | TargetPlan, detach: bool = False) -> RunHandle:
     name = coordinator_name(prepared.store.uri)
-    _clear_name(name, prepared.spec.run_name())
+    clear_name(name, prepared.spec.run_name())
     prepared.begin()
     target_job = prepared.target_job if isinstance(prepared, TargetPlan) else None
-    inherited: dict[str, Any] = {"runtime_env": {"env_vars": logs.environment()}} if logs.environment() else {}
-    coordinator = Coordinator.options(name=name, namespace=NAMESPACE, **inherited).remote(  # type: ignore[attr-defined]
-        prepared.spec, prepared.store.uri, prepared.plan, [ray.put(prepared.base)], target_job
+    options: dict[str, Any] = {"runtime_env": {"env_vars": logs.environment()}} if logs.environment() else {}
+    options |= {"lifetime": "detached"} if detach else {}
+    coordinator = Coordinator.options(name=name, namespace=NAMESPACE, **options).remote(  # type: ignore[attr-defined]
+        prepared.spec, prepared.store.uri, prepared.plan, [ray.put(prepared.base)], target_job, detach
     )
     workers = [f"worker-{index}" for index in range(prepared.plan.workers)]
     return RunHandle(coordinator, prepared.store, coordinator.run.remote(prepared.start_event(workers)))
-
-
-def _clear_name(name: str, run: str) -> None:
-    """Make sure no coordinator of that name is at work; one that has finished is put away."""
-    with contextlib.suppress(ValueError, RayActorError):  # no such actor, or it is just going
-        coordinator = ray.get_actor(name, namespace=NAMESPACE)
-        status: Any = ray.get(coordinator.status.remote())
-        if not status.phase.terminal:
-            raise RunDirectoryError(f"run {run!r} is already running in this cluster", "follow it: raylora status")
-        _put_away(coordinator, name)
-
-
-def _put_away(coordinator: Any, name: str) -> None:
-    """Kill a finished coordinator and wait until its name is free."""
-    ray.kill(coordinator)
-    with contextlib.suppress(ValueError):
-        for _ in range(100):
-            ray.get_actor(name, namespace=NAMESPACE)
-            time.sleep(0.1)

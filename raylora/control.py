@@ -68,6 +68,10 @@ class RunStarted:
     max_failures: int
     prepare_base: bool = False
     """The base is quantized on calibration text first, before any worker starts."""
+    reopened: list[str] = field(default_factory=list)
+    """Units that were finished and are to be done again: they are damaged, or the run has grown."""
+    changes: list[str] = field(default_factory=list)
+    """``key: old -> new`` of a run that grows, for whoever reads the log."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +294,7 @@ def _start(state: State, event: RunStarted) -> tuple[State, list[Command]]:
     for name, units in event.jobs.items():
         old = state.jobs.get(name)
         done = old is not None and old.status is JobState.FINISHED and old.units == tuple(units)
-        done = done and not any(unit in state.failed_units for unit in units)
+        done = done and not any(unit in state.failed_units or unit in event.reopened for unit in units)
         attempt = old.attempt if old else 0
         jobs[name] = Job(tuple(units), JobState.FINISHED if done else JobState.PENDING, attempt)
     fresh = State(

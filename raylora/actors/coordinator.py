@@ -27,6 +27,8 @@ from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
 NAMESPACE = "raylora"
+RAY_ADDRESS = "ray_address"
+"""Under this name the holder of a run directory says in which cluster it is."""
 _POLL_S = 0.2
 _STATUS_S = 2.0
 
@@ -44,13 +46,16 @@ def coordinator_name(uri: str) -> str:
 class Coordinator:
     """One per run. :meth:`run` is called once; the other methods answer while it runs."""
 
-    def __init__(self, spec: RunSpec, store_uri: str, plan: Plan, base: Any = None, target_job: Any = None) -> None:
+    def __init__(
+        self, spec: RunSpec, store_uri: str, plan: Plan, base: Any = None, target_job: Any = None,
+        detached: bool = False,
+    ) -> None:
         """Take a reference to the base that has to be prepared: its calibration text goes to the preparer alone.
 
         Given a target_job, the jobs are shards of targets; of them too it sees the names and nothing else.
         """
         self.spec, self.store, self.plan, self.base = spec, RunStore(store_uri), plan, base
-        self.target_job = target_job
+        self.target_job, self.detached = target_job, detached
         self.preparer: Any = None
         self.events: queue.Queue[control.Event] = queue.Queue()
         self.state = control.State()
@@ -68,7 +73,7 @@ class Coordinator:
             RunDirectoryError: another process holds the run directory.
             PlacementError: the cluster did not provide the workers in time.
         """
-        with self.store.held():
+        with self.store.held({RAY_ADDRESS: ray.get_runtime_context().gcs_address}):
             try:
                 self.state = control.replay(control.from_record(r) for r in self.store.read_events())
                 self.events.put(start)
@@ -195,6 +200,10 @@ class Coordinator:
     def uri(self) -> str:
         """Return where the run directory is."""
         return self.store.uri
+
+    def is_detached(self) -> bool:
+        """Return whether it stays when its driver and its run have ended, until somebody has followed it."""
+        return self.detached
 
 
 def _outcome(reference: Any, worker: str, command: control.Command) -> control.Event:

@@ -1,5 +1,16 @@
-"""The command line: ``commands`` has a function per verb, the others say what it looks like."""
+"""The command line: ``app`` is what all commands share, ``commands`` and ``results`` have a function per verb."""
 
-from raylora.cli.commands import app, main
+from __future__ import annotations
 
-__all__ = ["app", "main"]
+import sys
+from collections.abc import Sequence
+
+from raylora.cli import commands, results
+from raylora.cli.app import app
+
+__all__ = ["app", "commands", "main", "results"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; the console script and ``python -m raylora`` start here."""
+    app(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="raylora")

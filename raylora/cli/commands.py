@@ -1,16 +1,9 @@
-"""The command line: one verb per thing a person does with a run.
-
-Exit codes: 0 ok, 1 the run failed, 2 usage or configuration, 3 finished with fewer members than asked,
-130 and 143 interrupted and resumable.
-"""
+"""The commands from a spec to a run: init, validate, plan, prepare, run, resume, distill, status; doctor and schema."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,54 +11,17 @@ import typer
 from rich.table import Table
 
 import raylora
-from raylora import logs
+from raylora.cli.app import AsJson, Overrides, RunPath, SpecFile, app, command, say, show_result
 from raylora.cli.console import err, out
 from raylora.cli.progress import ShownStatus, say_block
-from raylora.cli.tables import predictions_table, status_table
-from raylora.errors import RayloraError, UsageError
-from raylora.records import RunMetrics
+from raylora.cli.tables import status_table
+from raylora.errors import UsageError
 
-DEGRADED = 3
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=raylora.__doc__)
-
-
-
-@app.callback()
-def _everywhere(
-    verbose: Annotated[bool, typer.Option("--verbose", help="Log what happens; RAYLORA_LOG names a level.")] = False,
-) -> None:
-    try:
-        logs.configure(verbose)
-    except RayloraError as error:
-        err.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(error.exit_code) from None
-
-
-SpecFile = Annotated[Path, typer.Argument(help="A run spec in YAML; `raylora init` writes one.")]
-RunPath = Annotated[str, typer.Argument(help="A run directory.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set ensemble.members=3")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
-
-
-def _command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn raylora's errors into one message and their exit code."""
-
-    @wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except RayloraError as error:
-            if kwargs.get("as_json"):
-                print(json.dumps({"error": error.message, "hint": error.hint, "exit_code": error.exit_code}))
-            err.print(f"error: {error}", style="red", markup=False)
-            raise typer.Exit(error.exit_code) from None
-
-    return guarded
+_DEGRADED = 3
 
 
 @app.command()
-@_command
+@command
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write the spec.")] = Path("raylora.yaml"),
     as_json: AsJson = False,
@@ -76,11 +32,11 @@ def init(
     if path.exists():
         raise UsageError(f"{path}: already exists", "choose another name, or delete it")
     path.write_text((files("raylora") / "spec" / "template.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    _say(as_json, {"spec": str(path)}, f"wrote {path}; next: raylora validate {path}")
+    say(as_json, {"spec": str(path)}, f"wrote {path}; next: raylora validate {path}")
 
 
 @app.command()
-@_command
+@command
 def validate(
     spec_file: SpecFile,
     overrides: Overrides = None,
@@ -94,32 +50,32 @@ def validate(
     from raylora.engine.training.distillation_loss import task_of
 
     spec = raylora.read_spec(spec_file, overrides or [])
-    prepared = prepare(spec)
+    prepared = prepare(spec, look=True)
     check_ahead(spec)
     task = task_of(spec)
     samples = prepared.sets.preview(preview, load_tokenizer(spec.base, task)) if preview else []
     notes = [f"note: {note}" for note in prepared.notes]
     lines = [*prepared.sets.describe(), *samples, *notes, f"{spec_file} is valid; digest {spec.digest()[:12]}"]
-    _say(as_json, {"valid": True, "digest": spec.digest(), "sets": prepared.sets.describe(), "preview": samples,
+    say(as_json, {"valid": True, "digest": spec.digest(), "sets": prepared.sets.describe(), "preview": samples,
                    "notes": list(prepared.notes)},
          "\n".join(lines))
 
 
 @app.command()
-@_command
+@command
 def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show which worker would train which members, with how much memory, and why."""
     from raylora.engine.run.plan_run import prepare
 
-    prepared = prepare(raylora.read_spec(spec_file, overrides or []))
+    prepared = prepare(raylora.read_spec(spec_file, overrides or []), look=True)
     found = prepared.plan
     if as_json:
-        print(json.dumps({**vars(found), "jobs": found.jobs(), "member_parameters": prepared.member_parameters,
+        print(json.dumps({**vars(found), "jobs": prepared.jobs, "member_parameters": prepared.member_parameters,
                           "compute": prepared.compute, "total_steps": prepared.total_steps,
                           "notes": list(prepared.notes)}))
         return
     table = Table("job", "units trained in one forward", title=f"{found.strategy}: {found.workers} worker(s)")
-    for job, units in found.jobs().items():
+    for job, units in prepared.jobs.items():
         table.add_row(job, ", ".join(units))
     out.print(table)
     for reason in (*found.reasons, *prepared.notes):
@@ -129,7 +85,7 @@ def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = Fal
 
 
 @app.command()
-@_command
+@command
 def prepare(
     spec_file: SpecFile,
     overrides: Overrides = None,
@@ -153,7 +109,7 @@ def prepare(
 
 
 @app.command()
-@_command
+@command
 def run(
     spec_file: SpecFile,
     overrides: Overrides = None,
@@ -175,7 +131,7 @@ def run(
 
 
 @app.command()
-@_command
+@command
 def resume(
     run_path: RunPath,
     local: Annotated[bool, typer.Option(help="Run in this process, without Ray.")] = False,
@@ -188,7 +144,7 @@ def resume(
 
 
 @app.command()
-@_command
+@command
 def distill(
     run_path: RunPath,
     student: Annotated[Path, typer.Option("--student", help="YAML with a distill section: student, loss, ...")],
@@ -201,115 +157,39 @@ def distill(
 
 
 @app.command()
-@_command
+@command
 def status(run_path: RunPath, as_json: AsJson = False) -> None:
     """Show the progress of a run, from its directory."""
-    from raylora import control
+    from raylora.engine.run.life import lifelessness
+    from raylora.engine.run.roster import read_roster, read_state
     from raylora.engine.run.run_status import RunStatus, StatusBoard
     from raylora.store.run_store import RunStore
 
     store = RunStore(run_path)
     store.read_spec()
-    state = control.replay(control.from_record(record) for record in store.read_events())
+    state, lost = read_state(store), read_roster(store).lost
+    lifeless = lifelessness(store, state)
     written = store.read_json("status.json")
     last = RunStatus.from_record(written) if written else StatusBoard(store.read_spec().run_name()).status(state)
     found = replace(last, phase=state.phase, reason=state.reason, failed=dict(state.failed_units))
     students = _students(store)
     if as_json:
-        print(json.dumps({**found.record(), "finished": list(state.finished_units()), "students": students}))
+        finished = [unit for unit in state.finished_units() if unit not in lost]
+        print(json.dumps({**found.record(), "finished": finished, "lost": lost, "lifeless": lifeless,
+                          "students": students}))
         return
-    out.print(status_table(found))
+    out.print(status_table(found, lost))
     out.print(f"{store.uri}: {state.phase.value}" + (f" ({state.reason})" if state.reason else ""))
+    if lifeless:
+        out.print(lifeless, style="red", markup=False)
+    for name, why in lost.items():
+        out.print(f"{name} {why}; `raylora repair {store.uri}` trains it again", style="red", markup=False)
     for name, phase in students.items():
         out.print(f"{store.uri}/{name}: {phase}", markup=False)
 
 
 @app.command()
-@_command
-def predict(
-    run_path: RunPath,
-    text: Annotated[list[str] | None, typer.Option("--text", help="A text; may be repeated.")] = None,
-    file: Annotated[str | None, typer.Option("--file", help="Rows as jsonl, csv, parquet or arrow.")] = None,
-    output: Annotated[str | None, typer.Option("--out", help="Write JSON lines here instead of printing.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Predict new rows, with the uncertainty of each prediction."""
-    from raylora.serve.predictor import load_ensemble, read_rows, write_rows
-
-    if bool(text) == bool(file):
-        raise UsageError("give either --text or --file")
-    rows: Sequence[Any] = text or read_rows(str(file))
-    ensemble = load_ensemble(run_path)
-    predictions = ensemble.predict(rows)
-    if output:
-        write_rows(output, predictions)
-        _say(as_json, {"out": output, "rows": len(predictions)}, f"wrote {len(predictions)} predictions to {output}")
-    elif as_json:
-        for prediction in predictions:
-            print(json.dumps(prediction.record(), ensure_ascii=False))
-    else:
-        out.print(predictions_table(predictions))
-
-
-@app.command()
-@_command
-def export(
-    run_path: RunPath,
-    form: Annotated[str, typer.Option("--format", help=(
-        "peft-lora: members as folders that PEFT loads. checkpoint: fully fine-tuned members as whole models. "
-        "base, base-packed: a prepared base as a checkpoint, dequantized or packed, and its pair."
-    ))] = "peft-lora",
-    output: Annotated[str | None, typer.Option("--out", help="The output folder; by default RUN/export.")] = None,
-    member: Annotated[list[str] | None, typer.Option("--member", help="Only this member; may be repeated.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write members, or the prepared base, in a format that other programs read."""
-    from raylora.serve import export_base
-    from raylora.serve.export import export_run
-
-    if form in export_base.FORMATS:
-        base = export_base.export_base(run_path, form, output)
-        pair = f"; its pair, {base.pair_bytes:,} bytes, to {base.pair_folder}" if base.pair_folder else ""
-        _say(as_json, vars(base), f"wrote the base, {base.size_bytes:,} bytes, to {base.folder}{pair}")
-        return
-    exported = export_run(run_path, form, output, member or [])
-    if as_json:
-        print(json.dumps([vars(item) for item in exported]))
-        return
-    table = Table("member", "in the run (bytes)", "exported (bytes)", "folder")
-    for item in exported:
-        table.add_row(item.member, f"{item.size_bytes:,}", f"{item.exported_bytes:,}", item.folder)
-    out.print(table)
-
-
-@app.command()
-@_command
-def report(run_path: RunPath, as_json: AsJson = False) -> None:
-    """Write the report of a finished run again and print its table."""
-    from raylora.client import publish_report
-    from raylora.engine.distillation.compare import distillations
-    from raylora.report.distillation import distillation_table
-    from raylora.store.run_store import RunStore
-
-    store = RunStore(run_path)
-    store.read_spec()
-    publish_report(store)
-    _show_result(store, store.read_json("metrics.json"), as_json)
-    for record in [] if as_json else distillations(store):
-        out.print(distillation_table(record))
-
-
-@app.command()
-@_command
-def schema() -> None:
-    """Print the JSON schema of a run spec, for editors."""
-    from raylora.spec import json_schema
-
-    print(json.dumps(json_schema(), indent=1))
-
-
-@app.command()
-@_command
+@command
 def doctor(as_json: AsJson = False) -> None:
     """Check this machine: what a run would use, and what would stop it."""
     from raylora.doctor import examine
@@ -324,13 +204,26 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(UsageError.exit_code)
 
 
+@app.command()
+@command
+def schema() -> None:
+    """Print the JSON schema of a run spec, for editors."""
+    from raylora.spec import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+
+
 # --- how a run looks while it goes on ---------------------------------------------------------------------
 def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
     from raylora.client import launch, run_local
+    from raylora.spec import diff_specs
     from raylora.store.run_store import RunStore
 
     store = RunStore.for_spec(spec)
     err.print(f"run {spec.run_name()} in {store.uri}; checking spec, data and base ...", markup=False)
+    changed = [change.partition(":")[0] for change in diff_specs(store.read_spec(), spec)] if store.is_begun() else []
+    if changed:
+        err.print(f"differs from the run that is there in {', '.join(changed)}", markup=False)
     if local:
         with ShownStatus() as show:
             metrics = run_local(spec, show)
@@ -343,11 +236,11 @@ def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
         err.print(f"profile: {store.uri}/profile; open *.json.gz in chrome://tracing or https://ui.perfetto.dev",
                   markup=False)
     if spec.distill is None or not as_json:  # one JSON document per command
-        _show_result(store, metrics, as_json)
+        show_result(store, metrics, as_json)
     if spec.distill is not None:
         _distill(store.uri, spec.distill, local, as_json)
     if metrics["run"]["degraded"]:
-        raise typer.Exit(DEGRADED)
+        raise typer.Exit(_DEGRADED)
 
 
 def _students(store: Any) -> dict[str, str]:
@@ -385,27 +278,3 @@ def _distill(run_path: str, settings: Any, local: bool, as_json: bool) -> None:
         return
     out.print(distillation_table(record))
     out.print(f"student: {store.uri}/{settings.name}\nreport: {store.uri}/report.html")
-
-
-def _show_result(store: Any, metrics: RunMetrics, as_json: bool) -> None:
-    from raylora.report.table import console_table
-
-    report_path = f"{store.uri}/report.html"
-    if as_json:
-        print(json.dumps({"run": store.uri, "metrics": f"{store.uri}/metrics.json", "report": report_path,
-                          "phase": metrics["run"]["phase"]}))
-        return
-    out.print(console_table(metrics))
-    out.print(f"report: {report_path}")
-
-
-def _say(as_json: bool, record: dict[str, Any], text: str) -> None:
-    if as_json:
-        print(json.dumps(record))
-    else:
-        out.print(text, markup=False)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; the console script and ``python -m raylora`` start here."""
-    app(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="raylora")

@@ -14,14 +14,14 @@ from raylora.progress import Activity, BlockDone
 
 def predictions_table(predictions: Sequence[Any]) -> Table:
     """Return what an ensemble says, a row each, in the columns of its output."""
-    table = Table("row", *predictions[0].heads)
+    table = Table("row", *predictions[0].heads, caption=predictions[0].caption())
     for one in predictions:
         table.add_row(one.id, *one.cells())
     return table
 
 
-def status_table(status: RunStatus) -> Table:
-    """Return where every member of a run, or every shard of targets, is."""
+def status_table(status: RunStatus, lost: Mapping[str, str] | None = None) -> Table:
+    """Return where every member of a run, or every shard of targets, is; ``lost`` are those that were and are not."""
     table = Table("member", "state", "done", "loss", "tokens/s", title=headline(status))
     for job in status.jobs.values():
         progress = job.progress
@@ -29,12 +29,18 @@ def status_table(status: RunStatus) -> Table:
         for unit in job.units:
             loss = progress.losses.get(unit) if progress is not None else None
             table.add_row(
-                unit, (JobState.FAILED if unit in status.failed else job.status).value,
+                unit, _state(unit, job, status, lost or {}),
                 f"{progress.activity.value} {progress.done}/{progress.total}" if progress is not None else "",
                 f"{loss:.3f}" if loss is not None else "",
                 f"{progress.tokens / max(progress.seconds, 1e-9):.0f}" if progress is not None and trains else "",
             )
     return table
+
+
+def _state(unit: str, job: JobStatus, status: RunStatus, lost: Mapping[str, str]) -> str:
+    if unit in lost:
+        return "damaged"
+    return (JobState.FAILED if unit in status.failed else job.status).value
 
 
 def headline(status: RunStatus) -> str:

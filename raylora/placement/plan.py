@@ -57,9 +57,9 @@ class Plan:
     reasons: tuple[str, ...]
     strategy: str = "replicate"
 
-    def jobs(self) -> dict[str, list[str]]:
-        """Return job name -> units."""
-        return {f"job-{index:02d}": list(pack) for index, pack in enumerate(self.packs)}
+    def jobs(self, first: int = 0) -> dict[str, list[str]]:
+        """Return job name -> units; the jobs are numbered from ``first``."""
+        return {f"job-{index:02d}": list(pack) for index, pack in enumerate(self.packs, first)}
 
 
 def make_plan(demand: Demand, inventory: Inventory, spec: PlacementSpec) -> Plan:

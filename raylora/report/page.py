@@ -15,6 +15,7 @@ from raylora.report import (
     figures_uncertainty,
     tables,
 )
+from raylora.report.advice import advice
 from raylora.report.entries import scored_sets, set_names
 from raylora.report.figures import Drawn
 from raylora.report.formatting import flat
@@ -59,6 +60,7 @@ def render(metrics: RunMetrics, images: dict[str, list[dict[str, str]]], blocks:
         run_facts=flat({key: value for key, value in run.items() if key not in ("name", "degraded")}),
         degraded=bool(run.get("degraded")),
         headline=headline(metrics),
+        advice=advice(metrics),
         section=section_of(metrics),
         blocks=blocks,
         confidence=f"{100 * metrics.get('confidence', 0.95):g} %",

@@ -25,9 +25,10 @@ from raylora.engine.model.quantized_layers import prepared_store
 from raylora.engine.model.serialization import check_layout, layout_of, to_bytes
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
 from raylora.engine.run.finished_members import member_facts, member_tensors
+from raylora.engine.run.roster import read_roster
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.member_plan import member_plans_of
-from raylora.errors import RunDirectoryError, UsageError, suggest
+from raylora.errors import RunDirectoryError, StoreError, UsageError, suggest
 from raylora.spec import RunSpec
 from raylora.store import commit
 from raylora.store.run_store import RunStore
@@ -48,7 +49,8 @@ class Exported:
 
 
 def export_run(
-    run: str, form: str = "peft-lora", out: str | None = None, members: Sequence[str] = ()
+    run: str, form: str = "peft-lora", out: str | None = None, members: Sequence[str] = (),
+    allow_missing: bool = False,
 ) -> list[Exported]:
     """Write a run's finished members, one folder each, and return what was written.
 
@@ -57,8 +59,10 @@ def export_run(
             written out layer by layer; or ``checkpoint``, whole models that transformers loads.
         out: a folder or fsspec URI, by default ``export`` in the run directory.
         members: names such as ``member-000``; by default all.
+        allow_missing: go on without members that are damaged, missing or not finished.
 
     Raises:
+        StoreError: a member that is wanted is damaged or missing.
         RunDirectoryError: there is no run, no such member, or the member does not belong to the base.
         UsageError: the format is unknown, or members of this kind have no such form.
     """
@@ -69,7 +73,7 @@ def export_run(
     target = Storage(out or f"{store.uri}/export")
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
     written = []
-    for name in _chosen(store, members):
+    for name in _chosen(store, members, allow_missing):
         files = store.load_result(f"members/{name}")
         if form == "checkpoint":
             exported = _as_checkpoint(spec, adapter, files)
@@ -84,14 +88,19 @@ def _weights_size(files: Mapping[str, bytes]) -> int:
     return sum(len(content) for name, content in files.items() if name.endswith(".safetensors"))
 
 
-def _chosen(store: RunStore, wanted: Sequence[str]) -> list[str]:
-    names = [name for name in store.storage.list("members") if store.has_result(f"members/{name}")]
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        raise RunDirectoryError(f"{store.uri}: has no finished member {missing[0]!r}", suggest(missing[0], names))
-    if not names:
-        raise RunDirectoryError(f"{store.uri}: no member is finished", f"raylora resume {store.uri}")
-    return list(wanted) or names
+def _chosen(store: RunStore, wanted: Sequence[str], allow_missing: bool) -> list[str]:
+    """Return the members to write: those that are named, of whom none may be missing, or all of the run."""
+    roster = read_roster(store)
+    if not wanted:
+        return roster.members(allow_missing)
+    for name in wanted:
+        if name in roster.lost:
+            raise StoreError(
+                f"{store.uri}: {name} {roster.lost[name]}", f"`raylora repair {store.uri}` trains it again"
+            )
+        if name not in roster.usable:
+            raise RunDirectoryError(f"{store.uri}: has no finished member {name!r}", suggest(name, roster.usable))
+    return list(wanted)
 
 
 def _as_lora(

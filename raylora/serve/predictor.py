@@ -18,11 +18,12 @@ from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.machine import compute_device
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
-from raylora.engine.run.finished_members import finished_members, member_facts, member_tensors, stacked_members
+from raylora.engine.run.finished_members import member_facts, member_tensors, stacked_members
+from raylora.engine.run.roster import read_roster
 from raylora.engine.training.distillation_loss import read_outputs, task_of
 from raylora.engine.training.predict import predict
 from raylora.ensemble.outputs import output_of
-from raylora.ensemble.outputs.base import Record, Rows
+from raylora.ensemble.outputs.base import Contributors, Record, Rows
 from raylora.errors import DataError, UsageError
 from raylora.records import GroupMetrics
 from raylora.spec import RunSpec, SetSpec
@@ -34,19 +35,22 @@ class LoadedEnsemble:
 
     def __init__(
         self, spec: RunSpec, base: Base, task: Task, members: Mapping[str, Tensors],
-        layouts: Mapping[str, Any] | None = None, described: GroupMetrics | None = None,
+        layouts: Mapping[str, Any] | None = None, described: GroupMetrics | None = None, calibrated: bool = True,
     ) -> None:
         """Take members by name; what they need but did not train is made again from their seeds.
 
         Args:
             layouts: what each member's untrained tensors were when it was trained.
-            described: what the run's summary says of the ensemble, such as a regression's noise.
+            described: what the run's summary says of the ensemble: its temperature, a regression's noise. What was
+                fitted for other members than these is left out.
+            calibrated: whether predictions use the temperature, where one was fitted that can be trusted.
 
         Raises:
             RunDirectoryError: they come out differently now.
         """
         self.spec, self.base, self.task = spec, base, task
-        self.members, self._described = len(members), described or {}
+        self.members, self.calibrated = len(members), calibrated
+        self._described: GroupMetrics = described if described and described.get("members") == len(members) else {}
         self.model = PackedModel(base, registry.load("adapter", spec.adapter.kind).build(spec.adapter), task)
         self._stacked = stacked_members(spec, base, members, layouts)
 
@@ -71,7 +75,7 @@ class LoadedEnsemble:
         values, expected_MN = read_outputs(self.task, outputs_MNO)
         rows = Rows(
             [example.id for example in examples], truncated, self.task.label_names, self.spec.ensemble.aggregate,
-            self._described,
+            self._described, Contributors(self.members, self.spec.ensemble.members), self.calibrated,
         )
         return output_of(self.task.output).records(values, expected_MN, rows)
 
@@ -82,18 +86,26 @@ class LoadedEnsemble:
             raise DataError(f"row {index}: {error}", f"a row has the columns {', '.join(self.task.columns)}") from None
 
 
-def load_ensemble(run: str, gpus: int | None = None) -> LoadedEnsemble:
+def load_ensemble(
+    run: str, gpus: int | None = None, calibrated: bool = True, allow_missing: bool = False
+) -> LoadedEnsemble:
     """Load the members of a run directory over its base.
 
+    Args:
+        calibrated: apply the temperature that the run fitted on its validation split, unless the fit told nothing.
+        allow_missing: go on without members that are damaged, missing or not finished; every record says so.
+
     Raises:
-        RunDirectoryError: there is no run, or no member is finished.
+        StoreError: a member is damaged or missing.
+        RunDirectoryError: there is no run, or a member is not finished.
         UsageError: the run's task gives neither class probabilities nor values.
     """
     import torch
 
     store = RunStore(run)
     spec = store.read_spec()
-    files = {name: store.load_result(f"members/{name}") for name in finished_members(store)}
+    names = read_roster(store).members(allow_missing)
+    files = {name: store.load_result(f"members/{name}") for name in names}
     members = {name: member_tensors(found) for name, found in files.items()}
     layouts = {name: member_facts(found).get("layout") for name, found in files.items()}
     task = task_of(spec)
@@ -103,7 +115,7 @@ def load_ensemble(run: str, gpus: int | None = None) -> LoadedEnsemble:
     device = compute_device(torch.cuda.device_count() if gpus is None else gpus)
     base = load_base(spec.base, spec.adapter, task, device, prepared_store(store))
     described = (store.read_json("metrics.json") or {}).get("ensemble", {})
-    return LoadedEnsemble(spec, base, task, members, layouts, described)
+    return LoadedEnsemble(spec, base, task, members, layouts, described, calibrated)
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:

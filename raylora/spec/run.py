@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import re
 from typing import Annotated, Any, Literal, cast
 
@@ -214,6 +216,9 @@ class OptimizationSpec(Frozen):
     """Share of the steps over which the learning rate rises from zero."""
     epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, ge=1)
+    restarts: tuple[float, ...] = ()
+    """Epochs (steps, where ``steps`` is given) after which the schedule starts anew, with its warmup: what lets a
+    finished run train on."""
     micro_batch: int = Field(default=16, ge=1)
     accumulation: int = Field(default=1, ge=1)
     group_by_length: bool = False
@@ -227,6 +232,14 @@ class OptimizationSpec(Frozen):
     def _one_length(self) -> OptimizationSpec:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give 'epochs' or 'steps', not both")
+        return self
+
+    @model_validator(mode="after")
+    def _restarts_in_order(self) -> OptimizationSpec:
+        length = self.steps or self.epochs or math.inf
+        ends = [0.0, *self.restarts, length]
+        if any(one >= other for one, other in itertools.pairwise(ends)):
+            raise ValueError(f"restarts must rise between 0 and the end of training ({length:g})")
         return self
 
 
@@ -281,6 +294,9 @@ class CheckpointingSpec(Frozen):
     num_to_keep: int = Field(default=2, ge=1)
     max_failures: int = Field(default=3, ge=0)
     """How often a member may be restarted from its last commit after its worker died."""
+    keep_final: bool = True
+    """Keep the last state of finished members, with their optimizers (about three times a member's size): from it a run
+    can train on, and a damaged member is made again without training."""
 
 
 class ProfileSpec(Frozen):

@@ -20,7 +20,9 @@ from raylora.store import commit
 from raylora.store.storage import Storage
 
 _LOCK = "run.lock"
-_STALE_LOCK_S = 60.0
+_FIELDS = {"host", "pid", "heartbeat", "started_at"}
+STALE_S = 60.0
+"""A holder on another machine whose heartbeat is older is dead."""
 _BEAT_S = 10.0
 _FOLDERS = ("members", "baselines", "predictions", "snapshots", "timing", "targets", "export", "blocks", "shards")
 
@@ -31,6 +33,18 @@ class Checkpoint:
 
     step: int
     files: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a run directory."""
+
+    host: str
+    pid: int
+    heartbeat: float
+    is_alive: bool
+    facts: Mapping[str, Any]
+    """What it wrote about itself, such as the address of the Ray cluster that it is in."""
 
 
 class RunStore:
@@ -51,11 +65,11 @@ class RunStore:
         return self.storage.uri
 
     # --- the spec -----------------------------------------------------------------------------------
-    def check_spec(self, spec: RunSpec) -> bool:
-        """Return whether this run was begun before.
+    def is_begun(self) -> bool:
+        """Return whether there is a run.
 
         Raises:
-            RunDirectoryError: the directory holds another run, or something that is not a run.
+            RunDirectoryError: the directory holds something that is not a run.
         """
         if not self.storage.exists("spec.yaml"):
             others = [n for n in self.storage.list() if n != _LOCK]
@@ -64,6 +78,16 @@ class RunStore:
                     f"{self.uri}: is not empty and holds no run (it has {', '.join(others[:3])})",
                     "choose another name or storage_path",
                 )
+            return False
+        return True
+
+    def check_spec(self, spec: RunSpec) -> bool:
+        """Return whether just this run was begun before.
+
+        Raises:
+            RunDirectoryError: the directory holds another run, or something that is not a run.
+        """
+        if not self.is_begun():
             return False
         differences = diff_specs(self.read_spec(), spec)
         if differences:
@@ -159,6 +183,10 @@ class RunStore:
         """Return whether a finished part is there and verifies."""
         return commit.is_committed(self.storage, folder)
 
+    def damage_of(self, folder: str) -> str:
+        """Return in words what is wrong with a finished part, or nothing if it verifies."""
+        return commit.damage_of(self.storage, folder)
+
     def load_result(self, folder: str) -> dict[str, bytes]:
         """Return a finished part's files.
 
@@ -172,19 +200,27 @@ class RunStore:
         self.storage.write(name, json.dumps(content, indent=1, allow_nan=False).encode())
 
     def read_json(self, name: str) -> Any:
-        """Return a JSON file's content, or None if there is none."""
-        return json.loads(self.storage.read(name)) if self.storage.exists(name) else None
+        """Return a JSON file's content, or None if there is none. Raises: StoreError for what is not JSON."""
+        if not self.storage.exists(name):
+            return None
+        try:
+            return json.loads(self.storage.read(name))
+        except ValueError:
+            raise StoreError(f"{self.uri}/{name}: is damaged: it is not JSON", f"raylora verify {self.uri}") from None
 
     # --- one writer ---------------------------------------------------------------------------------
-    def lock(self) -> None:
+    def lock(self, facts: Mapping[str, Any] | None = None) -> None:
         """Claim the directory for this process and sweep what a killed one left half written.
+
+        Args:
+            facts: written beside the holder's name, for whoever looks for it.
 
         Raises:
             RunDirectoryError: another living process holds it; the message names it.
         """
         self.check_unlocked()
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "process_started": psutil.Process().create_time(),
-                "started_at": time.time(), "heartbeat": time.time()}
+                "started_at": time.time(), "heartbeat": time.time(), "facts": dict(facts or {})}
         content = json.dumps(mine).encode()
         if not self.storage.create(_LOCK, content):
             self.check_unlocked()  # another process may have been faster by a moment
@@ -194,10 +230,7 @@ class RunStore:
 
     def check_unlocked(self) -> None:
         """Raise RunDirectoryError if another living process holds the directory; the message names it."""
-        try:
-            holder = self.read_json(_LOCK) or {}
-        except ValueError:
-            holder = {}
+        holder = self._read_lock()
         if _alive(holder):
             started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started_at"]))
             raise RunDirectoryError(
@@ -205,14 +238,27 @@ class RunStore:
                 "wait for it, or stop it",
             )
 
+    def holder(self) -> Holder | None:
+        """Return who holds the directory, or held it when it died; None if nobody does."""
+        found = self._read_lock()
+        if not set(found) >= _FIELDS:
+            return None
+        return Holder(found["host"], found["pid"], found["heartbeat"], _is_there(found), found.get("facts", {}))
+
+    def _read_lock(self) -> dict[str, Any]:
+        try:
+            return self.read_json(_LOCK) or {}
+        except StoreError:
+            return {}
+
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, facts: Mapping[str, Any] | None = None) -> Iterator[None]:
         """Hold the directory, with a heartbeat that holders on other machines are judged by.
 
         Raises:
             RunDirectoryError: another living process holds it; the message names it.
         """
-        self.lock()
+        self.lock(facts)
         done = threading.Event()
 
         def beat() -> None:
@@ -242,12 +288,16 @@ class RunStore:
 
 
 def _alive(holder: Mapping[str, Any]) -> bool:
-    if not {"host", "pid", "heartbeat", "started_at"} <= set(holder):
+    """Return whether another process is alive and holds a directory."""
+    if not set(holder) >= _FIELDS:
         return False
+    mine = holder["host"] == socket.gethostname() and holder["pid"] == os.getpid()
+    return not mine and _is_there(holder)
+
+
+def _is_there(holder: Mapping[str, Any]) -> bool:
     if holder["host"] != socket.gethostname():
-        return bool(time.time() - holder["heartbeat"] < _STALE_LOCK_S)
-    if holder["pid"] == os.getpid():
-        return False
+        return bool(time.time() - holder["heartbeat"] < STALE_S)
     try:
         started = psutil.Process(int(holder["pid"])).create_time()
     except psutil.NoSuchProcess:

@@ -23,7 +23,7 @@ from raylora.engine.run.plan_run import prepare
 from raylora.ensemble import METRICS, summarize
 from raylora.ensemble.groups import Group, Settings
 from raylora.ensemble.outputs import output_of
-from raylora.ensemble.outputs.base import Rows
+from raylora.ensemble.outputs.base import Contributors, Rows
 from raylora.ensemble.outputs.classes import Classes
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import SpecError
@@ -110,7 +110,7 @@ def test_identical_members_are_one_member_and_validation_scores_each(output: str
 def test_records_speak_of_every_row_or_say_why_not(output: str) -> None:
     kind = output_of(output)
     values = some_values(output, 2, 0, rows=2)
-    rows = Rows(["a", "b"], [False, True], [], "mean_probabilities", {})
+    rows = Rows(["a", "b"], [False, True], [], "mean_probabilities", {}, Contributors(2, 3))
     if kind.unpredictable_reason:
         with pytest.raises(SpecError, match=kind.name):
             kind.records(values, None, rows)
@@ -118,6 +118,7 @@ def test_records_speak_of_every_row_or_say_why_not(output: str) -> None:
     records = kind.records(values, None, rows)
     assert [one.id for one in records] == ["a", "b"] and records[1].record()["truncated"] is True
     assert all(len(one.cells()) == len(one.heads) for one in records)
+    assert all("2 of 3 members" in one.caption() and one.record()["members_asked"] == 3 for one in records)
 
 
 @pytest.mark.parametrize("name", registry.kinds("loss"))

@@ -34,6 +34,7 @@ from raylora.serve.predictor import load_ensemble, member_tensors
 from raylora.spec import dump_spec
 from raylora.spec.run import KLSpec
 from raylora.store.run_store import RunStore
+from raylora.store.seal import seal
 
 Make = Callable[..., Any]
 
@@ -134,7 +135,7 @@ def test_a_whole_run_its_folders_and_its_predictions_again(make_spec: Make) -> N
     assert other["fixed_sha256"] != layout["fixed_sha256"], "each member draws its own"
 
     store = RunStore.for_spec(spec)
-    ensemble = load_ensemble(store.uri, gpus=0)
+    ensemble = load_ensemble(store.uri, gpus=0, calibrated=False)
     rows = [{"text": "A joy from start to end."}, {"text": "Dull."}]
     found = ensemble.predict(rows)
     examples, _ = zip(*(ensemble._tokenize(row, i) for i, row in enumerate(rows)), strict=True)
@@ -214,12 +215,13 @@ def finished(make_spec: Make, trained: Any) -> Any:
 
 
 def tamper(spec: Any, change: Callable[[dict[str, Any]], None]) -> str:
-    """Change what a member says of itself, with a manifest that verifies."""
+    """Change what a member says of itself, with manifests that verify."""
     store = RunStore.for_spec(spec)
     files = store.load_result("members/member-001")
     facts = json.loads(files["member.json"])
     change(facts["layout"])
     store.commit_result("members/member-001", {**files, "member.json": json.dumps(facts).encode()})
+    seal(store.storage, ["member-000", "member-001"])
     return store.uri
 
 

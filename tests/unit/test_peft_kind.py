@@ -199,7 +199,7 @@ def test_a_run_of_two_members_and_its_folders_in_peft(name: str, make_spec: Make
     metrics = run_in_process(prepared)
     assert metrics["run"]["members_done"] == 2
     store = RunStore.for_spec(spec)
-    loaded = load_ensemble(store.uri, gpus=0)
+    loaded = load_ensemble(store.uri, gpus=0, calibrated=False)
     texts = ["a wonderful film", "dull and far too long", "i have seen worse"]
     predicted = loaded.predict(texts)
     tokens = loaded.base.tokenizer(texts, padding=True, return_tensors="pt")

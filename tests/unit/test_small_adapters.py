@@ -222,7 +222,7 @@ def test_a_run_ends_well_and_its_members_predict_the_same_when_loaded(
 
 def check_exported(store: RunStore, source: str) -> None:
     """Load each member, written out as LoRA, with PEFT and compare what it says."""
-    loaded = load_ensemble(store.uri, gpus=0)
+    loaded = load_ensemble(store.uri, gpus=0, calibrated=False)
     texts = ["a wonderful film", "dull and far too long"]
     predicted = loaded.predict(texts)
     tokens = loaded.base.tokenizer(texts, padding=True, return_tensors="pt")
@@ -241,7 +241,7 @@ def check_reloaded(store: RunStore, atol: float = 1e-4) -> None:
     from raylora.engine.model.serialization import unpack_predictions
     from raylora.engine.training.predict import predict
 
-    loaded = load_ensemble(store.uri, gpus=0)
+    loaded = load_ensemble(store.uri, gpus=0, calibrated=False)
     recorded = [unpack_predictions(store.load_result(f"predictions/member-{m:03d}")) for m in range(loaded.members)]
     from raylora.data.sets import load_sets
 

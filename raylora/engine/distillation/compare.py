@@ -8,7 +8,7 @@ from typing import Any, cast
 from raylora.engine.distillation.costs import Contender, measure
 from raylora.engine.distillation.plan import Distillation
 from raylora.engine.distillation.target_job import FACTS
-from raylora.engine.run.finished_members import finished_members
+from raylora.engine.run.roster import read_roster
 from raylora.engine.training.distillation_loss import task_of
 from raylora.ensemble.outputs import output_of
 from raylora.records import (
@@ -32,7 +32,7 @@ def compare(work: Distillation) -> DistillationRecord:
         StoreError: a member is damaged.
     """
     student, output = RunStore.for_spec(work.student), output_of(task_of(work.teacher).output)
-    members, one = finished_members(work.store), finished_members(work.store)[:1]
+    members = read_roster(work.store).members()
     rows: Contenders = {
         "teacher": _row(f"Teacher: ensemble of {len(members)}", work.store, "ensemble", len(members)),
         "single": _row("Teacher's member 0", work.store, "single", 1),
@@ -47,8 +47,9 @@ def compare(work: Distillation) -> DistillationRecord:
     }
     if work.settings.costs:
         measured, where = measure([
-            Contender("teacher", work.store.uri, tuple(members)), Contender("single", work.store.uri, tuple(one)),
-            Contender("student", student.uri, tuple(finished_members(student))),
+            Contender("teacher", work.store.uri, tuple(members)),
+            Contender("single", work.store.uri, tuple(members[:1])),
+            Contender("student", student.uri, tuple(read_roster(student).members())),
         ])
         record["measured_on"] = where
         for name, row in rows.items():  # alone is the same model: its costs are the student's

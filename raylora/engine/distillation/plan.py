@@ -18,8 +18,8 @@ from raylora.data.task import Task
 from raylora.distill import Keys, Loss, targets_class
 from raylora.engine.distillation.target_job import SHARD_ROWS, TargetJob, TargetPlan, shard_names, teacher_digest
 from raylora.engine.model.checkpoint import load_config, load_tokenizer
-from raylora.engine.run.finished_members import finished_members
 from raylora.engine.run.plan_run import Prepared, prepare
+from raylora.engine.run.roster import read_roster, read_state
 from raylora.engine.training.distillation_loss import (
     student_task,
     targets_uri,
@@ -69,7 +69,7 @@ def prepare_distillation(
     task = task_of(spec)
     _check_task(settings, task)
     prepared = prepare(spec, inventory)
-    members = finished_members(store)[: 1 if settings.teacher == "single" else None]
+    members = read_roster(store).members()[: 1 if settings.teacher == "single" else None]
     _try_loss(settings, task, len(members))
     content_of = _content_of(spec, task, settings, prepared)
     tokens = _tokens(settings)
@@ -115,8 +115,8 @@ def check_ahead(spec: RunSpec, inventory: Inventory | None = None) -> None:
 
 def is_finished(store: RunStore) -> bool:
     """Return whether a run has ended well, with all members or with enough of them."""
-    state = control.replay(control.from_record(record) for record in store.read_events())
-    return state.phase in (control.Phase.SUCCEEDED, control.Phase.DEGRADED) and store.storage.exists("metrics.json")
+    ended_well = read_state(store).phase in (control.Phase.SUCCEEDED, control.Phase.DEGRADED)
+    return ended_well and store.storage.exists("metrics.json")
 
 
 def check_finished(store: RunStore) -> None:
@@ -220,5 +220,5 @@ def _content_of(spec: RunSpec, task: Task, settings: DistillSpec, prepared: Prep
 
 
 def _packs(prepared: Prepared, members: list[str]) -> tuple[tuple[str, ...], ...]:
-    packs = (tuple(name for name in units if name in members) for units in prepared.plan.jobs().values())
+    packs = (tuple(name for name in units if name in members) for units in prepared.jobs.values())
     return tuple(pack for pack in packs if pack)

@@ -14,22 +14,8 @@ from raylora.engine.model.base import Base
 from raylora.engine.model.member_tensors import expected_layout, frozen_tensors_of
 from raylora.engine.model.serialization import check_layout, from_bytes
 from raylora.engine.training.member_plan import member_plans_of
-from raylora.errors import RunDirectoryError
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
-
-
-def finished_members(store: RunStore) -> list[str]:
-    """Return the names of the members that are committed, in order.
-
-    Raises:
-        RunDirectoryError: there are none.
-    """
-    names = [name for name in store.storage.list("members") if ".tmp-" not in name]
-    names = [name for name in names if store.has_result(f"members/{name}")]
-    if not names:
-        raise RunDirectoryError(f"{store.uri}: no member is finished", f"raylora resume {store.uri}")
-    return names
 
 
 def stacked_members(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import mul
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from raylora import control, registry
 from raylora.adapters.base import Noted, is_linear, site_of
+from raylora.control import JobState
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
 from raylora.engine.model.checkpoint import load_config, load_tokenizer, quantizer_of, shell_model
@@ -22,6 +23,8 @@ from raylora.engine.model.quantized_layers import bases_folder
 from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.quantization.block_activations import base_linears
 from raylora.engine.quantization.quantize_base import PreparedBase, open_base
+from raylora.engine.run.growth import Growth, check_data, check_final_states, clear_outgrown, growth_of
+from raylora.engine.run.roster import Damage, clear, damages_of, read_state
 from raylora.engine.run.session import TrainingSession
 from raylora.engine.run.tracking import check_trackers
 from raylora.engine.training.distillation_loss import task_of
@@ -38,7 +41,7 @@ from raylora.engine.training.member_plan import (
 from raylora.engine.training.schedule import total_steps
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import check_rule
-from raylora.errors import BaseError, RunDirectoryError, SpecError
+from raylora.errors import BaseError, RunDirectoryError, SpecError, StoreError
 from raylora.placement.plan import Demand, Inventory, Plan, make_plan
 from raylora.records import DataRecord
 from raylora.spec import RunSpec, SetSpec
@@ -65,6 +68,18 @@ class Prepared:
     """What the adapter does to these layers that one would not expect."""
     base: PreparedBase | None = None
     """The base that has to be prepared, or was; None for kinds that are quantized as they are loaded."""
+    damages: Sequence[Damage] = ()
+    """What was finished and is not whole: it is made again."""
+    growth: Growth | None = None
+    """What this spec changes in a run that was begun with another."""
+    kept: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Jobs that were finished, with their units; a unit stays in the pack that it was trained in."""
+
+    @property
+    def jobs(self) -> dict[str, list[str]]:
+        """Every job of the run with its units: those that are finished, and those that are planned."""
+        first = max((int(name.rpartition("-")[2]) + 1 for name in self.kept), default=0)
+        return {**{name: list(units) for name, units in self.kept.items()}, **self.plan.jobs(first)}
 
     @property
     def compute(self) -> str:
@@ -81,13 +96,21 @@ class Prepared:
         """Return the event that begins the run, or takes it up again."""
         ensemble = self.spec.ensemble
         return control.RunStarted(
-            jobs=self.plan.jobs(),
+            jobs=self.jobs,
             workers=workers,
             required=[unit.name for unit in self.units if unit.role is PlanRole.MEMBER],
             min_members=ensemble.min_members or ensemble.members,
             max_failures=self.spec.checkpointing.max_failures,
             prepare_base=self.base is not None and not self.base.is_ready,
+            reopened=self._reopened(),
+            changes=list(self.growth.changes) if self.growth is not None else [],
         )
+
+    def _reopened(self) -> list[str]:
+        """Return the units of finished jobs that are to be done again."""
+        if self.growth is not None and (self.growth.trains_on or self.growth.other_sets):
+            return [name for units in self.kept.values() for name in units]
+        return list(dict.fromkeys(damage.unit for damage in self.damages))
 
     def make_session(self, cpus: int, gpus: int) -> TrainingSession:
         """Return what a worker trains its packs on."""
@@ -95,24 +118,36 @@ class Prepared:
 
     def begin(self) -> None:
         """Write what a run begins with; the first thing that touches the disk."""
-        self.store.write_spec(self.spec)  # on resume too: placement and checkpointing may have changed
-        if not self.is_resume:
+        # Deleted before anything is written: whoever is stopped in between finds what is missing, and it is made again.
+        clear(self.store, self.damages)
+        if self.growth is not None:
+            clear_outgrown(self.store, [unit for unit in self.units if unit.name in self._reopened()], self.growth)
+        if not self.is_resume or (self.growth is not None and self.growth.other_sets):
             self.store.write_json("data.json", data_record(self.sets))
-            if self.base is not None:
-                self.store.write_json("base.json", {"prepared": self.base.store.uri.rpartition("/")[2]})
+        if not self.is_resume and self.base is not None:
+            self.store.write_json("base.json", {"prepared": self.base.store.uri.rpartition("/")[2]})
+        self.store.write_spec(self.spec)  # on resume too: placement and checkpointing may have changed
         task = task_of(self.spec)
         sets_of(self.spec, task, load_tokenizer(self.spec.base, task), self.store, keep=True)
 
 
-def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
+def prepare(
+    spec: RunSpec, inventory: Inventory | None = None, repair: bool = False, look: bool = False
+) -> Prepared:
     """Check a spec against its data, its base, the machines and the run directory.
+
+    Args:
+        repair: train again what was finished and is damaged; else damage is refused.
+        look: nobody is going to run this: a run that stands in the way is noted, not refused.
 
     Raises:
         UsageError: with what is wrong and how to fix it; nothing was started or written.
+        StoreError: something that was finished is damaged.
     """
     store = RunStore.for_spec(spec)
-    store.check_unlocked()
-    is_resume = store.check_spec(spec)
+    if not look:
+        store.check_unlocked()
+        store.is_begun()
     task = task_of(spec)
     shell = shell_model(spec.base, task)
     heads = list(find_heads(shell, []))
@@ -128,8 +163,13 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
     notes = tuple(adapter.notes(sites)) if isinstance(adapter, Noted) else ()
     tokenizer = load_tokenizer(spec.base, task)
     sets = sets_of(spec, task, tokenizer, store)
-    if is_resume:
-        _check_data(store, sets)
+    found, obstacle = _Begun(), ""
+    try:
+        found = _begun(store, spec, sets, repair)
+    except (RunDirectoryError, StoreError) as error:
+        if not look:
+            raise
+        obstacle = f"{error.message}; `raylora run` will refuse it"
     base = open_base(
         spec.base, task, bases_folder(store.uri.rpartition("/")[0]), sets.evaluated_keys(), evaluation_sets(spec)
     ) if spec.base.grid is not None else None
@@ -137,16 +177,63 @@ def prepare(spec: RunSpec, inventory: Inventory | None = None) -> Prepared:
         check_start(spec, base_linears(shell), [site.name for site in sites])
         notes = (*notes, *base.notes(spec))
     units = member_plans_of(spec)
+    new = [unit for unit in units if not any(unit.name in names for names in found.kept.values())]
     demand = Demand(
-        groups=tuple(tuple(group) for group in packable_groups(units)),
+        groups=_groups(units if found.reopens or not new else new),
         base_bytes=_base_bytes(shell, spec, heads),
         member_bytes=_BYTES_PER_PARAMETER * members,
         activation_bytes=_activation_bytes(spec, sets),
         unpackable_reason=unpackable_reason(units[0]),
     )
-    plan = make_plan(demand, inventory or local_inventory(), spec.placement)
-    steps = total_steps(len(sets.train.examples), spec.optimization)
-    return Prepared(spec, store, units, plan, demand, sets, steps, is_resume, members, notes, base)
+    inventory = inventory or local_inventory()
+    plan = make_plan(demand, inventory, spec.placement)
+    if found.kept:
+        packs = make_plan(replace(demand, groups=_groups(new)), inventory, spec.placement).packs if new else ()
+        plan = replace(plan, packs=packs)
+    if found.growth is not None:
+        notes = (*notes, *(f"the run that is there grows: {change}" for change in found.growth.changes))
+    return Prepared(
+        spec, store, units, plan, demand, sets, total_steps(len(sets.train.examples), spec.optimization),
+        found.is_resume, members, (*notes, obstacle) if obstacle else notes, base, found.damages, found.growth,
+        found.kept,
+    )
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What there is of a run already."""
+
+    is_resume: bool = False
+    growth: Growth | None = None
+    damages: Sequence[Damage] = ()
+    kept: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def reopens(self) -> bool:
+        """Whether finished units are done again."""
+        return bool(self.damages) or (self.growth is not None and (self.growth.trains_on or self.growth.other_sets))
+
+
+def _begun(store: RunStore, spec: RunSpec, sets: DataSets, repair: bool) -> _Begun:
+    """Return how far a run is. Raises: RunDirectoryError, StoreError, for what stands in the way of going on."""
+    if not store.is_begun():
+        return _Begun()
+    growth = growth_of(store, spec, len(sets.train.examples))
+    check_data(store, data_record(sets), growth)
+    damages = damages_of(store, store.read_spec())
+    if damages and not repair:
+        raise StoreError(
+            f"{store.uri}: " + "; ".join(map(str, damages)), f"`raylora repair {store.uri}` trains again what is lost"
+        )
+    state = read_state(store)
+    if growth is not None and growth.trains_on:
+        check_final_states(store, spec, state.finished_units())
+    jobs = state.jobs.items()
+    return _Begun(True, growth, damages, {name: job.units for name, job in jobs if job.status is JobState.FINISHED})
+
+
+def _groups(units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(group) for group in packable_groups(units))
 
 
 def evaluation_sets(spec: RunSpec) -> list[SetSpec]:
@@ -213,15 +300,6 @@ def data_record(sets: DataSets) -> DataRecord:
             for loaded in sets.all()
         ],
     }
-
-
-def _check_data(store: RunStore, sets: DataSets) -> None:
-    """Refuse to go on with other data than a run was begun with. Raises: RunDirectoryError."""
-    recorded = store.read_json("data.json")
-    if recorded and recorded["content_hash"] != sets.content_hash():
-        raise RunDirectoryError(
-            f"{store.uri}: the data has changed since the run was begun", "restore it, or start a new run"
-        )
 
 
 def _check_task(spec: RunSpec, task: Task) -> None:

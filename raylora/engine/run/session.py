@@ -14,31 +14,28 @@ from typing import Any, Protocol
 import torch
 
 from raylora import logs, registry
-from raylora.adapters.base import Tensors, WholeModel
-from raylora.adapters.export import to_peft
-from raylora.adapters.packed import stack
 from raylora.data.sets import DataSets
 from raylora.engine.model import serialization
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.machine import compute_device, peak_memory_bytes
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
+from raylora.engine.run.evaluation import Evaluator, Trained, read_trained
 from raylora.engine.run.profiling import StepProfiler
 from raylora.engine.run.run_metrics import aggregate
 from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
 from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import MemberPlan, PlanRole, member_plans_of
-from raylora.engine.training.member_state import MemberState, SavedState
+from raylora.engine.training.member_state import SavedState
 from raylora.engine.training.optimizer import start_deepspeed
-from raylora.engine.training.predict import predict_set
 from raylora.engine.training.trainer import PackTrainer, TrainingSettings
-from raylora.ensemble.predictions import Predictions, Role
-from raylora.errors import Interrupted, RunDirectoryError, StoreError
-from raylora.progress import Activity, OnProgress, Progress, RowCounter
+from raylora.errors import RunDirectoryError
+from raylora.progress import OnProgress, Progress
 from raylora.records import JobTiming, RunMetrics
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
+from raylora.store.seal import seal
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +68,7 @@ class TrainingSession:
         self.plans = {plan.name: plan for plan in member_plans_of(spec)}
         self.base: Base
         self.sets: DataSets
+        self.evaluator: Evaluator
         self.distillation_loss: DistillationLoss | None
 
     def load(self) -> None:
@@ -98,6 +96,7 @@ class TrainingSession:
             )
         logger.info("base and data loaded in %.1f s", time.perf_counter() - started)
         self.distillation_loss = read_distillation_loss(self.spec, self.store, self.task, self.sets)
+        self.evaluator = Evaluator(self.spec, self.store, self.task, self.base, self.sets)
 
     # --- a job --------------------------------------------------------------------------------------
     def run_job(
@@ -109,11 +108,38 @@ class TrainingSession:
             Interrupted: the units' state is committed; the job can be run again and continues.
         """
         plans = [self.plans[name] for name in unit_names]
-        plans = [plan for plan in plans if not self.store.has_result(folder_of(plan))]
-        if not plans:
-            return {}
-        with logs.about(self.spec.run_name(), [plan.name for plan in plans]):
-            return self._run_job(job, plans, report, should_stop)
+        failed: dict[str, str] = {}
+        with logs.about(self.spec.run_name(), list(unit_names)):
+            to_train = self._to_train(plans)
+            if to_train:
+                failed = self._run_job(job, to_train, report, should_stop)
+            whole = [plan for plan in plans if self.store.has_result(plan.folder)]
+            if not all(self.evaluator.is_predicted(plan) for plan in whole):
+                self._evaluate_again(job, whole, report, should_stop)
+        return failed
+
+    def _to_train(self, plans: Sequence[MemberPlan]) -> Sequence[MemberPlan]:
+        """Return whom of a job to train: those who have no result, together with those they must share a pack with.
+
+        A member that was lost after the whole pack had ended is trained in that pack again: alone it would see other
+        matrix shapes, and its last bits would differ. What the others become again is not committed.
+        """
+        missing = [plan for plan in plans if not self.store.has_result(plan.folder)]
+        if not missing:
+            return []
+        if all(self._has_failed(plan) for plan in missing):
+            return missing  # tried once more, without those who need not wait for it
+        begun = [plan for plan in plans if self.store.checkpoint_steps(plan.name)]
+        if not all(plan in begun for plan in missing):
+            return plans
+        return [plan for plan in plans if plan in missing or plan in begun]
+
+    def _has_failed(self, plan: MemberPlan) -> bool:
+        steps = self.store.checkpoint_steps(plan.name)
+        if not steps:
+            return False
+        _, facts = serialization.unpack_state(self.store.load_checkpoint(plan.name, steps[-1]).files)
+        return "failure" in facts
 
     def _run_job(
         self, job: str, plans: Sequence[MemberPlan], report: OnProgress, should_stop: StopSignal
@@ -142,12 +168,15 @@ class TrainingSession:
         finally:
             tracking.close(complete)
         trained_s = time.perf_counter() - meter.started
-        done = [state for state in trainer.states if not state.failure]
+        done = [
+            Trained(state.plan, state.result(), state.frozen_tensors, trainer.step, state.history, state.stopped_at)
+            for state in trainer.states if not state.failure
+        ]
         logger.info("%s: trained in %.1f s", job, trained_s)
-        evaluate_s = self._evaluate(model, done, report, should_stop)
+        evaluate_s = self.evaluator.evaluate(model, done, report, should_stop)
         logger.info("%s: evaluated in %.1f s", job, evaluate_s)
         self.store.write_json(f"timing/{job}.json", JobTiming({
-            "units": [t.plan.name for t in done],
+            "units": [one.plan.name for one in done],
             "train_s": trained_s,
             "evaluate_s": evaluate_s,
             "steps": trainer.step - resumed_at,
@@ -158,7 +187,7 @@ class TrainingSession:
             "base_bytes": self.base.size_bytes,
             "base_parameters": self.base.parameters,
             "head_parameters": sum(p.numel() for head in self.base.heads.values() for p in head.parameters()),
-            "member_parameters": sum(t.numel() for t in done[0].result().values()) if done else 0,
+            "member_parameters": sum(t.numel() for t in done[0].tensors.values()) if done else 0,
             "compute_dtype": str(self.base.dtype).removeprefix("torch."),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
@@ -166,9 +195,22 @@ class TrainingSession:
         }))
         return {t.plan.name: t.failure for t in trainer.states if t.failure}
 
+    def _evaluate_again(
+        self, job: str, plans: Sequence[MemberPlan], report: OnProgress, should_stop: StopSignal
+    ) -> None:
+        """Predict with members that are committed, in the stack that they were trained in."""
+        adapter = registry.load("adapter", plans[0].adapter.kind).build(plans[0].adapter)
+        done = [read_trained(self.spec, self.store, self.base, plan) for plan in plans]
+        model = PackedModel(self.base, adapter, self.task)
+        evaluate_s = self.evaluator.evaluate(model, done, report, should_stop)
+        timing = self.store.read_json(f"timing/{job}.json")
+        if timing is not None:
+            self.store.write_json(f"timing/{job}.json", {**timing, "evaluate_s": evaluate_s})
+
     def aggregate(self, units: Sequence[str], started_at: float) -> RunMetrics:
         """Combine the finished units' predictions into the run's metrics. Raises: StoreError for a damaged one."""
         metrics = aggregate(self.spec, self.store, units, started_at)
+        seal(self.store.storage, [name for name in units if self.plans[name].role is PlanRole.MEMBER])
         track_results(self.spec, self.store, metrics)
         return metrics
 
@@ -202,88 +244,6 @@ class TrainingSession:
             content = serialization.to_bytes(first.optimizer.tensors())
             self.store.commit_result(f"snapshots/epoch-{epoch:03d}", {"member.safetensors": content})
 
-    # --- results ------------------------------------------------------------------------------------
-    def _evaluate(
-        self, model: PackedModel, done: Sequence[MemberState], report: OnProgress, should_stop: StopSignal
-    ) -> float:
-        started = time.perf_counter()
-        if not done:
-            return 0.0
-        # Before member 0 is committed: it is not taken up again afterwards.
-        if any(t.plan.name == "member-000" for t in done) and self.spec.baselines.checkpoints:
-            self._evaluate_snapshots(model, done[0].frozen_tensors, report, should_stop)
-        members = [state.result() for state in done]
-        whole = [{**tensors, **state.frozen_tensors} for tensors, state in zip(members, done, strict=True)]
-        if done[0].plan.role is PlanRole.MC_DROPOUT:
-            assert self.spec.baselines.mc_dropout is not None
-            passes = self.spec.baselines.mc_dropout.passes
-            seeds = [done[0].plan.stream("pass", number) for number in range(passes)]
-            self._commit(done[0], members[0], self._predict(model, whole * passes, report, should_stop, seeds))
-        else:
-            sets = self._predict(model, whole, report, should_stop)
-            for index, (state, tensors) in enumerate(zip(done, members, strict=True)):
-                self._commit(state, tensors, [one.member(index) for one in sets])
-        return time.perf_counter() - started
-
-    def _evaluate_snapshots(
-        self, model: PackedModel, frozen_tensors: Tensors, report: OnProgress, should_stop: StopSignal
-    ) -> None:
-        snapshots = [
-            serialization.from_bytes(self.store.load_result(f"snapshots/{name}")["member.safetensors"]) | frozen_tensors
-            for name in self.store.storage.list("snapshots")
-            if self.store.has_result(f"snapshots/{name}")
-        ]
-        if snapshots:
-            predictions = self._predict(model, snapshots, report, should_stop)
-            self.store.commit_result("predictions/checkpoints", serialization.pack_predictions(predictions))
-
-    def _predict(
-        self, model: PackedModel, members: Sequence[Tensors], report: OnProgress, should_stop: StopSignal,
-        dropout_seeds: Sequence[int] | None = None,
-    ) -> list[Predictions]:
-        stacked = stack([{n: t.to(self.base.device) for n, t in member.items()} for member in members])
-        sets = evaluated_sets(self.sets)
-        rows = RowCounter(Activity.EVALUATING, sum(len(loaded.examples) for loaded, _ in sets), report)
-        predictions = []
-        for loaded, role in sets:
-            predictions.append(predict_set(
-                model, stacked, loaded.examples, loaded.name, role, self.spec.evaluation.batch, dropout_seeds, rows,
-            ))
-            if should_stop():
-                raise Interrupted("stopped while evaluating; the trained state is committed",
-                                  signal_number=should_stop())
-        return predictions
-
-    def _commit(self, state: MemberState, tensors: Tensors, predictions: Sequence[Predictions]) -> None:
-        """Publish predictions first: a member's folder is what marks the plan as done."""
-        plan = state.plan
-        self.store.commit_result(f"predictions/{plan.name}", serialization.pack_predictions(predictions))
-        facts = {
-            "name": plan.name,
-            "role": plan.role,
-            "seed": plan.seed,
-            "run_digest": self.spec.digest(),
-            "adapter": plan.adapter.model_dump(mode="json"),
-            "base": self.spec.base.model_dump(mode="json"),
-            "labels": self.task.label_names,
-            "history": state.history,
-            "stopped_at": state.stopped_at,
-            "layout": serialization.layout_of(tensors, state.frozen_tensors),
-        }
-        task_type = "SEQ_CLS" if self.task.auto_class == "AutoModelForSequenceClassification" else "CAUSAL_LM"
-        peft = to_peft(
-            tensors, plan.adapter, self.base.sites, self.base.target_modules, task_type, self.base.export_name
-        )
-        check_finite(peft.tensors, plan)
-        config = {"adapter_config.json": peft.config_bytes()} if peft.config is not None else {}
-        self.store.commit_result(folder_of(plan), {
-            "adapter_model.safetensors": serialization.to_bytes(peft.tensors),
-            **config,
-            "member.json": serialization.json.dumps(facts, indent=1, sort_keys=True).encode(),
-            "README.md": _readme(plan, self.spec, self.base.export_name, bool(config)).encode(),
-        })
-        self.store.discard_checkpoints(plan.name)
-
 
 class _Meter:
     """Counts tokens and time on the way to profiler, trackers and whoever listens to progress."""
@@ -297,41 +257,3 @@ class _Meter:
         self.tokens += progress.tokens
         self.tracked.step(progress)
         self.report(progress)
-
-
-def folder_of(plan: MemberPlan) -> str:
-    """Return where a unit's result lies in the run directory."""
-    return f"members/{plan.name}" if plan.role is PlanRole.MEMBER else f"baselines/{plan.name}"
-
-
-def evaluated_sets(sets: DataSets) -> list[tuple[Any, Role]]:
-    """Return every set that members are evaluated on, with its role."""
-    return [
-        (sets.validation, "validation"),
-        (sets.test, "test"),
-        *((loaded, "in_distribution") for loaded in sets.in_distribution.values()),
-        *((loaded, "out_of_distribution") for loaded in sets.out_of_distribution.values()),
-    ]
-
-
-def check_finite(tensors: Tensors, plan: MemberPlan) -> None:
-    """Raise StoreError rather than save a member that is not a number."""
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise StoreError(f"{plan.name}: {bad[0]} is not finite and is not saved")
-
-
-def _readme(plan: MemberPlan, spec: RunSpec, base_name: str, in_peft: bool) -> str:
-    whole = isinstance(registry.load("adapter", plan.adapter.kind).build(plan.adapter), WholeModel)
-    head_only = plan.role is PlanRole.LAST_LAYER
-    kind = "last-layer head" if head_only else "whole model" if whole else f"{plan.adapter.kind} adapter"
-    library = "peft" if in_peft else "raylora"
-    use = (
-        "`raylora export RUN --format checkpoint` writes it as a folder that transformers loads." if whole else
-        f"Load it with `PeftModel.from_pretrained(base, folder)` on `{base_name}`." if in_peft else
-        "PEFT does not know this kind: `raylora export RUN --format peft-lora` writes its members in PEFT's format."
-    )
-    return (
-        f"---\nbase_model: {base_name}\nlibrary_name: {library}\ntags: [raylora, {plan.adapter.kind}]\n---\n\n"
-        f"# {plan.name}\n\nOne {kind} of an ensemble, seed {plan.seed}, task {spec.task.kind}.\n{use}\n"
-    )

@@ -30,6 +30,11 @@ class MemberPlan:
     seed: int
     adapter: AdapterSpec
 
+    @property
+    def folder(self) -> str:
+        """Where its result lies in the run directory."""
+        return f"{'members' if self.role is PlanRole.MEMBER else 'baselines'}/{self.name}"
+
     def stream(self, purpose: str, *parts: int | str) -> int:
         """Return the seed of one of this unit's random streams: ``init``, ``order``, ``dropout``."""
         return derive_seed(self.seed, purpose, *parts)

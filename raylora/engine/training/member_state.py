@@ -17,7 +17,7 @@ from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.serialization import check_layout, layout_of
 from raylora.engine.training.member_plan import MemberPlan, order_seed
 from raylora.engine.training.optimizer import MemberOptimizer
-from raylora.engine.training.schedule import total_steps
+from raylora.engine.training.schedule import restart_steps, total_steps
 from raylora.ensemble.outputs import output_of
 from raylora.records import HistoryRow
 from raylora.spec import EnsembleSpec, OptimizationSpec
@@ -139,4 +139,5 @@ class MemberBuilder:
         return MemberOptimizer(
             tensors, model.adapter, self.optimization, self.ensemble.regularizers,
             total_steps(self.rows, self.optimization), model.base.device, start_tensors(model.base, model.adapter),
+            restart_steps(self.rows, self.optimization),
         )

@@ -62,18 +62,20 @@ class MemberOptimizer:
         total_steps: int,
         device: torch.device,
         anchors: Mapping[str, Tensor] | None = None,
+        restarts: Sequence[int] = (),
     ) -> None:
         """Build the engine; every decay is its own parameter group, so that A, B and the head decay on their own.
 
         Args:
             anchors: what a tensor's weight decay pulls towards, where that is not zero.
+            restarts: steps at which the schedule starts anew.
         """
         import deepspeed
 
         self.names = list(tensors)
         self.device = device
         self.optimization = optimization
-        self.total_steps = total_steps
+        self.total_steps, self.restarts = total_steps, restarts
         self.steps_done = 0
         self.grad_norm = 0.0
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -109,7 +111,7 @@ class MemberOptimizer:
         """Count a micro-batch; at the accumulation's boundary clip, update and return True."""
         boundary = self.engine.is_gradient_accumulation_boundary()
         if boundary:
-            factor = learning_rate_factor(self.optimization, self.steps_done, self.total_steps)
+            factor = learning_rate_factor(self.optimization, self.steps_done, self.total_steps, self.restarts)
             for group in self._optimizer.param_groups:
                 group["lr"] = self.optimization.lr * factor
             if self.optimization.zero_stage == 0:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from raylora.spec import OptimizationSpec
 
-_DEFAULT_EPOCHS = 3.0
+DEFAULT_EPOCHS = 3.0
 
 
 def micro_batches_per_epoch(rows: int, spec: OptimizationSpec) -> int:
@@ -23,12 +24,26 @@ def total_steps(rows: int, spec: OptimizationSpec) -> int:
     """Return the optimizer steps of a whole training; epochs are rounded up to whole steps."""
     if spec.steps is not None:
         return spec.steps
-    epochs = spec.epochs if spec.epochs is not None else _DEFAULT_EPOCHS
+    return _steps_of(spec.epochs if spec.epochs is not None else DEFAULT_EPOCHS, rows, spec)
+
+
+def restart_steps(rows: int, spec: OptimizationSpec) -> tuple[int, ...]:
+    """Return the steps, from 0, at which the schedule starts anew."""
+    return tuple(int(at) if spec.steps is not None else _steps_of(at, rows, spec) for at in spec.restarts)
+
+
+def _steps_of(epochs: float, rows: int, spec: OptimizationSpec) -> int:
     return max(1, math.ceil(epochs * micro_batches_per_epoch(rows, spec) / spec.accumulation))
 
 
-def learning_rate_factor(spec: OptimizationSpec, step: int, total: int) -> float:
-    """Return the share of the peak learning rate that update number ``step`` (from 0) uses."""
+def learning_rate_factor(spec: OptimizationSpec, step: int, total: int, restarts: Sequence[int] = ()) -> float:
+    """Return the share of the peak learning rate that update number ``step`` (from 0) uses.
+
+    Between two restarts the schedule runs from its warmup to its end (Loshchilov and Hutter, arXiv 1608.03983).
+    """
+    begin = max((at for at in restarts if at <= step), default=0)
+    end = min((at for at in restarts if at > step), default=total)
+    step, total = step - begin, end - begin
     warmup = math.ceil(spec.warmup * total)
     if step < warmup:
         return (step + 1) / warmup

@@ -37,6 +37,25 @@ class Record(Protocol):
     def cells(self) -> tuple[str, ...]:
         """Return what stands under the heads."""
 
+    def caption(self) -> str:
+        """Return what a reader of the table must know of its numbers."""
+
+
+@dataclass(frozen=True)
+class Contributors:
+    """How many members speak, of how many that their run asks for."""
+
+    members: int
+    members_asked: int
+
+    def record(self) -> dict[str, int]:
+        """Return it as a part of a record."""
+        return {"members": self.members, "members_asked": self.members_asked}
+
+    def caption(self) -> str:
+        """Return it in words where not all of them speak, else nothing."""
+        return f"{self.members} of {self.members_asked} members" if self.members < self.members_asked else ""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -47,7 +66,18 @@ class Rows:
     label_names: Sequence[str]
     rule: str
     described: GroupMetrics
-    """What the run's summary says of the ensemble, such as its noise; empty while there is none."""
+    """What the run's summary says of these members together, such as their noise; empty where it says nothing."""
+    contributors: Contributors
+    calibrated: bool = True
+    """Whether the fitted temperature is applied, where there is one that can be trusted."""
+
+    @property
+    def temperature(self) -> float | None:
+        """The temperature to apply; None where none was fitted, where the fit told nothing, or where none is wanted."""
+        fit = self.described.get("temperature_fit")
+        if not self.calibrated or fit is None or fit["degenerate"]:
+            return None
+        return self.described["temperature"]
 
 
 class Output(Protocol):

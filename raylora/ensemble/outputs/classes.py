@@ -27,7 +27,7 @@ from raylora.ensemble.groups import (
 )
 from raylora.ensemble.metrics import CLASS_METRICS, evaluate, point_metrics, score_rows
 from raylora.ensemble.ood import auroc, bootstrap_auroc, foreign_scores
-from raylora.ensemble.outputs.base import Record, Rows
+from raylora.ensemble.outputs.base import Contributors, Record, Rows
 from raylora.ensemble.predictions import Predictions, check_labels
 from raylora.ensemble.uncertainty import decompose, pairwise_kl
 from raylora.records import Description, Doubt, MeanMember, MemberMetrics, OodMetrics, SetMetrics, Summary
@@ -60,22 +60,41 @@ class Prediction:
     id: str
     label: str
     probabilities: dict[str, float]
+    """Calibrated where the run fitted a temperature; the four below are of the same temperature."""
     member_probabilities: list[dict[str, float]]
     entropy: float
     """Predictive entropy in nats: all the uncertainty."""
     mutual_information: float
     """The part of it that the members disagree about: what more data could remove."""
+    raw_probabilities: dict[str, float]
+    """As the members give them, at T = 1."""
+    temperature: float | None
+    """What the members' logits were divided by; None if they were not."""
     truncated: bool
+    contributors: Contributors
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a temperature was applied."""
+        return self.temperature is not None
 
     def record(self) -> dict[str, Any]:
         """Return it as a JSON-able mapping."""
-        return dict(vars(self))
+        fields = {name: value for name, value in vars(self).items() if name != "contributors"}
+        return {**fields, "calibrated": self.calibrated, **self.contributors.record()}
 
     def cells(self) -> tuple[str, ...]:
         """Return what stands under the heads."""
         return (
             self.label, f"{self.probabilities[self.label]:.3f}", f"{self.entropy:.3f}", f"{self.mutual_information:.4f}"
         )
+
+    def caption(self) -> str:
+        """Return whether the probabilities are calibrated, and who speaks if not all do."""
+        how = "as the members give them, not calibrated"
+        if self.temperature is not None:
+            how = f"calibrated with T = {self.temperature:.2f}, fitted on the validation split"
+        return "; ".join(filter(None, (f"probabilities {how}", self.contributors.caption())))
 
 
 class Classes:
@@ -109,9 +128,11 @@ class Classes:
     def records(self, values: Tensor, expected_entropy_MN: Tensor | None, rows: Rows) -> list[Record]:
         """Return each row's label and probabilities under the run's rule, and how sure the members are."""
         names = rows.label_names or [str(c) for c in range(values.shape[2])]
-        probs_NC = aggregate_logits(values, rows.rule).exp()
-        member_MNC = values.double().softmax(dim=-1)
-        uncertainty = decompose(values, expected_entropy_MN=expected_entropy_MN)
+        applied = rows.temperature or 1.0
+        probs_NC, raw_NC = (aggregate_logits(values, rows.rule, t).exp() for t in (applied, 1.0))
+        member_MNC = (values.double() / applied).softmax(dim=-1)
+        # A member that says itself how uncertain it is says it at T = 1, so its parts are only true there.
+        uncertainty = decompose(values, applied if expected_entropy_MN is None else 1.0, expected_entropy_MN)
         return [
             Prediction(
                 id=row_id,
@@ -120,7 +141,10 @@ class Classes:
                 member_probabilities=[dict(zip(names, row.tolist(), strict=True)) for row in member_MNC[:, n]],
                 entropy=float(uncertainty.predictive_entropy_N[n]),
                 mutual_information=float(uncertainty.mutual_information_N[n]),
+                raw_probabilities=dict(zip(names, raw_NC[n].tolist(), strict=True)),
+                temperature=rows.temperature,
                 truncated=rows.truncated[n],
+                contributors=rows.contributors,
             )
             for n, row_id in enumerate(rows.ids)
         ]

@@ -37,7 +37,7 @@ from raylora.ensemble.groups import (
     with_role,
 )
 from raylora.ensemble.ood import auroc, bootstrap_auroc, histograms
-from raylora.ensemble.outputs.base import Record, Rows
+from raylora.ensemble.outputs.base import Contributors, Record, Rows
 from raylora.ensemble.predictions import Predictions, check_one_each
 from raylora.ensemble.regression_metrics import LEVEL, VALUE_METRICS, draw_metrics, point_metrics, score_values
 from raylora.errors import DataError
@@ -92,20 +92,29 @@ class ValuePrediction:
     epistemic_std: float
     """The standard deviation of the members' values: what more data could remove."""
     std: float | None
-    """That and the noise fitted on the validation split; None while the run that would fit it is not finished."""
+    """That and the noise fitted on the validation split; None where none was fitted for just these members."""
     interval_95: list[float] | None
     """The central 95 % of a Gaussian with this value and ``std``."""
     truncated: bool
+    contributors: Contributors
 
     def record(self) -> dict[str, Any]:
         """Return it as a JSON-able mapping."""
-        return dict(vars(self))
+        fields = {name: value for name, value in vars(self).items() if name != "contributors"}
+        return {**fields, **self.contributors.record()}
 
     def cells(self) -> tuple[str, ...]:
         """Return what stands under the heads."""
         reach = "n/a" if self.interval_95 is None else "{:.3f} to {:.3f}".format(*self.interval_95)
         std = "n/a" if self.std is None else f"{self.std:.3f}"
         return f"{self.value:.3f}", reach, f"{self.epistemic_std:.3f}", std
+
+    def caption(self) -> str:
+        """Return where the noise comes from, and who speaks if not all do."""
+        how = "no noise is fitted for these members, so there are no intervals"
+        if self.std is not None:
+            how = "intervals with the noise fitted on the validation split"
+        return "; ".join(filter(None, (how, self.contributors.caption())))
 
 
 class Value:
@@ -158,7 +167,7 @@ class Value:
                 std = math.hypot(noise_std, between)
                 interval = [value - half_width(LEVEL) * std, value + half_width(LEVEL) * std]
             found.append(ValuePrediction(row_id, value, values[:, n].tolist(), between, std, interval,
-                                         rows.truncated[n]))
+                                         rows.truncated[n], rows.contributors))
         return found
 
 

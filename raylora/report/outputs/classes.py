@@ -29,7 +29,9 @@ def _blocks(metrics: RunMetrics) -> list[Block]:
     more = [Part(
         "After temperature scaling",
         "One number T, fitted on the validation split, divides each member's logits before averaging; T above 1 means "
-        "that the model was overconfident.",
+        "that the model was overconfident (right less often than it says; most often trained for too long), T below 1 "
+        "that it was underconfident (right more often than it says; most often trained too little). "
+        "`raylora predict` applies it unless it is told --raw.",
         "; ".join(tables.temperatures(metrics)) + ".", scaled,
     )] if scaled is not None else []
     return [

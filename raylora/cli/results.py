@@ -1,0 +1,171 @@
+"""The commands that use what runs have left: predict, export, report, verify, repair."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from raylora.cli.app import AllowMissing, AsJson, RunPath, app, command, say, show_result
+from raylora.cli.console import err, out
+from raylora.cli.progress import ShownStatus
+from raylora.cli.tables import predictions_table
+from raylora.errors import StoreError, UsageError
+
+
+@app.command()
+@command
+def predict(
+    run_path: RunPath,
+    text: Annotated[list[str] | None, typer.Option("--text", help="A text; may be repeated.")] = None,
+    file: Annotated[str | None, typer.Option("--file", help="Rows as jsonl, csv, parquet or arrow.")] = None,
+    output: Annotated[str | None, typer.Option("--out", help="Write JSON lines here instead of printing.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help=(
+        "Probabilities as the members give them, without the temperature fitted on the validation split."
+    ))] = False,
+    allow_missing: AllowMissing = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict new rows, with the uncertainty of each prediction."""
+    from raylora.serve.predictor import load_ensemble, read_rows, write_rows
+
+    if bool(text) == bool(file):
+        raise UsageError("give either --text or --file")
+    rows: Sequence[Any] = text or read_rows(str(file))
+    ensemble = load_ensemble(run_path, calibrated=not raw, allow_missing=allow_missing)
+    predictions = ensemble.predict(rows)
+    if output:
+        write_rows(output, predictions)
+        say(as_json, {"out": output, "rows": len(predictions)}, f"wrote {len(predictions)} predictions to {output}")
+    elif as_json:
+        for prediction in predictions:
+            print(json.dumps(prediction.record(), ensure_ascii=False))
+    else:
+        out.print(predictions_table(predictions))
+
+
+@app.command()
+@command
+def export(
+    run_path: RunPath,
+    form: Annotated[str, typer.Option("--format", help=(
+        "peft-lora: members as folders that PEFT loads. checkpoint: fully fine-tuned members as whole models. "
+        "base, base-packed: a prepared base as a checkpoint, dequantized or packed, and its pair."
+    ))] = "peft-lora",
+    output: Annotated[str | None, typer.Option("--out", help="The output folder; by default RUN/export.")] = None,
+    member: Annotated[list[str] | None, typer.Option("--member", help="Only this member; may be repeated.")] = None,
+    allow_missing: AllowMissing = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write members, or the prepared base, in a format that other programs read."""
+    from raylora.serve import export_base
+    from raylora.serve.export import export_run
+
+    if form in export_base.FORMATS:
+        base = export_base.export_base(run_path, form, output)
+        pair = f"; its pair, {base.pair_bytes:,} bytes, to {base.pair_folder}" if base.pair_folder else ""
+        say(as_json, vars(base), f"wrote the base, {base.size_bytes:,} bytes, to {base.folder}{pair}")
+        return
+    exported = export_run(run_path, form, output, member or [], allow_missing)
+    if as_json:
+        print(json.dumps([vars(item) for item in exported]))
+        return
+    table = Table("member", "in the run (bytes)", "exported (bytes)", "folder")
+    for item in exported:
+        table.add_row(item.member, f"{item.size_bytes:,}", f"{item.exported_bytes:,}", item.folder)
+    out.print(table)
+
+
+@app.command()
+@command
+def report(run_path: RunPath, allow_missing: AllowMissing = False, as_json: AsJson = False) -> None:
+    """Write the report of a finished run again and print its table."""
+    from raylora.client import publish_report
+    from raylora.engine.distillation.compare import distillations
+    from raylora.engine.run.roster import check_whole
+    from raylora.report.distillation import distillation_table
+    from raylora.store.run_store import RunStore
+
+    store = RunStore(run_path)
+    store.read_spec()
+    check_whole(store, allow_missing)
+    publish_report(store)
+    show_result(store, store.read_json("metrics.json"), as_json)
+    for record in [] if as_json else distillations(store):
+        out.print(distillation_table(record))
+
+
+@app.command()
+@command
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: what a run would use, and what would stop it."""
+    from raylora.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([vars(finding) for finding in findings]))
+    for finding in [] if as_json else findings:
+        mark, style = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "bad": ("bad ", "red")}[finding.level]
+        out.print(f"[{style}]{mark}[/] {finding.what}" + (f"\n     -> {finding.hint}" if finding.hint else ""))
+    if any(finding.level == "bad" for finding in findings):
+        raise typer.Exit(UsageError.exit_code)
+
+
+@app.command()
+@command
+def schema() -> None:
+    """Print the JSON schema of a run spec, for editors."""
+    from raylora.spec import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
+@command
+def verify(run_path: RunPath, as_json: AsJson = False) -> None:
+    """Read all that a run has committed and compare it with its checksums."""
+    from raylora.engine.run.verify import verify_run
+
+    parts = verify_run(run_path)
+    broken = [part for part in parts if part.problem]
+    if as_json:
+        print(json.dumps({"run": run_path, "parts": len(parts), "damaged": {p.place: p.problem for p in broken}}))
+    for part in [] if as_json else broken:
+        out.print(f"{part.place} {part.problem}", style="red", markup=False)
+    if broken and as_json:
+        raise typer.Exit(StoreError.exit_code)
+    if broken:
+        raise StoreError(
+            f"{run_path}: {len(broken)} of {len(parts)} parts are not whole",
+            f"`raylora repair {run_path}` trains again what is lost",
+        )
+    if not as_json:
+        out.print(f"{run_path}: all {len(parts)} parts are whole", markup=False)
+
+
+@app.command()
+@command
+def repair(
+    run_path: RunPath,
+    local: Annotated[bool, typer.Option(help="Run in this process, without Ray.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train again what a run has lost to damage: the same seeds and data give the same members."""
+    from raylora.client import repair_run
+
+    err.print(f"checking {run_path}, its data and its base ...", markup=False)
+    with ShownStatus() as show:
+        done = repair_run(run_path, local, show)
+    if as_json:
+        print(json.dumps({"run": run_path, "lost": dict(done.lost), "equal": dict(done.equal)}))
+        return
+    for name, why in done.lost.items():
+        out.print(f"{why}; made again{_LIKENESS[done.equal.get(name)]}", markup=False)
+    if not done.lost:
+        out.print(f"{run_path}: nothing is lost, nothing was changed", markup=False)
+
+
+_LIKENESS = {True: ", bit for bit as it was", False: ", but its last bits differ from before", None: ""}
