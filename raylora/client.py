@@ -20,7 +20,7 @@ from raylora import control, logs
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
 from raylora.actors.preparer import solve_on_cluster
 from raylora.connection import clear_name, connect, find_run, inventory_of_cluster, put_away
-from raylora.engine.distillation.compare import compare, distillations
+from raylora.engine.distillation.compare import compare, distillations, made_before
 from raylora.engine.distillation.plan import check_ahead, is_finished, prepare_distillation
 from raylora.engine.distillation.target_job import TargetPlan
 from raylora.engine.model.machine import compute_device
@@ -248,6 +248,10 @@ def distill_run(
         TrainingError: the targets could not be made, or a student not be trained.
     """
     work = prepare_distillation(run, settings, None if local else inventory_of_cluster())
+    before = made_before(work)
+    if before is not None:
+        on_stage(f"{work.settings.name} is distilled already, and nothing has changed")
+        return before
     try:
         if not work.targets.is_done:
             shards, where = len(work.targets.shards), work.targets.store.uri

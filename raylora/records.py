@@ -401,6 +401,8 @@ Contenders = dict[Literal["teacher", "single", "student", "alone"], ContenderMet
 class DistillationRecord(TypedDict, total=False):
     """``distillation/<student>.json``: a student beside its teacher."""
 
+    key: str
+    """By what the same comparison is known again."""
     name: str
     taught_by: str
     targets: TargetFacts

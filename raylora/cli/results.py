@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.table import Table
@@ -15,6 +14,9 @@ from raylora.cli.progress import ShownStatus
 from raylora.cli.tables import predictions_table
 from raylora.errors import StoreError, UsageError
 
+if TYPE_CHECKING:
+    from raylora.serve.inputs import OnBadRow
+
 
 @app.command()
 @command
@@ -23,6 +25,13 @@ def predict(
     text: Annotated[list[str] | None, typer.Option("--text", help="A text; may be repeated.")] = None,
     file: Annotated[str | None, typer.Option("--file", help="Rows as jsonl, csv, parquet or arrow.")] = None,
     output: Annotated[str | None, typer.Option("--out", help="Write JSON lines here instead of printing.")] = None,
+    columns: Annotated[list[str] | None, typer.Option("--columns", help=(
+        "What the file calls a column: --columns text=review; may be repeated. By default as the training set does."
+    ))] = None,
+    delimiter: Annotated[str | None, typer.Option("--delimiter", help="Between the fields of a csv file.")] = None,
+    on_bad_row: Annotated[str, typer.Option("--on-bad-row", help=(
+        "error, or skip: leave out rows that do not fit."
+    ))] = "error",
     raw: Annotated[bool, typer.Option("--raw", help=(
         "Probabilities as the members give them, without the temperature fitted on the validation split."
     ))] = False,
@@ -30,21 +39,30 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Predict new rows, with the uncertainty of each prediction."""
-    from raylora.serve.predictor import load_ensemble, read_rows, write_rows
+    from raylora.serve.inputs import inputs_of_texts, read_inputs, write_records
+    from raylora.serve.predictor import load_ensemble
 
     if bool(text) == bool(file):
         raise UsageError("give either --text or --file")
-    rows: Sequence[Any] = text or read_rows(str(file))
+    if on_bad_row not in ("error", "skip"):
+        raise UsageError(f"--on-bad-row: {on_bad_row!r} is neither error nor skip", "use one of the two")
+    inputs = inputs_of_texts(run_path, text) if text else read_inputs(
+        run_path, str(file), _renaming(columns or []), delimiter, cast("OnBadRow", on_bad_row)
+    )
+    for place in inputs.left_out[:_TOLD]:
+        err.print(f"left out: {place}", markup=False)
+    if inputs.left_out:
+        err.print(f"{len(inputs.left_out):,} row(s) left out, {len(inputs.rows):,} predicted", markup=False)
     ensemble = load_ensemble(run_path, calibrated=not raw, allow_missing=allow_missing)
-    predictions = ensemble.predict(rows)
+    predictions = ensemble.predict(inputs.rows)
     if output:
-        write_rows(output, predictions)
+        write_records(output, inputs.records(predictions))
         say(as_json, {"out": output, "rows": len(predictions)}, f"wrote {len(predictions)} predictions to {output}")
     elif as_json:
-        for prediction in predictions:
-            print(json.dumps(prediction.record(), ensure_ascii=False))
+        for record in inputs.records(predictions):
+            print(json.dumps(record, ensure_ascii=False, default=str))
     else:
-        out.print(predictions_table(predictions))
+        out.print(predictions_table(predictions, inputs.texts(), inputs.answers(predictions)))
 
 
 @app.command()
@@ -168,4 +186,14 @@ def repair(
         out.print(f"{run_path}: nothing is lost, nothing was changed", markup=False)
 
 
+_TOLD = 5
+"""Rows left out that are named one by one."""
 _LIKENESS = {True: ", bit for bit as it was", False: ", but its last bits differ from before", None: ""}
+
+
+def _renaming(columns: list[str]) -> dict[str, str]:
+    pairs = [column.partition("=") for column in columns]
+    wrong = [column for column, (ours, _, theirs) in zip(columns, pairs, strict=True) if not ours or not theirs]
+    if wrong:
+        raise UsageError(f"--columns: {wrong[0]!r} is not of the form text=review")
+    return {ours: theirs for ours, _, theirs in pairs}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +17,9 @@ from raylora.errors import DataError, suggest
 from raylora.spec import SetSpec
 
 _READABLE = "jsonl, csv, tsv, parquet and arrow files can be read"
+_DELIMITERS = (",", ";", "\t", "|")
+_LOOKED_AT = 50
+"""Rows by which a delimiter is recognized."""
 _Line = tuple[int, dict[str, Any] | str]
 """A line's number, and its row or what is wrong with it."""
 
@@ -45,7 +50,7 @@ def load_rows(set_spec: SetSpec, base_dir: Path | None = None) -> Table:
     """
     if set_spec.files is not None:
         names = [set_spec.files] if isinstance(set_spec.files, str) else set_spec.files
-        table = _from_files(names, base_dir or Path())
+        table = _from_files(names, base_dir or Path(), set_spec.delimiter)
     elif set_spec.source is not None and set_spec.source.startswith(PREFIX):
         path = dataset_file(set_spec.source)
         table = _from_lines(set_spec.source, [(set_spec.source, _jsonl(path, set_spec.source))])
@@ -53,7 +58,7 @@ def load_rows(set_spec: SetSpec, base_dir: Path | None = None) -> Table:
         table = _from_hub(set_spec)
     if not table.rows and not table.bad:
         raise DataError(f"{table.origin} has no rows", "check that the file is complete")
-    return _renamed(table, set_spec.columns)
+    return renamed(table, set_spec.columns)
 
 
 def require_columns(table: Table, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
@@ -72,12 +77,13 @@ def require_columns(table: Table, required: tuple[str, ...], optional: tuple[str
         )
 
 
-def _from_files(names: list[str], base_dir: Path) -> Table:
+def _from_files(names: list[str], base_dir: Path, delimiter: str | None = None) -> Table:
+    separated = functools.partial(_csv, delimiter=delimiter)
     readers: dict[str, Callable[[Path, str], Iterator[_Line]]] = {
         ".jsonl": _jsonl,
         ".ndjson": _jsonl,
-        ".csv": _csv,
-        ".tsv": _csv,
+        ".csv": separated,
+        ".tsv": separated,
         ".parquet": _columnar,
         ".arrow": _columnar,
     }
@@ -131,9 +137,12 @@ def _jsonl(path: Path, name: str) -> Iterator[_Line]:
         yield number, value if isinstance(value, dict) else f"a {type(value).__name__}, not an object with columns"
 
 
-def _csv(path: Path, name: str) -> Iterator[_Line]:
-    text = io.StringIO("".join(line for _, line in _decoded(path, name)), newline="")
-    reader = csv.reader(text, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+def _csv(path: Path, name: str, delimiter: str | None = None) -> Iterator[_Line]:
+    content = "".join(line for _, line in _decoded(path, name))
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(
+        io.StringIO(content, newline=""), delimiter=delimiter or _delimiter_of(content, usual), strict=True
+    )
     number = 1
     try:
         header = next(reader)
@@ -148,6 +157,20 @@ def _csv(path: Path, name: str) -> Iterator[_Line]:
             number = reader.line_num + 1
     except csv.Error as error:  # what follows a broken quote cannot be trusted, so this is no mere bad row
         raise DataError(f"{name}:{number}: not valid csv: {error}", "check the quotes of this line") from None
+
+
+def _delimiter_of(content: str, usual: str) -> str:
+    """Return what separates the fields: the usual one, unless the header has it nowhere and another fits every row."""
+    if usual in content.partition("\n")[0]:
+        return usual
+    for other in _DELIMITERS:
+        try:
+            rows = list(itertools.islice(csv.reader(io.StringIO(content, newline=""), delimiter=other), _LOOKED_AT))
+        except csv.Error:
+            continue
+        if len(rows[0]) > 1 and all(len(row) in (0, len(rows[0])) for row in rows):
+            return other
+    return usual
 
 
 def _decoded(path: Path, name: str) -> Iterator[tuple[int, str]]:
@@ -208,7 +231,8 @@ def _from_hub(spec: SetSpec) -> Table:
     return Table(source, list(found.column_names), rows, [])
 
 
-def _renamed(table: Table, columns: dict[str, str]) -> Table:
+def renamed(table: Table, columns: dict[str, str]) -> Table:
+    """Return a table under other column names: ours -> theirs. Raises: DataError for a column that is not there."""
     for ours, theirs in columns.items():
         if theirs not in table.columns:
             raise DataError(

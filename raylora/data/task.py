@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +141,14 @@ class Task(Protocol):
 
     def loss(self, scores: Tensor, batch: Batch) -> Tensor:
         """Return the float32 loss_N of each example. Raises: DataError without labels."""
+
+
+@runtime_checkable
+class AnswersInWords(Protocol):
+    """A task whose labels stand for something else in every row."""
+
+    def answer_in_words(self, row: Mapping[str, Any], label: str) -> str:
+        """Return what a label stands for in a row."""
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

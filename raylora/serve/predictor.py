@@ -5,14 +5,11 @@ Shapes: M members, N texts, C classes (1 for a real value).
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raylora import registry
 from raylora.adapters.base import Tensors
-from raylora.data.sources import load_rows
 from raylora.data.task import BadRow, Example, Task
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.machine import compute_device
@@ -23,10 +20,10 @@ from raylora.engine.run.roster import read_roster
 from raylora.engine.training.distillation_loss import read_outputs, task_of
 from raylora.engine.training.predict import predict
 from raylora.ensemble.outputs import output_of
-from raylora.ensemble.outputs.base import Contributors, Record, Rows
+from raylora.ensemble.outputs.base import Contributors, Rows
 from raylora.errors import DataError, UsageError
 from raylora.records import GroupMetrics
-from raylora.spec import RunSpec, SetSpec
+from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
 
@@ -54,14 +51,26 @@ class LoadedEnsemble:
         self.model = PackedModel(base, registry.load("adapter", spec.adapter.kind).build(spec.adapter), task)
         self._stacked = stacked_members(spec, base, members, layouts)
 
-    def predict(self, texts: Sequence[str | Mapping[str, Any]], batch: int = 64) -> list[Any]:
+    def __repr__(self) -> str:
+        """Return what it is: whose members, on which base, and how they answer."""
+        temperature = self._rows([], []).temperature
+        how = f"calibrated with T = {temperature:.2f}" if temperature is not None else "not calibrated"
+        return (
+            f"<raylora ensemble: {self.members} of {self.spec.ensemble.members} {self.spec.adapter.kind} members over "
+            f"{self.spec.base.source} ({self.spec.base.quantization.kind}), {self.spec.task.kind}, {how}>"
+        )
+
+    def predict(self, texts: str | Sequence[str | Mapping[str, Any]], batch: int = 64) -> list[Any]:
         """Return a prediction per text; a mapping gives the task's columns (a pair, a question and its choices).
 
-        A row of classes gets a :class:`Prediction`, one of a regression a :class:`ValuePrediction`.
+        A plain string is one text. A row of classes gets a :class:`Prediction`, one of a regression a
+        :class:`ValuePrediction`.
 
         Raises:
             DataError: nothing was given, or a row does not fit the task; the message names it.
         """
+        if isinstance(texts, str):
+            texts = [texts]
         if not texts:
             raise DataError("nothing to predict", "give at least one text")
         examples, truncated = [], []
@@ -73,11 +82,14 @@ class LoadedEnsemble:
             truncated.append(cut)
         outputs_MNO, _ = predict(self.model, self._stacked, examples, batch)
         values, expected_MN = read_outputs(self.task, outputs_MNO)
-        rows = Rows(
-            [example.id for example in examples], truncated, self.task.label_names, self.spec.ensemble.aggregate,
-            self._described, Contributors(self.members, self.spec.ensemble.members), self.calibrated,
-        )
+        rows = self._rows([example.id for example in examples], truncated)
         return output_of(self.task.output).records(values, expected_MN, rows)
+
+    def _rows(self, ids: Sequence[str], truncated: Sequence[bool]) -> Rows:
+        return Rows(
+            ids, truncated, self.task.label_names, self.spec.ensemble.aggregate, self._described,
+            Contributors(self.members, self.spec.ensemble.members), self.calibrated,
+        )
 
     def _tokenize(self, row: dict[str, Any], index: int) -> tuple[Example, bool]:
         try:
@@ -116,25 +128,3 @@ def load_ensemble(
     base = load_base(spec.base, spec.adapter, task, device, prepared_store(store))
     described = (store.read_json("metrics.json") or {}).get("ensemble", {})
     return LoadedEnsemble(spec, base, task, members, layouts, described, calibrated)
-
-
-def read_rows(path: str) -> list[dict[str, Any]]:
-    """Return the rows of a jsonl, csv, parquet or arrow file.
-
-    Raises:
-        DataError: the file cannot be read, or a line of it; the message says which.
-    """
-    table = load_rows(SetSpec(files=path), Path())
-    if table.bad:
-        raise DataError(table.bad[0], "fix the row: rows are never silently left out")
-    return [dict(row.values) for row in table.rows]
-
-
-def write_rows(path: str, predictions: Iterable[Record]) -> None:
-    """Write predictions as JSON lines; the file appears whole or not at all."""
-    target = Path(path)
-    temporary = target.with_name(target.name + ".part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for prediction in predictions:
-            file.write(json.dumps(prediction.record(), ensure_ascii=False) + "\n")
-    temporary.replace(target)

@@ -51,6 +51,8 @@ class SetSpec(Frozen):
     """Use at most this many rows, drawn with the data seed."""
     columns: dict[str, str] = {}
     """Rename: what the task calls a column -> what this set calls it."""
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """What separates the fields of csv files; by default it is recognized: a comma, a semicolon, a tab or a bar."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> SetSpec:

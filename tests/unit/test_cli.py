@@ -83,7 +83,7 @@ def test_predict_refuses_a_bad_row_and_writes_nothing(finished: str, tmp_path: P
     rows, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows.write_text('{"text": "Good."}\n{"txt": "Bad."}\n')
     done = call("predict", finished, "--file", str(rows), "--out", str(out))
-    assert done.exit_code == 2 and "row 1" in done.output
+    assert done.exit_code == 2 and "in.jsonl:2: no 'text'" in done.output
     assert not out.exists()
 
 

@@ -23,7 +23,7 @@ from raylora.engine.distillation.plan import prepare_distillation
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.training.distillation_loss import load_targets
-from raylora.errors import DataError, Interrupted, RunDirectoryError, SpecError, TrainingError, UsageError
+from raylora.errors import DataError, Interrupted, RunDirectoryError, SpecError, StoreError, TrainingError, UsageError
 from raylora.spec import DistillSpec, RunSpec, read_distill
 from raylora.store.run_store import RunStore
 
@@ -158,6 +158,23 @@ def test_every_loss_trains_a_student_that_predicts(
     assert (prediction.mutual_information > 1e-9) is keeps
     (exported,) = export_run(store.uri)
     assert exported.exported_bytes > 0
+
+
+def test_what_is_distilled_is_not_distilled_again(teacher: str, settings: Make) -> None:
+    from raylora.client import distill_run
+
+    said: list[str] = []
+    wanted = settings(alone=False, costs=False)
+    first = distill_run(teacher, wanted, local=True, on_stage=said.append)
+    before = {path: path.stat().st_mtime_ns for path in Path(teacher).rglob("*") if path.is_file()}
+    assert "comparing teacher and student" in said
+    said.clear()
+    assert distill_run(teacher, wanted, local=True, on_stage=said.append) == first
+    assert said == ["student is distilled already, and nothing has changed"]
+    assert {path: path.stat().st_mtime_ns for path in Path(teacher).rglob("*") if path.is_file()} == before
+    (Path(teacher) / "student/members/member-000/adapter_model.safetensors").unlink()
+    with pytest.raises(StoreError, match="member-000 is damaged"):
+        distill_run(teacher, wanted, local=True)
 
 
 def test_a_single_member_can_teach(teacher: str, settings: Make) -> None:

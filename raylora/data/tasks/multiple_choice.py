@@ -115,6 +115,10 @@ class MultipleChoice:
             raise BadRow(f"answer {answer!r} is not one index (0 .. {len(choices) - 1}), letter or text of the choices")
         return int(found[0])
 
+    def answer_in_words(self, row: Mapping[str, Any], label: str) -> str:
+        """Return the text of the choice with a letter. Raises: BadRow."""
+        return self._choices(row)[self.label_names.index(label)]
+
     def tokenize(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
         """Return the example; too long a prompt loses the beginning of its question. Raises: BadRow."""
         choices = self._choices(row)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, cast
 
 from raylora.engine.distillation.costs import Contender, measure
-from raylora.engine.distillation.plan import Distillation
+from raylora.engine.distillation.plan import Distillation, is_finished
 from raylora.engine.distillation.target_job import FACTS
-from raylora.engine.run.roster import read_roster
+from raylora.engine.run.roster import check_whole, read_roster
 from raylora.engine.training.distillation_loss import task_of
 from raylora.ensemble.outputs import output_of
 from raylora.records import (
@@ -43,6 +45,7 @@ def compare(work: Distillation) -> DistillationRecord:
             "Student without a teacher", RunStore.for_spec(work.alone), "ensemble", work.settings.student.members
         )
     record: DistillationRecord = {
+        "key": key_of(work),
         "name": work.settings.name, "taught_by": work.settings.teacher, "targets": _targets(work), "contenders": rows,
     }
     if work.settings.costs:
@@ -57,6 +60,25 @@ def compare(work: Distillation) -> DistillationRecord:
     record["output"] = output.name
     record["retained_metric"] = _retained(rows, output.retained)
     work.store.write_json(f"{FOLDER}/{work.settings.name}.json", record)
+    return record
+
+
+def key_of(work: Distillation) -> str:
+    """Return by what a comparison is known again: the targets, the students' specs and what is measured."""
+    digests = [student.digest() for student in work.students()]
+    return hashlib.sha256(json.dumps([work.targets.store.uri.rpartition("/")[2], digests, work.settings.costs]).encode()
+                          ).hexdigest()[:16]
+
+
+def made_before(work: Distillation) -> DistillationRecord | None:
+    """Return the comparison of just this distillation, if all of it is there and whole."""
+    if not work.targets.is_done or not all(is_finished(RunStore.for_spec(student)) for student in work.students()):
+        return None
+    record: DistillationRecord | None = work.store.read_json(f"{FOLDER}/{work.settings.name}.json")
+    if record is None or record.get("key") != key_of(work):
+        return None
+    for student in work.students():
+        check_whole(RunStore.for_spec(student))
     return record
 
 
