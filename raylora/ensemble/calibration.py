@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from raylora.ensemble.aggregate import aggregate_logits
@@ -40,6 +39,7 @@ def fit_temperature(
     A split that is predicted perfectly wants T -> 0, one that is predicted worse than by chance wants T -> infinity.
     Neither optimum would survive new data, so both leave T = 1 and say so.
     """
+    from scipy.optimize import minimize_scalar  # slow to import, which a prediction need not wait for
 
     def nll(log_temperature: float) -> float:
         log_probs_NC = aggregate_logits(logits_MNC, rule, math.exp(log_temperature))

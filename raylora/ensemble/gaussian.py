@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from scipy.special import ndtri
 from torch import Tensor
 
@@ -42,6 +41,8 @@ def fit_noise(real_MN: Tensor, labels_N: Tensor) -> Noise:
     Setting the derivative to zero makes s^2 a weighted mean of the members' squared errors, row by row. So it lies
     between the mean over rows of the least and of the greatest of them; for one member that is its mean squared error.
     """
+    from scipy.optimize import minimize_scalar  # slow to import, which a prediction need not wait for
+
     error_MN = (real_MN.double() - labels_N.double()) ** 2
     low, high = (float(bound_N.mean()) ** 0.5 for bound_N in (error_MN.amin(dim=0), error_MN.amax(dim=0)))
     spread = float(labels_N.double().std(correction=0)) or max(1.0, float(labels_N.abs().max()))

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from raylora.ensemble.aggregate import aggregate_logits
@@ -40,6 +39,8 @@ def foreign_scores(
 
 def auroc(familiar_N: Tensor, foreign_K: Tensor) -> float:
     """Return the probability that a foreign row scores above a familiar one, ties counted half."""
+    from sklearn.metrics import roc_auc_score  # a second to import, which a prediction need not wait for
+
     truth = np.r_[np.zeros(len(familiar_N)), np.ones(len(foreign_K))]
     return float(roc_auc_score(truth, torch.cat([familiar_N, foreign_K]).numpy()))
 
