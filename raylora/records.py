@@ -190,6 +190,47 @@ class Plots(TypedDict, total=False):
     coverage: dict[str, dict[str, IntervalCoverage]]
 
 
+class ClassScores(TypedDict):
+    """How well one class is told from the others; None where a share would be one of nothing."""
+
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    support: int
+
+
+class WrongAnswer(TypedDict):
+    """A row of classes that was answered wrongly."""
+
+    id: str
+    label: str
+    answer: str
+    confidence: float
+    mutual_information: float
+    text: str
+
+
+class Miss(TypedDict):
+    """A row of a regression, and how far off its value is."""
+
+    id: str
+    label: float
+    value: float
+    error: float
+    total_std: float
+    deviations: float
+    text: str
+
+
+class SetErrors(TypedDict, total=False):
+    """Where the ensemble errs on one labeled set."""
+
+    confusion: list[list[int]]
+    classes: list[ClassScores]
+    wrong_answers: list[WrongAnswer]
+    misses: list[Miss]
+
+
 class SetFacts(TypedDict):
     """A set that was predicted."""
 
@@ -416,6 +457,8 @@ class RunMetrics(Summary, total=False):
     """``metrics.json``, and in a report its students."""
 
     run: RunFacts
+    label_names: list[str]
+    errors: dict[str, SetErrors]
     spec_yaml: str
     versions: dict[str, str]
     machine: Machine

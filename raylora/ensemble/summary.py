@@ -9,8 +9,8 @@ import torch
 
 from raylora.ensemble.groups import Group, Settings, check_groups
 from raylora.ensemble.outputs import output_of
-from raylora.ensemble.outputs.base import check_rule
-from raylora.records import SetFacts, Summary
+from raylora.ensemble.outputs.base import Names, check_rule
+from raylora.records import SetErrors, SetFacts, Summary
 from raylora.spec.run import EvaluationSpec
 
 
@@ -36,6 +36,14 @@ def summarize(
     check_rule(output, aggregate)
     with one_thread():
         return {"sets": sets, "confidence": evaluation.confidence, **output.summarize(groups, settings)}
+
+
+def find_errors(
+    ensemble: Group, evaluation: EvaluationSpec, names: Names, aggregate: str = "mean_probabilities"
+) -> dict[str, SetErrors]:
+    """Return, by labeled set, where an ensemble errs; docs/metrics.md describes every field."""
+    with one_thread():
+        return output_of(ensemble[0].output).errors(ensemble, Settings(evaluation, aggregate, 0), names)
 
 
 @contextmanager

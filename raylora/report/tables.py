@@ -22,6 +22,8 @@ class Text:
     main: str
     small: str = ""
     best: bool = False
+    prose: bool = False
+    """Words, not a number: set from the left, on as many lines as it needs."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Table:
     groups: list[tuple[str, int]]
     heads: list[str]
     rows: list[tuple[str, list[Text]]]
+    prose: bool = False
+    """The last column is of words."""
 
 
 def comparison(metrics: RunMetrics) -> Table | None:

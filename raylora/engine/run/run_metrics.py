@@ -12,8 +12,9 @@ from raylora.engine.model import serialization
 from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
 from raylora.engine.training.member_plan import PlanRole, member_plans_of
+from raylora.ensemble.outputs.base import Names
 from raylora.ensemble.predictions import Predictions
-from raylora.ensemble.summary import summarize
+from raylora.ensemble.summary import find_errors, summarize
 from raylora.records import Compute, HistoryRow, JobTiming, RunMetrics, Timing
 from raylora.spec import RunSpec, dump_spec
 from raylora.store.run_store import RunStore
@@ -24,8 +25,13 @@ _PACKAGES = (
 )
 
 
-def aggregate(spec: RunSpec, store: RunStore, finished: Sequence[str], started_at: float) -> RunMetrics:
+def aggregate(
+    spec: RunSpec, store: RunStore, finished: Sequence[str], started_at: float, names: Names
+) -> RunMetrics:
     """Combine the finished units' predictions, write ``metrics.json`` and return it.
+
+    Args:
+        names: what the classes are called, and what stands in single rows.
 
     Raises:
         StoreError: a prediction is missing or damaged.
@@ -46,7 +52,10 @@ def aggregate(spec: RunSpec, store: RunStore, finished: Sequence[str], started_a
         summary["baselines"].pop("single", None)
     for entry, name in zip(summary["members"], members, strict=True):
         entry["name"] = name
-    metrics: RunMetrics = {**summary, **_facts(spec, store, members, started_at)}
+    errors = find_errors(groups["ensemble"], spec.evaluation, names, spec.ensemble.aggregate)
+    metrics: RunMetrics = {
+        **summary, "label_names": list(names.labels), "errors": errors, **_facts(spec, store, members, started_at)
+    }
     store.write_json("metrics.json", metrics)
     return metrics
 

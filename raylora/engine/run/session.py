@@ -15,6 +15,7 @@ import torch
 
 from raylora import logs, registry
 from raylora.data.sets import DataSets
+from raylora.data.texts import text_finder
 from raylora.engine.model import serialization
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.machine import compute_device, peak_memory_bytes
@@ -30,6 +31,7 @@ from raylora.engine.training.member_plan import MemberPlan, PlanRole, member_pla
 from raylora.engine.training.member_state import SavedState
 from raylora.engine.training.optimizer import start_deepspeed
 from raylora.engine.training.trainer import PackTrainer, TrainingSettings
+from raylora.ensemble.outputs.base import Names
 from raylora.errors import RunDirectoryError
 from raylora.progress import OnProgress, Progress
 from raylora.records import JobTiming, RunMetrics
@@ -209,7 +211,8 @@ class TrainingSession:
 
     def aggregate(self, units: Sequence[str], started_at: float) -> RunMetrics:
         """Combine the finished units' predictions into the run's metrics. Raises: StoreError for a damaged one."""
-        metrics = aggregate(self.spec, self.store, units, started_at)
+        names = Names(self.task.label_names, text_finder(self.sets, self.base.tokenizer))
+        metrics = aggregate(self.spec, self.store, units, started_at, names)
         seal(self.store.storage, [name for name in units if self.plans[name].role is PlanRole.MEMBER])
         track_results(self.spec, self.store, metrics)
         return metrics

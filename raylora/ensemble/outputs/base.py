@@ -8,7 +8,7 @@ Shapes: M members, N rows or target tokens, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from raylora.ensemble.groups import Group, Settings
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import SpecError
-from raylora.records import GroupMetrics, Summary
+from raylora.records import GroupMetrics, SetErrors, Summary
 from raylora.spec import EvaluationSpec
 
 
@@ -80,6 +80,20 @@ class Rows:
         return self.described["temperature"]
 
 
+@dataclass(frozen=True)
+class Names:
+    """What people call the classes and the rows of a run's sets."""
+
+    labels: Sequence[str] = ()
+    """One per class; without any, classes are called by their indices."""
+    text_of: Callable[[str, str], str] = lambda set_name, row_id: ""
+    """From a set and a row's id to what stands in the row, shortened; nothing where that is not known."""
+
+    def label(self, index: int) -> str:
+        """Return what a class is called."""
+        return self.labels[index] if self.labels else str(index)
+
+
 class Output(Protocol):
     """A kind of prediction."""
 
@@ -106,6 +120,9 @@ class Output(Protocol):
 
     def summarize(self, groups: Mapping[str, Group], settings: Settings) -> Summary:
         """Return the summary of a run, described in docs/metrics.md. Raises: DataError."""
+
+    def errors(self, ensemble: Group, settings: Settings, names: Names) -> dict[str, SetErrors]:
+        """Return, by labeled set, where the ensemble errs; nothing for an output whose rows have no right answer."""
 
     def records(self, values: Tensor, expected_entropy_MN: Tensor | None, rows: Rows) -> list[Record]:
         """Return what the members say about new rows together."""

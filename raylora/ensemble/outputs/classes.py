@@ -14,6 +14,7 @@ from torch import Tensor
 from raylora.ensemble.aggregate import RULES, aggregate_logits, mean_probabilities
 from raylora.ensemble.bootstrap import bootstrap_metrics, interval
 from raylora.ensemble.calibration import Temperature, fit_temperature
+from raylora.ensemble.confusion import MOST_CLASSES, class_scores, confusion_matrix, largest
 from raylora.ensemble.curves import member_curve, plot_data
 from raylora.ensemble.gains import classification_gains
 from raylora.ensemble.groups import (
@@ -27,10 +28,10 @@ from raylora.ensemble.groups import (
 )
 from raylora.ensemble.metrics import CLASS_METRICS, evaluate, point_metrics, score_rows
 from raylora.ensemble.ood import auroc, bootstrap_auroc, foreign_scores
-from raylora.ensemble.outputs.base import Contributors, Record, Rows
+from raylora.ensemble.outputs.base import Contributors, Names, Record, Rows
 from raylora.ensemble.predictions import Predictions, check_labels
 from raylora.ensemble.uncertainty import decompose, pairwise_kl
-from raylora.records import Description, Doubt, MeanMember, MemberMetrics, OodMetrics, SetMetrics, Summary
+from raylora.records import Description, Doubt, MeanMember, MemberMetrics, OodMetrics, SetErrors, SetMetrics, Summary
 from raylora.spec import EvaluationSpec
 
 SCALED = ("nll", "brier", "ece")
@@ -125,6 +126,10 @@ class Classes:
         """Return the summary described in docs/metrics.md."""
         return summarize_classes(groups, settings)
 
+    def errors(self, ensemble: Group, settings: Settings, names: Names) -> dict[str, SetErrors]:
+        """Return each labeled set's confusion matrix, where there are few classes, and its surest wrong answers."""
+        return {part.name: _errors(part, settings, names) for part in with_role(ensemble, "test", "in_distribution")}
+
     def records(self, values: Tensor, expected_entropy_MN: Tensor | None, rows: Rows) -> list[Record]:
         """Return each row's label and probabilities under the run's rule, and how sure the members are."""
         names = rows.label_names or [str(c) for c in range(values.shape[2])]
@@ -213,6 +218,29 @@ def _describe_set(
         confidence = settings.evaluation.confidence
         described["intervals"] = {name: interval(values_S, confidence) for name, values_S in resampled.items()}
     return described
+
+
+def _errors(part: Predictions, settings: Settings, names: Names) -> SetErrors:
+    """Return what is said of single classes and rows, as predicted: like the scores, without a temperature."""
+    probs_NC, labels_N = aggregate_logits(part.values, settings.rule).exp(), part.labels()
+    confidence_N, answers_N = probs_NC.max(dim=1)
+    unsure_N = decompose(part.values, expected_entropy_MN=part.expected_entropy_MN).mutual_information_N
+    found: SetErrors = {"wrong_answers": [
+        {
+            "id": part.ids[n],
+            "label": names.label(int(labels_N[n])),
+            "answer": names.label(int(answers_N[n])),
+            "confidence": float(confidence_N[n]),
+            "mutual_information": float(unsure_N[n]),
+            "text": names.text_of(part.name, part.ids[n]),
+        }
+        for n in largest(confidence_N, answers_N != labels_N)
+    ]}
+    classes = probs_NC.shape[1]
+    if classes <= MOST_CLASSES:
+        confusion_CC = confusion_matrix(answers_N, labels_N, classes)
+        found["confusion"], found["classes"] = confusion_CC.tolist(), class_scores(confusion_CC)
+    return found
 
 
 def _uncertainty(part: Predictions) -> Doubt:

@@ -24,10 +24,10 @@ from raylora.ensemble.groups import (
     member_subsets,
     with_role,
 )
-from raylora.ensemble.outputs.base import Record, Rows
+from raylora.ensemble.outputs.base import Names, Record, Rows
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import SpecError
-from raylora.records import CurvePoint, Description, MeanMember, MemberMetrics, SetMetrics, Summary
+from raylora.records import CurvePoint, Description, MeanMember, MemberMetrics, SetErrors, SetMetrics, Summary
 from raylora.spec import EvaluationSpec
 
 
@@ -66,6 +66,10 @@ class Tokens:
     def summarize(self, groups: Mapping[str, Group], settings: Settings) -> Summary:
         """Return the summary described in docs/metrics.md."""
         return summarize_tokens(groups, settings)
+
+    def errors(self, ensemble: Group, settings: Settings, names: Names) -> dict[str, SetErrors]:
+        """Return nothing: a text is its own label, and no answer to it is wrong."""
+        return {}
 
     def records(self, values: Tensor, expected_entropy_MN: Tensor | None, rows: Rows) -> list[Record]:
         """Raise SpecError: :attr:`unpredictable_reason`."""

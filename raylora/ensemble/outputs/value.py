@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raylora.ensemble.bootstrap import interval, interval_if_defined, resampled
+from raylora.ensemble.confusion import largest
 from raylora.ensemble.gains import Measured, gains_over_members
 from raylora.ensemble.gaussian import (
     Noise,
@@ -37,7 +38,7 @@ from raylora.ensemble.groups import (
     with_role,
 )
 from raylora.ensemble.ood import auroc, bootstrap_auroc, histograms
-from raylora.ensemble.outputs.base import Contributors, Record, Rows
+from raylora.ensemble.outputs.base import Contributors, Names, Record, Rows
 from raylora.ensemble.predictions import Predictions, check_one_each
 from raylora.ensemble.regression_metrics import LEVEL, VALUE_METRICS, draw_metrics, point_metrics, score_values
 from raylora.errors import DataError
@@ -48,8 +49,10 @@ from raylora.records import (
     Gains,
     MeanMember,
     MemberMetrics,
+    Miss,
     OodMetrics,
     Plots,
+    SetErrors,
     SetMetrics,
     Summary,
     ValuePoints,
@@ -156,6 +159,14 @@ class Value:
         """Return the summary described in docs/metrics.md."""
         return summarize_values(groups, settings)
 
+    def errors(self, ensemble: Group, settings: Settings, names: Names) -> dict[str, SetErrors]:
+        """Return each labeled set's values that are furthest off, for how sure the ensemble was of them."""
+        noise_std = noise_of(ensemble).std
+        return {
+            part.name: {"misses": _misses(part, noise_std, names)}
+            for part in with_role(ensemble, "test", "in_distribution")
+        }
+
     def records(self, values: Tensor, expected_entropy_MN: Tensor | None, rows: Rows) -> list[Record]:
         """Return each row's mean value and, once a noise is fitted, the interval around it."""
         noise_std = rows.described.get("noise_std")
@@ -236,6 +247,24 @@ def _describe_set(part: Predictions, noise_std: float, settings: Settings, inter
         found = {key: interval_if_defined(values_S, settings.evaluation.confidence) for key, values_S in drawn.items()}
         described["intervals"] = {key: value for key, value in found.items() if value is not None}
     return described
+
+
+def _misses(part: Predictions, noise_std: float, names: Names) -> list[Miss]:
+    value_N, std_N = part.values.double().mean(dim=0), total_std(part.values, noise_std)
+    error_N = value_N - part.labels().double()
+    deviations_N = error_N.abs() / std_N
+    return [
+        {
+            "id": part.ids[n],
+            "label": float(part.labels()[n]),
+            "value": float(value_N[n]),
+            "error": float(error_N[n]),
+            "total_std": float(std_N[n]),
+            "deviations": float(deviations_N[n]),
+            "text": names.text_of(part.name, part.ids[n]),
+        }
+        for n in largest(deviations_N, error_N != 0)
+    ]
 
 
 def _doubt(part: Predictions, noise_std: float) -> Doubt:

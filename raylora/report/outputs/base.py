@@ -22,6 +22,8 @@ class Part:
     text: str
     note: str = ""
     table: Table | None = None
+    label: str = ""
+    """What the table's rows are."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Block:
     figures: Sequence[Drawn] = ()
     more: Sequence[Part] = ()
     """Under headings of their own, below the figures."""
+    stands_alone: bool = False
+    """The heading and its text are shown without a figure too."""
+    wide: bool = False
+    """Its figures hold too much for half a page."""
 
 
 @dataclass(frozen=True)

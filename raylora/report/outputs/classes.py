@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raylora.records import RunMetrics
-from raylora.report import figures, figures_uncertainty, tables
+from raylora.report import errors, figures, figures_uncertainty, tables
 from raylora.report.outputs.base import Block, OutputSection, Part
 
 _RELIABILITY = Part(
@@ -35,6 +35,8 @@ def _blocks(metrics: RunMetrics) -> list[Block]:
         "; ".join(tables.temperatures(metrics)) + ".", scaled,
     )] if scaled is not None else []
     return [
+        *errors.confusion_block(metrics),
+        *errors.wrong_answers_block(metrics),
         Block(_RELIABILITY, figures.reliability(metrics), more),
         Block(_RISK, figures.risk_coverage(metrics)),
         Block(_DECOMPOSITION, figures_uncertainty.decomposition(metrics)),

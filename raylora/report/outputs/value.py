@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raylora.records import RunMetrics
-from raylora.report import figures_regression, tables
+from raylora.report import errors, figures_regression, tables
 from raylora.report.outputs.base import Block, OutputSection, Part
 
 _PREDICTED = Part(
@@ -22,7 +22,7 @@ def _blocks(metrics: RunMetrics) -> list[Block]:
         "it they are too narrow (overconfident), above it too wide.",
         "; ".join(tables.noises(metrics)) + ".",
     )
-    return [Block(_PREDICTED, figures_regression.values(metrics)),
+    return [Block(_PREDICTED, figures_regression.values(metrics)), *errors.misses_block(metrics),
             Block(intervals, figures_regression.coverage(metrics))]
 
 
