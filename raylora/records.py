@@ -266,6 +266,7 @@ class RunFacts(TypedDict):
     finished_at: float
     task: str
     base: str
+    adapter: str
     quantization: str
     members_asked: int
     members_done: int

@@ -69,6 +69,16 @@ class Spec(AdapterSpec):
     options: dict[str, Any] = {}
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
+    @property
+    def variant(self) -> str:
+        """Return the method; of LoRA, what its options make of it."""
+        start = self.options.get("init_lora_weights")
+        if self.options.get("use_dora"):
+            return "DORA"
+        if start in _DECOMPOSED:
+            return str(start).upper()
+        return "RSLORA" if self.options.get("use_rslora") else self.method
+
     @model_validator(mode="after")
     def _known(self) -> Spec:
         if self.method not in OPTIONS:

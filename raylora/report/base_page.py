@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from raylora.records import LayerErrors, PreparationSummary
 from raylora.report import figures
+from raylora.report.facts import LABELS
 from raylora.report.figures import Drawn
 from raylora.report.formatting import duration, flat, number, size
 from raylora.report.rendering import environment, image_of
@@ -142,7 +143,7 @@ def write_base_report(summary: PreparationSummary, folder: str) -> str:
         facts=flat({
             "time" if key == "seconds" else key: seconds if key == "seconds" else found
             for key, found in summary.items() if key not in left_out
-        }),
+        }, labels=LABELS),
     ), encoding="utf-8")
     return str(path)
 

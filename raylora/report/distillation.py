@@ -137,7 +137,7 @@ def _measured(where: MeasuredOn | None) -> str:
 
 
 def _entries(record: DistillationRecord) -> list[Entry]:
-    return [Entry(name, one["label"], one) for name, one in record["contenders"].items()]
+    return [Entry(name, one["label"].replace("_", " "), one) for name, one in record["contenders"].items()]
 
 
 def _quality(record: DistillationRecord) -> Table:

@@ -1,4 +1,4 @@
-"""The rows that every table and figure compares: the ensemble, its mean member, a single LoRA and the baselines."""
+"""The rows that every table and figure compares: the ensemble, its mean member, a single member and the baselines."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from raylora.adapters.names import AdapterName, named
 from raylora.ensemble.metric_table import METRICS
 from raylora.records import RunMetrics
 
 BASELINE_LABELS = {
-    "single": "Single LoRA (member 0)",
+    "single": "Single {one} (member 0)",
     "mc_dropout": "MC dropout ({n} passes)",
     "last_layer": "Last-layer ensemble ({n} heads)",
     "checkpoints": "Checkpoints of one run ({n})",
@@ -55,6 +56,11 @@ def value_of(found: Mapping[str, Any], metric: str) -> float | None:
     return found.get(metric)
 
 
+def adapter_of(metrics: RunMetrics) -> AdapterName:
+    """Return what the run's adapters are called; those of a run that does not say are LoRA."""
+    return named(metrics.get("run", {}).get("adapter", "LoRA"))
+
+
 def entries(metrics: RunMetrics) -> list[Entry]:
     """Return the rows of the comparison in reading order; absent parts are left out."""
     found = []
@@ -64,7 +70,8 @@ def entries(metrics: RunMetrics) -> list[Entry]:
     if metrics.get("mean_member"):
         found.append(Entry("mean_member", "Mean member", metrics["mean_member"]))
     return found + [
-        Entry(name, BASELINE_LABELS.get(name, name).format(n=content.get("members", "?")), content)
+        Entry(name, BASELINE_LABELS.get(name, name).format(
+            n=content.get("members", "?"), one=adapter_of(metrics).one), content)
         for name, content in metrics.get("baselines", {}).items()
     ]
 

@@ -24,7 +24,7 @@ def retained(metrics: RunMetrics) -> list[Drawn]:
 
 
 def _figure(record: DistillationRecord) -> Drawn:
-    rows = [Entry(key, one["label"], one) for key, one in record["contenders"].items()][::-1]
+    rows = [Entry(key, one["label"].replace("_", " "), one) for key, one in record["contenders"].items()][::-1]
     shown = [metric for metric in section_of(record).distilled if rows[0].cell("eval", "test", metric) is not None]
     cost = next(key for key in _COSTS if all(key in row.content for row in rows))
     panels = [*shown, cost]

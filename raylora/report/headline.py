@@ -7,11 +7,9 @@ from typing import Any
 
 from raylora.ensemble.metric_table import METRICS
 from raylora.records import Gain, Gains, RunMetrics
-from raylora.report.entries import scored_sets, set_names, value_of
+from raylora.report.entries import adapter_of, scored_sets, set_names, value_of
 from raylora.report.formatting import difference, number
 from raylora.report.outputs.base import section_of
-
-SINGLE = "a single LoRA"
 
 
 def headline(metrics: RunMetrics) -> list[str]:
@@ -34,13 +32,19 @@ def _comparison(metrics: RunMetrics, name: str, metric: str) -> str:
     gains: Gains | None = metrics.get("gains", {}).get(name)
     if value is None or not gains:
         return ""
-    against = ((gains.get("over_mean_member", {}), "its average member"), (gains.get("over_single", {}), SINGLE))
+    against = (
+        (gains.get("over_mean_member", {}), "its average member"), (gains.get("over_single", {}), _single(metrics))
+    )
     parts = [_verdict(gain[metric], metric, other) for gain, other in against if metric in gain]
     members = metrics["ensemble"].get("members", 0)
     return (
         f"On {name}, the ensemble of {members} has {_article(metric)} {METRICS[metric].in_words} "
         f"of {number(value, metric)}: {'; '.join(parts)}."
     )
+
+
+def _single(metrics: RunMetrics) -> str:
+    return f"a single {adapter_of(metrics).one}"
 
 
 def _article(metric: str) -> str:
@@ -71,7 +75,7 @@ def _detection(metrics: RunMetrics, name: str) -> str:
     if value is None:
         return ""
     single = value_of(metrics.get("baselines", {}).get("single", {}).get("ood", {}).get(name, {}), score)
-    against = f", that of {SINGLE} with {number(single)}" if single is not None else ""
+    against = f", that of {_single(metrics)} with {number(single)}" if single is not None else ""
     return (
         f"The ensemble's {METRICS[score].label.lower()} separates inputs of {name} from test inputs with an AUROC of "
         f"{number(value)}{against} (1 is perfect, 0.5 is guessing)."

@@ -10,15 +10,15 @@ from raylora.records import RunMetrics
 from raylora.report import (
     base_page,
     distillation,
+    facts,
     figures,
     figures_distillation,
     figures_uncertainty,
     tables,
 )
 from raylora.report.advice import advice
-from raylora.report.entries import scored_sets, set_names
+from raylora.report.entries import adapter_of, scored_sets, set_names
 from raylora.report.figures import Drawn
-from raylora.report.formatting import flat
 from raylora.report.headline import headline
 from raylora.report.outputs.base import Block, section_of
 from raylora.report.rendering import environment, image_of, png_of
@@ -57,7 +57,8 @@ def render(metrics: RunMetrics, images: dict[str, list[dict[str, str]]], blocks:
     preparation = metrics.get("preparation")
     return environment().get_template("template.html").render(
         name=run.get("name", "run"),
-        run_facts=flat({key: value for key, value in run.items() if key not in ("name", "degraded")}),
+        run_facts=facts.run_facts(metrics),
+        adapter=adapter_of(metrics),
         degraded=bool(run.get("degraded")),
         headline=headline(metrics),
         advice=advice(metrics),
@@ -74,8 +75,8 @@ def render(metrics: RunMetrics, images: dict[str, list[dict[str, str]]], blocks:
         data=tables.data(metrics),
         students=distillation.sections(metrics),
         preparation=base_page.section(preparation) if preparation else None,
-        facts=tables.facts(metrics),
-        versions=flat(metrics.get("versions") or {}),
+        facts=facts.facts(metrics),
+        versions=list((metrics.get("versions") or {}).items()),
         spec_yaml=metrics.get("spec_yaml", ""),
         images=images,
     )

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
 
 from raylora.report.figures import Drawn
 
 DPI = 130
+_CODE = re.compile(r"`([^`]+)`|\b((?:base|task|data|adapter|ensemble|optimization|evaluation)(?:\.[a-z_]+)+)")
 
 
 def environment() -> Environment:
     """Return the templates; whatever a run calls itself is escaped."""
-    return Environment(
+    found = Environment(
         loader=PackageLoader("raylora.report", "."),
         autoescape=select_autoescape(default=True),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    found.filters["quoted"] = quoted
+    return found
+
+
+def quoted(text: str) -> Markup:
+    """Return a sentence whose commands and settings are set as code; everything in it is escaped."""
+    return Markup(_CODE.sub(lambda found: f"<code>{found[1] or found[2]}</code>", str(escape(text))))
 
 
 def png_of(drawn: Drawn) -> bytes:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raylora.ensemble.metric_table import METRICS
 from raylora.records import RunMetrics
 from raylora.report.entries import Cell, Entry, columns, entries, member_entries, scored_sets, set_names
-from raylora.report.formatting import difference, flat, number
+from raylora.report.formatting import difference, number
 from raylora.report.outputs.base import section_of
 
 MISSING = "n/a"
@@ -134,15 +134,6 @@ def noises(metrics: RunMetrics) -> list[str]:
     return phrases
 
 
-def facts(metrics: RunMetrics) -> dict[str, list[tuple[str, str]]]:
-    """Return the two-column tables: what a run cost and where it ran."""
-    titles = {"timing": "Time", "memory": "Memory", "parameters": "Parameters",
-              "compute": "Computation", "machine": "Machine"}
-    known: Mapping[str, Any] = metrics
-    found = {title: flat(known.get(key) or {}) for key, title in titles.items()}
-    return {title: rows for title, rows in found.items() if rows}
-
-
 def data(metrics: RunMetrics) -> Table | None:
     """One row per data set; a column for every count that any set reports."""
     sets = metrics.get("data", [])
@@ -151,13 +142,17 @@ def data(metrics: RunMetrics) -> Table | None:
     if not sets:
         return None
 
-    def text(value: Any) -> Text:
-        return Text(
-            f"{value:,}" if isinstance(value, int) else str(value if value is not None else MISSING).replace("_", " ")
-        )
-
-    rows = [(str(one.get("name", "?")), [text(one.get(head)) for head in heads]) for one in sets]
+    rows = [(str(one.get("name", "?")), [_fact(head, one.get(head)) for head in heads]) for one in sets]
     return Table([], [head.capitalize().replace("_", " ") for head in heads], rows)
+
+
+def _fact(key: str, value: Any) -> Text:
+    if isinstance(value, int):
+        return Text(f"{value:,}")
+    text = str(value if value is not None else MISSING)
+    if key == "content_hash":  # enough to tell two apart
+        return Text(text[:12])
+    return Text(text.replace("_", " ") if key == "role" else text)
 
 
 def _grouped(

@@ -36,6 +36,11 @@ class AdapterSpec(KindSpec):
     dropout: float = 0.0
     """Dropout on the adapter's input, per member, in [0, 1)."""
 
+    @property
+    def variant(self) -> str:
+        """What tells it from other adapters by name: its kind, unless a kind has several methods."""
+        return self.kind
+
 
 class QuantizationSpec(KindSpec):
     """How the frozen base's weights are stored."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
+from raylora.adapters.names import adapter_name
 from raylora.engine.model import serialization
 from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
@@ -78,6 +79,7 @@ def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: f
             "finished_at": time.time(),
             "task": spec.task.kind,
             "base": spec.base.source,
+            "adapter": adapter_name(spec.adapter).name,
             "quantization": spec.base.quantization.kind,
             "members_asked": asked,
             "members_done": len(members),
