@@ -108,6 +108,7 @@ class MemberMetrics(Description, total=False):
 
     index: int
     name: str
+    stopped_at: int | None
 
 
 class MeanMember(TypedDict, total=False):

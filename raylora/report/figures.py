@@ -1,4 +1,4 @@
-"""Figures of how good predictions are: reliability, selective risk, the M-curve, and training.
+"""Figures of how good predictions are: reliability, selective risk and the M-curve.
 
 Each function takes metrics.json and returns ``Drawn`` figures; it returns none where the numbers are missing.
 """
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -180,37 +179,3 @@ def _curve_panel(axes: Axes, curve: Sequence[CurvePoint], metric: str) -> None:
     axes.plot(members, mean, "o-", color=COLORS["ensemble"], markersize=4)
     axes.set(xlabel="members", ylabel=METRICS[metric].label + (" (%)" if scale == 100 else ""))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-
-
-def training(metrics: RunMetrics) -> list[Drawn]:
-    """The loss and, where recorded, validation NLL, gradient norm and learning rate of every member."""
-    runs = {name: rows for name, rows in metrics.get("training", {}).items() if rows}
-    titles = {
-        "loss": "training loss",
-        **{f"validation_{name}": f"validation {METRICS[name].label}" for name in section_of(metrics).watched},
-        "grad_norm": "gradient norm",
-        "lr": "learning rate",
-    }
-    recorded = [key for key in titles if any(row.get(key) is not None for rows in runs.values() for row in rows)]
-    drawn = []
-    for key in recorded:
-        figure = Figure(figsize=(5.4, 4.0), layout="constrained")
-        axes = figure.subplots()
-        tints = matplotlib.colormaps["viridis"].resampled(max(2, len(runs) + 1))
-        for index, (name, rows) in enumerate(sorted(runs.items())):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                marker = "o" if len(points) < 15 else ""
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=tints(index),
-                    linewidth=1.3,
-                    marker=marker,
-                    markersize=3,
-                    label=name,
-                )
-        axes.set(title=titles[key], xlabel="step")
-        if len(runs) <= 10:
-            figure.legend(loc="outside lower center", ncols=3)
-        drawn.append(Drawn(f"training-{key.replace('_', '-')}", figure, f"{titles[key]} of each member by step"))
-    return drawn

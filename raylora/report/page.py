@@ -13,6 +13,7 @@ from raylora.report import (
     facts,
     figures,
     figures_distillation,
+    figures_training,
     figures_uncertainty,
     tables,
 )
@@ -79,13 +80,14 @@ def render(metrics: RunMetrics, images: dict[str, list[dict[str, str]]], blocks:
         versions=list((metrics.get("versions") or {}).items()),
         spec_yaml=metrics.get("spec_yaml", ""),
         images=images,
+        stopped=figures_training.any_stopped(metrics),
     )
 
 
 def _draw(metrics: RunMetrics) -> dict[str, Sequence[Drawn]]:
     return {
         "member_curve": figures.member_curve(metrics),
-        "training": figures.training(metrics),
+        "training": figures_training.training(metrics),
         "detection": figures_uncertainty.detection(metrics),
         "disagreement": figures_uncertainty.disagreement(metrics),
         "students": figures_distillation.retained(metrics),

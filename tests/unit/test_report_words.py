@@ -18,7 +18,7 @@ from raylora.adapters.peft import OPTIONS
 from raylora.ensemble import summarize
 from raylora.ensemble.outputs.base import Names
 from raylora.ensemble.summary import find_errors
-from raylora.report import console_table, write_report
+from raylora.report import console_table, figures_training, write_report
 from raylora.report.facts import LABELS, facts, run_facts
 from raylora.report.formatting import duration, flat, moment
 from raylora.report.headline import headline
@@ -152,3 +152,32 @@ def test_a_page_speaks_of_the_adapter_that_was_trained(
     assert lead in html and f": {adapter} ensemble report</title>" in html and single in html
     assert ("LoRA" in html) is (adapter == "LoRA") and single.lower().removesuffix(" (") in headline(metrics)[0].lower()
     assert console_table(metrics).row_count == 3
+
+
+# --- training ---------------------------------------------------------------------------------------------
+def test_every_validation_metric_of_the_history_is_drawn_and_stops_are_marked(unpainted: None, tmp_path: Any) -> None:
+    metrics: Any = {**summarize({"ensemble": fake_group(3)}, FEW), **surroundings(3)}
+    for rows in metrics["training"].values():
+        rows += [{"step": step, "validation_accuracy": 0.5, "validation_ece": 0.1} for step in (50, 100)]
+    for index, one in enumerate(metrics["members"]):
+        one |= {"name": f"member-{index:03d}", "stopped_at": 100 if index else None}
+    drawn = {one.name: one for one in figures_training.training(metrics)}
+    assert list(drawn) == ["training-loss", "training-validation-nll", "training-validation-accuracy",
+                           "training-validation-ece", "training-grad-norm", "training-lr"]
+    (axes,) = drawn["training-validation-accuracy"].figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert {"0", "1", "2"} <= lines.keys() and list(lines["1"].get_ydata()) == [50, 50]
+    assert [tuple(line.get_xdata()) for line in axes.lines if line.get_marker() == "X"] == [(100,), (100,)]
+    assert "2 of 3 stopped early" in drawn["training-loss"].alt
+    assert "A cross is where" in write_report(metrics, tmp_path)[0].read_text(encoding="utf-8")
+
+
+def test_a_run_records_who_stopped_when(trained: Callable[[Any], str], make_spec: Callable[..., Any]) -> None:
+    spec = make_spec(
+        optimization={"lr": 0.05, "epochs": 6, "micro_batch": 8}, ensemble__regularizers={"early_stopping": {}}
+    )
+    metrics = RunStore(trained(spec)).read_json("metrics.json")
+    steps = [one["stopped_at"] for one in metrics["members"]]
+    for step, rows in zip(steps, metrics["training"].values(), strict=True):
+        assert step is None or step == max(row["step"] for row in rows)
+    assert any(steps) and {"validation_nll", "validation_accuracy"} <= metrics["training"]["member-000"][-1].keys()

@@ -6,12 +6,13 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from raylora.adapters.names import adapter_name
 from raylora.engine.model import serialization
 from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
+from raylora.engine.run.finished_members import member_facts
 from raylora.engine.training.member_plan import PlanRole, member_plans_of
 from raylora.ensemble.outputs.base import Names
 from raylora.ensemble.predictions import Predictions
@@ -52,7 +53,7 @@ def aggregate(
     if not spec.baselines.single:
         summary["baselines"].pop("single", None)
     for entry, name in zip(summary["members"], members, strict=True):
-        entry["name"] = name
+        entry["name"], entry["stopped_at"] = name, _member(store, name)["stopped_at"]
     errors = find_errors(groups["ensemble"], spec.evaluation, names, spec.ensemble.aggregate)
     metrics: RunMetrics = {
         **summary, "label_names": list(names.labels), "errors": errors, **_facts(spec, store, members, started_at)
@@ -69,7 +70,7 @@ def _group(store: RunStore, names: Sequence[str]) -> list[Predictions]:
 def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: float) -> RunMetrics:
     jobs: list[JobTiming] = [store.read_json(f"timing/{name}") for name in store.storage.list("timing")]
     asked = spec.ensemble.members
-    histories = {name: _history(store, name) for name in members}
+    histories: dict[str, list[HistoryRow]] = {name: _member(store, name)["history"] for name in members}
     facts: RunMetrics = {
         "run": {
             "name": spec.run_name(),
@@ -117,8 +118,8 @@ def _compute(jobs: Sequence[JobTiming]) -> Compute:
     return {"compute_dtype": first["compute_dtype"], "device": first["device"], "threads": first["threads"]}
 
 
-def _history(store: RunStore, name: str) -> list[HistoryRow]:
-    return serialization.json.loads(store.load_result(f"members/{name}")["member.json"])["history"]
+def _member(store: RunStore, name: str) -> dict[str, Any]:
+    return member_facts(store.load_result(f"members/{name}"))
 
 
 def _timing(jobs: Sequence[JobTiming], started_at: float) -> Timing:
