@@ -11,7 +11,7 @@ from raylora.report.tables import MISSING, Table, Text
 
 _CONFUSION = (
     "Rows are the true classes, columns the ensemble's answers; each cell holds how many rows that is and which share "
-    "of the true class. What is off the diagonal is wrong."
+    "of the true class, which is its color. What is off the diagonal is wrong."
 )
 _SCORES = (
     "Precision is the share of a class's answers that are right, recall the share of its rows that were found, F1 "

@@ -85,7 +85,7 @@ def reliability(metrics: RunMetrics) -> list[Drawn]:
         for (row, key), (column, stage) in itertools.product(enumerate(pair), enumerate(stages)):
             bins = (groups[key].get("before") if stage == "before" else groups[key].get("after")) or []
             words = {"before": "as predicted", "after": "temperature-scaled"}[stage] if len(stages) > 1 else ""
-            axes[2 * row][column].set_title(f"{key.capitalize()} {words}".strip())
+            axes[2 * row][column].set_title(f"{key.capitalize()} {words}".strip(), fontsize=10)
             _reliability_panel(axes[2 * row][column], bins, color(key))
             _count_panel(axes[2 * row + 1][column], bins, color(key))
         drawn.append(Drawn(f"reliability-{name}", figure, f"Reliability diagrams with counts on {name}"))

@@ -39,14 +39,17 @@ def confusion(metrics: RunMetrics) -> list[Drawn]:
         if not counts:
             continue
         classes = len(counts)
-        side = 1.9 + (0.62 if classes <= _SMALL else 0.44) * classes
-        figure = Figure(figsize=(max(4.4, side), max(3.8, side - 0.3)), layout="constrained")
+        labels = _printable(class_names(metrics, classes))
+        longest = max(map(len, labels))
+        turned = longest > (6 if classes <= _SMALL else 3)
+        side = max(2.2, (0.62 if classes <= _SMALL else 0.46) * classes)
+        # What names take at 9 points, so that square cells leave no empty margins.
+        size = side + 0.6 + 0.075 * longest, side + 0.85 + (0.05 * longest if turned else 0.0)
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         shares = [[value / (sum(row) or 1) for value in row] for row in counts]
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         _write(axes, counts, shares)
-        labels = _printable(class_names(metrics, classes))
-        turned = max(map(len, labels)) > (6 if classes <= _SMALL else 3)
         axes.set_xticks(range(classes), labels, rotation=45 if turned else 0, ha="right" if turned else "center",
                         rotation_mode="anchor" if turned else None, parse_math=False)
         axes.set_yticks(range(classes), labels, parse_math=False)
@@ -54,7 +57,6 @@ def confusion(metrics: RunMetrics) -> list[Drawn]:
         axes.set(title=name, xlabel="answer of the ensemble", ylabel="true class")
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
-        figure.colorbar(image, label="share of the true class's rows", shrink=0.8, format="{x:.0%}")
         right = sum(counts[index][index] for index in range(classes))
         words = f"Confusion matrix on {name}: {right} of {sum(map(sum, counts))} rows on the diagonal"
         drawn.append(Drawn(f"confusion-{name}", figure, words))

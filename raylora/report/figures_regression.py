@@ -27,6 +27,8 @@ def values(metrics: RunMetrics) -> list[Drawn]:
             axes.errorbar(label, value, yerr=reach, fmt="none", ecolor=tint, elinewidth=width, alpha=alpha,
                           label=f"± one std, {words}")
         axes.plot(label, value, "o", color=COLORS["ensemble"], markersize=3.5)
+        margin = 0.05 * (max(label) - min(label)) or 1.0
+        axes.set_xlim(min(label) - margin, max(label) + margin)
         axes.set(title=name, xlabel="true value", ylabel="predicted value (mean of the members)")
         figure.legend(loc="outside lower center", ncols=3)
         predicted = metrics.get("sets", {})

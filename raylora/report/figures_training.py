@@ -61,8 +61,9 @@ def _title(key: str) -> tuple[str, float]:
     """Return what a quantity is called, and by what it is multiplied to be drawn."""
     if key.startswith(_VALIDATION):
         metric = METRICS[key.removeprefix(_VALIDATION)]
-        return f"validation {metric.label}" + (" (%)" if metric.percent else ""), 100.0 if metric.percent else 1.0
-    return {"loss": "training loss", "grad_norm": "gradient norm", "lr": "learning rate"}[key], 1.0
+        unit, scale = (" (%)", 100.0) if metric.percent else ("", 1.0)
+        return f"Validation: {metric.label}{unit}", scale
+    return {"loss": "Training loss", "grad_norm": "Gradient norm", "lr": "Learning rate"}[key], 1.0
 
 
 def _lines(

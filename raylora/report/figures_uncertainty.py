@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from raylora.ensemble.metric_table import METRICS
 from raylora.records import Doubt, RunMetrics
@@ -27,6 +28,7 @@ def detection(metrics: RunMetrics) -> list[Drawn]:
             value = value_of(metrics.get("ensemble", {}).get("ood", {}).get(name, {}), score)
             title = METRICS[score].label + (f", AUROC {value:.3f}" if value is not None else "")
             axes.set(title=title, xlabel=METRICS[score].axis, ylabel="rows (%)")
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
             axes.legend()
             drawn.append(Drawn(f"detection-{name}-{score.replace('_', '-')}", figure, f"{title} of test and {name}"))
     return drawn
@@ -81,10 +83,11 @@ def disagreement(metrics: RunMetrics) -> list[Drawn]:
         image = axes.imshow(kl, cmap="cividis", vmin=0)
         top = max(max(row) for row in kl) or 1.0
         if len(kl) <= 8:
+            digits = 3 if top < 0.1 else 2  # members that hardly differ are no copies
             for i, row in enumerate(kl):
                 for j, value in enumerate(row):
                     tint = "black" if value > 0.6 * top else "white"
-                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=tint, fontsize=9)
+                    axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=tint, fontsize=9)
             axes.set(xticks=range(len(kl)), yticks=range(len(kl)))
         axes.set(title=name, xlabel="member j", ylabel="member i")
         axes.grid(visible=False)
