@@ -6,6 +6,7 @@ The exit code is a property of the error, so that the command line, a Ray job an
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -69,10 +70,41 @@ class Interrupted(RayloraError):
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ``did you mean 'x'?`` for the closest known word, or the list of known words."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]!r}?"
+    near = nearest(word, names)
+    if near is not None:
+        return f"did you mean {near!r}?"
     return f"known: {', '.join(names)}" if names else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that takes the fewest edits to reach, or None where nothing is alike.
+
+    Case does not count, and a number is the number however many zeros stand before it: ``member-1`` is ``member-001``.
+    """
+    plain = _plain(word)
+    alike = [
+        name for name in sorted(known)
+        if _plain(name) == plain or difflib.SequenceMatcher(None, word.casefold(), name.casefold()).ratio() >= 0.6
+    ]
+    return min(alike, key=lambda name: (_plain(name) != plain, _edits(word.casefold(), name.casefold())), default=None)
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"(?<!\d)0+(?=\d)", "", word.casefold())
+
+
+def _edits(one: str, other: str) -> int:
+    """Return how many letters have to be put in, left out, replaced or swapped with their neighbor."""
+    before, row = [], list(range(len(other) + 1))
+    for i, letter in enumerate(one):
+        earlier, before, row = before, row, [i + 1]
+        for j, wanted in enumerate(other):
+            swapped = i and j and letter == other[j - 1] and one[i - 1] == wanted
+            row.append(min(
+                before[j + 1] + 1, row[j] + 1, before[j] + (letter != wanted),
+                earlier[j - 1] + 1 if swapped else len(one) + len(other),
+            ))
+    return row[-1]
 
 
 def combine(errors: Sequence[str], what: str) -> str:

@@ -12,7 +12,7 @@ from raylora.cli.app import AllowMissing, AsJson, RunPath, app, command, say, sh
 from raylora.cli.console import err, out
 from raylora.cli.progress import ShownStatus
 from raylora.cli.tables import predictions_table
-from raylora.errors import StoreError, UsageError
+from raylora.errors import StoreError, UsageError, suggest
 
 if TYPE_CHECKING:
     from raylora.serve.inputs import OnBadRow
@@ -80,8 +80,11 @@ def export(
 ) -> None:
     """Write members, or the prepared base, in a format that other programs read."""
     from raylora.serve import export_base
-    from raylora.serve.export import export_run
+    from raylora.serve.export import FORMATS, export_run
 
+    known = (*FORMATS, *export_base.FORMATS)
+    if form not in known:
+        raise UsageError(f"--format: unknown format {form!r}", suggest(form, known))
     if form in export_base.FORMATS:
         base = export_base.export_base(run_path, form, output)
         pair = f"; its pair, {base.pair_bytes:,} bytes, to {base.pair_folder}" if base.pair_folder else ""

@@ -320,7 +320,7 @@ def test_export_on_the_command_line(make_spec: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("arguments", "says"), [
     (["--member", "member-007"], "has no finished member 'member-007'"),
-    (["--format", "gguf"], "known: checkpoint, peft-lora"),
+    (["--format", "gguf"], "known: base, base-packed, checkpoint, peft-lora"),
 ])
 def test_what_cannot_be_exported_says_why(make_spec: Make, trained: Any, arguments: list[str], says: str) -> None:
     spec = make_spec(adapter=MOS, optimization__steps=1, ensemble__members=1)
