@@ -22,7 +22,9 @@ class Spec(AdapterSpec):
 
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1)
+    """R, the rank of the change; at most a layer's smaller side."""
     alpha: float = Field(default=16.0, gt=0)
+    """The change is scaled by ``alpha / rank``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 

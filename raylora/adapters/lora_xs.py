@@ -29,7 +29,9 @@ class Spec(AdapterSpec):
 
     kind: Literal["lora_xs"] = "lora_xs"
     rank: int = Field(default=8, ge=1)
+    """R: the side of the trained matrix; at most a layer's smaller side."""
     alpha: float = Field(default=8.0, gt=0)
+    """The change is scaled by ``alpha / rank``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 

@@ -31,7 +31,9 @@ class Spec(AdapterSpec):
     rank: int = Field(default=4, ge=1)
     """Rank of one mini LoRA; together they reach ``minis * rank``."""
     minis: int = Field(default=2, ge=1)
+    """n, how many mini LoRAs a layer has; it must divide the inputs and outputs of every adapted layer."""
     alpha: float = Field(default=8.0, gt=0)
+    """The change is scaled by ``alpha / rank``, with the rank of one mini LoRA."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 

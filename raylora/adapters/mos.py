@@ -45,6 +45,7 @@ class Spec(AdapterSpec):
     pair_dissociation: bool = True
     """Draw the shards of B independently of those of A."""
     alpha: float = Field(default=16.0, gt=0)
+    """The change is scaled by ``alpha / rank``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")

@@ -31,9 +31,11 @@ class Spec(AdapterSpec):
 
     kind: Literal["nola"] = "nola"
     rank: int = Field(default=8, ge=1)
+    """R, the rank of the change; at most a layer's smaller side."""
     bases: int = Field(default=64, ge=1)
     """n, the random matrices that A and B are each made of."""
     alpha: float = Field(default=16.0, gt=0)
+    """The change is scaled by ``alpha / rank``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 

@@ -66,7 +66,9 @@ class Spec(AdapterSpec):
 
     kind: Literal["peft"] = "peft"
     method: str = "LORA"
+    """PEFT's name of the method, in capitals."""
     options: dict[str, Any] = {}
+    """The method's settings, under PEFT's own names; PEFT's defaults for the rest."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @property

@@ -36,6 +36,7 @@ class Spec(AdapterSpec):
 
     kind: Literal["prolora"] = "prolora"
     rank: int = Field(default=8, ge=2)
+    """R, the rank of the change, shared and unshared ranks together."""
     unshared_rank: int = Field(default=1, ge=0)
     """Ranks that are not shared, as in LoRA."""
     reduction: int = Field(default=4, ge=1)
@@ -43,7 +44,9 @@ class Spec(AdapterSpec):
     stride_a: int | None = Field(default=None, ge=1)
     """By how many ranks each next chunk of A is rolled; by default floor(shared ranks / reduction)."""
     stride_b: int | None = Field(default=None, ge=1)
+    """The same for the chunks of B; by default as ``stride_a``'s default."""
     alpha: float = Field(default=16.0, gt=0)
+    """The change is scaled by ``alpha / rank``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")

@@ -62,8 +62,9 @@ class Spec(CompensationSpec):
     damping: float = Field(default=0.01, ge=0)
     """Added to the diagonal of the Gram matrix, relative to its mean."""
     split: Split = "right"
-    """Which factor carries the singular values; see :func:`cloq`."""
+    """Which factor carries the singular values: ``right`` is A (the paper's), ``left`` B, ``balanced`` both."""
     method: Method = "exact"
+    """``exact`` decomposes in float64; ``fast`` finds the leading directions from seeded random ones, nearly."""
 
 
 class Cloq:

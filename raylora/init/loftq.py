@@ -21,6 +21,7 @@ class Spec(CompensationSpec):
 
     kind: Literal["loftq"] = "loftq"
     iterations: int = Field(default=5, ge=1)
+    """How often quantizing and the singular value decomposition take turns."""
 
 
 class LoftQ:

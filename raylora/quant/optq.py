@@ -37,6 +37,7 @@ class Spec(GridSpec):
     magr_strength: float | None = Field(default=None, gt=0)
     """1e-3 with one group per row and 1e-4 otherwise, as MagR's authors."""
     magr_iterations: int = Field(default=200, ge=1)
+    """The most steps that MagR takes per layer; most of the time of a preparation goes there."""
     damping: float = Field(default=0.01, gt=0)
     """Added to the diagonal of the Gram matrix, relative to its mean."""
     shrink: float | None = Field(default=None, gt=0, le=1)

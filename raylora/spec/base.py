@@ -16,7 +16,8 @@ class Frozen(BaseModel):
     """A spec is a value: it cannot change after it was read, and a misspelt key is an error."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -24,6 +25,7 @@ class KindSpec(Frozen):
     """A spec chosen by its ``kind``; subclasses live beside what they build and are found by the registry."""
 
     kind: str
+    """Which kind it is."""
 
 
 class AdapterSpec(KindSpec):
@@ -55,6 +57,7 @@ class GridSpec(QuantizationSpec):
     """Weights on an evenly spaced grid of 2, 3 or 4 bits, prepared once per base and kept beside the runs."""
 
     bits: Literal[2, 3, 4] = 4
+    """Bits per weight, the scales apart."""
     group_size: int | Literal["channel"] = 64
     """How many weights of a row share a scale and a zero point; ``channel`` is the whole row."""
 
@@ -74,6 +77,7 @@ class CompensationSpec(KindSpec):
     """A low-rank pair that makes up for what quantization lost, computed once per base."""
 
     rank: int = Field(default=64, ge=1)
+    """Rank of the pair at every quantized layer."""
     trainable: bool = False
     """False: the pair is frozen and belongs to the base, under every member. True: it is where a member's own LoRA
     starts, as in the CLoQ paper; members then start alike."""

@@ -65,11 +65,13 @@ class CalibrationSpec(SetSpec):
     """Plain text that the base reads while it is quantized; its labels, if it has any, are not looked at."""
 
     samples: int = Field(default=128, ge=1)
+    """How many samples are read."""
     length: int = Field(default=512, ge=8)
     """Tokens per sample. A causal model reads whole texts, end to end, cut to this; an encoder one text per sample."""
     held_out: int = Field(default=16, ge=0)
     """Further samples, of other texts, on which perplexity is measured before and after; for causal models."""
     seed: int = 0
+    """Decides which texts are read."""
 
 
 class BaseSpec(Frozen):
@@ -78,16 +80,20 @@ class BaseSpec(Frozen):
     source: str
     """A hub id, a local folder, or ``pypi:NAME`` for a model that comes out of a package registry."""
     revision: str | None = None
+    """Pins a hub model to a commit, tag or branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type of the base; ``auto`` is bfloat16 where the processor multiplies it natively, else float32.
     Adapters, heads and the optimizer always stay in float32."""
     quantization: AnyQuantization = Field(default_factory=lambda: cast(Any, {"kind": "nf4"}))
+    """How the frozen weights are stored."""
     compensation: AnyCompensation | None = None
     """A low-rank pair computed with the quantized weights, by ``cloq`` or ``loftq``; needs rtn or optq."""
     calibration: CalibrationSpec | None = None
+    """The text that optq and a compensation read; for rtn and optq only."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """``auto`` is eager on CPU (several times faster backward in bfloat16) and sdpa on GPU."""
     trust_remote_code: bool = False
+    """Run code from the model's repository; allowed together with a ``revision`` only."""
 
     @property
     def grid(self) -> GridSpec | None:
@@ -120,15 +126,23 @@ class DataSpec(Frozen):
     """Training, validation and test rows; without own sets, the last two are split off the training set."""
 
     train: SetSpec
+    """The training rows."""
     validation: SetSpec | None = None
+    """A set of its own for validation; by default it is split off the training set."""
     test: SetSpec | None = None
+    """A set of its own to test on; by default it is split off the training set."""
     train_rows: int | None = Field(default=None, ge=1)
+    """How many rows are trained on, drawn with the data seed; by default all that the splits leave."""
     validation_rows: int = Field(default=500, ge=1)
+    """How many rows are split off for validation, if it has no set of its own."""
     test_rows: int = Field(default=1000, ge=1)
+    """How many rows are split off for the test, if it has no set of its own."""
     seed: int = 0
     """Decides the split and every sub-sample; members have seeds of their own."""
     on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that does not fit the task does: stop with an error that names it, or be counted and left out."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """With ``on_bad_row: skip``, the share of a set's rows beyond which bad rows are an error all the same."""
 
 
 class EarlyStoppingSpec(Frozen):
@@ -137,24 +151,31 @@ class EarlyStoppingSpec(Frozen):
     metric: str = "nll"
     """``nll`` serves every task; ``accuracy``, ``brier`` and ``ece`` need classes, ``rmse`` a regression."""
     patience: int = Field(default=1, ge=1)
+    """How many epochs in a row may be no better than the best before a member stops."""
 
 
 class KLSpec(Frozen):
     """``beta * KL(p_theta || p_base)`` (``forward``) or the other direction (``reverse``); arXiv 2310.00035."""
 
     beta: float = Field(gt=0)
+    """Weight of the divergence beside the task's loss."""
     direction: Literal["forward", "reverse"] = "forward"
+    """``forward`` is KL(member || base), ``reverse`` is KL(base || member)."""
 
 
 class RegularizersSpec(Frozen):
     """The regularizers of LoRA ensembles; each is off by default and combines with the others."""
 
     early_stopping: EarlyStoppingSpec | None = None
+    """Stop each member by its own validation metric; null is off."""
     kl: KLSpec | None = None
+    """Keep each member's predictions near the untouched base's; null is off."""
     decay_a: float = Field(default=0.0, ge=0)
     """Decoupled weight decay on the A matrices: each step multiplies them by 1 - lr * decay."""
     decay_b: float = Field(default=0.0, ge=0)
+    """The same on the B matrices."""
     decay_head: float = Field(default=0.0, ge=0)
+    """The same on the task's head."""
 
 
 class BaselinesSpec(Frozen):
@@ -163,6 +184,7 @@ class BaselinesSpec(Frozen):
     single: bool = True
     """One LoRA model: member 0 on its own, at no extra cost."""
     mc_dropout: MCDropoutSpec | None = None
+    """One member with dropout, evaluated several times; null is off."""
     last_layer: int = Field(default=0, ge=0)
     """Members of an ensemble of heads on the untouched base; 0 is off."""
     checkpoints: int = Field(default=0, ge=0)
@@ -173,21 +195,28 @@ class MCDropoutSpec(Frozen):
     """One member trained and evaluated with dropout on the adapter input."""
 
     dropout: float = Field(default=0.1, gt=0, lt=1)
+    """The dropout that the member is trained and evaluated with."""
     passes: int = Field(default=8, ge=2)
+    """How many evaluations with dropout make the prediction."""
 
 
 class EnsembleSpec(Frozen):
     """How many members there are and what makes them differ."""
 
     members: int = Field(default=5, ge=1)
+    """M, how many members are trained."""
     seed: int = 0
+    """Member m has this plus m as its seed."""
     seeds: list[int] | None = None
     """One per member; by default member m has ``seed + m``."""
     data_order: Literal["own", "shared"] = "own"
+    """``own``: each member sees the rows in an order of its own seed. ``shared``: all members see them in one order."""
     bootstrap: bool = False
     """Draw each member's training rows with replacement."""
     aggregate: Literal["mean_probabilities", "mean_logits"] = "mean_probabilities"
+    """What the ensemble predicts: the mean of the members' probabilities, or the softmax of their mean logits."""
     regularizers: RegularizersSpec = RegularizersSpec()
+    """What keeps members from fitting their rows too closely; all off by default."""
     min_members: int | None = Field(default=None, ge=1)
     """Finish, marked as degraded, if at least this many members survive; by default all must."""
 
@@ -210,19 +239,28 @@ class OptimizationSpec(Frozen):
     """How a member is trained; every number is per member, whatever else shares its worker."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW with decoupled weight decay, or plain gradient descent without momentum."""
     lr: float = Field(default=5e-4, gt=0)
+    """The highest learning rate of the schedule."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW's decay rates of the first and the second moment."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to AdamW's denominator."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate moves after the warmup: to zero in a line or along a cosine, or not at all."""
     warmup: float = Field(default=0.06, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from zero."""
     epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows; 3 by default, unless ``steps`` is given."""
     steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps, in place of ``epochs``."""
     restarts: tuple[float, ...] = ()
     """Epochs (steps, where ``steps`` is given) after which the schedule starts anew, with its warmup: what lets a
     finished run train on."""
     micro_batch: int = Field(default=16, ge=1)
+    """Rows of one member in one forward pass."""
     accumulation: int = Field(default=1, ge=1)
+    """Micro-batches whose gradients are averaged into one optimizer step."""
     group_by_length: bool = False
     """Batch rows of like length: less padding, a data order that is a little less random."""
     clip_norm: float | None = Field(default=1.0, gt=0)
@@ -253,10 +291,15 @@ class EvaluationSpec(Frozen):
     out_of_distribution: dict[str, SetSpec] = {}
     """Unlabeled sets that a sure model should not be sure about; scored by AUROC against ``test``."""
     bins: int = Field(default=15, ge=2)
+    """Bins of equal width of the calibration error."""
     bootstrap_samples: int = Field(default=200, ge=0)
+    """Draws behind each interval; 0 leaves the intervals out."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
+    """The share of draws that an interval holds."""
     temperature_scaling: bool = True
+    """Fit one temperature on the validation rows; results with it stand beside those without."""
     batch: int = Field(default=64, ge=1)
+    """Rows per forward pass of an evaluation."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> EvaluationSpec:
@@ -273,12 +316,17 @@ class PlacementSpec(Frozen):
     """Where members train; ``auto`` is decided from the machine and explained by ``raylora plan``."""
 
     workers: int | Literal["auto"] = "auto"
+    """How many processes train, at least 1."""
     members_per_worker: int | Literal["auto"] = "auto"
     """How many members one worker trains in one forward pass."""
     cpus_per_worker: int | Literal["auto"] = "auto"
+    """Cores of each worker, at least 1."""
     gpus_per_worker: Literal["auto", 0, 1] = "auto"
+    """GPUs of each worker; ``auto`` is one where the machine has any."""
     scheduling: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Ray's placement strategy: workers close together (PACK) or apart (SPREAD); STRICT takes no other answer."""
     start_timeout_s: float = Field(default=180.0, gt=0)
+    """How long a run waits for the cluster to give it its workers."""
 
     @field_validator("workers", "members_per_worker", "cpus_per_worker")
     @classmethod
@@ -294,6 +342,7 @@ class CheckpointingSpec(Frozen):
     every_steps: int | None = Field(default=None, ge=1)
     """By default, at the end of each epoch."""
     num_to_keep: int = Field(default=2, ge=1)
+    """How many commits of each member that still trains are kept."""
     max_failures: int = Field(default=3, ge=0)
     """How often a member may be restarted from its last commit after its worker died."""
     keep_final: bool = True
@@ -307,18 +356,22 @@ class ProfileSpec(Frozen):
     skip: int = Field(default=2, ge=0)
     """The first steps are slower than the rest: memory is allocated and kernels are chosen."""
     steps: int = Field(default=3, ge=1)
+    """How many steps are recorded."""
 
 
 class StudentSpec(Frozen):
     """The model that is taught: a smaller base with an adapter of its own."""
 
     base: BaseSpec
+    """The student's own frozen model."""
     adapter: AnyAdapter = Field(default_factory=lambda: cast(Any, {"kind": "lora"}))
+    """What is trained in the student."""
     task: AnyTask | None = None
     """By default the teacher's; another one may differ in anything but its kind and its labels."""
     members: int = Field(default=1, ge=1)
     """More than one makes the student an ensemble, whose prediction is the one that counts."""
     seed: int = 0
+    """The student's seed; member m of several has this plus m."""
     optimization: OptimizationSpec | None = None
     """By default the teacher's."""
 
@@ -329,7 +382,9 @@ class DistillSpec(Frozen):
     name: str = "student"
     """The student's run directory, inside the teacher's."""
     student: StudentSpec
+    """Who is taught."""
     loss: AnyLoss = Field(default_factory=lambda: cast(Any, {"kind": "kl"}))
+    """What the student learns from the teacher's predictions by."""
     teacher: Literal["ensemble", "single"] = "ensemble"
     """``single``: member 0 alone teaches."""
     transfer: SetSpec | None = None
@@ -357,28 +412,42 @@ class DistillFromSpec(Frozen):
     teacher: str
     """Digest of the teacher: its spec and its members' weights."""
     loss: AnyLoss
+    """The loss that the student learns by."""
     transfer: SetSpec | None = None
+    """Further text that it is taught on."""
 
 
 class RunSpec(Frozen):
     """A whole run. Two specs with one digest compute the same thing."""
 
     name: str | None = None
+    """The run's folder below ``storage_path``: lower case, digits and dashes; by default made from the digest."""
     storage_path: str = "runs"
     """A local folder or an fsspec URI; the run's own directory is made below it."""
     base: BaseSpec
+    """The frozen model that all members share."""
     adapter: AnyAdapter = Field(default_factory=lambda: cast(Any, {"kind": "lora"}))
+    """What is trained in each member."""
     task: AnyTask
+    """What a row means and what the model is asked for."""
     data: DataSpec
+    """The rows."""
     ensemble: EnsembleSpec = EnsembleSpec()
+    """How many members, and what makes them differ."""
     optimization: OptimizationSpec = OptimizationSpec()
+    """How each member is trained."""
     evaluation: EvaluationSpec = EvaluationSpec()
+    """What is measured after training."""
     baselines: BaselinesSpec = BaselinesSpec()
+    """Comparisons trained and evaluated in the same run."""
     placement: PlacementSpec = PlacementSpec()
+    """Where members train."""
     checkpointing: CheckpointingSpec = CheckpointingSpec()
+    """How often states are committed, and how often is tried again."""
     tracking: list[AnyTracker] = Field(default_factory=lambda: cast(Any, [{"kind": "tensorboard"}]))
     """Where the numbers of the run are shown while it goes on; an empty list is nowhere but in the run directory."""
     profile: ProfileSpec | None = None
+    """A trace of a few steps of each job; what ``raylora run --profile`` asks for."""
     distill: DistillSpec | None = None
     """Teach a student when the ensemble is finished."""
     distill_from: DistillFromSpec | None = None

@@ -29,6 +29,7 @@ class Spec(TrackerSpec):
     uri: str | None = None
     """``http://host:5000``, ``sqlite:////a/path/mlflow.db``; by default ``MLFLOW_TRACKING_URI`` of each node."""
     experiment: str = "raylora"
+    """The experiment that the runs belong to."""
 
     @field_validator("uri")
     @classmethod

@@ -14,7 +14,9 @@ class Spec(TrackerSpec):
 
     kind: Literal["wandb"] = "wandb"
     project: str = "raylora"
+    """The project that the runs belong to."""
     entity: str | None = None
+    """The user or team that owns the project; by default W&B's own choice."""
     mode: Literal["online", "offline"] | None = None
     """By default what ``WANDB_MODE`` says, else online. Offline runs lie in ``RUN/wandb``."""
 
