@@ -8,7 +8,10 @@ above stay unknown to this one. Each named module exposes ``Spec`` (a pydantic m
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 from raylora.errors import SpecError, suggest
 
@@ -68,6 +71,56 @@ REGISTRY: dict[str, dict[str, str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Alias:
+    """A name that people know a kind's settings by."""
+
+    says: str
+    kind: str
+    keys: Mapping[str, Any]
+    """What it stands for; whoever gives one of them too must mean the same."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What it stands for under ``options``."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Keys that may stand beside it, as with ``lora`` -> their names under ``options``."""
+
+
+def _peft(says: str, method: str, *, rank: str = "", alpha: str = "", **options: Any) -> Alias:
+    names = {key: name for key, name in (("rank", rank), ("alpha", alpha)) if name}
+    return Alias(says, "peft", {"method": method}, options, names)
+
+
+ALIASES: dict[str, dict[str, Alias]] = {
+    "adapter": {
+        "dora": _peft("DoRA (arXiv 2402.09353)", "LORA", rank="r", alpha="lora_alpha", use_dora=True),
+        "rslora": _peft("rsLoRA (arXiv 2312.03732)", "LORA", rank="r", alpha="lora_alpha", use_rslora=True),
+        "pissa": _peft("PiSSA (arXiv 2404.02948)", "LORA", rank="r", alpha="lora_alpha", init_lora_weights="pissa"),
+        "olora": _peft("OLoRA (arXiv 2406.01775)", "LORA", rank="r", alpha="lora_alpha", init_lora_weights="olora"),
+        "vera": _peft("VeRA (arXiv 2310.11454)", "VERA", rank="r"),
+        "vblora": _peft("VB-LoRA (arXiv 2405.15179)", "VBLORA", rank="r"),
+        "randlora": _peft("RandLoRA (arXiv 2502.00987)", "RANDLORA", rank="r", alpha="randlora_alpha"),
+        "loha": _peft("LoHa, of FedPara (arXiv 2108.06098)", "LOHA", rank="r", alpha="alpha"),
+        "lokr": _peft("LoKr (arXiv 2309.14859)", "LOKR", rank="r", alpha="alpha"),
+        "hira": _peft("HiRA, a Hadamard product with the frozen weight", "HIRA", rank="r"),
+        "miss": _peft("MiSS (arXiv 2409.15371)", "MISS", rank="r"),
+        "gralora": _peft("GraLoRA (arXiv 2505.20355)", "GRALORA", rank="r", alpha="alpha"),
+        "fourierft": _peft("FourierFT (arXiv 2405.03003)", "FOURIERFT"),
+        "ia3": _peft("(IA)3 (arXiv 2205.05638)", "IA3"),
+        "oft": _peft("OFT (arXiv 2306.07280)", "OFT"),
+        "hra": _peft("HRA (arXiv 2405.17484)", "HRA", rank="r"),
+        "road": _peft("RoAd (arXiv 2409.00119)", "ROAD"),
+    },
+}
+"""What people type for a kind with settings; a spec that was read holds the kind and the settings."""
+_INSTEAD = {
+    "adapter": {
+        "adalora": "AdaLoRA takes ranks away from layers while it trains, which members cannot: use lora or dora",
+        "qlora": "QLoRA is adapter kind lora on a base with quantization nf4",
+    },
+}
+"""Names that are asked for and are no kinds, and what to do."""
+
+
 def kinds(seam: str) -> list[str]:
     """Return the registered kinds of a seam, sorted."""
     return sorted(REGISTRY[seam])
@@ -82,5 +135,44 @@ def load(seam: str, kind: str) -> ModuleType:
     try:
         name = REGISTRY[seam][kind]
     except KeyError:
-        raise SpecError(f"unknown {seam} kind {kind!r}", suggest(kind, REGISTRY[seam])) from None
+        known = [*REGISTRY[seam], *ALIASES.get(seam, {})]
+        hint = _INSTEAD.get(seam, {}).get(kind) or suggest(kind, known)
+        raise SpecError(f"unknown {seam} kind {kind!r}", hint) from None
     return importlib.import_module(name)
+
+
+def alias_of(seam: str, kind: Any) -> Alias | None:
+    """Return what a name stands for, or None for one that is a kind itself, or nothing."""
+    return ALIASES.get(seam, {}).get(kind) if isinstance(kind, str) else None
+
+
+def long_form(seam: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section of a spec with its kind in place of an alias.
+
+    Raises:
+        SpecError: another key of the section says otherwise than the alias.
+    """
+    name = section.get("kind")
+    alias = alias_of(seam, name)
+    if alias is None:
+        return dict(section)
+    options = section.get("options", {})
+    if not isinstance(options, Mapping):
+        raise SpecError(f"{seam} {name}: 'options' must be a mapping, not {options!r}")
+    short = {key: section[key] for key in alias.names if key in section}
+    named = {alias.names[key]: value for key, value in short.items()}
+    for key, meant in alias.keys.items():
+        _agree(f"{seam} {name} stands for {alias.kind} with {key}", meant, section.get(key, meant), key)
+    for key, meant in alias.options.items():
+        _agree(f"{seam} {name} stands for options.{key}", meant, options.get(key, meant), f"options.{key}")
+    for key, value in short.items():
+        inner = alias.names[key]
+        _agree(f"{seam} {name}: {key} says", value, options.get(inner, value), f"options.{inner}")
+    rest = {key: value for key, value in section.items() if key not in short}
+    found = rest | {"kind": alias.kind, **alias.keys}
+    return found | {"options": {**options, **alias.options, **named}} if options or alias.options or named else found
+
+
+def _agree(what: str, meant: Any, given: Any, key: str) -> None:
+    if given != meant:
+        raise SpecError(f"{what} {meant!r}, and {key} says {given!r}", "leave out one of them")

@@ -94,34 +94,51 @@ class TaskSpec(KindSpec):
     """Tokens kept per row; longer rows are truncated, counted and reported."""
 
 
-class _Kind:
-    """Pydantic hook: resolve a mapping to the registered spec class of its ``kind``."""
+class Seam:
+    """Pydantic hook: resolve a mapping to the registered spec class of its ``kind``, or of what an alias stands for."""
 
     def __init__(self, seam: str, default: str) -> None:
         self.seam, self.default = seam, default
 
     def resolve(self, value: Any, info: ValidationInfo) -> Any:
+        """Return the validated spec of a kind, from a mapping or the kind's name."""
         if isinstance(value, KindSpec):
             return value
         if isinstance(value, str):  # `quantization: nf4` reads better than a mapping of one key
             value = {"kind": value}
         if not isinstance(value, dict):
             raise PydanticCustomError("kind_type", "expected a mapping with a 'kind', or the kind's name")
+        kind = value.get("kind", self.default)
+        if not isinstance(kind, str):
+            raise PydanticCustomError("kind_type", "'kind' must be a name")
         try:
-            spec_class = registry.load(self.seam, value.get("kind", self.default)).Spec
+            value = registry.long_form(self.seam, {**value, "kind": kind})
+            spec_class = registry.load(self.seam, value["kind"]).Spec
         except SpecError as error:
-            says = f"{error.message}; {error.hint}"
+            says = "; ".join(filter(None, (error.message, error.hint)))
             raise PydanticCustomError("unknown_kind", says.replace("{", "(").replace("}", ")")) from None
-        return spec_class.model_validate({"kind": self.default, **value}, context=info.context)
+        return spec_class.model_validate(value, context=info.context)
 
     def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict:
-        variants = [registry.load(self.seam, kind).Spec for kind in registry.kinds(self.seam)]
-        names = {"type": "string", "enum": registry.kinds(self.seam)}  # `quantization: nf4` is short for a mapping
-        return {"anyOf": [names, *(v.model_json_schema(ref_template="#/$defs/{model}") for v in variants)]}
+        aliases = registry.ALIASES.get(self.seam, {})
+        variants = [_schema(self.seam, kind) for kind in registry.kinds(self.seam)]
+        variants += [_alias_schema(_schema(self.seam, alias.kind), name, alias) for name, alias in aliases.items()]
+        names = [*registry.kinds(self.seam), *aliases]  # `quantization: nf4` is short for a mapping
+        return {"anyOf": [{"type": "string", "enum": names}, *variants]}
+
+
+def _schema(seam: str, kind: str) -> dict:
+    schema: dict = registry.load(seam, kind).Spec.model_json_schema(ref_template="#/$defs/{model}")
+    return schema
+
+
+def _alias_schema(schema: dict, name: str, alias: registry.Alias) -> dict:
+    properties = {**schema["properties"], "kind": {"const": name}, **{key: {"type": "number"} for key in alias.names}}
+    return {**schema, "title": name, "description": alias.says, "properties": properties, "required": ["kind"]}
 
 
 def _field(base: Any, seam: str, default: str) -> Any:
-    hook = _Kind(seam, default)
+    hook = Seam(seam, default)
     return Annotated[SerializeAsAny[base], BeforeValidator(hook.resolve), hook]  # type: ignore[misc]
 
 

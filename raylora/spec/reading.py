@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -205,6 +205,7 @@ def _known_keys(path: KeyPath, content: dict, root: type[Frozen]) -> list[str]:
     model: Any = root
     node: Any = content
     key = ""
+    more: Mapping[str, str] = {}
     for part in path:
         if isinstance(part, int):
             node = node[part]
@@ -216,8 +217,11 @@ def _known_keys(path: KeyPath, content: dict, root: type[Frozen]) -> list[str]:
             seam = _SEAM_OF.get(key, key)
             default = _DEFAULT_KINDS.get(seam, "")
             if default:
-                model = registry.load(seam, (node or {}).get("kind", default)).Spec
-    return sorted(getattr(model, "model_fields", {}))
+                kind = (node or {}).get("kind", default)
+                alias = registry.alias_of(seam, kind)
+                more = alias.names if alias is not None else {}
+                model = registry.load(seam, alias.kind if alias is not None else kind).Spec
+    return sorted([*getattr(model, "model_fields", {}), *more])
 
 
 def _model_of(annotation: Any) -> Any:
