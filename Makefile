@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-ray test-all lint bench gpu-bundle lock clean
+.PHONY: help install demo test test-unit test-ray test-all lint docs bench gpu-bundle lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ lint: install  ## ruff, mypy and the layers, fastest first
 	$(BIN)/ruff check
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
+
+docs: install  ## write docs/reference from the spec models and the registry
+	$(BIN)/python -m raylora.spec.reference docs/reference
 
 bench: install  ## measure raylora against its peers on this machine
 	$(BIN)/python -m benchmarks

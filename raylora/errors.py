@@ -95,7 +95,8 @@ def _plain(word: str) -> str:
 
 def _edits(one: str, other: str) -> int:
     """Return how many letters have to be put in, left out, replaced or swapped with their neighbor."""
-    before, row = [], list(range(len(other) + 1))
+    before: list[int] = []
+    row = list(range(len(other) + 1))
     for i, letter in enumerate(one):
         earlier, before, row = before, row, [i + 1]
         for j, wanted in enumerate(other):

@@ -28,7 +28,7 @@ AtSite = tuple[Tensor, Tensor, float]
 class Spec(AdapterSpec):
     """Low-rank matrices made of shards that the layers of one type share.
 
-    The paper's ablations are settings: ``private_rank: 0`` is without privatisation, ``shards: 1`` without vector
+    The paper's ablations are settings: ``private_rank: 0`` is without privatization, ``shards: 1`` without vector
     sharding, ``pair_dissociation: false`` without dissociation, all three with ``rank`` = ``equivalent_rank`` times
     the number of layers is pure sharing (every layer reads the whole pool), and a smaller rank adds subset selection.
     """

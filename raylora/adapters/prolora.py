@@ -44,7 +44,7 @@ class Spec(AdapterSpec):
     stride_a: int | None = Field(default=None, ge=1)
     """By how many ranks each next chunk of A is rolled; by default floor(shared ranks / reduction)."""
     stride_b: int | None = Field(default=None, ge=1)
-    """The same for the chunks of B; by default as ``stride_a``'s default."""
+    """By how many ranks each next chunk of B is rolled; by default floor(shared ranks / reduction)."""
     alpha: float = Field(default=16.0, gt=0)
     """The change is scaled by ``alpha / rank``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -173,9 +173,9 @@ class RegularizersSpec(Frozen):
     decay_a: float = Field(default=0.0, ge=0)
     """Decoupled weight decay on the A matrices: each step multiplies them by 1 - lr * decay."""
     decay_b: float = Field(default=0.0, ge=0)
-    """The same on the B matrices."""
+    """Decoupled weight decay on the B matrices, or what takes their place."""
     decay_head: float = Field(default=0.0, ge=0)
-    """The same on the task's head."""
+    """Decoupled weight decay on the task's head."""
 
 
 class BaselinesSpec(Frozen):
@@ -208,7 +208,7 @@ class EnsembleSpec(Frozen):
     seed: int = 0
     """Member m has this plus m as its seed."""
     seeds: list[int] | None = None
-    """One per member; by default member m has ``seed + m``."""
+    """A seed per member; by default member m has ``seed + m``."""
     data_order: Literal["own", "shared"] = "own"
     """``own``: each member sees the rows in an order of its own seed. ``shared``: all members see them in one order."""
     bootstrap: bool = False
@@ -340,7 +340,7 @@ class CheckpointingSpec(Frozen):
     """How often a member's state is committed, and how it is retried."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """By default, at the end of each epoch."""
+    """Steps between two commits; by default they are made at the end of each epoch."""
     num_to_keep: int = Field(default=2, ge=1)
     """How many commits of each member that still trains are kept."""
     max_failures: int = Field(default=3, ge=0)
@@ -354,7 +354,7 @@ class ProfileSpec(Frozen):
     """A trace of a few steps of each job, in ``RUN/profile``; what ``raylora run --profile`` asks for."""
 
     skip: int = Field(default=2, ge=0)
-    """The first steps are slower than the rest: memory is allocated and kernels are chosen."""
+    """How many steps are left out first: they are slower, as memory is allocated and kernels are chosen."""
     steps: int = Field(default=3, ge=1)
     """How many steps are recorded."""
 
@@ -367,13 +367,13 @@ class StudentSpec(Frozen):
     adapter: AnyAdapter = Field(default_factory=lambda: cast(Any, {"kind": "lora"}))
     """What is trained in the student."""
     task: AnyTask | None = None
-    """By default the teacher's; another one may differ in anything but its kind and its labels."""
+    """The student's task, by default the teacher's; it may differ in anything but its kind and its labels."""
     members: int = Field(default=1, ge=1)
-    """More than one makes the student an ensemble, whose prediction is the one that counts."""
+    """How many members the student has; more than one make it an ensemble, whose prediction is the one that counts."""
     seed: int = 0
     """The student's seed; member m of several has this plus m."""
     optimization: OptimizationSpec | None = None
-    """By default the teacher's."""
+    """How the student is trained; by default as the teacher was."""
 
 
 class DistillSpec(Frozen):
@@ -451,7 +451,7 @@ class RunSpec(Frozen):
     distill: DistillSpec | None = None
     """Teach a student when the ensemble is finished."""
     distill_from: DistillFromSpec | None = None
-    """Only in a student's own run."""
+    """What a student learns from; only in a student's own run."""
 
     @field_validator("name")
     @classmethod

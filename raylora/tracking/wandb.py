@@ -18,7 +18,8 @@ class Spec(TrackerSpec):
     entity: str | None = None
     """The user or team that owns the project; by default W&B's own choice."""
     mode: Literal["online", "offline"] | None = None
-    """By default what ``WANDB_MODE`` says, else online. Offline runs lie in ``RUN/wandb``."""
+    """Whether runs are sent while they go on; by default what ``WANDB_MODE`` says, else online. Offline runs lie in
+    ``RUN/wandb``."""
 
 
 def check(spec: Spec) -> None:

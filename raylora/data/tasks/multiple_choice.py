@@ -32,6 +32,7 @@ from raylora.data.task import (
 )
 from raylora.errors import DataError
 from raylora.spec import TaskSpec
+from raylora.spec.starting import Starter
 
 _QUESTION, _OPTIONS = "{question}", "{options}"
 
@@ -59,6 +60,17 @@ class Spec(TaskSpec):
         if self.scoring == "answer_token" and self.normalize != "none":
             raise ValueError("'normalize' is for scoring: option_text only")
         return self
+
+
+STARTER = Starter(
+    row={"question": "You move closer to a speaker. Its sound becomes", "choices": ["louder", "quieter"], "answer": 0},
+    base="pypi:smollm2-135m",
+    train="pypi:quartz",
+    task={"options": 2, "max_length": 128},
+    optimization={"lr": 5e-4, "epochs": 1, "micro_batch": 4},
+    train_rows=400, validation_rows=40, test_rows=100, batch=16,
+    notes={"task.options": "how many choices every row has"},
+)
 
 
 class MultipleChoice:

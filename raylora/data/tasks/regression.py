@@ -1,6 +1,6 @@
 """Regression: one real value for a text or a pair of texts, in the label's own units.
 
-Labels are not standardised: a member's head then gives the value itself, here and in any program that loads the
+Labels are not standardized: a member's head then gives the value itself, here and in any program that loads the
 exported adapter, and nothing has to be undone (GLUE's STS-B is trained so, on 0 .. 5). A fresh head starts at the mean
 label instead.
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from raylora.data.task import BadRow, Batch, require_labels
 from raylora.data.tasks.sequences import SequenceTask
 from raylora.spec import TaskSpec
+from raylora.spec.starting import Starter
 
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
 """Plain decimals: ``float`` would also take nan, inf and 1_000."""
@@ -33,13 +34,23 @@ class Spec(TaskSpec):
     low: float | None = None
     """The least label there can be; a row below it is a bad row. Predictions are not clipped."""
     high: float | None = None
-    """The greatest."""
+    """The greatest label there can be; a row above it is a bad row."""
 
     @model_validator(mode="after")
     def _scale_has_a_width(self) -> Spec:
         if self.low is not None and self.high is not None and self.low >= self.high:
             raise ValueError(f"'low' {self.low:g} must be less than 'high' {self.high:g}")
         return self
+
+
+STARTER = Starter(
+    row={"text": "A child is riding a horse.", "text_pair": "A young child is riding a horse.", "label": 4.75},
+    base="pypi:minilm-l6",
+    train="pypi:sts-b",
+    task={"low": 0, "high": 5, "max_length": 48},
+    optimization={"lr": 1e-3, "epochs": 3, "micro_batch": 16, "group_by_length": True},
+    notes={"task.low": "rows outside the scale are bad rows; leave both out if there is none"},
+)
 
 
 class Regression(SequenceTask):
