@@ -1,14 +1,14 @@
-"""The command line: ``app`` is what all commands share, ``commands`` and ``results`` have a function per verb."""
+"""The command line: ``app`` is what all commands share, the other modules have a function per verb."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from raylora.cli import commands, results
+from raylora.cli import commands, learning, results
 from raylora.cli.app import app
 
-__all__ = ["app", "commands", "main", "results"]
+__all__ = ["app", "commands", "learning", "main", "results"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

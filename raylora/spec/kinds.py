@@ -71,11 +71,11 @@ def kind_of(seam: str, name: str) -> Kind:
     """Return a kind in words; its module is imported. Raises: SpecError for an unknown one."""
     module = registry.load(seam, name)
     title = _flat(about(module).partition("\n\n")[0])
-    papers = dict.fromkeys(re.findall(r"arXiv (\d{4}\.\d{5})", f"{about(module)} {about(module.Spec)}"))
     starter: Starter | None = getattr(module, "STARTER", None)
     task = module.build(module.Spec(**starter.task)) if starter is not None else None
     return Kind(
-        seam, name, title, _flat(about(module.Spec)), tuple(papers), tuple(keys_of(module.Spec)),
+        seam, name, title, _flat(about(module.Spec)), papers_in(f"{about(module)} {about(module.Spec)}"),
+        tuple(keys_of(module.Spec)),
         getattr(module, "OPTIONS", {}),
         Columns(task.columns, task.optional_columns, task.label_column) if task is not None else None,
         starter.row if starter is not None else None,
@@ -85,6 +85,11 @@ def kind_of(seam: str, name: str) -> Kind:
 
 FIRST_ADAPTER = {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": "auto"}
 """The adapter of a first spec, unless another is asked for."""
+
+
+def papers_in(text: str) -> tuple[str, ...]:
+    """Return the numbers of the papers that a text names, such as 2106.09685."""
+    return tuple(dict.fromkeys(re.findall(r"arXiv (\d{4}\.\d{5})", text)))
 
 
 def written_out(alias: registry.Alias) -> str:
