@@ -52,6 +52,11 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 
+def __dir__() -> list[str]:
+    """List the public names, which are imported only when they are used."""
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `raylora --help` must not wait for torch and Ray."""
     if name not in _HOMES:

@@ -6,11 +6,12 @@ import errno
 import os
 import posixpath
 import uuid
+from pathlib import Path
 from typing import IO, Any
 
 import fsspec
 
-from raylora.errors import StoreError
+from raylora.errors import RunDirectoryError, StoreError
 
 
 class Storage:
@@ -33,6 +34,20 @@ class Storage:
         if clean.startswith(("..", "/")) or "\0" in clean:
             raise StoreError(f"path {relative!r} leaves the run directory")
         return self.root if clean == "." else f"{self.root}/{clean}"
+
+    def check_writable(self) -> None:
+        """Refuse a local folder that cannot be written or made. Raises: RunDirectoryError."""
+        if not self.is_local:
+            return
+        there = Path(self.root)
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            raise RunDirectoryError(f"storage_path: {there} is a file, not a folder", "choose another storage_path")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise RunDirectoryError(
+                f"storage_path: {there} cannot be written by this user", "choose another, or change its permissions"
+            )
 
     def exists(self, relative: str) -> bool:
         """Return whether a file or folder is there."""

@@ -47,6 +47,7 @@ from raylora.records import DataRecord
 from raylora.spec import RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
+_LARGE_LR = 0.1
 _BYTES_PER_PARAMETER = 28
 """While training: a weight, its gradient and two moments; stacked for the forward, its gradient, their product."""
 
@@ -145,6 +146,7 @@ def prepare(
         StoreError: something that was finished is damaged.
     """
     store = RunStore.for_spec(spec)
+    store.storage.check_writable()
     if not look:
         store.check_unlocked()
         store.is_begun()
@@ -190,6 +192,7 @@ def prepare(
     if found.kept:
         packs = make_plan(replace(demand, groups=_groups(new)), inventory, spec.placement).packs if new else ()
         plan = replace(plan, packs=packs)
+    notes = (*notes, *_doubts(spec, sets))
     if found.growth is not None:
         notes = (*notes, *(f"the run that is there grows: {change}" for change in found.growth.changes))
     return Prepared(
@@ -234,6 +237,22 @@ def _begun(store: RunStore, spec: RunSpec, sets: DataSets, repair: bool) -> _Beg
 
 def _groups(units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(group) for group in packable_groups(units))
+
+
+def _doubts(spec: RunSpec, sets: DataSets) -> list[str]:
+    """Return what is allowed and most likely a mistake."""
+    doubts = []
+    optimization = spec.optimization
+    if optimization.optimizer == "adamw" and optimization.lr > _LARGE_LR:
+        doubts.append(
+            f"optimization.lr: {optimization.lr:g} is far beyond what trains (1e-5 to 1e-2 is usual): expect losses "
+            "that are not finite"
+        )
+    seen = {example.label for example in sets.train.examples}
+    absent = [name for index, name in enumerate(sets.label_names) if index not in seen]
+    if absent and len(absent) < len(sets.label_names):
+        doubts.append(f"task.labels: no training row has the label {', '.join(map(repr, absent))}")
+    return doubts
 
 
 def evaluation_sets(spec: RunSpec) -> list[SetSpec]:
