@@ -8,7 +8,7 @@ above stay unknown to this one. Each named module exposes ``Spec`` (a pydantic m
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -83,11 +83,20 @@ class Alias:
     """What it stands for under ``options``."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Keys that may stand beside it, as with ``lora`` -> their names under ``options``."""
+    first: Sequence[Mapping[str, Any]] = ({},)
+    """What a first spec begins with; where the layers cannot have it, the next."""
 
 
-def _peft(says: str, method: str, *, rank: str = "", alpha: str = "", **options: Any) -> Alias:
+def _peft(
+    says: str, method: str, *, rank: str = "", alpha: str = "", first: Sequence[Mapping[str, Any]] = (), **options: Any
+) -> Alias:
     names = {key: name for key, name in (("rank", rank), ("alpha", alpha)) if name}
-    return Alias(says, "peft", {"method": method}, options, names)
+    usual = [{key: value for key, value in (("rank", r), ("alpha", 2 * r)) if key in names} for r in (8, 2)]
+    return Alias(says, "peft", {"method": method}, options, names, first or usual)
+
+
+def _options(key: str, *values: int) -> list[dict[str, dict[str, int]]]:
+    return [{"options": {key: value}} for value in values]
 
 
 ALIASES: dict[str, dict[str, Alias]] = {
@@ -96,19 +105,21 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "rslora": _peft("rsLoRA (arXiv 2312.03732)", "LORA", rank="r", alpha="lora_alpha", use_rslora=True),
         "pissa": _peft("PiSSA (arXiv 2404.02948)", "LORA", rank="r", alpha="lora_alpha", init_lora_weights="pissa"),
         "olora": _peft("OLoRA (arXiv 2406.01775)", "LORA", rank="r", alpha="lora_alpha", init_lora_weights="olora"),
-        "vera": _peft("VeRA (arXiv 2310.11454)", "VERA", rank="r"),
-        "vblora": _peft("VB-LoRA (arXiv 2405.15179)", "VBLORA", rank="r"),
+        "vera": _peft("VeRA (arXiv 2310.11454)", "VERA", rank="r", first=[{"rank": 256}]),
+        "vblora": _peft(
+            "VB-LoRA (arXiv 2405.15179)", "VBLORA", rank="r", first=_options("vector_length", 64, 32, 16, 8)
+        ),
         "randlora": _peft("RandLoRA (arXiv 2502.00987)", "RANDLORA", rank="r", alpha="randlora_alpha"),
         "loha": _peft("LoHa, of FedPara (arXiv 2108.06098)", "LOHA", rank="r", alpha="alpha"),
         "lokr": _peft("LoKr (arXiv 2309.14859)", "LOKR", rank="r", alpha="alpha"),
         "hira": _peft("HiRA, a Hadamard product with the frozen weight", "HIRA", rank="r"),
         "miss": _peft("MiSS (arXiv 2409.15371)", "MISS", rank="r"),
         "gralora": _peft("GraLoRA (arXiv 2505.20355)", "GRALORA", rank="r", alpha="alpha"),
-        "fourierft": _peft("FourierFT (arXiv 2405.03003)", "FOURIERFT"),
+        "fourierft": _peft("FourierFT (arXiv 2405.03003)", "FOURIERFT", first=_options("n_frequency", 1000, 100)),
         "ia3": _peft("(IA)3 (arXiv 2205.05638)", "IA3"),
-        "oft": _peft("OFT (arXiv 2306.07280)", "OFT"),
+        "oft": _peft("OFT (arXiv 2306.07280)", "OFT", first=_options("oft_block_size", 32, 8)),
         "hra": _peft("HRA (arXiv 2405.17484)", "HRA", rank="r"),
-        "road": _peft("RoAd (arXiv 2409.00119)", "ROAD"),
+        "road": _peft("RoAd (arXiv 2409.00119)", "ROAD", first=_options("group_size", 64, 16, 8)),
     },
 }
 """What people type for a kind with settings; a spec that was read holds the kind and the settings."""

@@ -35,6 +35,11 @@ class Spec(AdapterSpec):
     """Nothing to drop: there is no adapter input."""
 
 
+HAS_TARGETS = False
+FIRST_LR = 5e-5
+"""The learning rate of a first spec: whole models move much less than adapters."""
+
+
 class FullModel:
     """Replaces the base's weights by the member's own; there are no sites and no change to add."""
 

@@ -28,6 +28,10 @@ class Spec(AdapterSpec):
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
+FIRST: tuple[dict[str, Any], ...] = ({"rank": 8, "alpha": 16}, {"rank": 2, "alpha": 4})
+"""What a first spec begins with; where the layers cannot have it, the next."""
+
+
 class Lora:
     """The LoRA adapter; a member holds ``<site>.lora_A`` (R x I) and ``<site>.lora_B`` (O x R)."""
 

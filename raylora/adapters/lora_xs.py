@@ -13,7 +13,7 @@ Shapes: K members, N tokens, I inputs, O outputs, R rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -33,6 +33,10 @@ class Spec(AdapterSpec):
     alpha: float = Field(default=8.0, gt=0)
     """The change is scaled by ``alpha / rank``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+FIRST: tuple[dict[str, Any], ...] = ({"rank": 8, "alpha": 8}, {"rank": 2, "alpha": 2})
+"""What a first spec begins with; where the layers cannot have it, the next."""
 
 
 class LoraXs:

@@ -12,7 +12,7 @@ Shapes: K members, N tokens, I inputs, O outputs, G minis (n), R rank of one min
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -35,6 +35,10 @@ class Spec(AdapterSpec):
     alpha: float = Field(default=8.0, gt=0)
     """The change is scaled by ``alpha / rank``, with the rank of one mini LoRA."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+FIRST: tuple[dict[str, Any], ...] = ({"rank": 4, "minis": 2}, {"rank": 1, "minis": 2})
+"""What a first spec begins with; where the layers cannot have it, the next."""
 
 
 class MeLora:

@@ -10,7 +10,7 @@ row, S = R * l rows that one layer reads.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -65,6 +65,14 @@ class Spec(AdapterSpec):
     def budget(self) -> Budget:
         """Return the four numbers that decide the pools."""
         return Budget(self.rank, self.equivalent_rank, self.private_rank, self.shards)
+
+
+FIRST: tuple[dict[str, Any], ...] = (
+    {"rank": 6, "equivalent_rank": 2, "private_rank": 1, "shards": 4, "alpha": 16},
+    {"rank": 3, "equivalent_rank": 2, "private_rank": 1, "shards": 2, "alpha": 16},
+    {"rank": 2, "equivalent_rank": 2, "private_rank": 1, "shards": 1, "alpha": 16},
+)
+"""What a first spec begins with; where the layers cannot have it, the next."""
 
 
 class Mos:

@@ -15,7 +15,7 @@ Shapes: K members, N tokens, I inputs, O outputs, R rank, P bases (n).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -37,6 +37,10 @@ class Spec(AdapterSpec):
     alpha: float = Field(default=16.0, gt=0)
     """The change is scaled by ``alpha / rank``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+FIRST: tuple[dict[str, Any], ...] = ({"rank": 8, "alpha": 16}, {"rank": 2, "alpha": 4})
+"""What a first spec begins with; where the layers cannot have it, the next."""
 
 
 class Nola:

@@ -21,6 +21,9 @@ class Spec(AdapterSpec):
     """Nothing to drop: there is no adapter input."""
 
 
+HAS_TARGETS = False
+
+
 class NoAdapter:
     """Changes nothing; all of a member's tensors belong to its head."""
 

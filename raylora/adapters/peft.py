@@ -102,6 +102,10 @@ class Spec(AdapterSpec):
         return self
 
 
+FIRST: tuple[dict[str, Any], ...] = ({"method": "LORA", "options": {"r": 8, "lora_alpha": 16}},)
+"""What a first spec begins with; where the layers cannot have it, the next."""
+
+
 @dataclass(frozen=True)
 class _AtSite:
     """What one adapted layer reads during a forward."""

@@ -20,7 +20,7 @@ Shapes: K members, N tokens, I inputs, O outputs, R rank, S shared ranks, U unsh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -60,6 +60,10 @@ class Spec(AdapterSpec):
                              f"use a reduction of at most {shared}, or a rank of at least "
                              f"{self.reduction + self.unshared_rank}")
         return self
+
+
+FIRST: tuple[dict[str, Any], ...] = ({"rank": 8, "reduction": 4}, {"rank": 8, "reduction": 2})
+"""What a first spec begins with; where the layers cannot have it, the next."""
 
 
 class ProLora:

@@ -24,14 +24,25 @@ _DEGRADED = 3
 @command
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write the spec.")] = Path("raylora.yaml"),
+    task: Annotated[str, typer.Option(help="The task's kind, with data that fits it.")] = "",
+    base: Annotated[str, typer.Option(help="The base: a hub id, a local folder, or pypi:NAME.")] = "",
+    adapter: Annotated[str, typer.Option(help="The adapter's kind, or a short name such as dora.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Write a commented spec to start from."""
+    """Write a spec to start from: with options one that fits and runs, else every key, commented."""
     from importlib.resources import files
 
     if path.exists():
         raise UsageError(f"{path}: already exists", "choose another name, or delete it")
-    path.write_text((files("raylora") / "spec" / "template.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}", "make it first")
+    if task or base or adapter:
+        from raylora.engine.run.first_spec import first_spec
+
+        text = first_spec(task, base, adapter)
+    else:
+        text = (files("raylora") / "spec" / "template.yaml").read_text(encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     say(as_json, {"spec": str(path)}, f"wrote {path}; next: raylora validate {path}")
 
 
