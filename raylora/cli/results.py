@@ -121,31 +121,6 @@ def report(run_path: RunPath, allow_missing: AllowMissing = False, as_json: AsJs
 
 @app.command()
 @command
-def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: what a run would use, and what would stop it."""
-    from raylora.doctor import examine
-
-    findings = examine()
-    if as_json:
-        print(json.dumps([vars(finding) for finding in findings]))
-    for finding in [] if as_json else findings:
-        mark, style = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "bad": ("bad ", "red")}[finding.level]
-        out.print(f"[{style}]{mark}[/] {finding.what}" + (f"\n     -> {finding.hint}" if finding.hint else ""))
-    if any(finding.level == "bad" for finding in findings):
-        raise typer.Exit(UsageError.exit_code)
-
-
-@app.command()
-@command
-def schema() -> None:
-    """Print the JSON schema of a run spec, for editors."""
-    from raylora.spec import json_schema
-
-    print(json.dumps(json_schema(), indent=1))
-
-
-@app.command()
-@command
 def verify(run_path: RunPath, as_json: AsJson = False) -> None:
     """Read all that a run has committed and compare it with its checksums."""
     from raylora.engine.run.verify import verify_run

@@ -180,3 +180,8 @@ def test_bad_input_is_one_message_with_exit_code_2_and_writes_nothing(
     assert re.search(message, done.output.replace("\n", " ")), done.output
     assert "Traceback" not in done.output
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_command_is_there_once() -> None:
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert len(names) == len(set(names)) and {"run", "repair", "doctor", "explain"} <= set(names)
