@@ -6,6 +6,7 @@ The exit code is a property of the error, so that the command line, a Ray job an
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 
@@ -86,11 +87,16 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
         name for name in sorted(known)
         if _plain(name) == plain or difflib.SequenceMatcher(None, word.casefold(), name.casefold()).ratio() >= 0.6
     ]
-    return min(alike, key=lambda name: (_plain(name) != plain, _edits(word.casefold(), name.casefold())), default=None)
+    return min(alike, key=lambda name: (_plain(name) != plain, *_distance(word.casefold(), name.casefold())), default=None)
 
 
 def _plain(word: str) -> str:
     return re.sub(r"(?<!\d)0+(?=\d)", "", word.casefold())
+
+
+def _distance(one: str, other: str) -> tuple[int, int]:
+    """Return the edits, and, fewest for the longest, how much of the beginning is the same: people slip at the end."""
+    return _edits(one, other), -len(os.path.commonprefix([one, other]))
 
 
 def _edits(one: str, other: str) -> int:
