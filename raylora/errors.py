@@ -87,7 +87,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
         name for name in sorted(known)
         if _plain(name) == plain or difflib.SequenceMatcher(None, word.casefold(), name.casefold()).ratio() >= 0.6
     ]
-    return min(alike, key=lambda name: (_plain(name) != plain, *_distance(word.casefold(), name.casefold())), default=None)
+    typed = word.casefold()
+    return min(alike, key=lambda name: (_plain(name) != plain, *_distance(typed, name.casefold())), default=None)
 
 
 def _plain(word: str) -> str:
