@@ -75,6 +75,9 @@ def export(
     ))] = "peft-lora",
     output: Annotated[str | None, typer.Option("--out", help="The output folder; by default RUN/export.")] = None,
     member: Annotated[list[str] | None, typer.Option("--member", help="Only this member; may be repeated.")] = None,
+    base_name: Annotated[str, typer.Option("--base-name", help=(
+        "What adapters call their base, a hub id or a folder that PEFT loads; by default its hub id or folder's name."
+    ))] = "",
     allow_missing: AllowMissing = False,
     as_json: AsJson = False,
 ) -> None:
@@ -90,7 +93,7 @@ def export(
         pair = f"; its pair, {base.pair_bytes:,} bytes, to {base.pair_folder}" if base.pair_folder else ""
         say(as_json, vars(base), f"wrote the base, {base.size_bytes:,} bytes, to {base.folder}{pair}")
         return
-    exported = export_run(run_path, form, output, member or [], allow_missing)
+    exported = export_run(run_path, form, output, member or [], allow_missing, base_name)
     if as_json:
         print(json.dumps([vars(item) for item in exported]))
         return

@@ -49,8 +49,7 @@ def load_rows(set_spec: SetSpec, base_dir: Path | None = None) -> Table:
         DataError: the set cannot be found or read, is empty, or lacks a column that is to be renamed.
     """
     if set_spec.files is not None:
-        names = [set_spec.files] if isinstance(set_spec.files, str) else set_spec.files
-        table = _from_files(names, base_dir or Path(), set_spec.delimiter)
+        table = _from_files(set_spec, base_dir or Path())
     elif set_spec.source is not None and set_spec.source.startswith(PREFIX):
         path = dataset_file(set_spec.source)
         table = _from_lines(set_spec.source, [(set_spec.source, _jsonl(path, set_spec.source))])
@@ -77,8 +76,8 @@ def require_columns(table: Table, required: tuple[str, ...], optional: tuple[str
         )
 
 
-def _from_files(names: list[str], base_dir: Path, delimiter: str | None = None) -> Table:
-    separated = functools.partial(_csv, delimiter=delimiter)
+def _from_files(spec: SetSpec, base_dir: Path) -> Table:
+    names, separated = spec.file_names, functools.partial(_csv, delimiter=spec.delimiter)
     readers: dict[str, Callable[[Path, str], Iterator[_Line]]] = {
         ".jsonl": _jsonl,
         ".ndjson": _jsonl,
@@ -97,7 +96,7 @@ def _from_files(names: list[str], base_dir: Path, delimiter: str | None = None) 
         raise DataError(f"one set mixes {', '.join(sorted(suffixes))}", "put each format into a set of its own")
     parts = []
     for name in names:
-        path = base_dir / name
+        path = base_dir / spec.places.get(name, name)
         if path.is_dir():
             raise DataError(f"{name} is a folder", "name the files in it")
         if not path.is_file():

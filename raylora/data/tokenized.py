@@ -121,8 +121,7 @@ def _tuples(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
 def _content(source: SetSpec, base_dir: Path) -> Any:
     """Return what tells a set's content apart from another's, or None."""
     if source.files is not None:
-        names = [source.files] if isinstance(source.files, str) else source.files
-        paths = [base_dir / name for name in names]
+        paths = [base_dir / source.places.get(name, name) for name in source.file_names]
         return [_sha256(path) for path in paths] if all(path.is_file() for path in paths) else None
     name = str(source.source)
     if name.startswith(PREFIX):

@@ -5,6 +5,8 @@ whole models as folders of transformers.
 from __future__ import annotations
 
 import functools
+import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,17 +21,25 @@ from raylora.adapters.base import HEAD, Adapter, LoraExpandable, PeftNative, Sit
 from raylora.adapters.export import to_peft
 from raylora.data.task import Task
 from raylora.engine.model.base import Base, load_base
-from raylora.engine.model.checkpoint import export_name, load_dense, load_tokenizer, quiet, shell_model
+from raylora.engine.model.checkpoint import (
+    export_name,
+    load_dense,
+    load_tokenizer,
+    quiet,
+    shell_model,
+    weights_folder,
+)
 from raylora.engine.model.machine import compute_device
 from raylora.engine.model.quantized_layers import prepared_store
 from raylora.engine.model.serialization import check_layout, layout_of, to_bytes
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
+from raylora.engine.quantization.prepared_base import weights_sha256
 from raylora.engine.run.finished_members import member_facts, member_tensors
 from raylora.engine.run.roster import read_roster
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.member_plan import member_plans_of
 from raylora.errors import RunDirectoryError, StoreError, UsageError, suggest
-from raylora.spec import RunSpec
+from raylora.spec import BaseSpec, RunSpec
 from raylora.store import commit
 from raylora.store.run_store import RunStore
 from raylora.store.storage import Storage
@@ -50,7 +60,7 @@ class Exported:
 
 def export_run(
     run: str, form: str = "peft-lora", out: str | None = None, members: Sequence[str] = (),
-    allow_missing: bool = False,
+    allow_missing: bool = False, base_name: str = "",
 ) -> list[Exported]:
     """Write a run's finished members, one folder each, and return what was written.
 
@@ -60,6 +70,7 @@ def export_run(
         out: a folder or fsspec URI, by default ``export`` in the run directory.
         members: names such as ``member-000``; by default all.
         allow_missing: go on without members that are damaged, missing or not finished.
+        base_name: what adapters call their base, a hub id or a folder; by default its hub id, or its folder's name.
 
     Raises:
         StoreError: a member that is wanted is damaged or missing.
@@ -74,14 +85,38 @@ def export_run(
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
     written = []
     for name in _chosen(store, members, allow_missing):
-        files = store.load_result(f"members/{name}")
+        files: Mapping[str, bytes] = store.load_result(f"members/{name}")
+        exported: Mapping[str, bytes]
         if form == "checkpoint":
             exported = _as_checkpoint(spec, adapter, files)
         else:
             exported = _as_lora(store, spec, adapter, name, files) if not isinstance(adapter, PeftNative) else files
+            exported = _with_base(exported, spec.base, base_name)
         commit.commit(target, name, exported)
         written.append(Exported(name, target.path(name), len(files[_WEIGHTS]), _weights_size(exported)))
     return written
+
+
+def _with_base(files: Mapping[str, bytes], base: BaseSpec, name: str) -> Mapping[str, bytes]:
+    """Return an adapter's folder that says which base it belongs to, where no hub id does."""
+    if base.folder is None and not name:
+        return files
+    config = json.loads(files["adapter_config.json"])
+    called = name or config["base_model_name_or_path"]
+    config["base_model_name_or_path"] = called
+    front, _, text = files["README.md"].decode().partition("\n---\n")
+    front = re.sub(r"^base_model: .*$", lambda match: f"base_model: {called}", front, flags=re.MULTILINE)
+    if base.folder is not None:
+        text += (
+            f"\nIts base is the model in the folder `{called}`, whose weights have the SHA-256 "
+            f"`{weights_sha256(weights_folder(base))}`. PEFT looks for that folder from where it is run, else:\n\n"
+            f"```python\nmodel = PeftModel.from_pretrained(AutoModel….from_pretrained(\"/path/to/{called}\"), \".\")\n"
+            "```\n"
+        )
+    return {
+        **files, "README.md": f"{front}\n---\n{text}".encode(),
+        "adapter_config.json": json.dumps(config, indent=2, sort_keys=True).encode(),
+    }
 
 
 def _weights_size(files: Mapping[str, bytes]) -> int:

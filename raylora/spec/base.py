@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PrivateAttr,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.functional_validators import BeforeValidator
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -19,6 +29,25 @@ class Frozen(BaseModel):
         frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+
+class Located(Frozen):
+    """A spec that names local files or folders, and knows where they are; see :mod:`raylora.spec.paths`."""
+
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)  # where things lie is no part of what a spec says
+
+    @property
+    def places(self) -> Mapping[str, str]:
+        """Paths as they are written -> where they were found."""
+        return self._places
+
+    def look_in(self, places: Mapping[str, str]) -> None:
+        """Look for the paths in these places from now on."""
+        self._places.update({path: places[path] for path in self.local_paths() if path in places})
+
+    def local_paths(self) -> list[str]:
+        """Return the paths as they are written."""
+        raise NotImplementedError
 
 
 class KindSpec(Frozen):

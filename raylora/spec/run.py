@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
@@ -20,6 +22,7 @@ from raylora.spec.base import (
     AnyTracker,
     Frozen,
     GridSpec,
+    Located,
 )
 
 NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?\Z")
@@ -34,7 +37,7 @@ _RUN_FOLDERS = (
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class SetSpec(Frozen):
+class SetSpec(Located):
     """Where the rows of one data set come from: exactly one of ``source`` and ``files``."""
 
     source: str | None = None
@@ -60,6 +63,15 @@ class SetSpec(Frozen):
             raise ValueError("give exactly one of 'source' and 'files'")
         return self
 
+    @property
+    def file_names(self) -> list[str]:
+        """The files as they are written."""
+        return [self.files] if isinstance(self.files, str) else list(self.files or ())
+
+    def local_paths(self) -> list[str]:
+        """Return the files as they are written."""
+        return self.file_names
+
 
 class CalibrationSpec(SetSpec):
     """Plain text that the base reads while it is quantized; its labels, if it has any, are not looked at."""
@@ -74,7 +86,7 @@ class CalibrationSpec(SetSpec):
     """Decides which texts are read."""
 
 
-class BaseSpec(Frozen):
+class BaseSpec(Located):
     """The frozen model that all members share."""
 
     source: str
@@ -94,6 +106,21 @@ class BaseSpec(Frozen):
     """``auto`` is eager on CPU (several times faster backward in bfloat16) and sdpa on GPU."""
     trust_remote_code: bool = False
     """Run code from the model's repository; allowed together with a ``revision`` only."""
+
+    def local_paths(self) -> list[str]:
+        """Return the source, where it is a folder, or was when the run was begun."""
+        written = self.source.startswith((".", "/", "~")) or self.source in self.places
+        return [self.source] if written or Path(self.source).is_dir() else []
+
+    def look_in(self, places: Mapping[str, str]) -> None:
+        """Look for the source in its place from now on."""
+        self._places.update({self.source: places[self.source]} if self.source in places else {})
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder that the source is or was; None for a hub's and a catalog's."""
+        paths = self.local_paths()
+        return Path(self.places.get(paths[0], paths[0])).expanduser() if paths else None
 
     @property
     def grid(self) -> GridSpec | None:

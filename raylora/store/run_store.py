@@ -16,10 +16,12 @@ import psutil
 
 from raylora.errors import RunDirectoryError, StoreError
 from raylora.spec import RunSpec, diff_specs, dump_spec, parse_spec
+from raylora.spec.paths import found_again, located, places_here, recorded
 from raylora.store import commit
 from raylora.store.storage import Storage
 
 _LOCK = "run.lock"
+_PATHS = "paths.json"
 _FIELDS = {"host", "pid", "heartbeat", "started_at"}
 STALE_S = 60.0
 """A holder on another machine whose heartbeat is older is dead."""
@@ -98,11 +100,14 @@ class RunStore:
         return True
 
     def write_spec(self, spec: RunSpec) -> None:
-        """Record the spec that the run was begun with."""
+        """Record the spec that the run was begun with, and where its local files and folders are."""
         self.storage.write("spec.yaml", dump_spec(spec).encode())
+        places = places_here(spec)
+        if places or self.storage.exists(_PATHS):
+            self.write_json(_PATHS, recorded(places, self._folder))
 
     def read_spec(self) -> RunSpec:
-        """Return the recorded spec.
+        """Return the recorded spec; it looks for its files and folders where they are now, if they moved with the run.
 
         Raises:
             RunDirectoryError: there is no run here.
@@ -111,7 +116,12 @@ class RunStore:
             text = self.storage.read("spec.yaml").decode()
         except FileNotFoundError:
             raise RunDirectoryError(f"{self.uri}: there is no run here", "give a run directory") from None
-        return parse_spec(text, where=f"{self.uri}/spec.yaml")
+        spec = parse_spec(text, where=f"{self.uri}/spec.yaml")
+        return located(spec, found_again(self.read_json(_PATHS) or {}, self._folder))
+
+    @property
+    def _folder(self) -> str | None:
+        return self.storage.root if self.storage.is_local else None
 
     def spec_in_place(self) -> RunSpec:
         """Return the recorded spec under the name and path where the run directory now is: it may have been moved.

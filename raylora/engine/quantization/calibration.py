@@ -94,8 +94,8 @@ def _texts(spec: CalibrationSpec) -> list[str]:
 
 def _refuse_evaluation_sets(spec: CalibrationSpec, sets: Sequence[SetSpec]) -> None:
     for other in sets:
-        if (spec.source, spec.subset, spec.split, _files(spec)) == (
-            other.source, other.subset, other.split, _files(other)
+        if (spec.source, spec.subset, spec.split, spec.file_names) == (
+            other.source, other.subset, other.split, other.file_names
         ):
             raise DataError(
                 f"base.calibration: {_origin(spec)} is an evaluation set of this run",
@@ -103,12 +103,8 @@ def _refuse_evaluation_sets(spec: CalibrationSpec, sets: Sequence[SetSpec]) -> N
             )
 
 
-def _files(spec: SetSpec) -> tuple[str, ...]:
-    return (spec.files,) if isinstance(spec.files, str) else tuple(spec.files or ())
-
-
 def _origin(spec: SetSpec) -> str:
-    return spec.source or ", ".join(_files(spec))
+    return spec.source or ", ".join(spec.file_names)
 
 
 class _Samples:

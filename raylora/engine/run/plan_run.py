@@ -45,6 +45,7 @@ from raylora.errors import BaseError, RunDirectoryError, SpecError, StoreError
 from raylora.placement.plan import Demand, Inventory, Plan, make_plan
 from raylora.records import DataRecord
 from raylora.spec import RunSpec, SetSpec
+from raylora.spec.paths import located, places_here
 from raylora.store.run_store import RunStore
 
 _LARGE_LR = 0.1
@@ -145,6 +146,7 @@ def prepare(
         UsageError: with what is wrong and how to fix it; nothing was started or written.
         StoreError: something that was finished is damaged.
     """
+    spec = located(spec, places_here(spec))  # workers have other current folders
     store = RunStore.for_spec(spec)
     store.storage.check_writable()
     if not look:
