@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from raylora import control, logs
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
 from raylora.actors.preparer import solve_on_cluster
 from raylora.connection import clear_name, connect, find_run, inventory_of_cluster, put_away
+from raylora.display.progress import ShownStatus
 from raylora.engine.distillation.compare import compare, distillations, made_before
 from raylora.engine.distillation.plan import check_ahead, is_finished, prepare_distillation
 from raylora.engine.distillation.target_job import TargetPlan
@@ -44,10 +45,10 @@ _EXIT_S = 60.0
 """How long a driver that ends waits for its run to commit."""
 
 
-def run_local(spec: RunSpec, on_status: OnStatus = lambda status: None) -> RunMetrics:
+def run_local(spec: RunSpec, on_status: OnStatus | None = None) -> RunMetrics:
     """Run a spec in this process, without Ray, and return its metrics; the members equal Ray's.
 
-    ``on_status`` is told after every event, step and batch of rows.
+    ``on_status`` is told after every event, step and batch of rows; by default progress is shown on stderr.
 
     Raises:
         UsageError: bad input; nothing was written.
@@ -56,9 +57,20 @@ def run_local(spec: RunSpec, on_status: OnStatus = lambda status: None) -> RunMe
     """
     prepared = prepare(spec)
     check_ahead(spec)
-    metrics = cast(RunMetrics, run_in_process(prepared, on_status))
+    with _shown(on_status) as show:
+        metrics = cast(RunMetrics, run_in_process(prepared, show))
     publish_report(prepared.store)
     return metrics
+
+
+@contextlib.contextmanager
+def _shown(on_status: OnStatus | None) -> Iterator[OnStatus]:
+    """Give a run's progress to who asked for it, else show it."""
+    if on_status is not None:
+        yield on_status
+        return
+    with ShownStatus() as show:
+        yield show
 
 
 def prepare_base(
@@ -124,17 +136,19 @@ class RunHandle:
         """Ask the run to commit and stop after the current step."""
         self._coordinator.interrupt.remote(int(signal_number))
 
-    def wait(self, on_status: OnStatus = lambda status: None) -> RunMetrics:
+    def wait(self, on_status: OnStatus | None = None) -> RunMetrics:
         """Follow the run to its end, write the report and return the metrics.
 
-        A SIGINT or SIGTERM meanwhile lets the workers commit before this returns.
+        A SIGINT or SIGTERM meanwhile lets the workers commit before this returns. Without ``on_status`` progress is
+        shown on stderr: a table on a terminal, a bar in a notebook, else lines.
 
         Raises:
             Interrupted: the run was stopped and can be resumed.
             TrainingError: it failed, or its coordinator was lost.
             UsageError: it could not start.
         """
-        metrics = self.join(on_status)
+        with _shown(on_status) as show:
+            metrics = self.join(show)
         publish_report(self.store)
         return metrics
 
@@ -196,11 +210,21 @@ def launch(spec: RunSpec, dashboard: bool = False, detach: bool = False) -> RunH
     check_ahead(spec, inventory)
     connect(dashboard)
     handle = _start(prepared, detach)
+    print(_announcement(prepared), file=sys.stderr, flush=True)
     if detach:
         _wait_until_begun(handle)
     else:
         _ends_with_its_driver(handle)
     return handle
+
+
+def _announcement(prepared: Prepared) -> str:
+    plan, units = prepared.plan, sum(map(len, prepared.plan.packs))
+    workers = "1 worker" if plan.workers == 1 else f"{plan.workers} workers"
+    return (
+        f"{prepared.store.uri}: checked; {workers} on Ray for {units} unit(s) to train "
+        "(each imports torch and loads the base first, which takes a while)"
+    )
 
 
 def _wait_until_begun(handle: RunHandle) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 _REPORT_EVERY_S = 0.5
@@ -34,6 +34,10 @@ class Progress:
     """The latest step's loss by member."""
     tokens: int = 0
     """That the new steps trained on."""
+    news: tuple[str, ...] = ()
+    """What happened that one wants to have read: an epoch's validation, a member that stopped."""
+    after_s: float = 0.0
+    """An estimate of how long the job will take after this activity."""
 
 
 OnProgress = Callable[[Progress], None]
@@ -74,7 +78,7 @@ class RowCounter:
 
 
 class Throttle:
-    """Adds up reports and lets one through at most twice a second; the last of an activity always passes."""
+    """Adds up reports and lets one through at most twice a second; news and the last of an activity always pass."""
 
     def __init__(self) -> None:
         self._sent_at = 0.0
@@ -90,10 +94,8 @@ class Throttle:
         self._seconds += progress.seconds
         self._tokens += progress.tokens
         now = time.monotonic()
-        if now - self._sent_at < _REPORT_EVERY_S and progress.done < progress.total:
+        if now - self._sent_at < _REPORT_EVERY_S and progress.done < progress.total and not progress.news:
             return None
-        merged = Progress(
-            progress.activity, progress.done, progress.total, self._new, self._seconds, progress.losses, self._tokens
-        )
+        merged = replace(progress, new=self._new, seconds=self._seconds, tokens=self._tokens)
         self._sent_at, self._new, self._seconds, self._tokens = now, 0, 0.0, 0
         return merged

@@ -16,7 +16,7 @@ import typer
 
 import raylora
 from raylora import logs
-from raylora.cli.console import err, out
+from raylora.display.console import err, out
 from raylora.errors import RayloraError
 from raylora.records import RunMetrics
 

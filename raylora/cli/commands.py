@@ -12,9 +12,9 @@ from rich.table import Table
 
 import raylora
 from raylora.cli.app import AsJson, Overrides, RunPath, SpecFile, app, command, say, show_result
-from raylora.cli.console import err, out
-from raylora.cli.progress import ShownStatus, say_block
-from raylora.cli.tables import status_table
+from raylora.display.console import err, out
+from raylora.display.progress import ShownStatus, say_block
+from raylora.display.status import status_table
 from raylora.errors import UsageError
 
 _DEGRADED = 3
@@ -235,14 +235,7 @@ def _run(spec: Any, local: bool, dashboard: bool, as_json: bool) -> None:
     changed = [change.partition(":")[0] for change in diff_specs(store.read_spec(), spec)] if store.is_begun() else []
     if changed:
         err.print(f"differs from the run that is there in {', '.join(changed)}", markup=False)
-    if local:
-        with ShownStatus() as show:
-            metrics = run_local(spec, show)
-    else:
-        handle = launch(spec, dashboard)
-        err.print("checked; starting workers (they import torch and load the base, this takes a while) ...")
-        with ShownStatus() as show:
-            metrics = handle.wait(show)
+    metrics = run_local(spec) if local else launch(spec, dashboard).wait()
     if spec.profile is not None:
         err.print(f"profile: {store.uri}/profile; open *.json.gz in chrome://tracing or https://ui.perfetto.dev",
                   markup=False)

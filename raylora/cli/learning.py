@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raylora.cli.app import AsJson, app, command
-from raylora.cli.console import out
+from raylora.display.console import out
 
 if TYPE_CHECKING:
     from raylora.spec.keys import Key

@@ -9,9 +9,9 @@ import typer
 from rich.table import Table
 
 from raylora.cli.app import AllowMissing, AsJson, RunPath, app, command, say, show_result
-from raylora.cli.console import err, out
-from raylora.cli.progress import ShownStatus
 from raylora.cli.tables import predictions_table
+from raylora.display.console import err, out
+from raylora.display.progress import ShownStatus
 from raylora.errors import StoreError, UsageError, suggest
 
 if TYPE_CHECKING:

@@ -26,12 +26,11 @@ class Place(TypedDict):
 def places_here(spec: RunSpec) -> dict[str, str]:
     """Return the spec's local paths as they are written -> where they are, seen from the current folder.
 
-    What is known from an earlier call stays. A base that may be a hub's counts as local if there is such a folder.
+    What is known from an earlier call stays; what is not there is left out, for whoever reads it to say so.
     """
-    return {
-        path: known.get(path) or os.path.abspath(Path(path).expanduser())
-        for known, path in _paths(spec)
-    }
+    here = {path: known.get(path) or os.path.abspath(Path(path).expanduser()) for known, path in _paths(spec)}
+    known_paths = {path for known, path in _paths(spec) if path in known}
+    return {path: place for path, place in here.items() if path in known_paths or os.path.exists(place)}
 
 
 def located(spec: RunSpec, places: Mapping[str, str]) -> RunSpec:

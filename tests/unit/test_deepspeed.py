@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -299,3 +301,18 @@ def test_two_engines_do_not_share_anything() -> None:
     for name in SHAPES:
         assert torch.equal(one.tensors()[name], alone.tensors()[name])
         assert not torch.equal(one.tensors()[name], two.tensors()[name])
+
+
+def test_a_linker_that_misses_libraries_is_not_heard_in_a_notebook() -> None:
+    program = (
+        "import io, sys, torch\n"
+        "class Notebook(io.StringIO):\n"
+        "    def fileno(self):\n"
+        "        return self.file.fileno()\n"  # a notebook's is not the one that other programs inherit
+        "sys.stderr = Notebook()\n"
+        "sys.stderr.file = open('/dev/null', 'w')\n"
+        "from raylora.engine.training.optimizer import start_deepspeed\n"
+        "start_deepspeed(torch.device('cpu'))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

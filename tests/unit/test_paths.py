@@ -149,7 +149,9 @@ def test_a_place_is_where_it_was_else_beside_the_run_else_where_it_was(tmp_path:
     assert found_again(recorded({"x": "/a/x"}, None), "s3://bucket/a") == {"x": "/a/x"}
 
 
-def test_every_part_of_a_spec_that_names_files_is_looked_for(make_spec: Callable[..., Any]) -> None:
+def test_every_part_of_a_spec_that_names_files_is_looked_for(
+    make_spec: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = make_spec(
         data__validation={"files": ["v.jsonl", "w.jsonl"]}, data__test={"files": "t.jsonl"},
         evaluation__in_distribution={"i": {"files": "i.jsonl"}},
@@ -158,6 +160,10 @@ def test_every_part_of_a_spec_that_names_files_is_looked_for(make_spec: Callable
         distill={"name": "small", "student": {"base": {"source": "./small"}}, "transfer": {"files": "more.jsonl"}},
     )
     names = {"v.jsonl", "w.jsonl", "t.jsonl", "i.jsonl", "o.jsonl", "c.jsonl", "./small", "more.jsonl"}
+    assert places_here(spec).keys() == {spec.base.source}  # the only one that is there
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        (tmp_path / name).touch()
     here = places_here(spec)
     assert here.keys() == names | {spec.base.source}
     there = located(spec, {name: f"/there/{name}" for name in names})

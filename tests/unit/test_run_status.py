@@ -10,7 +10,7 @@ import pytest
 from run_helpers import run, stop_at
 
 from raylora import control
-from raylora.cli import tables
+from raylora.display.status import job_line
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.run.run_status import JobStatus, RunStatus, StatusBoard
@@ -48,7 +48,7 @@ def test_the_time_left_counts_the_jobs_that_have_not_begun() -> None:
     assert board.status(state).eta_s == pytest.approx((6 + 10) * 2.0)
     board.report("job-00", Progress(Activity.EVALUATING, 30, 120, 10, 1.0))
     status = board.status(state)
-    assert status.eta_s is None  # no pace of training is known any more, and none is invented
+    assert status.eta_s == pytest.approx(9.0 + 10 * 2.0)  # the other job at the pace that was seen
     assert status.jobs["job-00"].left_s == pytest.approx(9.0)
 
 
@@ -69,9 +69,9 @@ def test_rows_are_counted_over_sets_and_reports_are_added_up() -> None:
 
 def test_lines_say_what_a_job_is_at() -> None:
     job = JobStatus(["member-000"], "running", 1, 0, training(4))
-    assert tables.job_line("job-00", job) == "job-00 step 4/10 loss 0.500 50 tokens/s, about 12 s left"
+    assert job_line("job-00", job) == "job-00 step 4/10 loss 0.500 50 tokens/s, about 12 s left"
     rows = JobStatus(["rows"], "running", 1, 0, Progress(Activity.MAKING_TARGETS, 64, 256, 32, 4.0))
-    assert tables.job_line("shard", rows) == "shard making targets 64/256 rows, about 24 s left"
+    assert job_line("shard", rows) == "shard making targets 64/256 rows, about 24 s left"
 
 
 def test_a_run_in_this_process_tells_every_step_and_every_evaluated_row(make_spec: Callable[..., Any]) -> None:

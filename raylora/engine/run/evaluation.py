@@ -70,6 +70,14 @@ class Evaluator:
             not snapshots or self.store.has_result(_CHECKPOINTS)
         )
 
+    def forwards_ahead(self, plans: Sequence[MemberPlan]) -> int:
+        """Return how many rows a pack's evaluation will predict, each as often as other dropout or states ask for."""
+        rows = sum(len(loaded.examples) for loaded, _ in evaluated_sets(self.sets))
+        dropout = self.spec.baselines.mc_dropout
+        passes = dropout.passes if dropout is not None and plans[0].role is PlanRole.MC_DROPOUT else 1
+        states = self.spec.baselines.checkpoints if plans[0].name == "member-000" else 0
+        return rows * (passes + states)
+
     def evaluate(
         self, model: PackedModel, done: Sequence[Trained], report: OnProgress, should_stop: Callable[[], int]
     ) -> float:

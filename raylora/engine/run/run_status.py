@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raylora import control
 from raylora.progress import Activity, BlockDone, Progress
+
+_NEWS = 200
+"""How many pieces of news a status holds."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,16 @@ class JobStatus:
     failures: int
     progress: Progress | None = None
     """The latest report of the attempt that is running or has ended."""
+
+    @property
+    def share_done(self) -> float:
+        """How much of the job is done, from 0 to 1; what follows training counts as nothing."""
+        if not self.status.open:
+            return 1.0
+        progress = self.progress
+        if progress is None:
+            return 0.0
+        return 1.0 if progress.activity is Activity.EVALUATING else progress.done / max(1, progress.total)
 
     @property
     def left_s(self) -> float | None:
@@ -46,7 +60,19 @@ class RunStatus:
     failed: dict[str, str] = field(default_factory=dict)
     """Members that are given up, with the reason."""
     eta_s: float | None = None
-    """An estimate of how long training, or the making of targets, will still take; None before it is known."""
+    """An estimate of how long all jobs will still take, evaluation included; None before it is known."""
+    news: list[str] = field(default_factory=list)
+    """The latest of what happened: validation at epoch ends, members that stopped early or failed."""
+    news_count: int = 0
+    """How much happened so far, for those who have seen some of it."""
+
+    @property
+    def share_done(self) -> float:
+        """How much of all jobs' steps or rows is done, from 0 to 1."""
+        if self.phase.terminal:
+            return 1.0
+        shares = [job.share_done for job in self.jobs.values()]
+        return sum(shares) / len(shares) if shares else 0.0
 
     def record(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -75,10 +101,17 @@ class StatusBoard:
         self.run, self.started_at = run, time.time()
         self.preparation: BlockDone | None = None
         self._progress: dict[str, Progress] = {}
+        self._main: dict[str, Progress] = {}
+        self._news: deque[str] = deque(maxlen=_NEWS)
+        self._news_count = 0
 
     def report(self, job: str, progress: Progress) -> None:
-        """Take a worker's report; the latest per job is kept."""
+        """Take a worker's report; the latest per job is kept, and of its main part, by which others are estimated."""
         self._progress[job] = progress
+        if progress.activity is not Activity.EVALUATING and progress.new:
+            self._main[job] = progress
+        self._news.extend(progress.news)
+        self._news_count += len(progress.news)
 
     def status(self, state: control.State) -> RunStatus:
         """Return where the run is."""
@@ -88,33 +121,35 @@ class StatusBoard:
         }
         return RunStatus(
             self.run, state.phase, state.reason, self.started_at, time.time(), dict(state.workers),
-            self.preparation, jobs, dict(state.failed_units), _eta_s(jobs, state.workers),
+            self.preparation, jobs, dict(state.failed_units), _eta_s(jobs, list(self._main.values()), state.workers),
+            list(self._news), self._news_count,
         )
 
 
 def _job_of(record: Mapping[str, Any]) -> JobStatus:
     progress = record["progress"]
     if progress is not None:
-        progress = Progress(**{**progress, "activity": Activity(progress["activity"])})
+        progress = {**progress, "activity": Activity(progress["activity"]), "news": tuple(progress.get("news", ()))}
+        progress = Progress(**progress)
     return JobStatus(**{**record, "status": control.JobState(record["status"]), "progress": progress})
 
 
-def _eta_s(jobs: Mapping[str, JobStatus], workers: Mapping[str, control.WorkerState]) -> float | None:
-    """Estimate what is left of the jobs' main part: what is still to do, at the pace seen, over the busy workers."""
-    seen = [
-        job.progress for job in jobs.values()
-        if job.progress is not None and job.progress.new and job.progress.activity is not Activity.EVALUATING
-    ]
+def _eta_s(
+    jobs: Mapping[str, JobStatus], seen: Sequence[Progress], workers: Mapping[str, control.WorkerState]
+) -> float | None:
+    """Estimate what is left of all jobs, at the pace that was seen in their main part, over the busy workers."""
     if not seen:
         return None
     pace_s = sum(p.seconds for p in seen) / sum(p.new for p in seen)
-    total = max(p.total for p in seen)
-    left = sum(_left(job, total) for job in jobs.values() if job.status.open)
-    return left * pace_s / max(1, sum(state is control.WorkerState.BUSY for state in workers.values()))
+    total, after_s = max(p.total for p in seen), sum(p.after_s for p in seen) / len(seen)
+    left_s = sum(_left_s(job, total, pace_s, after_s) for job in jobs.values() if job.status.open)
+    return left_s / max(1, sum(state is control.WorkerState.BUSY for state in workers.values()))
 
 
-def _left(job: JobStatus, total: int) -> int:
-    """Return what a job that has not ended still has to do, if it has not begun as much as the longest of them."""
+def _left_s(job: JobStatus, total: int, pace_s: float, after_s: float) -> float:
+    """Return how long a job will still take; one that has not begun, as long as the longest of them."""
     if job.progress is None:
-        return total
-    return 0 if job.progress.activity is Activity.EVALUATING else job.progress.total - job.progress.done
+        return total * pace_s + after_s
+    if job.progress.activity is Activity.EVALUATING:
+        return job.left_s or 0.0
+    return (job.progress.total - job.progress.done) * pace_s + job.progress.after_s

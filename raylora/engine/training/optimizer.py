@@ -9,7 +9,9 @@ is DeepSpeed's ordinary work, and it is per member because the engine is.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,17 +33,35 @@ def start_deepspeed(device: torch.device) -> None:
     os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(key, value)
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__
-    from deepspeed.utils import logger
+    with _no_linker_errors():
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+        from deepspeed.utils import logger
 
-    logger.setLevel("ERROR")
-    __compatible_ops__["deepspeed_shm_comm"] = False
+        logger.setLevel("ERROR")
+        __compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         # An in-process store: no port to choose, so any number of workers start on one machine.
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+@contextmanager
+def _no_linker_errors() -> Iterator[None]:
+    """Keep quiet what a linker says of libraries that DeepSpeed looks for and that nothing here needs.
+
+    DeepSpeed tries to; it silences ``sys.stderr``, which in a notebook is not the one that a linker writes to.
+    """
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class MemberOptimizer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raylora.adapters.base import Tensors
 from raylora.adapters.packed import stack
@@ -81,7 +81,7 @@ class PackTrainer:
 
         Args:
             save: commits every member's state at the current step.
-            report: told of every step.
+            report: told of every step, and with it of what its epoch's end brought.
             epoch_end: called after each whole epoch, with its number from 1.
 
         Raises:
@@ -91,10 +91,13 @@ class PackTrainer:
         every = self.settings.save_every
         with self.collator() as collator:
             while self.step < self.total and any(t.training for t in self.states):
-                report(self.take_step(collator))
+                training = [t for t in self.states if t.training]
+                progress = self.take_step(collator)
                 ended_epoch = self.step == self.total or self.epochs(self.step) > self.epochs(self.step - 1)
+                told = self._validate() if ended_epoch else []
+                told += [f"{t.plan.name} failed: {t.failure}" for t in training if t.failure]
+                report(replace(progress, news=tuple(told)))
                 if ended_epoch:
-                    self._validate()
                     epoch_end(self, self.epochs_begun)
                 signal_number = should_stop()
                 due = self.step % every == 0 if every else ended_epoch
@@ -191,14 +194,16 @@ class PackTrainer:
             )
 
     # --- epochs and early stopping ------------------------------------------------------------------
-    def _validate(self) -> None:
+    def _validate(self) -> list[str]:
+        """Validate the members that still train, stop those that have to, and return in words what came out."""
         rule = self.settings.ensemble.regularizers.early_stopping
         for state in self.states:  # the last update may have left numbers that no loss has seen yet
             if state.training and not all(p.isfinite().all() for p in state.optimizer.tensors().values()):
                 state.failure = f"its weights are not finite after step {self.step}"
         active = [t for t in self.states if t.training]
         if not active:
-            return
+            return []
+        told = []
         metrics = validation_metrics(
             self.model, stack([t.whole() for t in active]),
             self.validation, self.settings.evaluation,
@@ -209,3 +214,18 @@ class PackTrainer:
             )
             if rule is not None:
                 state.judge(values[rule.metric], self.step, rule.patience, METRICS[rule.metric].sign < 0)
+            told += self._news(state, values)
+        return told
+
+    def _news(self, state: MemberState, values: Mapping[str, float]) -> list[str]:
+        name, epochs = state.plan.name, self.epochs(self.total - 1) + 1
+        shown = ", ".join(f"{METRICS[key].label} {value:.4g}" for key, value in values.items())
+        told = [f"{name} epoch {self.epochs_begun} of {epochs}: validation {shown}"]
+        rule = self.settings.ensemble.regularizers.early_stopping
+        if rule is not None and state.stopped_at is not None:
+            times = "once" if rule.patience == 1 else f"in {rule.patience} epochs"
+            told.append(
+                f"{name} stopped early at step {self.step}: validation {METRICS[rule.metric].label} did not get better "
+                f"{times}; its best, {state.best_value:.4g}, is kept"
+            )
+        return told

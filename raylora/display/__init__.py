@@ -1,0 +1,1 @@
+"""How a run looks while it goes on: on a terminal, in a notebook, in a log; the same for commands and programs."""
