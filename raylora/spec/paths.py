@@ -33,6 +33,16 @@ def places_here(spec: RunSpec) -> dict[str, str]:
     return {path: place for path, place in here.items() if path in known_paths or os.path.exists(place)}
 
 
+def beside(spec: RunSpec, folder: Path) -> RunSpec:
+    """Return the same spec that looks beside its own file for what is not to be found from the current folder."""
+    there = {path: os.path.abspath(folder / Path(path).expanduser()) for _, path in _paths(spec)}
+    bases = {spec.base.source} if (folder / spec.base.source).is_dir() else set()
+    there |= {path: os.path.abspath(folder / path) for path in bases}
+    return located(spec, {
+        path: place for path, place in there.items() if not Path(path).expanduser().exists() and os.path.exists(place)
+    })
+
+
 def located(spec: RunSpec, places: Mapping[str, str]) -> RunSpec:
     """Return the same spec that looks for its paths in these places; its digest stays what it was."""
     there = spec.model_copy(deep=True)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from raylora.errors import SpecError, combine, suggest
 from raylora.spec.base import Frozen, KindSpec
+from raylora.spec.paths import beside
 from raylora.spec.run import DistillSpec, RunSpec
 
 S = TypeVar("S", bound=Frozen)
@@ -26,10 +27,12 @@ _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 def read_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     """Read a YAML spec, apply ``a.b=c`` overrides and validate it.
 
+    Its relative paths start at the current folder, or else beside the file.
+
     Raises:
         SpecError: with every problem found, each as ``file:line: key.path: what is wrong``.
     """
-    return parse_spec(_text_of(Path(path)), overrides, where=str(path))
+    return beside(parse_spec(_text_of(Path(path)), overrides, where=str(path)), Path(path).parent)
 
 
 def parse_spec(text: str, overrides: Sequence[str] = (), where: str = "<spec>") -> RunSpec:

@@ -49,6 +49,7 @@ def test_a_guide_says_what_raylora_says(name: str, tmp_path: Path) -> None:
     for kind, file, block in _BLOCK.findall(text):
         if kind == "yaml":
             if file:
+                (tmp_path / file).parent.mkdir(exist_ok=True)
                 (tmp_path / file).write_text(block)
             continue
         parts = re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]

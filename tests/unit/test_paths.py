@@ -20,7 +20,7 @@ from raylora.engine.run.plan_run import prepare
 from raylora.errors import BaseError, DataError, Interrupted
 from raylora.serve.export import export_run
 from raylora.serve.predictor import load_ensemble
-from raylora.spec import build_spec
+from raylora.spec import build_spec, read_spec
 from raylora.spec.paths import found_again, located, places_here, recorded
 from raylora.store.run_store import RunStore
 
@@ -121,6 +121,22 @@ def test_data_that_is_gone_is_named_with_the_folder_that_it_was_in(
     with pytest.raises(DataError, match=rf"reviews.jsonl: there is no such file in {folder}") as caught:
         prepare(RunStore(str(folder / "runs/demo")).spec_in_place())
     assert "review.jsonl" in str(caught.value)
+
+
+def test_a_spec_that_is_read_from_elsewhere_finds_what_lies_beside_it(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = project()
+    (folder / "spec.yaml").write_text((folder / "spec.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    spec = read_spec(folder / "spec.yaml")
+    assert spec.base.folder == folder / "models/mini"
+    assert spec.digest() == spec_in(folder).digest()
+    prepared = prepare(spec)
+    assert prepared.store.uri == f"{tmp_path}/runs/demo"
+    (tmp_path / "reviews.jsonl").write_text("")  # what the current folder has comes first
+    with pytest.raises(DataError, match="reviews.jsonl is empty"):
+        prepare(read_spec(folder / "spec.yaml"))
 
 
 def test_paths_are_recorded_absolute_and_from_the_run(

@@ -199,7 +199,8 @@ def _from_hub(spec: BaseSpec, load: Any, **kwargs: Any) -> Any:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseError(
             f"base.source: {spec.source} cannot be loaded: {first}",
-            "check the name, the revision and the connection, or give a local folder",
+            "check the name, the revision and the connection"
+            + (f"; there is no folder {spec.source} here either" if spec.folder is None else ""),
         ) from error
 
 
@@ -214,6 +215,7 @@ def quiet() -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Without its optional kernels bitsandbytes dequantizes and multiplies, which is what packing amortizes.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a connection that fails is told of once, at the end
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
