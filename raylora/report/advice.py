@@ -57,6 +57,8 @@ def training_advice(metrics: RunMetrics) -> str:
             f"Validation {name} was still falling when training ended ({shown[0]} to {shown[1]} over the last epoch): "
             "raise optimization.epochs (or steps), or optimization.lr."
         )
+    if any(member.get("stopped_at") is not None for member in metrics.get("members", ())):
+        return ""  # early stopping has kept their best states
     if last - best > small and best_step <= (curve[0][0] + last_step) / 2:
         return (
             f"Validation {name} was best at step {best_step:.0f} of {last_step:.0f} ({shown[2]}) and rose to "

@@ -152,6 +152,12 @@ def test_training_that_was_too_short_or_too_long_is_named(curves: list[list[floa
     assert not said or "optimization.epochs" in said
 
 
+def test_members_that_stopped_early_are_not_told_to_stop_early() -> None:
+    metrics = metrics_of([0.4, 0.5, 0.6, 0.7])
+    assert "rose" in training_advice(metrics)
+    assert not training_advice({**metrics, "members": [{"name": "member-000", "stopped_at": 40}]})
+
+
 def test_the_mean_curve_is_of_steps_that_all_members_reached() -> None:
     assert mean_curve(metrics_of([0.4, 0.6, 0.1], [0.2, 0.2]), "nll") == [(10.0, pytest.approx(0.3)), (20.0, 0.4)]
 
