@@ -36,6 +36,10 @@ class Located(Frozen):
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)  # where things lie is no part of what a spec says
 
+    def __eq__(self, other: object) -> bool:
+        """Return whether both say the same, wherever they look for it."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
     @property
     def places(self) -> Mapping[str, str]:
         """Paths as they are written -> where they were found."""

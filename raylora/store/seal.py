@@ -15,7 +15,7 @@ from raylora.store import commit
 from raylora.store.storage import Storage
 
 _NAME = "MANIFEST.json"
-_FILES = ("spec.yaml", "data.json", "base.json", "metrics.json")
+_FILES = ("spec.yaml", "paths.json", "data.json", "base.json", "metrics.json")
 _FOLDERS = ("members", "baselines", "predictions", "snapshots")
 
 
