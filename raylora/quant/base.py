@@ -1,10 +1,11 @@
-"""What a quantizer answers: how a base is loaded with it, what its weights take, and what its layers multiply by.
+"""What a quantizer answers: how a base is loaded with it, what its weights take and lie as, and what they stand for.
 
 Shapes: O outputs, I inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -28,6 +29,14 @@ class Quantizer(Protocol):
 
     def dequantize(self, linear: nn.Module) -> Tensor:
         """Return what a loaded linear layer multiplies by, O x I; layers that were left as they are too."""
+
+    def to_tensors(self, linear: nn.Module) -> dict[str, Tensor] | None:
+        """Return all that a loaded layer is made of, or None for one that was left as it is."""
+
+    def from_tensors(
+        self, shape: tuple[int, int], tensors: Mapping[str, Tensor], compute_dtype: torch.dtype
+    ) -> nn.Module:
+        """Return an O x I layer over what :meth:`to_tensors` gave, wherever it lies now; nothing is copied."""
 
 
 @runtime_checkable

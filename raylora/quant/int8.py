@@ -5,10 +5,11 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raylora.quant.base import dense_weight
 from raylora.spec import QuantizationSpec
@@ -42,12 +43,41 @@ class Int8:
 
     def dequantize(self, linear: Any) -> Tensor:
         """Return ``code * scale / 127``, O x I."""
-        scales_O = getattr(linear.weight, "SCB", None)
-        if scales_O is None and hasattr(linear, "state"):  # the first forward moves them there
-            scales_O = linear.state.SCB
+        scales_O = _scales(linear)
         if scales_O is None:
             return dense_weight(linear)
         return linear.weight.data.float() * scales_O.float()[:, None] / 127.0
+
+    def to_tensors(self, linear: Any) -> dict[str, Tensor] | None:
+        """Return the codes and their scales."""
+        scales_O = _scales(linear)
+        if scales_O is None:
+            return None
+        bias = {} if linear.bias is None else {"bias": linear.bias}
+        return {"weight": linear.weight.data, "SCB": scales_O, **bias}
+
+    def from_tensors(
+        self, shape: tuple[int, int], tensors: Mapping[str, Tensor], compute_dtype: torch.dtype
+    ) -> nn.Module:
+        """Return the layer that multiplies by them."""
+        from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+        codes_OI, bias = tensors["weight"], tensors.get("bias")
+        linear = Linear8bitLt(
+            shape[1], shape[0], bias is not None, has_fp16_weights=False, threshold=self.spec.threshold, device="meta"
+        )
+        linear.weight = Int8Params(codes_OI, requires_grad=False, CB=codes_OI, SCB=tensors["SCB"])
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear
+
+
+def _scales(linear: Any) -> Tensor | None:
+    """Return a quantized layer's scales, wherever bitsandbytes keeps them; the first forward moves them."""
+    scales_O = getattr(linear.weight, "SCB", None)
+    if scales_O is None and hasattr(linear, "state"):
+        scales_O = linear.state.SCB
+    return scales_O
 
 
 def build(spec: Spec) -> Int8:

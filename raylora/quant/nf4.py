@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,31 @@ class NF4:
         import bitsandbytes.functional as F
 
         return F.dequantize_4bit(linear.weight.data, state)
+
+    def to_tensors(self, linear: Any) -> dict[str, Tensor] | None:
+        """Return the packed codes and, by bitsandbytes' own names, the scales, tables and facts beside them."""
+        state = getattr(linear.weight, "quant_state", None)
+        if state is None:
+            return None
+        bias = {} if linear.bias is None else {"bias": linear.bias}
+        return {"weight": linear.weight.data, **state.as_dict(packed=True), **bias}
+
+    def from_tensors(
+        self, shape: tuple[int, int], tensors: Mapping[str, Tensor], compute_dtype: torch.dtype
+    ) -> nn.Module:
+        """Return the layer that multiplies by them."""
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        codes, bias = tensors["weight"], tensors.get("bias")
+        beside = {key: tensor for key, tensor in tensors.items() if key not in ("weight", "bias")}
+        linear = Linear4bit(
+            shape[1], shape[0], bias is not None, compute_dtype, compress_statistics=self.spec.double_quant,
+            quant_type="nf4", quant_storage=torch.uint8, device="meta",
+        )
+        linear.weight = Params4bit.from_prequantized(codes, beside, device=codes.device, module=linear)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear.train()  # in eval mode it would be repacked for a CPU kernel that has no backward pass
 
 
 def build(spec: Spec) -> NF4:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -33,6 +34,16 @@ class Dense:
     def dequantize(self, linear: nn.Module) -> Tensor:
         """Return the weight, O x I."""
         return dense_weight(linear)
+
+    def to_tensors(self, linear: nn.Module) -> None:
+        """Return None: every layer is as it was."""
+        return None
+
+    def from_tensors(
+        self, shape: tuple[int, int], tensors: Mapping[str, Tensor], compute_dtype: torch.dtype
+    ) -> nn.Module:
+        """Never called: no layer has been taken apart."""
+        raise AssertionError("a dense layer is not taken apart")
 
 
 def build(spec: Spec) -> Dense:

@@ -5,6 +5,7 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from raylora.quant.base import dense_weight
 from raylora.quant.grid import group_count
 from raylora.quant.linear import QuantizedLinear
 from raylora.quant.packing import packed_bytes
+from raylora.quant.quantized import Quantized
 from raylora.spec import GridSpec
 
 AnyGridSpec = TypeVar("AnyGridSpec", bound=GridSpec)
@@ -39,3 +41,18 @@ class OnGrid(Generic[AnyGridSpec]):
     def dequantize(self, linear: nn.Module) -> Tensor:
         """Return Q + B A, O x I in float32: the base multiplies by a frozen pair as well."""
         return linear.dense_weight() if isinstance(linear, QuantizedLinear) else dense_weight(linear)
+
+    def to_tensors(self, linear: nn.Module) -> dict[str, Tensor] | None:
+        """Return codes, scales and zero points, and pair and bias where there are any."""
+        if not isinstance(linear, QuantizedLinear):
+            return None
+        beside = {"pair_A": linear.pair_A_RI, "pair_B": linear.pair_B_OR, "bias": linear.bias}
+        return {**linear.quantized.to_tensors(), **{key: each for key, each in beside.items() if each is not None}}
+
+    def from_tensors(
+        self, shape: tuple[int, int], tensors: Mapping[str, Tensor], compute_dtype: torch.dtype
+    ) -> QuantizedLinear:
+        """Return the layer that multiplies by them."""
+        quantized = Quantized.from_tensors(tensors, self.spec.bits, self.spec.group_of(shape[1]), shape)
+        pair = (tensors["pair_A"], tensors["pair_B"]) if "pair_A" in tensors else None
+        return QuantizedLinear(quantized, tensors.get("bias"), compute_dtype, pair)

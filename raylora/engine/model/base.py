@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,15 +15,27 @@ from raylora import registry
 from raylora.adapters.base import Adapter, Site
 from raylora.adapters.packed import Slot, attach
 from raylora.data.task import Task
-from raylora.engine.model.checkpoint import export_name, is_decoder, load_model, load_tokenizer, quantizer_of
+from raylora.engine.model.checkpoint import (
+    attention_of,
+    export_name,
+    frozen,
+    is_decoder,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quantizer_of,
+    shell_model,
+    weights_folder,
+)
 from raylora.engine.model.machine import compute_dtype
-from raylora.engine.model.quantized_layers import all_layers, install
+from raylora.engine.model.mapped_base import shared_model
+from raylora.engine.model.quantized_layers import all_layers, content_hash, install
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
 from raylora.errors import BaseError
 from raylora.quant.base import Quantizer
 from raylora.quant.linear import QuantizedLinear
 from raylora.quant.nf4 import logical_size
-from raylora.spec import AdapterSpec, BaseSpec, GridSpec
+from raylora.spec import AdapterSpec, BaseSpec
 from raylora.store.run_store import RunStore
 
 
@@ -77,16 +92,16 @@ def load_base(
     """
     dtype = compute_dtype(spec.dtype, device)
     tokenizer = load_tokenizer(spec, task)
-    model, missing = load_model(spec, task, device, dtype)
+    model, missing = _shared_model(spec, task, device, dtype, prepared)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     heads = find_heads(model, missing)
     adapter: Adapter = registry.load("adapter", adapter_spec.kind).build(adapter_spec)
-    sites = adapter_sites(model, adapter, list(heads))
+    # A prepared base's sites are those of the original: a layer that is stored the other way round is exported so.
+    original = shell_model(spec, task) if spec.grid is not None else model
+    sites = adapter_sites(original, adapter, list(heads))
     head_modules = {name: model.get_submodule(name) for name in heads}
-    targets = target_names(model, sites, list(heads))
-    # The sites are those of the original: a layer that is stored the other way round is still exported so.
-    start_pairs = _install_prepared(model, spec, spec.grid, dtype, prepared) if spec.grid is not None else {}
+    targets = target_names(original, sites, list(heads))
     held = [*model.parameters(), *(b for m in model.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())]
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
     slot = attach(model, sites, list(heads))
@@ -105,23 +120,48 @@ def load_base(
         initializer_range=float(getattr(model.config, "initializer_range", 0.02)),
         target_modules=targets,
         export_name=export_name(spec),
-        start_pairs=start_pairs,
+        start_pairs=_start_pairs(spec, prepared),
     )
 
 
-def _install_prepared(
-    model: nn.Module, spec: BaseSpec, grid: GridSpec, dtype: torch.dtype, prepared: RunStore | None
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Put the prepared layers in place, block by block; return the pairs that are the members' and not the base's."""
-    if prepared is None:
-        raise BaseError(f"base.quantization: {grid.kind} is prepared beforehand", "run `raylora prepare`")
-    trainable = spec.compensation is not None and spec.compensation.trainable
-    start: dict[str, tuple[Tensor, Tensor]] = {}
-    for layers in all_layers(prepared, grid):
-        install(model, layers, dtype, with_pair=not trainable)
-        if trainable:
-            start |= {layer.name: layer.pair for layer in layers if layer.pair is not None}
-    return start
+def _shared_model(
+    spec: BaseSpec, task: Task, device: torch.device, dtype: torch.dtype, prepared: RunStore | None
+) -> tuple[Any, Sequence[str]]:
+    """Return the frozen, quantized model over this machine's one copy, and the names that its checkpoint lacks."""
+    if spec.grid is not None and prepared is None:
+        raise BaseError(f"base.quantization: {spec.grid.kind} is prepared beforehand", "run `raylora prepare`")
+
+    def load() -> tuple[Any, Sequence[str]]:
+        model, missing = load_model(spec, task, device, dtype)
+        if spec.grid is not None and prepared is not None:
+            for layers in all_layers(prepared, spec.grid):
+                install(model, layers, dtype, with_pair=not _is_trainable(spec))
+        return model, missing
+
+    if getattr(load_config(spec), "quantization_config", None) is not None:
+        return load()  # quantized already, in a format that is transformers' own business
+    settings = {
+        "model": [task.auto_class, task.model_kwargs()],
+        "quantization": spec.quantization.model_dump(mode="json"),
+        "prepared": content_hash(prepared) if prepared is not None else None,
+        "pair": not _is_trainable(spec),
+    }
+    shell = partial(shell_model, spec, task, dtype=dtype, attn_implementation=attention_of(spec, device))
+    folder = Path(weights_folder(spec))
+    model, missing = shared_model(folder, settings, quantizer_of(spec), load, shell, device, dtype)
+    return frozen(model), missing
+
+
+def _is_trainable(spec: BaseSpec) -> bool:
+    """Return whether the compensating pairs are the members' and not the base's."""
+    return spec.compensation is not None and spec.compensation.trainable
+
+
+def _start_pairs(spec: BaseSpec, prepared: RunStore | None) -> dict[str, tuple[Tensor, Tensor]]:
+    if spec.grid is None or prepared is None or not _is_trainable(spec):
+        return {}
+    layers = (layer for block in all_layers(prepared, spec.grid) for layer in block)
+    return {layer.name: layer.pair for layer in layers if layer.pair is not None}
 
 
 def head_tensors(base: Base) -> dict[str, Tensor]:

@@ -101,8 +101,11 @@ def weights_folder(spec: BaseSpec) -> str:
     return str(Path(found).parent)
 
 
-def shell_model(spec: BaseSpec, task: Task) -> nn.Module:
+def shell_model(spec: BaseSpec, task: Task, **settings: Any) -> nn.Module:
     """Return the model without weights (on the meta device): enough to check an adapter and to plan.
+
+    Args:
+        settings: what ``from_config`` takes beside the configuration; weights that come later may need it.
 
     Raises:
         BaseError: the base's configuration cannot be found, or does not serve the task.
@@ -122,7 +125,7 @@ def shell_model(spec: BaseSpec, task: Task) -> nn.Module:
     with quiet(), torch.device("meta"):
         try:
             auto_class = getattr(transformers, task.auto_class)
-            return auto_class.from_config(config, trust_remote_code=spec.trust_remote_code)
+            return auto_class.from_config(config, trust_remote_code=spec.trust_remote_code, **settings)
         except ValueError as error:
             raise BaseError(
                 f"base.source: {spec.source} ({config.model_type}) cannot do task.kind {task.spec.kind}: "
@@ -168,27 +171,38 @@ def load_model(
     with quiet():
         auto_class = getattr(transformers, task.auto_class)
         skip = outside_backbone(shell_model(spec, task))
-        attention = spec.attention if spec.attention != "auto" else ("eager" if device.type == "cpu" else "sdpa")
         model, info = _from_hub(
             spec,
             auto_class.from_pretrained,
             dtype=dtype,
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
-            attn_implementation=attention,
+            attn_implementation=attention_of(spec, device),
             quantization_config=quantizer_of(spec).loading_config(dtype, skip),
             device_map={"": device} if device.type == "cuda" else None,
             use_safetensors=True,
             output_loading_info=True,
             **extra,
         )
-    # The base's own dropout stays off: what regularizes a member is its adapter dropout, seeded per member.
+    return frozen(model), sorted(info["missing_keys"])
+
+
+def attention_of(spec: BaseSpec, device: torch.device) -> str:
+    """Return which of transformers' attention implementations computes on a device."""
+    return spec.attention if spec.attention != "auto" else ("eager" if device.type == "cpu" else "sdpa")
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Return a model as a base computes: without gradients of its own, and without its own dropout.
+
+    What regularizes a member is its adapter dropout, seeded per member.
+    """
     model.eval().requires_grad_(False)
     for module in model.modules():
         # In eval mode bitsandbytes repacks 4-bit weights for a CPU kernel that has no backward pass.
         if type(module).__module__.startswith("bitsandbytes"):
             module.train()
-    return model, sorted(info["missing_keys"])
+    return model
 
 
 def _from_hub(spec: BaseSpec, load: Any, **kwargs: Any) -> Any:

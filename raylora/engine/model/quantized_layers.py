@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,11 @@ def summary_of(store: RunStore) -> PreparationSummary:
     if not store.has_result(SUMMARY):
         raise BaseError(f"{store.uri}: holds no prepared base", "run `raylora prepare SPEC`, or the run again")
     return store.read_json(f"{SUMMARY}/summary.json")
+
+
+def content_hash(store: RunStore) -> str:
+    """Return a hash that no other preparation has, be it of the same base. Raises: BaseError."""
+    return hashlib.sha256(json.dumps(summary_of(store), sort_keys=True).encode()).hexdigest()
 
 
 def install(model: nn.Module, layers: Sequence[Solved], dtype: torch.dtype, with_pair: bool = True) -> None:
