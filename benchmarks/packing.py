@@ -121,13 +121,13 @@ def peft_stepper(session: Session) -> Callable[[int], object]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from raylora.engine.model.checkpoint import load_model
+    from raylora.engine.model.base import frozen_model
 
     spec, work = session.spec, session.session
     members = []
     for state in session.trainer(session.units).states:
         torch.manual_seed(state.plan.seed)
-        model, _ = load_model(spec.base, work.task, work.base.device, work.base.dtype)
+        model, _ = frozen_model(spec.base, work.task, work.base.device, work.base.dtype)
         model.config.pad_token_id = work.base.model.config.pad_token_id
         config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=list(spec.adapter.target_modules))
         peft_model = get_peft_model(model, config)

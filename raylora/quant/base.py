@@ -18,8 +18,11 @@ from raylora.quant.quantized import Quantized
 class Quantizer(Protocol):
     """How the weights of a base are stored."""
 
-    def loading_config(self, compute_dtype: torch.dtype | str, skip_modules: list[str]) -> Any:
-        """Return the quantization config that ``from_pretrained`` takes, or None for weights as they are."""
+    def encode(self, weight_OI: Tensor) -> dict[str, Tensor] | None:
+        """Return what a layer with this weight is made of, or None to leave it as it is.
+
+        The prepared kinds leave all layers: theirs are made beforehand.
+        """
 
     def bits_per_weight(self, shape: tuple[int, int], dense_bits: int) -> float:
         """Return what a loaded O x I layer takes for each weight, scales and tables included.
@@ -30,13 +33,14 @@ class Quantizer(Protocol):
     def dequantize(self, linear: nn.Module) -> Tensor:
         """Return what a loaded linear layer multiplies by, O x I; layers that were left as they are too."""
 
-    def to_tensors(self, linear: nn.Module) -> dict[str, Tensor] | None:
-        """Return all that a loaded layer is made of, or None for one that was left as it is."""
-
     def from_tensors(
         self, shape: tuple[int, int], tensors: Mapping[str, Tensor], compute_dtype: torch.dtype
     ) -> nn.Module:
-        """Return an O x I layer over what :meth:`to_tensors` gave, wherever it lies now; nothing is copied."""
+        """Return an O x I layer over what it is made of, wherever that lies now; nothing is copied.
+
+        That is what :meth:`encode` gave or, for the prepared kinds, ``Quantized.to_tensors`` with ``pair_A`` and
+        ``pair_B``; ``bias`` is beside it where there is one.
+        """
 
 
 @runtime_checkable

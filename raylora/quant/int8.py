@@ -29,13 +29,12 @@ class Int8:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
 
-    def loading_config(self, compute_dtype: torch.dtype | str, skip_modules: list[str]) -> Any:
-        """Return the quantization config that ``from_pretrained`` takes."""
-        from transformers import BitsAndBytesConfig
+    def encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        """Return the codes and their scales."""
+        import bitsandbytes.functional as F
 
-        return BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=self.spec.threshold, llm_int8_skip_modules=skip_modules
-        )
+        codes_OI, scales_O, _ = F.int8_vectorwise_quant(weight_OI.to(torch.float16))
+        return {"weight": codes_OI, "SCB": scales_O}
 
     def bits_per_weight(self, shape: tuple[int, int], dense_bits: int) -> float:
         """Return 8 bits and the weight's share of its row's scale."""
@@ -43,23 +42,17 @@ class Int8:
 
     def dequantize(self, linear: Any) -> Tensor:
         """Return ``code * scale / 127``, O x I."""
-        scales_O = _scales(linear)
+        scales_O = getattr(linear.weight, "SCB", None)
+        if scales_O is None and hasattr(linear, "state"):  # the first forward moves them there
+            scales_O = linear.state.SCB
         if scales_O is None:
             return dense_weight(linear)
         return linear.weight.data.float() * scales_O.float()[:, None] / 127.0
 
-    def to_tensors(self, linear: Any) -> dict[str, Tensor] | None:
-        """Return the codes and their scales."""
-        scales_O = _scales(linear)
-        if scales_O is None:
-            return None
-        bias = {} if linear.bias is None else {"bias": linear.bias}
-        return {"weight": linear.weight.data, "SCB": scales_O, **bias}
-
     def from_tensors(
         self, shape: tuple[int, int], tensors: Mapping[str, Tensor], compute_dtype: torch.dtype
     ) -> nn.Module:
-        """Return the layer that multiplies by them."""
+        """Return bitsandbytes' layer over these codes."""
         from bitsandbytes.nn import Int8Params, Linear8bitLt
 
         codes_OI, bias = tensors["weight"], tensors.get("bias")
@@ -70,14 +63,6 @@ class Int8:
         if bias is not None:
             linear.bias = nn.Parameter(bias, requires_grad=False)
         return linear
-
-
-def _scales(linear: Any) -> Tensor | None:
-    """Return a quantized layer's scales, wherever bitsandbytes keeps them; the first forward moves them."""
-    scales_O = getattr(linear.weight, "SCB", None)
-    if scales_O is None and hasattr(linear, "state"):
-        scales_O = linear.state.SCB
-    return scales_O
 
 
 def build(spec: Spec) -> Int8:

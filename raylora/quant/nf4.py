@@ -29,18 +29,15 @@ class NF4:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
 
-    def loading_config(self, compute_dtype: torch.dtype | str, skip_modules: list[str]) -> Any:
-        """Return the quantization config that ``from_pretrained`` takes."""
-        from transformers import BitsAndBytesConfig
+    def encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        """Return the packed codes and, by bitsandbytes' own names, the scales, tables and facts beside them."""
+        import bitsandbytes.functional as F
 
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=self.spec.double_quant,
-            bnb_4bit_compute_dtype=compute_dtype,
-            bnb_4bit_quant_storage="uint8",
-            llm_int8_skip_modules=skip_modules,
+        codes, state = F.quantize_4bit(
+            weight_OI, blocksize=_BLOCK, compress_statistics=self.spec.double_quant, quant_type="nf4",
+            quant_storage=torch.uint8,
         )
+        return {"weight": codes, **state.as_dict(packed=True)}
 
     def bits_per_weight(self, shape: tuple[int, int], dense_bits: int) -> float:
         """Return 4 bits, the weight's share of the scales, and of the tables that every layer holds for itself."""
@@ -61,18 +58,10 @@ class NF4:
 
         return F.dequantize_4bit(linear.weight.data, state)
 
-    def to_tensors(self, linear: Any) -> dict[str, Tensor] | None:
-        """Return the packed codes and, by bitsandbytes' own names, the scales, tables and facts beside them."""
-        state = getattr(linear.weight, "quant_state", None)
-        if state is None:
-            return None
-        bias = {} if linear.bias is None else {"bias": linear.bias}
-        return {"weight": linear.weight.data, **state.as_dict(packed=True), **bias}
-
     def from_tensors(
         self, shape: tuple[int, int], tensors: Mapping[str, Tensor], compute_dtype: torch.dtype
     ) -> nn.Module:
-        """Return the layer that multiplies by them."""
+        """Return bitsandbytes' layer over these codes."""
         from bitsandbytes.nn import Linear4bit, Params4bit
 
         codes, bias = tensors["weight"], tensors.get("bias")

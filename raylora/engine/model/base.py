@@ -23,13 +23,14 @@ from raylora.engine.model.checkpoint import (
     load_config,
     load_model,
     load_tokenizer,
+    outside_backbone,
     quantizer_of,
     shell_model,
     weights_folder,
 )
 from raylora.engine.model.machine import compute_dtype
-from raylora.engine.model.mapped_base import shared_model
-from raylora.engine.model.quantized_layers import all_layers, content_hash, install
+from raylora.engine.model.mapped_base import Source, shared_model
+from raylora.engine.model.quantized_layers import all_layers, content_hash, loading_coder, prepared_coder
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
 from raylora.errors import BaseError
 from raylora.quant.base import Quantizer
@@ -92,7 +93,7 @@ def load_base(
     """
     dtype = compute_dtype(spec.dtype, device)
     tokenizer = load_tokenizer(spec, task)
-    model, missing = _shared_model(spec, task, device, dtype, prepared)
+    model, missing = frozen_model(spec, task, device, dtype, prepared)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     heads = find_heads(model, missing)
@@ -124,31 +125,33 @@ def load_base(
     )
 
 
-def _shared_model(
-    spec: BaseSpec, task: Task, device: torch.device, dtype: torch.dtype, prepared: RunStore | None
+def frozen_model(
+    spec: BaseSpec, task: Task, device: torch.device, dtype: torch.dtype, prepared: RunStore | None = None
 ) -> tuple[Any, Sequence[str]]:
-    """Return the frozen, quantized model over this machine's one copy, and the names that its checkpoint lacks."""
+    """Return the frozen, quantized model over this machine's one copy, and the names that its checkpoint lacks.
+
+    Nothing is attached to it. Raises: BaseError.
+    """
     if spec.grid is not None and prepared is None:
         raise BaseError(f"base.quantization: {spec.grid.kind} is prepared beforehand", "run `raylora prepare`")
-
-    def load() -> tuple[Any, Sequence[str]]:
-        model, missing = load_model(spec, task, device, dtype)
-        if spec.grid is not None and prepared is not None:
-            for layers in all_layers(prepared, spec.grid):
-                install(model, layers, dtype, with_pair=not _is_trainable(spec))
-        return model, missing
-
     if getattr(load_config(spec), "quantization_config", None) is not None:
-        return load()  # quantized already, in a format that is transformers' own business
-    settings = {
-        "model": [task.auto_class, task.model_kwargs()],
-        "quantization": spec.quantization.model_dump(mode="json"),
-        "prepared": content_hash(prepared) if prepared is not None else None,
-        "pair": not _is_trainable(spec),
-    }
+        return load_model(spec, task, device, dtype)  # in a format that is transformers' own business
+    with_pair = not _is_trainable(spec)
     shell = partial(shell_model, spec, task, dtype=dtype, attn_implementation=attention_of(spec, device))
-    folder = Path(weights_folder(spec))
-    model, missing = shared_model(folder, settings, quantizer_of(spec), load, shell, device, dtype)
+    coder = (
+        partial(prepared_coder, prepared, spec.grid, dtype, with_pair) if spec.grid is not None and prepared is not None
+        else partial(loading_coder, quantizer_of(spec), device, dtype, outside_backbone(shell()))
+    )
+    model, missing = shared_model(Source(
+        weights=Path(weights_folder(spec)),
+        settings={
+            "model": [task.auto_class, task.model_kwargs()],
+            "quantization": spec.quantization.model_dump(mode="json"),
+            "prepared": [content_hash(prepared), with_pair] if prepared is not None else None,
+        },
+        load=partial(load_model, spec, task, torch.device("cpu"), "auto"),
+        shell=shell, coder=coder, quantizer=quantizer_of(spec), device=device, dtype=dtype,
+    ))
     return frozen(model), missing
 
 

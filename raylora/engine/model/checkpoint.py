@@ -164,13 +164,16 @@ def quantizer_of(spec: BaseSpec) -> Quantizer:
 def load_model(
     spec: BaseSpec, task: Task, device: torch.device, dtype: torch.dtype | str
 ) -> tuple[Any, Sequence[str]]:
-    """Return the frozen model with its unprepared kinds quantized, and the names that the checkpoint lacks."""
+    """Return the frozen model as the checkpoint has it, unquantized, and the names that the checkpoint lacks.
+
+    In its own type (``auto``) and on a CPU its weights are the checkpoint's pages: nothing is read yet.
+    """
     import transformers
 
     extra = task.model_kwargs()
     with quiet():
         auto_class = getattr(transformers, task.auto_class)
-        skip = outside_backbone(shell_model(spec, task))
+        shell_model(spec, task)  # says what does not fit, better than loading does
         model, info = _from_hub(
             spec,
             auto_class.from_pretrained,
@@ -178,7 +181,6 @@ def load_model(
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
             attn_implementation=attention_of(spec, device),
-            quantization_config=quantizer_of(spec).loading_config(dtype, skip),
             device_map={"": device} if device.type == "cuda" else None,
             use_safetensors=True,
             output_loading_info=True,

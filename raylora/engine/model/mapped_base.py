@@ -1,8 +1,8 @@
-"""The frozen model as one file per machine, mapped by every worker that computes with it.
+"""The frozen model kept as files, once per machine, and mapped by every worker that computes with it.
 
-What loading costs (casting, quantizing, putting layers in place) is paid once per machine and kept as a file in the
-cache; a worker maps it in milliseconds, and all workers of a machine read the same physical pages. On a GPU each worker
-copies its tensors from there, one after another.
+What loading costs (casting, quantizing, putting layers in place) is paid once per machine, layer after layer, and kept
+in the cache. A worker maps the files in milliseconds, and all workers of a machine read the same physical pages. On a
+GPU each worker copies its tensors from there, one after another.
 
 The key of a tensor is ``<module>|<name>``.
 """
@@ -14,11 +14,13 @@ import importlib.metadata
 import json
 import logging
 import os
+import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from filelock import FileLock
@@ -27,7 +29,8 @@ from torch import Tensor, nn
 from raylora.adapters.base import is_linear
 from raylora.data.catalog.assets import cache_folder
 from raylora.data.catalog.isolation import global_state_kept
-from raylora.engine.model.mapped_file import map_tensors, read_facts, write_tensors
+from raylora.engine.model.mapped_file import map_tensors, write_tensors
+from raylora.engine.model.quantized_layers import Coder, weight_of
 from raylora.errors import BaseError
 from raylora.quant.base import Quantizer
 
@@ -35,95 +38,146 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _KEPT_S = 30 * 24 * 3600.0
-"""A file that nobody mapped for so long is deleted when another one is made."""
+"""A base that nobody mapped for so long is deleted when another one is made."""
+_FACTS = "base.json"
 _LIBRARIES = ("torch", "transformers", "bitsandbytes")
 
-Loaded = tuple[nn.Module, Sequence[str]]
-"""A model, and the names that its checkpoint lacks."""
+_PART_BYTES = 64 * 2**20
+"""Tensors are written when so much is together: of the base no more than this is held while its files are made."""
 
 
-def shared_model(
-    weights: Path, settings: Mapping[str, Any], quantizer: Quantizer, load: Callable[[], Loaded],
-    shell: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype,
-) -> Loaded:
-    """Return a model over the pages of this machine's one copy of it, which is made first where there is none.
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, and how its model becomes a base."""
 
-    Where no copy can be kept (no space, a cache that is not writable) the model is loaded for this process alone.
+    weights: Path
+    """The folder of its files."""
+    settings: Mapping[str, Any]
+    """What decides the base's tensors beside the checkpoint, JSON-able."""
+    load: Callable[[], tuple[nn.Module, Sequence[str]]]
+    """Makes the model over the checkpoint's pages, unquantized, and says which names the checkpoint lacks."""
+    shell: Callable[[], nn.Module]
+    """Makes it without weights, in the compute type."""
+    coder: Callable[[], Coder]
+    quantizer: Quantizer
+    device: torch.device
+    dtype: torch.dtype
 
-    Args:
-        weights: the folder of its checkpoint.
-        settings: what decides its tensors beside the checkpoint, JSON-able.
-        load: makes the model from the checkpoint.
-        shell: makes it without weights, on the meta device.
+
+def shared_model(source: Source) -> tuple[nn.Module, Sequence[str]]:
+    """Return a base over the pages of this machine's one copy, which is made first where there is none.
+
+    Where no copy can be kept (no space, a cache that is not writable) the base is this process's own.
+    Returned too are the names that the checkpoint lacks.
     """
-    with global_state_kept():  # a model that is loaded draws random numbers, and one that is mapped does not
-        identity = {**_identity(weights), **settings, "device": device.type, "dtype": str(dtype)}
-        path = _place(weights, identity)
+    with global_state_kept():  # to load a model draws random numbers, and to map one does not
+        folder = _place(source)
         try:
-            _make(path, weights, quantizer, load)
+            _make(folder, source)
         except OSError as error:
-            logger.warning("the base is not shared with other workers: %s cannot be written: %s", path, error)
-            return load()
-        return _mapped(path, quantizer, shell, device, dtype)
+            logger.warning("the base is not shared with other workers: %s cannot be written: %s", folder, error)
+            kept: dict[str, Tensor] = {}
+            facts = _convert(source, kept.__setitem__)
+            return _assembled(kept, facts, source), facts["missing"]
+        started = time.perf_counter()
+        facts = json.loads((folder / _FACTS).read_text())
+        tensors: dict[str, Tensor] = {}
+        for part in sorted(folder.glob("*.safetensors")):
+            tensors |= map_tensors(part)
+        os.utime(folder)  # used: it is kept
+        model = _assembled(tensors, facts, source)
+        logger.info("mapped the base in %.3f s", time.perf_counter() - started)
+        return model, facts["missing"]
 
 
-def _make(path: Path, weights: Path, quantizer: Quantizer, load: Callable[[], Loaded]) -> None:
-    """Write the model's file unless it is there, while other workers wait. Raises: OSError."""
-    if path.exists():
+# --- made once ------------------------------------------------------------------------------------------
+def _make(folder: Path, source: Source) -> None:
+    """Write a base's files unless they are there, while other workers wait. Raises: OSError."""
+    if folder.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if path.exists():  # another worker made it while this one waited
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if folder.exists():  # another worker made it while this one waited
             return
         started = time.perf_counter()
-        model, missing = load()
-        tensors, facts = _taken_apart(model, quantizer)
-        write_tensors(path, tensors, {**facts, "missing": list(missing), "weights": str(weights)})
-        _sweep(path.parent)
-    logger.info("made the base's file %s in %.1f s", path.name, time.perf_counter() - started)
+        unfinished = folder.with_name(f".{folder.name}.tmp-{uuid4().hex}")
+        unfinished.mkdir()
+        try:
+            parts = _Parts(unfinished)
+            facts = _convert(source, parts.add)
+            parts.flush()
+            (unfinished / _FACTS).write_text(json.dumps({**facts, "weights": str(source.weights)}))
+            unfinished.replace(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        _sweep(folder.parent)
+    logger.info("made the base %s in %.1f s", folder.name, time.perf_counter() - started)
 
 
-def _taken_apart(model: nn.Module, quantizer: Quantizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return every tensor of a model once, and what it takes to put them together."""
-    tensors: dict[str, Tensor] = {}
+def _convert(source: Source, add: Callable[[str, Tensor], None]) -> dict[str, Any]:
+    """Hand out every tensor of a base once, layer after layer, and return what it takes to put them together."""
+    model, missing = source.load()
+    shell, coder = source.shell(), source.coder()
+    in_float32 = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     layers: dict[str, Any] = {}
     also: dict[str, str] = {}
     first: dict[Any, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        coded = quantizer.to_tensors(module) if is_linear(module) else None
-        if coded is not None:
-            layers[name] = {"inputs": int(module.in_features), "outputs": int(module.out_features)}
-        for key, tensor in (coded or dict(_tensors_of(module))).items():
+        plain: dict[str, Tensor] = {}
+        for key, tensor in _tensors_of(module):
             identity = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype)
-            own = first.setdefault(identity, f"{name}|{key}")
-            if own != f"{name}|{key}":
-                also[f"{name}|{key}"] = own
+            holder = first.setdefault(identity, f"{name}|{key}")
+            if holder == f"{name}|{key}":
+                plain[key] = tensor.detach()
             else:
-                tensors[own] = tensor.detach().cpu().contiguous()
-    sharing = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
-    for key, tensor in tensors.items():
-        if sharing[tensor.untyped_storage().data_ptr()] > 1:  # parts of one tensor, which a file holds apart
-            tensors[key] = tensor.clone()
-    return tensors, {"layers": layers, "also": also}
+                also[f"{name}|{key}"] = holder
+        coded = coder(name, module) if is_linear(module) and "weight" in plain else None
+        if coded is not None:
+            layers[name] = list(weight_of(module).shape)
+        else:
+            dtypes = {key: each.dtype for key, each in _tensors_of(shell.get_submodule(name))}
+            exact = not in_float32.isdisjoint(name.split("."))
+            coded = {key: each.to(torch.float32 if exact else dtypes[key]) for key, each in plain.items()}
+        for key, each in coded.items():
+            add(f"{name}|{key}", each.detach().cpu().contiguous())
+    return {"layers": layers, "also": also, "missing": list(missing)}
 
 
-def _mapped(
-    path: Path, quantizer: Quantizer, shell: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype
-) -> Loaded:
-    """Return a shell with the file's tensors in it."""
-    started = time.perf_counter()
-    facts = read_facts(path)
-    found = {key: tensor if device.type == "cpu" else tensor.to(device) for key, tensor in map_tensors(path).items()}
-    os.utime(path)  # used: it is kept
+class _Parts:
+    """The files of a base, each written when enough tensors for it are together."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.number = folder, 0
+        self.waiting: dict[str, Tensor] = {}
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Take a tensor. Raises: OSError."""
+        is_part = tensor.untyped_storage().nbytes() > tensor.nbytes  # of a checkpoint's pages, say
+        self.waiting[key] = tensor.clone() if is_part else tensor
+        if sum(each.nbytes for each in self.waiting.values()) >= _PART_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting. Raises: OSError."""
+        if self.waiting:
+            write_tensors(self.folder / f"part-{self.number:04d}.safetensors", self.waiting)
+            self.waiting, self.number = {}, self.number + 1
+
+
+# --- put together ---------------------------------------------------------------------------------------
+def _assembled(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], source: Source) -> nn.Module:
+    """Return a shell with these tensors in it; on a GPU, with copies of them."""
+    device = source.device
+    held = {key: nn.Parameter(each if device.type == "cpu" else each.to(device), requires_grad=False)
+            for key, each in tensors.items()}  # one parameter each: what was tied stays so
     parts: dict[str, dict[str, nn.Parameter]] = {}
-    parameters = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in found.items()}  # tied ones are one
-    for key in [*found, *facts["also"]]:
+    for key in [*held, *facts["also"]]:
         name, _, part = key.rpartition("|")
-        parts.setdefault(name, {})[part] = parameters[facts["also"].get(key, key)]
-    model = shell()
-    for name, shape in facts["layers"].items():
-        own = {key: tensor.data for key, tensor in parts.pop(name).items()}
-        model.set_submodule(name, quantizer.from_tensors((shape["outputs"], shape["inputs"]), own, dtype))
+        parts.setdefault(name, {})[part] = held[facts["also"].get(key, key)]
+    model = source.shell()
+    for name, (outputs, inputs) in facts["layers"].items():
+        own = {key: parameter.data for key, parameter in parts.pop(name).items()}
+        model.set_submodule(name, source.quantizer.from_tensors((outputs, inputs), own, source.dtype))
     for name, rest in parts.items():
         module = model.get_submodule(name)
         for key, parameter in rest.items():
@@ -133,17 +187,17 @@ def _mapped(
                 module._buffers[key] = parameter.data
             else:
                 setattr(module, key, parameter.data)
-    _check_whole(model, path)
-    logger.info("mapped the base in %.3f s", time.perf_counter() - started)
-    return model, facts["missing"]
+    _check_whole(model)
+    return model
 
 
-def _check_whole(model: nn.Module, path: Path) -> None:
+def _check_whole(model: nn.Module) -> None:
     """Raise BaseError if a tensor has no numbers: the model's code makes one that was not there when it was loaded."""
     for name, module in model.named_modules():
         for key, tensor in _tensors_of(module):
             if tensor.is_meta:
-                raise BaseError(f"{path.name} lacks {name}.{key}", f"delete {path}: it is made again")
+                raise BaseError(f"base.source: the model's own code makes {name}.{key} differently without weights",
+                                "it cannot be shared between workers")
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -155,29 +209,34 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield key, tensor
 
 
-def _identity(weights: Path) -> dict[str, Any]:
-    """Return what a checkpoint's files are known by, without reading them, and the libraries that read them."""
+# --- the cache ------------------------------------------------------------------------------------------
+def _place(source: Source) -> Path:
+    """Return where the base is kept: by the checkpoint's files as they are, unread, and what decides its tensors."""
+    weights = source.weights
     stats = [(path.name, path.stat()) for path in sorted(weights.glob("*.safetensors"))]
-    return {
+    identity = {
+        **source.settings,
         "format": _FORMAT,
         "folder": str(weights.resolve()),
         "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         "config": hashlib.sha256((weights / "config.json").read_bytes()).hexdigest(),
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "device": source.device.type,
+        "dtype": str(source.dtype),
     }
-
-
-def _place(weights: Path, identity: Mapping[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / "bases" / f"{weights.name}-{digest}.safetensors"
+    return cache_folder() / "bases" / f"{weights.name}-{digest}"
 
 
 def _sweep(folder: Path) -> None:
-    """Delete the files of checkpoints that are gone, and those that nobody has mapped for long."""
-    for path in folder.glob("*.safetensors"):
+    """Delete the bases of checkpoints that are gone, and those that nobody has mapped for long."""
+    for facts in folder.glob(f"*/{_FACTS}"):
         try:
-            unused_s = time.time() - path.stat().st_mtime
-            if unused_s > _KEPT_S or not Path(read_facts(path).get("weights", "")).is_dir():
-                path.unlink()  # whoever has it mapped keeps it
-        except (OSError, BaseError):
+            unused_s = time.time() - facts.parent.stat().st_mtime
+            if unused_s > _KEPT_S or not Path(json.loads(facts.read_text())["weights"]).is_dir():
+                shutil.rmtree(facts.parent)  # whoever has it mapped keeps it
+        except OSError:
             continue
+    for lock in folder.glob("*.lock"):
+        if not lock.with_suffix("").exists() and time.time() - lock.stat().st_mtime > _KEPT_S:
+            lock.unlink(missing_ok=True)

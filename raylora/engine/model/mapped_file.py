@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import safetensors.torch
 import torch
@@ -30,28 +29,18 @@ _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write tensors and plain facts as one safetensors file, which bears its name only when it is whole.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, each with a storage of its own, as one safetensors file that is on the disk when this returns.
 
-    Nothing is copied on the way. Raises: OSError.
+    Raises:
+        OSError: it could not be written.
     """
-    unfinished = path.with_name(f".{path.name}.tmp-{uuid4().hex}")
     try:
-        safetensors.torch.save_file(dict(tensors), unfinished, metadata={"raylora": json.dumps(facts)})
-        with unfinished.open("rb") as stream:
-            os.fsync(stream.fileno())
-        unfinished.replace(path)
+        safetensors.torch.save_file(dict(tensors), path)
     except safetensors.SafetensorError as error:  # a full disk, mostly
         raise OSError(str(error)) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """Return the facts beside the tensors of a file. Raises: BaseError, if it is not one of ours."""
-    header, _ = _header(path)
-    found: dict[str, Any] = json.loads(header.get("__metadata__", {}).get("raylora", "{}"))
-    return found
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from raylora.adapters.base import is_linear
 from raylora.engine.model.serialization import from_bytes
 from raylora.errors import BaseError
+from raylora.quant.base import Quantizer
 from raylora.quant.linear import QuantizedLinear
 from raylora.quant.quantized import Quantized
 from raylora.records import PreparationSummary
@@ -83,6 +84,51 @@ def summary_of(store: RunStore) -> PreparationSummary:
 def content_hash(store: RunStore) -> str:
     """Return a hash that no other preparation has, be it of the same base. Raises: BaseError."""
     return hashlib.sha256(json.dumps(summary_of(store), sort_keys=True).encode()).hexdigest()
+
+
+Coder = Callable[[str, nn.Module], "dict[str, Tensor] | None"]
+"""(name, linear layer as the checkpoint has it) -> what its quantized layer is made of; None to leave it as it is."""
+
+
+def prepared_coder(store: RunStore, spec: GridSpec, dtype: torch.dtype, with_pair: bool) -> Coder:
+    """Return what hands out a prepared base's layers, which are asked for in the model's order.
+
+    Raises:
+        BaseError: the base was not prepared to the end.
+    """
+    names = {layer["name"] for layer in summary_of(store)["layers"]}
+    blocks, waiting = all_layers(store, spec), dict[str, Solved]()
+
+    def coded(name: str, linear: nn.Module) -> dict[str, Tensor] | None:
+        if name not in names:
+            return None
+        while name not in waiting:
+            waiting.update({layer.name: layer for layer in next(blocks)})
+        layer = waiting.pop(name)
+        a_RI, b_OR = layer.pair if layer.pair is not None and with_pair else (None, None)
+        bias: Any = linear.bias
+        beside = {"pair_A": a_RI, "pair_B": b_OR, "bias": bias}
+        return {
+            **layer.quantized.to_tensors(), **{k: t.detach().to(dtype) for k, t in beside.items() if t is not None}
+        }
+
+    return coded
+
+
+def loading_coder(quantizer: Quantizer, device: torch.device, dtype: torch.dtype, skip: Sequence[str]) -> Coder:
+    """Return what quantizes layers that need no preparation, on the device that will compute with them.
+
+    Args:
+        skip: the model's children that are left as they are, such as its head.
+    """
+    def coded(name: str, linear: nn.Module) -> dict[str, Tensor] | None:
+        if name.partition(".")[0] in skip:
+            return None
+        found = quantizer.encode(weight_of(linear).to(device, dtype).contiguous())
+        bias: Any = linear.bias
+        return found if found is None or bias is None else {**found, "bias": bias.detach().to(dtype)}
+
+    return coded
 
 
 def install(model: nn.Module, layers: Sequence[Solved], dtype: torch.dtype, with_pair: bool = True) -> None:
