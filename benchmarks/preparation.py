@@ -52,9 +52,9 @@ def straightforward(spec: Any) -> tuple[float, dict[str, float]]:
     import torch
 
     from raylora import registry
+    from raylora.engine.model.blocks import find_blocks
     from raylora.engine.model.checkpoint import load_dense
     from raylora.engine.model.machine import compute_dtype
-    from raylora.engine.quantization.block_activations import find_blocks
     from raylora.engine.quantization.quantize_base import open_base
     from raylora.init.cloq import calibration_error
     from raylora.quant.gram import damped

@@ -43,12 +43,43 @@ class Quantizer(Protocol):
         """
 
 
+    # --- for layers whose tensors come and go, in a base that is split over several ranks ---------------
+    def held(self, linear: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors of a loaded layer that can be taken away between two passes."""
+
+    def hold(self, linear: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Give a layer the tensors that it computes with, as :meth:`held` named them."""
+
+    def input_gradient(self, linear: nn.Module, grad: Tensor) -> Tensor:
+        """Return the gradient (... x I) of a layer's input from that of its output (... x O).
+
+        Bit for bit it is what autograd gives for the layer's own forward pass.
+        """
+
+
 @runtime_checkable
 class PreparedQuantizer(Quantizer, Protocol):
     """A quantizer whose layers are made once per base, before it is loaded."""
 
     def quantize(self, weight_OI: Tensor, factor: Factor | None, name: str) -> Quantized:
         """Return the codes of a weight; ``factor`` is what calibration knows of its inputs. Raises: BaseError."""
+
+
+class DenseLayers:
+    """What all quantizers do with layers that are left as they are."""
+
+    def held(self, linear: Any) -> dict[str, Tensor]:
+        """Return weight and bias."""
+        return {"weight": linear.weight, **({} if linear.bias is None else {"bias": linear.bias})}
+
+    def hold(self, linear: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Put weight and bias in place."""
+        for name, tensor in tensors.items():
+            setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
+
+    def input_gradient(self, linear: Any, grad: Tensor) -> Tensor:
+        """Return grad times the weight."""
+        return grad.matmul(dense_weight(linear))
 
 
 def dense_weight(linear: Any) -> Tensor:

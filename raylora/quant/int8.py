@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from raylora.quant.base import dense_weight
+from raylora.quant.base import DenseLayers, dense_weight
 from raylora.spec import QuantizationSpec
 
 
@@ -23,7 +23,7 @@ class Spec(QuantizationSpec):
     """Activations beyond this stay in 16 bits."""
 
 
-class Int8:
+class Int8(DenseLayers):
     """A signed byte per weight and a float32 scale per row, the largest weight of the row."""
 
     def __init__(self, spec: Spec) -> None:
@@ -63,6 +63,30 @@ class Int8:
         if bias is not None:
             linear.bias = nn.Parameter(bias, requires_grad=False)
         return linear
+
+    def held(self, linear: Any) -> dict[str, Tensor]:
+        """Return codes, scales and bias."""
+        if not hasattr(linear, "state"):
+            return super().held(linear)
+        scales_O = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
+        return {"weight": linear.weight.data, "SCB": scales_O, **({} if linear.bias is None else {"bias": linear.bias})}
+
+    def hold(self, linear: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Put them in place, where bitsandbytes has them after its first forward."""
+        if not hasattr(linear, "state"):
+            return super().hold(linear, tensors)
+        linear.weight.data = linear.state.CB = tensors["weight"]
+        linear.state.SCB, linear.weight.CB, linear.weight.SCB = tensors["SCB"], None, None
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(tensors["bias"], requires_grad=False)
+
+    def input_gradient(self, linear: Any, grad: Tensor) -> Tensor:
+        """Return grad times the weight, as bitsandbytes rounds it."""
+        if not hasattr(linear, "state"):
+            return super().input_gradient(linear, grad)
+        scales_O = linear.state.SCB
+        weight_OI = linear.state.CB.to(grad.dtype, copy=True).mul_(scales_O.unsqueeze(1).mul(1.0 / 127.0))
+        return torch.matmul(grad.reshape(-1, grad.shape[-1]).contiguous(), weight_OI).view(*grad.shape[:-1], -1)
 
 
 def build(spec: Spec) -> Int8:

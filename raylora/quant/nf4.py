@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from raylora.quant.base import dense_weight
+from raylora.quant.base import DenseLayers, dense_weight
 from raylora.spec import QuantizationSpec
 
 _BLOCK, _OUTER_BLOCK = 64, 256
@@ -23,7 +23,7 @@ class Spec(QuantizationSpec):
     """Quantize the block scales too: 0.37 bits less per weight."""
 
 
-class NF4:
+class NF4(DenseLayers):
     """Two codes a byte, and a scale per block of 64 weights."""
 
     def __init__(self, spec: Spec) -> None:
@@ -74,6 +74,35 @@ class NF4:
         if bias is not None:
             linear.bias = nn.Parameter(bias, requires_grad=False)
         return linear.train()  # in eval mode it would be repacked for a CPU kernel that has no backward pass
+
+    def held(self, linear: Any) -> dict[str, Tensor]:
+        """Return codes, scales and bias; the tables are too small to be worth it."""
+        state = getattr(linear.weight, "quant_state", None)
+        if state is None:
+            return super().held(linear)
+        outer = {"outer_absmax": state.state2.absmax} if state.nested else {}
+        bias = {} if linear.bias is None else {"bias": linear.bias}
+        return {"weight": linear.weight.data, "absmax": state.absmax, **outer, **bias}
+
+    def hold(self, linear: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Put them in place."""
+        state = getattr(linear.weight, "quant_state", None)
+        if state is None:
+            return super().hold(linear, tensors)
+        linear.weight.data, state.absmax = tensors["weight"], tensors["absmax"]
+        state.code = state.code.to(state.absmax.device)
+        if state.nested:
+            state.offset, state.state2.code = (t.to(state.absmax.device) for t in (state.offset, state.state2.code))
+            state.state2.absmax = tensors["outer_absmax"]
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(tensors["bias"], requires_grad=False)
+
+    def input_gradient(self, linear: Any, grad: Tensor) -> Tensor:
+        """Return grad times the weight."""
+        if getattr(linear.weight, "quant_state", None) is None:
+            return super().input_gradient(linear, grad)
+        grad = grad.to(linear.compute_dtype)
+        return torch.matmul(grad, self.dequantize(linear).to(grad.dtype))
 
 
 def build(spec: Spec) -> NF4:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from raylora.quant.base import dense_weight
+from raylora.quant.base import DenseLayers, dense_weight
 from raylora.spec import QuantizationSpec
 
 
@@ -20,7 +20,7 @@ class Spec(QuantizationSpec):
     kind: Literal["none"] = "none"
 
 
-class Dense:
+class Dense(DenseLayers):
     """Weights in the compute type."""
 
     def encode(self, weight_OI: Tensor) -> None:

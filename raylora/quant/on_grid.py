@@ -6,12 +6,12 @@ Shapes: O outputs, I inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from raylora.quant.base import dense_weight
+from raylora.quant.base import DenseLayers, dense_weight
 from raylora.quant.grid import group_count
 from raylora.quant.linear import QuantizedLinear
 from raylora.quant.packing import packed_bytes
@@ -21,7 +21,7 @@ from raylora.spec import GridSpec
 AnyGridSpec = TypeVar("AnyGridSpec", bound=GridSpec)
 
 
-class OnGrid(Generic[AnyGridSpec]):
+class OnGrid(DenseLayers, Generic[AnyGridSpec]):
     """All of a prepared quantizer but how it rounds."""
 
     def __init__(self, spec: AnyGridSpec) -> None:
@@ -49,3 +49,27 @@ class OnGrid(Generic[AnyGridSpec]):
         quantized = Quantized.from_tensors(tensors, self.spec.bits, self.spec.group_of(shape[1]), shape)
         pair = (tensors["pair_A"], tensors["pair_B"]) if "pair_A" in tensors else None
         return QuantizedLinear(quantized, tensors.get("bias"), compute_dtype, pair)
+
+    def held(self, linear: Any) -> dict[str, Tensor]:
+        """Return codes, scales (as bytes: no collective knows float16's neighbor int16), zero points, pair and bias."""
+        if not isinstance(linear, QuantizedLinear):
+            return super().held(linear)
+        found = {**dict(linear.named_buffers()), "scale_bits": linear.scale_bits.view(torch.uint8)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def hold(self, linear: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Put them in place."""
+        if not isinstance(linear, QuantizedLinear):
+            return super().hold(linear, tensors)
+        for name, tensor in tensors.items():
+            setattr(linear, name, tensor.view(torch.int16) if name == "scale_bits" else tensor)
+
+    def input_gradient(self, linear: Any, grad: Tensor) -> Tensor:
+        """Return grad times Q, and times B and A where there is a pair."""
+        if not isinstance(linear, QuantizedLinear):
+            return super().input_gradient(linear, grad)
+        grad = grad.to(linear.compute_dtype)
+        found = grad @ linear.weight
+        if linear.pair_A_RI is not None and linear.pair_B_OR is not None:
+            found = found + (grad @ linear.pair_B_OR) @ linear.pair_A_RI
+        return found

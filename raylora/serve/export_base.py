@@ -26,11 +26,11 @@ from raylora.adapters.base import site_of
 from raylora.adapters.export import to_peft
 from raylora.adapters.lora import Spec as LoraSpec
 from raylora.data.task import Task
+from raylora.engine.model.blocks import base_linears
 from raylora.engine.model.checkpoint import export_name, shell_model, weights_folder
 from raylora.engine.model.quantized_layers import Solved, all_layers, prepared_store
 from raylora.engine.model.serialization import to_bytes
 from raylora.engine.model.sites import find_heads, target_names
-from raylora.engine.quantization.block_activations import base_linears
 from raylora.engine.training.distillation_loss import task_of
 from raylora.errors import BaseError, RunDirectoryError, UsageError
 from raylora.quant.packing import pack_codes, unpack_codes

@@ -17,12 +17,13 @@ import transformers as t
 from raylora import registry
 from raylora.adapters.packed import make_pack, stack
 from raylora.engine.model.base import load_base
+from raylora.engine.model.blocks import base_linears, find_blocks
 from raylora.engine.model.checkpoint import load_dense
 from raylora.engine.model.packed_model import _forward as forward
 from raylora.engine.model.quantized_layers import solved_layers, weight_of
 from raylora.engine.model.sites import find_heads
 from raylora.engine.quantization import quantize_base as module
-from raylora.engine.quantization.block_activations import advance, base_linears, find_blocks, open_stream
+from raylora.engine.quantization.block_activations import advance, open_stream
 from raylora.engine.quantization.layer_solver import GroupJob, solve_group
 from raylora.engine.quantization.quantize_base import PreparedBase, ensure_prepared, perplexity
 from raylora.engine.run.local_driver import run_in_process

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,10 +29,12 @@ from raylora.engine.model.checkpoint import (
     shell_model,
     weights_folder,
 )
+from raylora.engine.model.gang import Gang, Round
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.mapped_base import Source, shared_model
 from raylora.engine.model.quantized_layers import all_layers, content_hash, loading_coder, prepared_coder
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
+from raylora.engine.model.split_base import split
 from raylora.errors import BaseError
 from raylora.quant.base import Quantizer
 from raylora.quant.linear import QuantizedLinear
@@ -65,35 +68,52 @@ class Base:
     start_pairs: dict[str, tuple[Tensor, Tensor]]
     """By site: (A_RI, B_OR) that a member's own LoRA starts from, where the compensation is trainable."""
 
+    gang: Gang | None = None
+    """The ranks that the model is split over, if it is."""
+    parameters: int = 0
+    """Number of base weights, counted before packing them into fewer bytes."""
+
+    @contextmanager
+    def round(self, kind: Round) -> Iterator[None]:
+        """Pass the model within; where it is split, as soon as all ranks agree on this kind of pass."""
+        if self.gang is None:
+            yield
+        else:
+            with self.gang.round(kind):
+                yield
+
     def weight_of(self, name: str) -> Tensor:
-        """Return a site's frozen weight, O x I, in float32, dequantized if need be."""
+        """Return a site's frozen weight, O x I, in float32, dequantized if need be.
+
+        Raises:
+            BaseError: the base is split, and no rank has a whole weight.
+        """
+        if self.gang is not None:
+            raise BaseError(f"{name}: its weight is split over {self.gang.place.size} ranks",
+                            "use an adapter that does not read the base's weights, or placement.strategy replicate")
         linear: Any = self.model.get_submodule(name)
         linear = getattr(linear, "base", linear)
         return self.quantizer.dequantize(linear).float()
 
-    @property
-    def parameters(self) -> int:
-        """Number of base weights, counted before packing them into fewer bytes."""
-        coded = (m for m in self.model.modules() if isinstance(m, QuantizedLinear))
-        return sum(logical_size(p) for p in self.model.parameters()) + sum(
-            m.in_features * m.out_features + (0 if m.bias is None else m.bias.numel()) for m in coded
-        )
-
 
 def load_base(
-    spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: torch.device, prepared: RunStore | None = None
+    spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: torch.device, prepared: RunStore | None = None,
+    gang: Gang | None = None,
 ) -> Base:
     """Load, quantize, freeze and attach.
 
     Args:
         prepared: where the quantized layers lie, for the kinds that are prepared beforehand.
+        gang: the ranks to split the base over; they all load it together.
 
     Raises:
         BaseError: the base is not there or not prepared, or the adapter does not fit it.
     """
     dtype = compute_dtype(spec.dtype, device)
     tokenizer = load_tokenizer(spec, task)
-    model, missing = frozen_model(spec, task, device, dtype, prepared)
+    # Where it is split, a rank sends its device what it holds, and the whole stays where it is mapped.
+    place = device if gang is None else torch.device("cpu")
+    model, missing = frozen_model(spec, task, place, dtype, prepared)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     heads = find_heads(model, missing)
@@ -105,11 +125,15 @@ def load_base(
     targets = target_names(original, sites, list(heads))
     held = [*model.parameters(), *(b for m in model.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())]
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    parameters = _parameters(model)
     slot = attach(model, sites, list(heads))
+    quantizer = quantizer_of(spec)
+    if gang is not None:
+        split(model, sites, head_modules, slot, quantizer, gang, device)
     return Base(
         model=model,
         tokenizer=tokenizer,
-        quantizer=quantizer_of(spec),
+        quantizer=quantizer,
         slot=slot,
         sites=sites,
         heads=head_modules,
@@ -122,6 +146,8 @@ def load_base(
         target_modules=targets,
         export_name=export_name(spec),
         start_pairs=_start_pairs(spec, prepared),
+        gang=gang,
+        parameters=parameters,
     )
 
 
@@ -153,6 +179,14 @@ def frozen_model(
         shell=shell, coder=coder, quantizer=quantizer_of(spec), device=device, dtype=dtype,
     ))
     return frozen(model), missing
+
+
+def _parameters(model: nn.Module) -> int:
+    """Return how many weights a model has, counted before packing them into fewer bytes."""
+    coded = (m for m in model.modules() if isinstance(m, QuantizedLinear))
+    return sum(logical_size(p) for p in model.parameters()) + sum(
+        m.in_features * m.out_features + (0 if m.bias is None else m.bias.numel()) for m in coded
+    )
 
 
 def _is_trainable(spec: BaseSpec) -> bool:

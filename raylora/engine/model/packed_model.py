@@ -19,6 +19,7 @@ from raylora.adapters.base import Adapter, Tensors
 from raylora.adapters.packed import Dropout, Pack, make_pack
 from raylora.data.task import Batch, Task, repeat
 from raylora.engine.model.base import Base
+from raylora.engine.model.gang import Round
 from raylora.ensemble.outputs import output_of
 from raylora.spec.run import KLSpec
 
@@ -93,15 +94,17 @@ class PackedModel:
         members, tokens = len(batch.lengths_K), int(batch.attention_mask_BT.sum())
         batch = batch.to(self.base.device)
         dropout = self._dropout(batch, dropout_seeds_K)
-        logits = _forward(self.base, self.task, replace(step.pack, dropout=dropout), batch)
-        losses_N = loss(logits, batch) if loss is not None else self.task.loss(self.task.scores(logits, batch), batch)
-        losses_KN = losses_N.view(members, -1)
-        if kl is not None:
-            reference_logits = self._reference(step, reference_heads or {}, batch)
-            divergence = _divergence(self.task, batch, logits, reference_logits, kl)
-            losses_KN = losses_KN + kl.beta * divergence.view(members, -1)
-        losses_K = losses_KN.mean(dim=1)
-        of_all = step.gradients_of(losses_K.sum())
+        # Before the pass with gradients: of a base that is split, a pass in between would leave nearly all gathered.
+        reference = self._reference(step, reference_heads or {}, batch) if kl is not None else None
+        with self.base.round(Round.TRAIN):
+            logits = _forward(self.base, self.task, replace(step.pack, dropout=dropout), batch)
+            task_loss = loss or (lambda logits, batch: self.task.loss(self.task.scores(logits, batch), batch))
+            losses_KN = task_loss(logits, batch).view(members, -1)
+            if kl is not None and reference is not None:
+                divergence = _divergence(self.task, batch, logits, reference, kl)
+                losses_KN = losses_KN + kl.beta * divergence.view(members, -1)
+            losses_K = losses_KN.mean(dim=1)
+            of_all = step.gradients_of(losses_K.sum())
         gradients = [{name: gradient[k] for name, gradient in of_all.items()} for k in range(members)]
         return PackLoss(losses_K.detach().tolist(), gradients, tokens)
 
@@ -112,7 +115,9 @@ class PackedModel:
         """Return (logits, scores, repeated batch) of K members that all read the same batch, member by member."""
         repeated = repeat(batch.to(self.base.device), len(next(iter(stacked.values()))))
         dropout = None if dropout_seeds_K is None else self._dropout(repeated, dropout_seeds_K)
-        logits = _forward(self.base, self.task, make_pack(self.adapter, self.base.sites, stacked, dropout), repeated)
+        with self.base.round(Round.FORWARD):
+            pack = make_pack(self.adapter, self.base.sites, stacked, dropout)
+            logits = _forward(self.base, self.task, pack, repeated)
         return logits, self.task.scores(logits, repeated), repeated
 
     def _dropout(self, batch: Batch, seeds_K: Sequence[int]) -> Dropout | None:
@@ -125,7 +130,8 @@ class PackedModel:
     def _reference(self, step: StepTensors, heads: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Return the logits with every adapter off; a pair that belongs to the base stays on."""
         off = make_pack(self.adapter, self.base.sites, {**step.leaves, **heads}, adapters_on=False)
-        return _forward(self.base, self.task, off, batch)
+        with self.base.round(Round.FORWARD):
+            return _forward(self.base, self.task, off, batch)
 
 
 def _forward(base: Base, task: Task, pack: Pack, batch: Batch) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from raylora.data.task import Task
+from raylora.engine.model.blocks import Block, find_blocks
 from raylora.engine.model.checkpoint import (
     is_decoder,
     load_config,
@@ -37,7 +38,7 @@ from raylora.engine.model.quantized_layers import (
     weight_of,
 )
 from raylora.engine.model.serialization import to_bytes
-from raylora.engine.quantization.block_activations import Block, Stream, advance, find_blocks, observe, open_stream
+from raylora.engine.quantization.block_activations import Stream, advance, observe, open_stream
 from raylora.engine.quantization.calibration import Calibration, load_calibration
 from raylora.engine.quantization.layer_solver import GroupJob, Solve, layer_tensors, solve_here
 from raylora.engine.quantization.prepared_base import identity_of, store_of, weights_sha256

@@ -16,12 +16,12 @@ from raylora.adapters.base import Noted, is_linear, site_of
 from raylora.control import JobState
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
+from raylora.engine.model.blocks import base_linears
 from raylora.engine.model.checkpoint import load_config, load_tokenizer, quantizer_of, shell_model
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.parameter_count import adapter_parameters
 from raylora.engine.model.quantized_layers import bases_folder
 from raylora.engine.model.sites import adapter_sites, find_heads
-from raylora.engine.quantization.block_activations import base_linears
 from raylora.engine.quantization.quantize_base import PreparedBase, open_base
 from raylora.engine.run.growth import Growth, check_data, check_final_states, clear_outgrown, growth_of
 from raylora.engine.run.roster import Damage, clear, damages_of, read_state

@@ -19,6 +19,7 @@ from raylora.data.sets import DataSets
 from raylora.data.texts import text_finder
 from raylora.engine.model import serialization
 from raylora.engine.model.base import Base, load_base
+from raylora.engine.model.gang import Gang, GangPlace
 from raylora.engine.model.machine import compute_device, peak_memory_bytes
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
@@ -66,12 +67,20 @@ class Session(Protocol):
 class TrainingSession:
     """Trains, evaluates and commits packs of units over one base."""
 
-    def __init__(self, spec: RunSpec, store: RunStore, cpus: int, gpus: int) -> None:
-        """Remember what to load; :meth:`load` does the work."""
+    def __init__(
+        self, spec: RunSpec, store: RunStore, cpus: int, gpus: int, place: GangPlace | None = None
+    ) -> None:
+        """Remember what to load; :meth:`load` does the work.
+
+        Args:
+            place: this worker's place in the gang that the base is split over, if it is.
+        """
+        self.place = place
         self.spec, self.store, self.cpus = spec, store, cpus
         self.device = compute_device(gpus)
         self.task = task_of(spec)
         self.plans = {plan.name: plan for plan in member_plans_of(spec)}
+        self.gang: Gang | None
         self.base: Base
         self.sets: DataSets
         self.evaluator: Evaluator
@@ -90,9 +99,9 @@ class TrainingSession:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=self.device.type == "cuda")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs 7 % and nothing reads such memory
-        start_deepspeed(self.device)
+        self.gang = start_deepspeed(self.device, self.place)
         self.base = load_base(
-            self.spec.base, self.spec.adapter, self.task, self.device, prepared_store(self.store)
+            self.spec.base, self.spec.adapter, self.task, self.device, prepared_store(self.store), self.gang
         )
         self.sets = sets_of(self.spec, self.task, self.base.tokenizer, self.store)
         recorded = self.store.read_json("data.json")

@@ -139,5 +139,5 @@ class MemberBuilder:
         return MemberOptimizer(
             tensors, model.adapter, self.optimization, self.ensemble.regularizers,
             total_steps(self.rows, self.optimization), model.base.device, start_tensors(model.base, model.adapter),
-            restart_steps(self.rows, self.optimization),
+            restart_steps(self.rows, self.optimization), model.base.gang,
         )

@@ -18,21 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from raylora.adapters.base import HEAD, Adapter, Tensors
+from raylora.engine.model.gang import Gang, GangPlace
 from raylora.engine.training.schedule import learning_rate_factor
 from raylora.spec import OptimizationSpec, RegularizersSpec
 
 _STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
-def start_deepspeed(device: torch.device) -> None:
-    """Join a process group of this worker alone, once per process, without compiling anything.
+def start_deepspeed(device: torch.device, place: GangPlace | None = None) -> Gang | None:
+    """Join a process group, once per process, without compiling anything: a gang's, or one of this worker alone.
 
     DeepSpeed's shared-memory collective would be built by a C++ compiler on the first start, for minutes;
     a group of one has no use for it.
     """
     os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        os.environ.setdefault(key, value)
+    rank, size = (place.rank, place.size) if place is not None else (0, 1)
+    for key, value in {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": size}.items():
+        os.environ[key] = str(value)
     with _no_linker_errors():
         import deepspeed
         from deepspeed.ops import __compatible_ops__
@@ -40,11 +42,13 @@ def start_deepspeed(device: torch.device) -> None:
 
         logger.setLevel("ERROR")
         __compatible_ops__["deepspeed_shm_comm"] = False
+    gang = Gang(place, device) if place is not None else None
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         # An in-process store: no port to choose, so any number of workers start on one machine.
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return gang
 
 
 @contextmanager
@@ -83,12 +87,14 @@ class MemberOptimizer:
         device: torch.device,
         anchors: Mapping[str, Tensor] | None = None,
         restarts: Sequence[int] = (),
+        gang: Gang | None = None,
     ) -> None:
         """Build the engine; every decay is its own parameter group, so that A, B and the head decay on their own.
 
         Args:
             anchors: what a tensor's weight decay pulls towards, where that is not zero.
             restarts: steps at which the schedule starts anew.
+            gang: the ranks that the base is split over; this member lives on one of them.
         """
         import deepspeed
 
@@ -110,7 +116,8 @@ class MemberOptimizer:
         ]
         self._anchors_P = [self._flat_anchor(names, anchors or {}) for names in self._groups.values()]
         self.engine, self._optimizer, *_ = deepspeed.initialize(
-            model=container, optimizer=_optimizer(groups, optimization), config=_config(optimization)
+            model=container, optimizer=_optimizer(groups, optimization), config=_config(optimization),
+            mpu=gang.alone if gang is not None else None,
         )
         # ZeRO moves the flat parameters once, while it is built; views made before that would be left behind.
         self.parameters = self._by_name([p_P.detach() for p_P in self._flat_P])

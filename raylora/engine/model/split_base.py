@@ -1,0 +1,116 @@
+"""A base that is split over the ranks of a gang by DeepSpeed ZeRO-3, and gathered block by block as it is passed.
+
+Each rank holds 1/G of every tensor, as stored: packed codes travel, not weights. A block is gathered whole, the next
+one while it computes, in the forward and again in the backward pass; nothing is kept in between. The members' adapters
+and heads are no part of the model and stay where they are; no gradient crosses ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raylora.adapters.base import Site, is_linear
+from raylora.adapters.packed import AdaptedLinear, MemberLinear, Pack, Slot
+from raylora.engine.model.blocks import find_blocks
+from raylora.engine.model.gang import Gang, Round
+from raylora.quant.base import Quantizer
+from raylora.quant.split import SplitLinear
+
+_CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    # SplitLinear sees to what this is for, of all kinds of layers and without changing torch for the whole process.
+    "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
+}
+
+
+def split(
+    model: nn.Module, sites: Sequence[Site], heads: Mapping[str, nn.Linear], slot: Slot, quantizer: Quantizer,
+    gang: Gang, device: torch.device,
+) -> None:
+    """Split a model with attached adapters over a gang; all its ranks do this together.
+
+    On rank 0 the tensors are read from where they lie, block by block, and every rank keeps its part; the other ranks
+    read none. From now on the model may be passed within a round of the gang only.
+    """
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import set_z3_leaf_modules
+    from deepspeed.utils.timer import NoopTimer
+
+    blocks = [block.module for block in find_blocks(model)]
+    shapes = {f"{name}.{key}": p.shape for name, linear in heads.items() for key, p in linear.named_parameters()}
+    _replace_linears(model, quantizer)
+    for module in model.modules():
+        if isinstance(module, MemberLinear):  # every member has its own: the base's is for looking at
+            module.__dict__["base"] = module._modules.pop("base")
+    block_numel = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    set_z3_leaf_modules(model, list({type(block) for block in blocks}))
+    for part in [*blocks, model]:
+        fresh = [p for p in part.parameters() if not hasattr(p, "ds_id")]
+        if gang.place.rank:
+            for parameter in fresh:  # what rank 0 sends is written over them, and they may be mapped read-only
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
+        if fresh and part is not model:
+            Init(module=part, config_dict_or_path=_CONFIG)
+    offload = DeepSpeedZeRoOffload(
+        model, NoopTimer(), _CONFIG, overlap_comm=device.type == "cuda", prefetch_bucket_size=block_numel,
+        max_reuse_distance=0, max_live_parameters=2 * block_numel, param_persistence_threshold=0,
+    )
+
+
+    for module in model.modules():  # positions and the like, which every rank has
+        module._buffers.update({key: b.to(device) for key, b in module._buffers.items() if b is not None})
+
+    def after(passed: Round) -> None:
+        if passed is Round.TRAIN:
+            offload.release_backward_leftovers()
+
+    gang.passed_by(_IdlePass(model, sites, shapes, slot, device), after)
+
+
+def _replace_linears(model: nn.Module, quantizer: Quantizer) -> None:
+    """Put a layer that keeps nothing in the place of every frozen linear layer; the heads are the members'."""
+    for parent in list(model.modules()):
+        if isinstance(parent, MemberLinear | SplitLinear):
+            continue
+        for name, child in list(parent.named_children()):
+            if is_linear(child):
+                setattr(parent, name, SplitLinear(child, quantizer).eval())
+    assert not any(isinstance(m, AdaptedLinear) and is_linear(m.base) for m in model.modules())
+
+
+@dataclass
+class _IdlePass:
+    """Joins a round with one token and no member: every tensor is gathered and nothing is made of it."""
+
+    model: nn.Module
+    sites: Sequence[Site]
+    head_shapes: Mapping[str, torch.Size]
+    slot: Slot
+    device: torch.device
+
+    def __call__(self, agreed: Round) -> None:
+        """Pass the model as the others do."""
+        with torch.set_grad_enabled(agreed is Round.TRAIN):
+            leaf = torch.zeros((), device=self.device, requires_grad=agreed is Round.TRAIN)
+            heads = {
+                name: torch.zeros(1, *shape, device=self.device) + leaf for name, shape in self.head_shapes.items()
+            }
+            at_site = {site.name: (leaf, site.out_features) for site in self.sites}
+            token = torch.ones((1, 1), dtype=torch.long, device=self.device)
+            with self.slot.use(Pack(_Nobody(), 1, at_site, heads)):  # type: ignore[arg-type]
+                logits = self.model(input_ids=token, attention_mask=token).logits
+            if agreed is Round.TRAIN:
+                torch.autograd.grad(logits.float().sum(), [leaf])
+
+class _Nobody:
+    """An adapter that changes nothing, but has a gradient wherever members have one."""
+
+    def packed_delta(self, x_KNI: Tensor, at_site: tuple[Tensor, int]) -> Tensor:
+        """Return zeros, K x N x O."""
+        leaf, outputs = at_site
+        return (leaf * x_KNI[..., :1].float()).expand(*x_KNI.shape[:-1], outputs)
