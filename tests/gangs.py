@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
-import os
 import socket
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -17,61 +18,83 @@ def free_address() -> str:
         return f"127.0.0.1:{taken.getsockname()[1]}"
 
 
-def rank(
-    content: dict[str, Any], place: tuple[int, int, str] | None, jobs: Mapping[str, Sequence[str]], said: Any,
-    check: Any = None,
+@dataclass(frozen=True)
+class Case:
+    """A run, as plain data, and the jobs of every rank."""
+
+    content: dict[str, Any]
+    jobs_of_ranks: Sequence[Mapping[str, Sequence[str]]]
+
+
+Check = Callable[[Any, int], Any]
+"""(session, rank) -> what a rank says of itself after its jobs."""
+
+
+def run_gang(
+    cases: Sequence[Case], ranks: int, is_split: bool = True, check: Check | None = None, timeout_s: float = 300
+) -> list[list[Any]]:
+    """Do the cases one after another on a gang of processes, or on as many workers with bases of their own.
+
+    Returns:
+        What each rank said of each case: ``found[case][rank]``.
+    """
+    context = multiprocessing.get_context("spawn")
+    said, address = context.Queue(), free_address()
+    processes = [
+        context.Process(target=_rank, args=(cases, (number, ranks, address), is_split, check, said))
+        for number in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found: dict[tuple[int, int], Any] = {}
+        while len(found) < len(cases) * ranks:
+            case, number, result = said.get(timeout=timeout_s)
+            assert not isinstance(result, str), f"rank {number}, case {case}: {result}"
+            found[case, number] = result
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * ranks
+    finally:
+        for process in processes:
+            process.kill()
+    return [[found[case, number] for number in range(ranks)] for case in range(len(cases))]
+
+
+def _rank(
+    cases: Sequence[Case], place: tuple[int, int, str], is_split: bool, check: Check | None, said: Any
 ) -> None:
-    """Do the jobs of one rank and say how it went; without a place, as a worker with a base of its own."""
     import torch
 
     from raylora.engine.model.gang import GangPlace
+    from raylora.engine.run import session as session_module
+
+    torch.set_num_threads(1)
+    number = place[0]
+    if is_split:  # a process is in one gang all its life; here it does several runs in it
+        start = functools.lru_cache(maxsize=1)(session_module.start_deepspeed)
+        session_module.start_deepspeed = start  # type: ignore[assignment]
+    for index, case in enumerate(cases):
+        try:
+            found = _run(case, number, GangPlace(*place) if is_split else None, check)
+        except BaseException:
+            said.put((index, number, traceback.format_exc()))
+            raise
+        said.put((index, number, found))
+
+
+def _run(case: Case, number: int, place: Any, check: Check | None) -> Any:
     from raylora.engine.run.plan_run import prepare
     from raylora.engine.run.session import TrainingSession
     from raylora.spec import build_spec
 
-    number = place[0] if place else 0
-    try:
-        torch.set_num_threads(1)
-        prepared = prepare(build_spec(content))
-        session = TrainingSession(prepared.spec, prepared.store, 1, 0, GangPlace(*place) if place else None)
-        session.load()
-        found: dict[str, Any] = {}
-        for job, units in jobs.items():
-            found[job] = session.run_job(job, units, lambda progress: None, lambda: 0)
-        if check is not None:
-            found["check"] = check(session)
-        if session.gang is not None:
-            session.gang.leave()
-        said.put((number, found))
-    except BaseException:
-        said.put((number, traceback.format_exc()))
-        raise
-
-
-def run_gang(
-    content: dict[str, Any], jobs_of_ranks: Sequence[Mapping[str, Sequence[str]]], is_split: bool = True,
-    check: Any = None, timeout_s: float = 240,
-) -> dict[int, Any]:
-    """Run jobs on a gang with as many ranks (or on one worker after the other) and return what each rank said."""
-    context = multiprocessing.get_context("spawn")
-    said, address = context.Queue(), free_address()
-    size = len(jobs_of_ranks)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    ranks = [
-        context.Process(target=rank, args=(content, (number, size, address) if is_split else None, jobs, said, check))
-        for number, jobs in enumerate(jobs_of_ranks)
-    ]
-    found: dict[int, Any] = {}
-    try:
-        for number, process in enumerate(ranks):
-            process.start()
-            if not is_split:
-                found[number] = said.get(timeout=timeout_s)[1]
-        if is_split:
-            found = dict(said.get(timeout=timeout_s) for _ in ranks)
-        for process in ranks:
-            process.join(60)
-    finally:
-        for process in ranks:
-            process.kill()
+    prepared = prepare(build_spec(case.content))
+    session = TrainingSession(prepared.spec, prepared.store, 1, 0, place)
+    session.load()
+    for job, units in case.jobs_of_ranks[number].items():
+        failed = session.run_job(job, units, lambda progress: None, lambda: 0)
+        assert not failed, failed
+    found = check(session, number) if check is not None else True
+    if session.gang is not None:
+        session.gang.leave()
     return found

@@ -9,6 +9,7 @@ with an idle pass.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Gang:
         from torch import distributed
 
         self.place = place
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's calls, at every gather
         host, _, port = place.address.rpartition(":")
         timeout = timedelta(seconds=place.timeout_s)
         store = distributed.TCPStore(host, int(port), place.size, is_master=place.rank == 0, timeout=timeout)
