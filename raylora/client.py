@@ -220,7 +220,8 @@ def launch(spec: RunSpec, dashboard: bool = False, detach: bool = False) -> RunH
 
 def _announcement(prepared: Prepared) -> str:
     plan, units = prepared.plan, sum(map(len, prepared.plan.packs))
-    workers = "1 worker" if plan.workers == 1 else f"{plan.workers} workers"
+    processes = plan.workers * plan.ranks
+    workers = "1 worker" if processes == 1 else f"{processes} workers"
     return (
         f"{prepared.store.uri}: checked; {workers} on Ray for {units} unit(s) to train "
         "(each imports torch and loads the base first, which takes a while)"

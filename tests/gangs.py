@@ -95,6 +95,4 @@ def _run(case: Case, number: int, place: Any, check: Check | None) -> Any:
         failed = session.run_job(job, units, lambda progress: None, lambda: 0)
         assert not failed, failed
     found = check(session, number) if check is not None else True
-    if session.gang is not None:
-        session.gang.leave()
     return found

@@ -17,6 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylora import control, logs
+from raylora.actors.calls import Call, GangProgress, WorkerHandle, first_line
 from raylora.actors.preparer import Preparer
 from raylora.actors.worker import Worker
 from raylora.engine.run.run_status import RunStatus, StatusBoard
@@ -59,8 +60,11 @@ class Coordinator:
         self.preparer: Any = None
         self.events: queue.Queue[control.Event] = queue.Queue()
         self.state = control.State()
-        self.workers: dict[str, Any] = {}
-        self.pending: dict[Any, tuple[str, control.Command]] = {}
+        self.workers: dict[str, WorkerHandle] = {}
+        self.pending: dict[Any, Call] = {}
+        self.preparing: Any = None
+        """The preparer's answer, while it is waited for."""
+        self.gang_progress = GangProgress()
         self.board = StatusBoard(spec.run_name())
         self.group: Any = None
         self.starts = 0
@@ -104,50 +108,72 @@ class Coordinator:
 
     def _collect(self) -> None:
         """Turn finished calls into events."""
-        if not self.pending:
+        waiting = [*self.pending, *([self.preparing] if self.preparing is not None else [])]
+        if not waiting:
             time.sleep(_POLL_S)
             return
-        done, _ = ray.wait(list(self.pending), num_returns=1, timeout=_POLL_S)
+        done, _ = ray.wait(waiting, num_returns=1, timeout=_POLL_S)
         for reference in done:
-            worker, command = self.pending.pop(reference)
-            self.events.put(_outcome(reference, worker, command))
+            if reference is self.preparing or reference == self.preparing:
+                self.preparing = None
+                self.events.put(_outcome_of_preparation(reference))
+                continue
+            call = self.pending.pop(reference)
+            event = call.take(reference)
+            if isinstance(event, control.WorkerLost):
+                self._give_up(call)
+            if event is not None:
+                self.events.put(event)
+
+    def _call(self, worker: WorkerHandle, command: control.Command, references: list[Any]) -> None:
+        call = Call(worker, command, set(references))
+        self.pending.update(dict.fromkeys(references, call))
+
+    def _give_up(self, call: Call) -> None:
+        """End what is left of a worker of which a rank was lost."""
+        for reference in call.waiting:
+            self.pending.pop(reference, None)
+        call.worker.kill()
 
     # --- commands -----------------------------------------------------------------------------------
     def _carry_out(self, command: control.Command) -> None:
         if isinstance(command, control.PrepareBase):
-            self._prepare_base(command)
+            self._prepare_base()
         elif isinstance(command, control.StartWorker):
             self._start_worker(command)
         elif isinstance(command, control.RunJob):
             me = ray.get_runtime_context().current_actor
             worker = self.workers[command.worker]
-            self.pending[worker.run_job.remote(command.job, command.units, me)] = (command.worker, command)
+            self._call(worker, command, worker.run_job(command.job, command.units, me))
         elif isinstance(command, control.StopJobs):
-            for actor in [*self.workers.values(), *([self.preparer] if self.preparer is not None else [])]:
-                actor.stop.remote(self.state.signal_number)
+            for worker in self.workers.values():
+                worker.stop(self.state.signal_number)
+            if self.preparer is not None:
+                self.preparer.stop.remote(self.state.signal_number)
         elif isinstance(command, control.Aggregate):
             worker = self.workers[command.worker]
-            self.pending[worker.aggregate.remote(command.units, self.board.started_at)] = (command.worker, command)
+            self._call(worker, command, worker.aggregate(command.units, self.board.started_at))
 
-    def _prepare_base(self, command: control.PrepareBase) -> None:
+    def _prepare_base(self) -> None:
         """Before any worker is placed: the CPUs that they will hold are free to solve layers on."""
         self.preparer = Preparer.options(num_gpus=self.plan.gpus_per_worker).remote(  # type: ignore[attr-defined]
             self.spec, self.plan.gpus_per_worker
         )
         me = ray.get_runtime_context().current_actor
-        self.pending[self.preparer.prepare.remote(self.base[0], me)] = ("preparer", command)
+        self.preparing = self.preparer.prepare.remote(self.base[0], me)
 
     def _place(self) -> None:
         plan = self.plan
         bundle = {"CPU": plan.cpus_per_worker, **({"GPU": plan.gpus_per_worker} if plan.gpus_per_worker else {})}
         name = coordinator_name(self.store.uri).replace("coordinator", "raylora", 1)
-        self.group = placement_group([bundle] * plan.workers, strategy=self.spec.placement.scheduling, name=name)
+        processes = plan.workers * plan.ranks
+        self.group = placement_group([bundle] * processes, strategy=self.spec.placement.scheduling, name=name)
         timeout_s = self.spec.placement.start_timeout_s
         if not self.group.wait(timeout_s):
             remove_placement_group(self.group)
             free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
             raise PlacementError(
-                f"placement: {plan.workers} x {bundle} were not free within {timeout_s:.0f} s; free now: {free}",
+                f"placement: {processes} x {bundle} were not free within {timeout_s:.0f} s; free now: {free}",
                 "wait for other work to end, ask for less, or raise placement.start_timeout_s",
             )
 
@@ -156,17 +182,27 @@ class Coordinator:
             self._let_preparer_go()
             self._place()
         plan, self.starts = self.plan, self.starts + 1
-        index = int(command.worker.rpartition("-")[2])
-        self.workers[command.worker] = Worker.options(  # type: ignore[attr-defined]
-            name=f"{coordinator_name(self.store.uri)}-{command.worker}-{self.starts}".removeprefix("coordinator-"),
+        first = int(command.worker.rpartition("-")[2]) * plan.ranks
+        worker = WorkerHandle(command.worker, [self._actor(command.worker, first, rank) for rank in range(plan.ranks)])
+        self.workers[command.worker] = worker
+        self._call(worker, command, worker.load())
+
+    def _actor(self, worker: str, first: int, rank: int) -> Any:
+        """Start one process of a worker, in its bundle of the placement group."""
+        plan = self.plan
+        name = f"{coordinator_name(self.store.uri)}-{worker}-{self.starts}".removeprefix("coordinator-")
+        # Equal threads are equal float sums: without this every worker would use all cores.
+        environment = {"OMP_NUM_THREADS": str(plan.cpus_per_worker), **logs.environment()}
+        if plan.ranks > 1:  # what a block was gathered into goes back to the system, not to the heap
+            environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        return Worker.options(  # type: ignore[attr-defined]
+            name=name if plan.ranks == 1 else f"{name}-rank-{rank}",
             namespace=NAMESPACE,
             num_cpus=plan.cpus_per_worker,
             num_gpus=plan.gpus_per_worker,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, index),
-            # Equal threads are equal float sums: without this every worker would use all cores.
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(plan.cpus_per_worker), **logs.environment()}},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, first + rank),
+            runtime_env={"env_vars": environment},
         ).remote(self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.target_job)
-        self.pending[self.workers[command.worker].load.remote()] = (command.worker, command)
 
     def _let_preparer_go(self) -> None:
         if self.preparer is not None:
@@ -176,14 +212,14 @@ class Coordinator:
     def _stop_workers(self) -> None:
         self._let_preparer_go()
         for worker in self.workers.values():
-            ray.kill(worker)
+            worker.kill()
         if self.group is not None:
             remove_placement_group(self.group)
 
     # --- answered while running ---------------------------------------------------------------------
-    def report(self, job: str, progress: Progress) -> None:
-        """Take a worker's progress."""
-        self.board.report(job, progress)
+    def report(self, job: str, progress: Progress, rank: int = 0) -> None:
+        """Take the progress of a worker, or of one rank of it."""
+        self.board.report(job, self.gang_progress.merged(job, rank, progress) if self.plan.ranks > 1 else progress)
 
     def report_preparation(self, done: BlockDone) -> None:
         """Take how far the base is."""
@@ -206,27 +242,6 @@ class Coordinator:
         return self.detached
 
 
-def _outcome(reference: Any, worker: str, command: control.Command) -> control.Event:
-    """Return the event that a finished call means."""
-    if isinstance(command, control.PrepareBase):
-        return _outcome_of_preparation(reference)
-    try:
-        result = ray.get(reference)
-    except Interrupted:
-        assert isinstance(command, control.RunJob)
-        return control.JobInterrupted(command.job, command.attempt)
-    except RayActorError as error:
-        return control.WorkerLost(worker, _first_line(error))
-    except RayTaskError as error:
-        return _failure(error, worker, command)
-    if isinstance(command, control.StartWorker):
-        return control.WorkerReady(worker)
-    if isinstance(command, control.Aggregate):
-        return control.Aggregated()
-    assert isinstance(command, control.RunJob)
-    return control.JobFinished(command.job, command.attempt, result)
-
-
 def _outcome_of_preparation(reference: Any) -> control.Event:
     try:
         ray.get(reference)
@@ -236,20 +251,5 @@ def _outcome_of_preparation(reference: Any) -> control.Event:
         reason = str(error.cause) if isinstance(error.cause, RayloraError) else str(error)
         return control.BaseFailed(reason)
     except RayActorError as error:
-        return control.BaseFailed(f"the preparer was lost: {_first_line(error)}")
+        return control.BaseFailed(f"the preparer was lost: {first_line(error)}")
     return control.BasePrepared()
-
-
-def _failure(error: RayTaskError, worker: str, command: control.Command) -> control.Event:
-    """Errors raised on purpose would be raised again; anything else may be the machine's and is retried."""
-    reason = str(error.cause) if isinstance(error.cause, RayloraError) else f"{_first_line(error.cause)}\n{error}"
-    if isinstance(command, control.RunJob):
-        return control.JobFailed(command.job, command.attempt, reason, fatal=isinstance(error.cause, RayloraError))
-    if isinstance(command, control.Aggregate):
-        return control.AggregationFailed(reason)
-    return control.WorkerLost(worker, reason)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

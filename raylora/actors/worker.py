@@ -26,14 +26,30 @@ class Worker:
         self.spec, self.store, self.target_job = spec, RunStore(store_uri), target_job
         self.cpus, self.gpus = cpus, gpus
         self.signal_number = 0
+        self.place: Any = None
 
-    def load(self) -> None:
-        """Import the libraries and load base and data; the slow part of a start."""
+    def listen(self, size: int) -> str:
+        """Become rank 0 of a gang and return the address at which the other ranks find it."""
+        from raylora.engine.model.gang import GangPlace
+
+        self.place = GangPlace.listening(ray.util.get_node_ip_address(), size)
+        return self.place.address
+
+    def load(self, rank: int = 0, size: int = 1, address: str = "") -> None:
+        """Import the libraries and load base and data; the slow part of a start.
+
+        Args:
+            rank: this worker's number in a gang of a size, whose base is split over its ranks.
+            address: where rank 0 of the gang listens.
+        """
         from raylora.engine.distillation.target_job import make_session
+        from raylora.engine.model.gang import GangPlace
 
         logs.configure()
         self.telemetry = Telemetry(self.spec.run_name())
-        self.session = make_session(self.spec, self.store, self.cpus, self.gpus, self.target_job)
+        if size > 1 and rank:
+            self.place = GangPlace(rank, size, address)
+        self.session = make_session(self.spec, self.store, self.cpus, self.gpus, self.target_job, self.place)
         self.session.load()
 
     def run_job(self, job: str, units: Sequence[str], coordinator: Any) -> dict[str, str]:
@@ -43,14 +59,16 @@ class Worker:
             Interrupted: what is done so far is committed.
         """
         throttle = Throttle()
+        rank = 0 if self.place is None else self.place.rank
+        own = job if self.place is None else f"{job}-rank-{rank}"
 
         def report(progress: Progress) -> None:
             self.telemetry.record(progress)
             merged = throttle.merged(progress)
             if merged is not None:
-                coordinator.report.remote(job, merged)
+                coordinator.report.remote(job, merged, rank)
 
-        return self.session.run_job(job, units, report, lambda: self.signal_number)
+        return self.session.run_job(own, units, report, lambda: self.signal_number)
 
     def aggregate(self, units: Sequence[str], started_at: float) -> None:
         """Write what the committed units come to: the run's metrics, or that the targets are complete."""

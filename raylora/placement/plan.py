@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raylora.errors import PlacementError
 from raylora.spec import PlacementSpec
@@ -32,6 +32,8 @@ class Demand:
     """The interpreter with torch and transformers."""
     unpackable_reason: str = ""
     """Why the members are groups of their own, if they are."""
+    unsplittable_reason: str = ""
+    """Why the base cannot be split over several workers, if it cannot."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Plan:
     worker_bytes: int
     reasons: tuple[str, ...]
     strategy: str = "replicate"
+    ranks: int = 1
+    """Processes per worker: a gang that the base is split over, where it is more than one."""
 
     def jobs(self, first: int = 0) -> dict[str, list[str]]:
         """Return job name -> units; the jobs are numbered from ``first``."""
@@ -73,16 +77,46 @@ def make_plan(demand: Demand, inventory: Inventory, spec: PlacementSpec) -> Plan
     units = sum(len(group) for group in demand.groups)
     largest = max(len(group) for group in demand.groups)
     slots = min(inventory.gpus, inventory.cpus) if gpus_each else inventory.cpus
-    workers = _workers(spec, demand, inventory, gpus_each, min(slots, units), reasons)
-    cpus_each = _cpus(spec, inventory, workers, reasons)
-    _check(workers, cpus_each, gpus_each, inventory)
-    per_pack = _per_pack(spec, demand, inventory, gpus_each, workers, largest, reasons)
-    packs = tuple(tuple(pack) for group in demand.groups for pack in _split(group, per_pack))
-    biggest = max(map(len, packs))
+    ranks = _ranks(spec, demand, inventory, slots, reasons)
+    demand = replace(demand, base_bytes=math.ceil(demand.base_bytes / ranks))
+    processes = _workers(spec, demand, inventory, gpus_each, min(slots, ranks * math.ceil(units / ranks)), reasons)
+    workers = max(1, processes // ranks)
+    processes = workers * ranks
+    cpus_each = _cpus(spec, inventory, processes, reasons)
+    _check(processes, cpus_each, gpus_each, inventory)
+    per_pack = _per_pack(spec, demand, inventory, gpus_each, processes, largest, reasons)
+    packs = tuple(tuple(pack) for group in demand.groups for pack in _split(group, per_pack * ranks))
+    biggest = math.ceil(max(map(len, packs)) / ranks)
     worker_bytes = _worker_bytes(demand, biggest, gpus_each)
-    strategy = "pack" if workers == 1 and biggest > 1 else "replicate"
+    strategy = "shard" if ranks > 1 else "pack" if workers == 1 and biggest > 1 else "replicate"
     reasons.append(f"about {worker_bytes / 1e9:.2f} GB per worker with {biggest} member(s) in one forward")
-    return Plan(workers, cpus_each, gpus_each, packs, worker_bytes, tuple(reasons), strategy)
+    return Plan(workers, cpus_each, gpus_each, packs, worker_bytes, tuple(reasons), strategy, ranks)
+
+
+def _ranks(spec: PlacementSpec, demand: Demand, inventory: Inventory, slots: int, reasons: list[str]) -> int:
+    """Return over how many workers a base is split; 1 where each has all of it."""
+    if spec.strategy != "shard":
+        return 1
+    if demand.unsplittable_reason:
+        raise PlacementError(
+            f"placement.strategy: shard: {demand.unsplittable_reason}", "use placement.strategy replicate"
+        )
+    ranks = slots if spec.ranks == "auto" else spec.ranks
+    if isinstance(spec.workers, int):
+        if spec.ranks == "auto":
+            ranks = spec.workers
+        elif spec.workers % ranks:
+            raise PlacementError(
+                f"placement.workers: {spec.workers} worker(s) are no whole number of gangs of {ranks} placement.ranks",
+                f"use {max(1, spec.workers // ranks) * ranks}, or auto",
+            )
+    if not 2 <= ranks <= slots:
+        raise PlacementError(
+            f"placement.ranks: a base is to be split over {ranks} workers, and {inventory.where} has room for {slots}",
+            f"use at most {slots}" if slots > 1 else "use placement.strategy replicate",
+        )
+    reasons.append(f"the base is split over {ranks} workers: as asked")
+    return ranks
 
 
 def _workers(

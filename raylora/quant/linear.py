@@ -73,11 +73,23 @@ class QuantizedLinear(nn.Linear):
         with torch.autocast(input.device.type, enabled=False):  # the compute type is this layer's own
             x = input.to(self.compute_dtype)
             y = _Multiply.apply(x, self)
-            if self.pair_A_RI is not None and self.pair_B_OR is not None:
-                y = y + F.linear(F.linear(x, self.pair_A_RI.to(x.dtype)), self.pair_B_OR.to(x.dtype))
             if self.bias is not None:
                 y = y + self.bias.to(x.dtype)
             return y.to(input.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return x Q^T + (x A^T) B^T for an input of the compute type."""
+        y = F.linear(x, self.weight)
+        if self.pair_A_RI is not None and self.pair_B_OR is not None:
+            y = y + F.linear(F.linear(x, self.pair_A_RI.to(x.dtype)), self.pair_B_OR.to(x.dtype))
+        return y
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """Return g Q + (g B) A, the gradient of :meth:`product` for its input."""
+        found = grad @ self.weight
+        if self.pair_A_RI is not None and self.pair_B_OR is not None:
+            found = found + (grad @ self.pair_B_OR.to(grad.dtype)) @ self.pair_A_RI.to(grad.dtype)
+        return found
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows."""
@@ -95,7 +107,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Multiply(torch.autograd.Function):
-    """x Q^T with no gradient to Q, which is dequantized again in the backward pass rather than kept until then.
+    """The product, with no gradient to Q, which is dequantized again in the backward pass rather than kept until then.
 
     F.linear would keep the dense weight of every layer alive from its forward to its backward pass: the very memory
     that quantizing saves.
@@ -104,8 +116,8 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.weight)
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ ctx.layer.weight, None
+        return ctx.layer.input_gradient(grads[0]), None

@@ -68,8 +68,4 @@ class OnGrid(DenseLayers, Generic[AnyGridSpec]):
         """Return grad times Q, and times B and A where there is a pair."""
         if not isinstance(linear, QuantizedLinear):
             return super().input_gradient(linear, grad)
-        grad = grad.to(linear.compute_dtype)
-        found = grad @ linear.weight
-        if linear.pair_A_RI is not None and linear.pair_B_OR is not None:
-            found = found + (grad @ linear.pair_B_OR) @ linear.pair_A_RI
-        return found
+        return linear.input_gradient(grad.to(linear.compute_dtype))

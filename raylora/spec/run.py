@@ -342,6 +342,11 @@ class EvaluationSpec(Frozen):
 class PlacementSpec(Frozen):
     """Where members train; ``auto`` is decided from the machine and explained by ``raylora plan``."""
 
+    strategy: Literal["auto", "replicate", "shard"] = "auto"
+    """Whether every worker has the whole base (those of one machine read the same pages), or each holds a part of it
+    and gathers the rest block by block as it computes (DeepSpeed ZeRO-3)."""
+    ranks: int | Literal["auto"] = "auto"
+    """Over how many processes a base is split, at least 2; for strategy shard."""
     workers: int | Literal["auto"] = "auto"
     """How many processes train, at least 1."""
     members_per_worker: int | Literal["auto"] = "auto"
@@ -354,6 +359,13 @@ class PlacementSpec(Frozen):
     """Ray's placement strategy: workers close together (PACK) or apart (SPREAD); STRICT takes no other answer."""
     start_timeout_s: float = Field(default=180.0, gt=0)
     """How long a run waits for the cluster to give it its workers."""
+
+    @field_validator("ranks")
+    @classmethod
+    def _several(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 2:
+            raise ValueError("must be at least 2, or 'auto'")
+        return value
 
     @field_validator("workers", "members_per_worker", "cpus_per_worker")
     @classmethod

@@ -26,6 +26,7 @@ from raylora.distill import (
     targets_class,
 )
 from raylora.engine.model.checkpoint import load_tokenizer
+from raylora.engine.model.gang import GangPlace
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.finished_members import read_members
 from raylora.engine.run.session import Session, TrainingSession
@@ -103,10 +104,13 @@ class TargetPlan:
         return TargetSession(self.spec, self.store, cpus, gpus, self.target_job)
 
 
-def make_session(spec: RunSpec, store: RunStore, cpus: int, gpus: int, target_job: TargetJob | None = None) -> Session:
-    """Return the session of a worker that trains, or of one that teaches."""
+def make_session(
+    spec: RunSpec, store: RunStore, cpus: int, gpus: int, target_job: TargetJob | None = None,
+    place: GangPlace | None = None,
+) -> Session:
+    """Return the session of a worker that trains, as one of a gang if it has a place in one, or of one that teaches."""
     if target_job is None:
-        return TrainingSession(spec, store, cpus, gpus)
+        return TrainingSession(spec, store, cpus, gpus, place)
     return TargetSession(spec, store, cpus, gpus, target_job)
 
 

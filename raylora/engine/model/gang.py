@@ -8,19 +8,15 @@ with an idle pass.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any
 
 import torch
-
-_PAUSE_S = 0.02
-"""Between two rounds in which nobody had anything to do."""
 
 
 class Round(IntEnum):
@@ -43,6 +39,16 @@ class GangPlace:
     """``host:port`` at which the ranks meet; rank 0 listens there."""
     timeout_s: float = 1800.0
     """How long ranks wait for one another, in a round or between two."""
+    store: Any = field(default=None, compare=False)
+    """Where rank 0 listens already, if it does: torch's ``TCPStore``."""
+
+    @classmethod
+    def listening(cls, host: str, size: int) -> GangPlace:
+        """Return the place of rank 0, at a free port of this machine, where it listens from now on."""
+        from torch import distributed
+
+        store = distributed.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
+        return cls(0, size, f"{host}:{store.port}", store=store)
 
 
 class Gang:
@@ -56,7 +62,9 @@ class Gang:
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's calls, at every gather
         host, _, port = place.address.rpartition(":")
         timeout = timedelta(seconds=place.timeout_s)
-        store = distributed.TCPStore(host, int(port), place.size, is_master=place.rank == 0, timeout=timeout)
+        store = place.store
+        if store is None:
+            store = distributed.TCPStore(host, int(port), place.size, is_master=place.rank == 0, timeout=timeout)
         distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", store=store, rank=place.rank, world_size=place.size,
             timeout=timeout,
@@ -80,25 +88,26 @@ class Gang:
 
         Other rounds that come before are joined.
         """
-        while self._agree(wanted) is not wanted:
-            pass
-        try:
+        with self._whole():
+            while self._agree(wanted) is not wanted:
+                pass
             yield
             self._after(wanted)
-        except BaseException:
-            self.broken = True
-            raise
-
-    def idle_until(self, ready: Callable[[], bool]) -> None:
-        """Join the others' rounds until there is something to do here."""
-        while not ready():
-            if self._agree(Round.IDLE) is Round.IDLE:
-                time.sleep(_PAUSE_S)
 
     def leave(self) -> None:
         """Join the others' rounds until nobody has anything left to do; all ranks leave together."""
-        while self._agree(Round.IDLE) is not Round.IDLE:
-            pass
+        with self._whole():
+            while self._agree(Round.IDLE) is not Round.IDLE:
+                pass
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Remember it if what is done together was left half way."""
+        try:
+            yield
+        except BaseException:
+            self.broken = True
+            raise
 
     def _agree(self, wanted: Round) -> Round:
         """Return the round of all ranks, after joining it if it is another than wanted."""

@@ -17,7 +17,7 @@ from raylora.engine.quantization.quantize_base import PreparedBase, ensure_prepa
 from raylora.engine.run.run_status import OnStatus, StatusBoard
 from raylora.engine.run.session import Session
 from raylora.engine.training.distillation_loss import task_of
-from raylora.errors import Interrupted, RayloraError, TrainingError, UsageError
+from raylora.errors import Interrupted, PlacementError, RayloraError, TrainingError, UsageError
 from raylora.placement.plan import Plan
 from raylora.progress import BlockDone, Progress
 from raylora.spec.run import RunSpec
@@ -65,10 +65,16 @@ def run_in_process(
     The plan's packs and threads are those that a cluster would use, so the members are equal to Ray's.
 
     Raises:
+        PlacementError: the plan takes several processes that work together.
         Interrupted: a signal came; everything is committed and the run can be resumed.
         TrainingError: the run failed.
     """
     store = prepared.store
+    if prepared.plan.ranks > 1:
+        raise PlacementError(
+            "placement.strategy: shard splits the base over several processes, and this run has one",
+            "run it on Ray (without --local), or use placement.strategy replicate",
+        )
     with store.held():
         prepared.begin()
         return _Driver(prepared, on_status).run()
@@ -118,7 +124,7 @@ class _Driver:
     def _prepare_base(self) -> list[control.Event]:
         plan, base = self.prepared.plan, self.prepared.base
         assert base is not None
-        torch.set_num_threads(plan.cpus_per_worker * plan.workers)
+        torch.set_num_threads(plan.cpus_per_worker * plan.workers * plan.ranks)
         spec = self.prepared.spec
         task = task_of(spec)
         try:

@@ -10,13 +10,14 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from raylora import control, registry
-from raylora.adapters.base import Noted, is_linear, site_of
+from raylora.adapters.base import Adapter, NeedsBaseWeights, Noted, Site, WholeModel, is_linear, site_of
 from raylora.control import JobState
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
-from raylora.engine.model.blocks import base_linears
+from raylora.engine.model.blocks import base_linears, find_blocks
 from raylora.engine.model.checkpoint import load_config, load_tokenizer, quantizer_of, shell_model
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.parameter_count import adapter_parameters
@@ -188,6 +189,7 @@ def prepare(
         member_bytes=_BYTES_PER_PARAMETER * members,
         activation_bytes=_activation_bytes(spec, sets),
         unpackable_reason=unpackable_reason(units[0]),
+        unsplittable_reason=_unsplittable_reason(spec, shell, adapter, sites),
     )
     inventory = inventory or local_inventory()
     plan = make_plan(demand, inventory, spec.placement)
@@ -239,6 +241,32 @@ def _begun(store: RunStore, spec: RunSpec, sets: DataSets, repair: bool) -> _Beg
 
 def _groups(units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(group) for group in packable_groups(units))
+
+
+class _Asked(Exception):
+    """An adapter wants to see a frozen weight."""
+
+
+def _unsplittable_reason(spec: RunSpec, shell: Any, adapter: Adapter, sites: Sequence[Site]) -> str:
+    """Return why no rank may be without the whole base, or nothing if each can."""
+    if isinstance(adapter, WholeModel):
+        return f"members of adapter.kind {adapter.spec.kind} are whole models themselves"
+    if getattr(shell.config, "quantization_config", None) is not None:
+        return f"{spec.base.source} is quantized already, in a format that is not split"
+
+    def asked(name: str) -> Tensor:
+        raise _Asked
+
+    try:
+        find_blocks(shell)
+        adapter.frozen_tensors(sites, 0, asked)
+        if isinstance(adapter, NeedsBaseWeights):
+            adapter.from_weights(adapter.build(sites, torch.Generator()), sites, asked)
+    except BaseError as error:
+        return error.message
+    except _Asked:
+        return f"adapter.kind {adapter.spec.kind} starts from the base's whole weights, which no rank has"
+    return ""
 
 
 def _doubts(spec: RunSpec, sets: DataSets) -> list[str]:

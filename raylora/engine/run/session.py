@@ -119,9 +119,22 @@ class TrainingSession:
     ) -> dict[str, str]:
         """Train and evaluate units in one pack, commit each, and return those that failed with the reason.
 
+        In a gang all ranks do this together, each with its own units, if any, and return together.
+
         Raises:
             Interrupted: the units' state is committed; the job can be run again and continues.
         """
+        if self.gang is None:
+            return self._do(job, unit_names, report, should_stop)
+        try:
+            return self._do(job, unit_names, report, should_stop) if unit_names else {}
+        finally:
+            if not self.gang.broken:
+                self.gang.leave()  # whoever has nothing to do, or nothing left, joins the others until all are done
+
+    def _do(
+        self, job: str, unit_names: Sequence[str], report: OnProgress, should_stop: StopSignal
+    ) -> dict[str, str]:
         plans = [self.plans[name] for name in unit_names]
         failed: dict[str, str] = {}
         with logs.about(self.spec.run_name(), list(unit_names)):

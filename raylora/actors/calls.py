@@ -1,0 +1,134 @@
+"""A worker as the coordinator sees it: one process, or a gang of them that does every job together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from raylora import control
+from raylora.errors import Interrupted, RayloraError
+from raylora.progress import Activity, Progress
+
+
+@dataclass
+class WorkerHandle:
+    """The actors of one worker, by rank. It takes jobs as one, and is lost as one."""
+
+    name: str
+    actors: Sequence[Any]
+
+    def load(self) -> list[Any]:
+        """Start loading; of a gang, every rank is told where rank 0 listens."""
+        if len(self.actors) == 1:
+            return [self.actors[0].load.remote()]
+        size = len(self.actors)
+        address = self.actors[0].listen.remote(size)
+        return [actor.load.remote(rank, size, address) for rank, actor in enumerate(self.actors)]
+
+    def run_job(self, job: str, units: Sequence[str], coordinator: Any) -> list[Any]:
+        """Start a job; the ranks of a gang train even shares of its units."""
+        return [
+            actor.run_job.remote(job, share, coordinator)
+            for actor, share in zip(self.actors, shares(units, len(self.actors)), strict=True)
+        ]
+
+    def aggregate(self, units: Sequence[str], started_at: float) -> list[Any]:
+        """Start putting the units together, on one rank."""
+        return [self.actors[0].aggregate.remote(units, started_at)]
+
+    def stop(self, signal_number: int) -> None:
+        """Ask every rank to commit and stop after its step."""
+        for actor in self.actors:
+            actor.stop.remote(signal_number)
+
+    def kill(self) -> None:
+        """End every rank at once: one that is left waits for the others, and nothing else frees it."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def shares(units: Sequence[str], ranks: int) -> list[tuple[str, ...]]:
+    """Return the units of each rank, in order and as evenly as they go."""
+    size, more = divmod(len(units), ranks)
+    starts = [rank * size + min(rank, more) for rank in range(ranks + 1)]
+    return [tuple(units[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
+
+
+@dataclass
+class Call:
+    """What a worker was asked to do, until all its ranks have answered."""
+
+    worker: WorkerHandle
+    command: control.Command
+    waiting: set[Any]
+    failed: dict[str, str] = field(default_factory=dict)
+    error: BaseException | None = None
+    """The first that was raised on purpose, after which the ranks still return together."""
+
+    def take(self, reference: Any) -> control.Event | None:
+        """Take one rank's answer; return the event once all have answered, or one is lost."""
+        self.waiting.discard(reference)
+        try:
+            self.failed |= ray.get(reference) or {}
+        except RayActorError as error:
+            return control.WorkerLost(self.worker.name, first_line(error))
+        except Interrupted as error:
+            self.error = self.error or error
+        except RayTaskError as error:
+            if not isinstance(error.cause, RayloraError) and len(self.worker.actors) > 1:
+                return control.WorkerLost(self.worker.name, _reason(error))  # the others wait in the pass that it left
+            self.error = error if not isinstance(self.error, RayTaskError) else self.error
+        return None if self.waiting else self._event()
+
+    def _event(self) -> control.Event:
+        command, error = self.command, self.error
+        if isinstance(error, RayTaskError):
+            return _failure(error, self.worker.name, command)
+        if isinstance(command, control.StartWorker):
+            return control.WorkerReady(self.worker.name)
+        if isinstance(command, control.Aggregate):
+            return control.Aggregated()
+        assert isinstance(command, control.RunJob)
+        if error is not None:
+            return control.JobInterrupted(command.job, command.attempt)
+        return control.JobFinished(command.job, command.attempt, self.failed)
+
+
+def _failure(error: RayTaskError, worker: str, command: control.Command) -> control.Event:
+    """Errors raised on purpose would be raised again; anything else may be the machine's and is retried."""
+    reason = _reason(error)
+    if isinstance(command, control.RunJob):
+        return control.JobFailed(command.job, command.attempt, reason, fatal=isinstance(error.cause, RayloraError))
+    if isinstance(command, control.Aggregate):
+        return control.AggregationFailed(reason)
+    return control.WorkerLost(worker, reason)
+
+
+def _reason(error: RayTaskError) -> str:
+    return str(error.cause) if isinstance(error.cause, RayloraError) else f"{first_line(error.cause)}\n{error}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of what it says."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+class GangProgress:
+    """Makes one report of those of a job's ranks: how far the slowest is, and what is new on any."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, dict[int, Progress]] = {}
+
+    def merged(self, job: str, rank: int, progress: Progress) -> Progress:
+        """Return the job's progress after a rank's report."""
+        ranks = self._latest.setdefault(job, {})
+        ranks[rank] = progress
+        slowest = min(
+            ranks.values(), key=lambda each: (each.activity is Activity.EVALUATING, each.done / max(1, each.total))
+        )
+        return replace(slowest, news=progress.news, losses={**slowest.losses, **progress.losses})
