@@ -83,7 +83,7 @@ def test_a_signal_stops_all_ranks_after_a_commit(make_spec: MakeSpec, tmp_path: 
     def stop() -> None:
         while not any(j.progress is not None and j.progress.done >= 3 for j in handle.status().jobs.values()):
             time.sleep(0.05)
-        handle.stop()
+        handle.interrupt()
 
     threading.Thread(target=stop).start()
     with pytest.raises(Interrupted):
