@@ -66,8 +66,9 @@ class Call:
     command: control.Command
     waiting: set[Any]
     failed: dict[str, str] = field(default_factory=dict)
-    error: BaseException | None = None
+    error: RayTaskError | None = None
     """The first that was raised on purpose, after which the ranks still return together."""
+    interrupted: bool = False
 
     def take(self, reference: Any) -> control.Event | None:
         """Take one rank's answer; return the event once all have answered, or one is lost."""
@@ -76,24 +77,24 @@ class Call:
             self.failed |= ray.get(reference) or {}
         except RayActorError as error:
             return control.WorkerLost(self.worker.name, first_line(error))
-        except Interrupted as error:
-            self.error = self.error or error
+        except Interrupted:  # before the next: Ray raises what is both
+            self.interrupted = True
         except RayTaskError as error:
             if not isinstance(error.cause, RayloraError) and len(self.worker.actors) > 1:
                 return control.WorkerLost(self.worker.name, _reason(error))  # the others wait in the pass that it left
-            self.error = error if not isinstance(self.error, RayTaskError) else self.error
+            self.error = self.error or error
         return None if self.waiting else self._event()
 
     def _event(self) -> control.Event:
         command, error = self.command, self.error
-        if isinstance(error, RayTaskError):
+        if error is not None:
             return _failure(error, self.worker.name, command)
         if isinstance(command, control.StartWorker):
             return control.WorkerReady(self.worker.name)
         if isinstance(command, control.Aggregate):
             return control.Aggregated()
         assert isinstance(command, control.RunJob)
-        if error is not None:
+        if self.interrupted:
             return control.JobInterrupted(command.job, command.attempt)
         return control.JobFinished(command.job, command.attempt, self.failed)
 
