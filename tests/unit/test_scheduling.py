@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.cluster_simulation import Cluster, Load
 from raylora import control
 from raylora.control import (
     Aggregate,
@@ -260,3 +261,25 @@ def test_an_int_set_is_a_set(numbers: set[int], other: int) -> None:
     else:
         with pytest.raises(ValueError, match="empty"):
             made.smallest()
+
+
+# --- on a simulated cluster --------------------------------------------------------------------------------
+@pytest.mark.parametrize("options", [{}, {"lifetime": 5.0, "commit": 0.1}, {"lifetime": 5.0, "slow": 0.1}])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_simulated_run_trains_every_member_and_ends_above_its_bound(split: bool, options: dict[str, Any]) -> None:
+    cluster = Cluster(Load(120, 12, pack=4, split=split, known=True, **options), seed=3)
+    done = cluster.run()
+    state = control.replay(done.log)
+    assert sorted(state.finished_units()) == sorted(state.required) and len(state.required) == 120
+    assert done.makespan >= done.bound * (1 - 1e-9)
+    assert bool(done.pieces) == split and bool(done.lost_work) == bool(options)
+
+
+def test_equal_jobs_on_equal_workers_take_what_the_bound_says() -> None:
+    done = Cluster(Load(100, 10, spread=0.0), seed=0).run()
+    assert done.makespan == pytest.approx(done.bound) == 10.0
+
+
+def test_the_longest_first_ends_earlier_than_the_order_of_the_plan() -> None:
+    known, unknown = (Cluster(Load(200, 20, known=known), seed=1).run() for known in (True, False))
+    assert known.bound == unknown.bound and known.makespan < unknown.makespan
