@@ -41,7 +41,8 @@ WHEELS = (
     "accelerate", "annotated-types", "bitsandbytes", "cloudpickle", "deepspeed", "einops", "hjson", "iniconfig",
     "joblib", "msgpack", "narwhals", "ninja",
     "peft", "pluggy", "protobuf", "psutil", "py-cpuinfo", "pydantic", "pydantic-core", "pygments",
-    "pytest", "pytest-timeout", "scikit-learn", "scipy", "tensorboardx", "threadpoolctl", "typing-inspection",
+    "pytest", "pytest-timeout", "rpds-py", "scikit-learn", "scipy", "tensorboardx", "threadpoolctl",
+    "typing-inspection",
 )
 """What is imported on the way, beyond what torch and transformers bring. Packages that are there already stay."""
 BRINGS_ITS_SOURCE = "deepspeed"

@@ -18,6 +18,8 @@ from raylora.progress import BlockDone
 
 LINE_EVERY_S = 10.0
 _REDRAW_EVERY_S = 0.5
+_MOST_JOBS = 50
+"""More than that nobody reads while they change, and drawing ten thousand takes seconds."""
 
 
 class _View(Protocol):
@@ -77,7 +79,7 @@ class _Table:
         self._live.start()
 
     def show(self, status: RunStatus) -> None:
-        self._live.update(status_table(status), refresh=True)
+        self._live.update(status_table(status, most=_MOST_JOBS), refresh=True)
 
     def tell(self, news: str) -> None:
         err.print(news, markup=False)
@@ -95,8 +97,10 @@ class _Lines:
         self._printed: list[str] = []
 
     def show(self, status: RunStatus) -> None:
-        jobs = [job_line(name, job) for name, job in status.jobs.items() if job.status is JobState.RUNNING]
-        lines = [*jobs, headline(status)]
+        jobs = [(name, job) for name, job in status.jobs.items() if job.status is JobState.RUNNING]
+        lines = [job_line(name, job) for name, job in jobs[:_MOST_JOBS]]
+        lines += [f"and {len(jobs) - _MOST_JOBS} more jobs"] if len(jobs) > _MOST_JOBS else []
+        lines.append(headline(status))
         if lines != self._printed:  # a long wait is printed once
             self._printed = lines
             err.print("\n".join(lines), markup=False)

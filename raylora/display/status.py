@@ -11,10 +11,18 @@ from raylora.engine.run.run_status import JobStatus, RunStatus
 from raylora.progress import Activity, BlockDone
 
 
-def status_table(status: RunStatus, lost: Mapping[str, str] | None = None) -> Table:
-    """Return where every member of a run, or every shard of targets, is; ``lost`` are those that were and are not."""
+def status_table(status: RunStatus, lost: Mapping[str, str] | None = None, most: int | None = None) -> Table:
+    """Return where every member of a run, or every shard of targets, is; ``lost`` are those that were and are not.
+
+    Args:
+        most: of more jobs than that, only those at work are shown, and no more of them.
+    """
     table = Table("member", "state", "done", "loss", "tokens/s", title=headline(status))
-    for job in status.jobs.values():
+    jobs = list(status.jobs.values())
+    if most is not None and len(jobs) > most:
+        jobs = [job for job in jobs if job.status is JobState.RUNNING][:most]
+        table.caption = f"{len(jobs)} of {len(status.jobs)} jobs"
+    for job in jobs:
         progress = job.progress
         trains = progress is not None and progress.activity is Activity.TRAINING
         for unit in job.units:
@@ -64,7 +72,7 @@ def activity(status: RunStatus) -> str:
         return block_line(done) if done else "preparing the base: reading calibration text"
     starting = [worker for worker, state in status.workers.items() if state is WorkerState.STARTING]
     if starting and not status.phase.terminal:
-        return "loading the base in " + ", ".join(starting)
+        return "loading the base in " + (", ".join(starting) if len(starting) <= 8 else f"{len(starting)} workers")
     at_work = [job.progress.activity for job in status.jobs.values() if job.status is JobState.RUNNING and job.progress]
     return at_work[0].value if status.phase is Phase.TRAINING and at_work else status.phase.value
 

@@ -5,6 +5,7 @@ Memory is estimated in bytes and no torch is imported: a plan can be made on a l
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -189,8 +190,8 @@ def _split(group: Sequence[str], per_pack: int) -> list[list[str]]:
     """Split evenly: 5 in packs of at most 3 are 3 + 2, of at most 4 are 3 + 2 too."""
     packs = math.ceil(len(group) / per_pack)
     sizes = [len(group) // packs + (index < len(group) % packs) for index in range(packs)]
-    starts = [sum(sizes[:index]) for index in range(packs)]
-    return [list(group[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+    ends = list(itertools.accumulate(sizes))
+    return [list(group[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
 
 
 def _worker_bytes(demand: Demand, members: int, gpus_each: int) -> int:

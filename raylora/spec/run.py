@@ -359,6 +359,10 @@ class PlacementSpec(Frozen):
     """Ray's placement strategy: workers close together (PACK) or apart (SPREAD); STRICT takes no other answer."""
     start_timeout_s: float = Field(default=180.0, gt=0)
     """How long a run waits for the cluster to give it its workers."""
+    split_last: bool = False
+    """Cut the last packs that wait into smaller ones once there are fewer than workers, so that each gets a share. Who
+    shares a pack decides a member's last bits: members of packs that were cut equal those of whole ones to tolerance
+    only, and which packs are cut depends on when workers are free."""
 
     @field_validator("ranks")
     @classmethod

@@ -137,6 +137,28 @@ def test_a_notebook_shows_a_bar_and_the_news(monkeypatch: pytest.MonkeyPatch, ca
     assert "25%" in said and "demo training, 0 of 2 done, about 65 s left in all" in said
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_of_thousands_of_jobs_those_at_work_are_shown_and_no_more_than_one_can_read(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    def job(m: int) -> JobStatus:
+        return JobStatus([f"member-{m:04d}"], JobState.RUNNING if 100 <= m < 300 else JobState.PENDING, 1, 0)
+
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=120, height=100, soft_wrap=True, highlight=False)
+    workers = {f"worker-{w}": WorkerState.STARTING for w in range(300)}
+    many = status(jobs={f"job-{m}": job(m) for m in range(2000)}, workers=workers)
+    show(monkeypatch, console, many)
+    said = text.getvalue()
+    assert "loading the base in 300 workers" in said
+    if terminal:
+        assert "member-0149" in said and "member-0150" not in said and "member-0001" not in said
+        assert "50 of 2000 jobs" in said
+    else:
+        assert "job-149 begins" in said and "job-150" not in said and "and 150 more jobs" in said
+    assert len(status_table(many).rows) == 2000
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0.2, "1 s"), (65, "65 s"), (130, "2 min"), (7000, "117 min"), (9000, "2.5 h")]
 )

@@ -41,6 +41,20 @@ def test_a_status_survives_its_record() -> None:
     assert status.jobs["job-00"].progress == training(4) and status.jobs["job-01"].progress is None
 
 
+def test_statuses_that_were_given_out_stay_and_new_ones_have_what_was_reported_since() -> None:
+    board, state = StatusBoard("films"), begun()
+    first = board.status(state)
+    board.report("job-00", training(4))
+    second = board.status(state)
+    assert first.jobs["job-00"].progress is None and second.jobs["job-00"].progress == training(4)
+    third = board.status(control.transition(state, control.JobFinished("job-00", 1))[0])
+    assert third.jobs["job-00"].status is control.JobState.FINISHED
+    assert second.jobs["job-00"].status is control.JobState.RUNNING
+    fresh = StatusBoard("films")
+    fresh.report("job-00", training(4))
+    assert fresh.status(state).jobs == second.jobs
+
+
 def test_the_time_left_counts_the_jobs_that_have_not_begun() -> None:
     board, state = StatusBoard("films"), begun()
     assert board.status(state).eta_s is None

@@ -90,7 +90,8 @@ def check_final_states(store: RunStore, spec: RunSpec, finished: Sequence[str]) 
     Raises:
         RunDirectoryError: naming the members.
     """
-    gone = [plan.name for plan in member_plans_of(spec) if plan.name in finished
+    those = set(finished)
+    gone = [plan.name for plan in member_plans_of(spec) if plan.name in those
             and not store.checkpoint_steps(plan.name)]
     if gone:
         raise RunDirectoryError(

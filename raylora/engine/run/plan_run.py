@@ -76,12 +76,13 @@ class Prepared:
     growth: Growth | None = None
     """What this spec changes in a run that was begun with another."""
     kept: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Jobs that were finished, with their units; a unit stays in the pack that it was trained in."""
+    """Jobs that were finished, and pieces of split ones that were begun, with their units; a unit stays in its pack."""
 
     @property
     def jobs(self) -> dict[str, list[str]]:
         """Every job of the run with its units: those that are finished, and those that are planned."""
-        first = max((int(name.rpartition("-")[2]) + 1 for name in self.kept), default=0)
+        numbers = (name.rpartition("-")[2].partition(".")[0] for name in self.kept)  # a piece of job-07 is job-07.0
+        first = max((int(number) + 1 for number in numbers), default=0)
         return {**{name: list(units) for name, units in self.kept.items()}, **self.plan.jobs(first)}
 
     @property
@@ -97,9 +98,9 @@ class Prepared:
 
     def start_event(self, workers: list[str]) -> control.RunStarted:
         """Return the event that begins the run, or takes it up again."""
-        ensemble = self.spec.ensemble
+        ensemble, jobs = self.spec.ensemble, self.jobs
         return control.RunStarted(
-            jobs=self.jobs,
+            jobs=jobs,
             workers=workers,
             required=[unit.name for unit in self.units if unit.role is PlanRole.MEMBER],
             min_members=ensemble.min_members or ensemble.members,
@@ -107,7 +108,16 @@ class Prepared:
             prepare_base=self.base is not None and not self.base.is_ready,
             reopened=self._reopened(),
             changes=list(self.growth.changes) if self.growth is not None else [],
+            costs={name: float(len(units) * self.total_steps) for name, units in jobs.items()},
+            may_split=self._may_split(jobs),
         )
+
+    def _may_split(self, jobs: Mapping[str, Sequence[str]]) -> list[str]:
+        """Return the jobs of several units none of which has begun, if the run lets them be split."""
+        if not self.spec.placement.split_last:
+            return []
+        begun = {*self.store.storage.list("checkpoints"), *(unit for units in self.kept.values() for unit in units)}
+        return [name for name, units in jobs.items() if len(units) > 1 and begun.isdisjoint(units)]
 
     def _reopened(self) -> list[str]:
         """Return the units of finished jobs that are to be done again."""
@@ -124,7 +134,8 @@ class Prepared:
         # Deleted before anything is written: whoever is stopped in between finds what is missing, and it is made again.
         clear(self.store, self.damages)
         if self.growth is not None:
-            clear_outgrown(self.store, [unit for unit in self.units if unit.name in self._reopened()], self.growth)
+            reopened = set(self._reopened())
+            clear_outgrown(self.store, [unit for unit in self.units if unit.name in reopened], self.growth)
         if not self.is_resume or (self.growth is not None and self.growth.other_sets):
             self.store.write_json("data.json", data_record(self.sets))
         if not self.is_resume and self.base is not None:
@@ -182,7 +193,8 @@ def prepare(
         check_start(spec, base_linears(shell), [site.name for site in sites])
         notes = (*notes, *base.notes(spec))
     units = member_plans_of(spec)
-    new = [unit for unit in units if not any(unit.name in names for names in found.kept.values())]
+    kept = {name for names in found.kept.values() for name in names}
+    new = [unit for unit in units if unit.name not in kept]
     demand = Demand(
         groups=_groups(units if found.reopens or not new else new),
         base_bytes=_base_bytes(shell, spec, heads),
@@ -235,8 +247,11 @@ def _begun(store: RunStore, spec: RunSpec, sets: DataSets, repair: bool) -> _Beg
     state = read_state(store)
     if growth is not None and growth.trains_on:
         check_final_states(store, spec, state.finished_units())
-    jobs = state.jobs.items()
-    return _Begun(True, growth, damages, {name: job.units for name, job in jobs if job.status is JobState.FINISHED})
+    kept = {
+        name: job.units for name, job in state.jobs.items()
+        if job.status is JobState.FINISHED or (job.attempt and control.is_piece(name))  # a piece fits wherever packs do
+    }
+    return _Begun(True, growth, damages, kept)
 
 
 def _groups(units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:

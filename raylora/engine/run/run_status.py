@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raylora import control
@@ -35,6 +36,10 @@ class JobStatus:
         if progress is None:
             return 0.0
         return 1.0 if progress.activity is Activity.EVALUATING else progress.done / max(1, progress.total)
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {**vars(self), "progress": vars(self.progress) if self.progress is not None else None}
 
     @property
     def left_s(self) -> float | None:
@@ -76,7 +81,10 @@ class RunStatus:
 
     def record(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        return asdict(self)
+        # Not asdict, which copies every string's container of every job: it is written while workers wait.
+        preparation = vars(self.preparation) if self.preparation is not None else None
+        jobs = {name: job.record() for name, job in self.jobs.items()}
+        return {**vars(self), "preparation": preparation, "jobs": jobs}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> RunStatus:
@@ -104,25 +112,36 @@ class StatusBoard:
         self._main: dict[str, Progress] = {}
         self._news: deque[str] = deque(maxlen=_NEWS)
         self._news_count = 0
+        self._state: control.State | None = None
+        self._jobs: dict[str, JobStatus] = {}
+        """As they were in that state, with the reports since."""
+        self._lock = threading.Lock()  # a coordinator takes reports in one thread and answers in another
 
     def report(self, job: str, progress: Progress) -> None:
         """Take a worker's report; the latest per job is kept, and of its main part, by which others are estimated."""
-        self._progress[job] = progress
-        if progress.activity is not Activity.EVALUATING and progress.new:
-            self._main[job] = progress
-        self._news.extend(progress.news)
-        self._news_count += len(progress.news)
+        with self._lock:
+            self._progress[job] = progress
+            if progress.activity is not Activity.EVALUATING and progress.new:
+                self._main[job] = progress
+            self._news.extend(progress.news)
+            self._news_count += len(progress.news)
+            if job in self._jobs:
+                self._jobs[job] = replace(self._jobs[job], progress=progress)
 
     def status(self, state: control.State) -> RunStatus:
         """Return where the run is."""
-        jobs = {
-            name: JobStatus(list(job.units), job.status, job.attempt, job.failures, self._progress.get(name))
-            for name, job in state.jobs.items()
-        }
+        with self._lock:
+            if state is not self._state:  # between two events only reports change anything
+                self._state = state
+                self._jobs = {
+                    name: JobStatus(list(job.units), job.status, job.attempt, job.failures, self._progress.get(name))
+                    for name, job in state.jobs.items()
+                }
+            jobs, main = dict(self._jobs), list(self._main.values())
+            news, news_count = list(self._news), self._news_count
         return RunStatus(
-            self.run, state.phase, state.reason, self.started_at, time.time(), dict(state.workers),
-            self.preparation, jobs, dict(state.failed_units), _eta_s(jobs, list(self._main.values()), state.workers),
-            list(self._news), self._news_count,
+            self.run, state.phase, state.reason, self.started_at, time.time(), dict(state.workers.items()),
+            self.preparation, jobs, dict(state.failed_units), _eta_s(jobs, main, state.workers), news, news_count,
         )
 
 

@@ -1,212 +1,38 @@
-"""A run as a state machine: ``transition(state, event) -> (state, commands)`` decides, others carry out.
+"""The state machine as it was first written: whole dicts are copied and scanned for every event.
 
-Pure: no clock, no files, no Ray, no torch. The event log is durable, and replaying it is recovery.
-An event names the job and the attempt it speaks of, so a stale report changes nothing.
+Slow and plain: what :mod:`raylora.control` is held against. It gives jobs out in their order and splits none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from enum import Enum
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-
-class Phase(str, Enum):
-    """Where a run stands; the last four are terminal."""
-
-    PENDING = "pending"
-    PREPARING = "preparing"
-    TRAINING = "training"
-    AGGREGATING = "aggregating"
-    SUCCEEDED = "succeeded"
-    DEGRADED = "degraded"
-    FAILED = "failed"
-    INTERRUPTED = "interrupted"
-
-    @property
-    def terminal(self) -> bool:
-        """Whether nothing more will happen without a resume."""
-        return self in (Phase.SUCCEEDED, Phase.DEGRADED, Phase.FAILED, Phase.INTERRUPTED)
-
-
-class JobState(str, Enum):
-    """Where a job stands."""
-
-    PENDING = "pending"
-    RUNNING = "running"
-    FINISHED = "finished"
-    FAILED = "failed"
-
-    @property
-    def open(self) -> bool:
-        """Whether the job still has to end."""
-        return self in (JobState.PENDING, JobState.RUNNING)
-
-
-class WorkerState(str, Enum):
-    """Where a worker stands; one that waits is started when the base is prepared."""
-
-    WAITING = "waiting"
-    STARTING = "starting"
-    IDLE = "idle"
-    BUSY = "busy"
-    LOST = "lost"
-
-
-# --- events: what happened ------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class RunStarted:
-    """A driver began the run, or took it up again after it was interrupted or lost."""
-
-    jobs: dict[str, list[str]]
-    """Job -> its units (members and baselines), trained together in one pack."""
-    workers: list[str]
-    required: list[str]
-    """Units that the ensemble is made of; the others are baselines."""
-    min_members: int
-    max_failures: int
-    prepare_base: bool = False
-    """The base is quantized on calibration text first, before any worker starts."""
-    reopened: list[str] = field(default_factory=list)
-    """Units that were finished and are to be done again: they are damaged, or the run has grown."""
-    changes: list[str] = field(default_factory=list)
-    """``key: old -> new`` of a run that grows, for whoever reads the log."""
-
-
-@dataclass(frozen=True)
-class BasePrepared:
-    """The base is quantized and committed."""
-
-
-@dataclass(frozen=True)
-class BaseFailed:
-    """The base could not be prepared."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class PreparationInterrupted:
-    """Preparing the base stopped because it was asked to; the blocks so far are committed."""
-
-
-@dataclass(frozen=True)
-class WorkerReady:
-    """A worker has loaded the base and waits for a job."""
-
-    worker: str
-
-
-@dataclass(frozen=True)
-class WorkerLost:
-    """A worker died or could not start."""
-
-    worker: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class JobFinished:
-    """A job's units are trained, evaluated and committed; those in ``failed`` are not."""
-
-    job: str
-    attempt: int
-    failed: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class JobFailed:
-    """A job stopped with an error; ``fatal`` ones would fail again the same way."""
-
-    job: str
-    attempt: int
-    reason: str
-    fatal: bool = False
-
-
-@dataclass(frozen=True)
-class InterruptRequested:
-    """A signal asked the run to stop after the current step."""
-
-    signal_number: int
-
-
-@dataclass(frozen=True)
-class JobInterrupted:
-    """A job committed its state and stopped because it was asked to."""
-
-    job: str
-    attempt: int
-
-
-@dataclass(frozen=True)
-class Aggregated:
-    """Metrics and report are written."""
-
-
-@dataclass(frozen=True)
-class AggregationFailed:
-    """Metrics or report could not be written."""
-
-    reason: str
-
-
-Event = (
-    RunStarted | BasePrepared | BaseFailed | PreparationInterrupted | WorkerReady | WorkerLost
-    | JobFinished | JobFailed | InterruptRequested | JobInterrupted | Aggregated | AggregationFailed
+from raylora.control import (
+    Aggregate,
+    Aggregated,
+    BaseFailed,
+    BasePrepared,
+    Command,
+    Event,
+    Finish,
+    InterruptRequested,
+    JobFailed,
+    JobFinished,
+    JobInterrupted,
+    JobState,
+    Phase,
+    PreparationInterrupted,
+    PrepareBase,
+    RunJob,
+    RunStarted,
+    StartWorker,
+    StopJobs,
+    WorkerLost,
+    WorkerReady,
+    WorkerState,
 )
-_EVENTS: dict[str, Any] = {c.__name__: c for c in Event.__args__}
 
 
-# --- commands: what to do -------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class PrepareBase:
-    """Quantize the base on its calibration text; answered by BasePrepared, BaseFailed or PreparationInterrupted."""
-
-
-@dataclass(frozen=True)
-class StartWorker:
-    """Start a worker; it answers WorkerReady or WorkerLost."""
-
-    worker: str
-
-
-@dataclass(frozen=True)
-class RunJob:
-    """Train, evaluate and commit a job's units on a worker."""
-
-    job: str
-    attempt: int
-    worker: str
-    units: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class StopJobs:
-    """Ask every running job to commit and stop after its step, and a preparation after its block."""
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """Compute metrics and report from the finished units, on a worker."""
-
-    worker: str
-    units: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Finish:
-    """Stop the workers and end with this phase."""
-
-    phase: Phase
-    reason: str = ""
-
-
-Command = PrepareBase | StartWorker | RunJob | StopJobs | Aggregate | Finish
-
-
-# --- state ----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Job:
     """A pack of units and how far it is."""
@@ -266,26 +92,6 @@ def transition(state: State, event: Event) -> tuple[State, list[Command]]:
         reason = f"{len(short)} of {len(state.required)} members failed: {', '.join(short)}" if short else ""
         return _finish(state, phase, reason)
     return _finish(state, Phase.FAILED, f"aggregation failed: {event.reason}")
-
-
-def replay(events: Iterable[Event]) -> State:
-    """Return the state after a log of events; the commands were carried out when it was written."""
-    state = State()
-    for event in events:
-        state, _ = transition(state, event)
-    return state
-
-
-def to_record(event: Event) -> dict[str, Any]:
-    """Return an event as a JSON-able record."""
-    return {"event": type(event).__name__, **asdict(event)}
-
-
-def from_record(record: Mapping[str, Any]) -> Event:
-    """Return the event of a record; unknown keys such as the time of writing are ignored."""
-    event_class = _EVENTS[record["event"]]
-    names = event_class.__dataclass_fields__
-    return event_class(**{key: value for key, value in record.items() if key in names})
 
 
 def _start(state: State, event: RunStarted) -> tuple[State, list[Command]]:
