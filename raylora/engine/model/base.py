@@ -16,6 +16,7 @@ from raylora.engine.model.checkpoint import export_name, is_decoder, load_model,
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.quantized_layers import all_layers, install
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
+from raylora.engine.model.trunk import Trunk, find_trunk
 from raylora.errors import BaseError
 from raylora.quant.base import Quantizer
 from raylora.quant.linear import QuantizedLinear
@@ -48,6 +49,8 @@ class Base:
     """What an exported adapter calls this base: a hub id or a relative name, never an absolute path."""
     start_pairs: dict[str, tuple[Tensor, Tensor]]
     """By site: (A_RI, B_OR) that a member's own LoRA starts from, where the compensation is trainable."""
+    trunk: Trunk | None
+    """The blocks below the first adapted one, which are the same for all members; None where there are none."""
 
     def weight_of(self, name: str) -> Tensor:
         """Return a site's frozen weight, O x I, in float32, dequantized if need be."""
@@ -90,6 +93,7 @@ def load_base(
     held = [*model.parameters(), *(b for m in model.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())]
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
     slot = attach(model, sites, list(heads))
+    decoder = is_decoder(model.config)
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -101,11 +105,12 @@ def load_base(
         device=device,
         dtype=dtype,
         size_bytes=size_bytes,
-        is_decoder=is_decoder(model.config),
+        is_decoder=decoder,
         initializer_range=float(getattr(model.config, "initializer_range", 0.02)),
         target_modules=targets,
         export_name=export_name(spec),
         start_pairs=start_pairs,
+        trunk=find_trunk(model, sites, {"use_cache": False} if decoder else {}),
     )
 
 

@@ -13,20 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raylora.adapters.base import is_linear
+from raylora.engine.model.blocks import Block, Enough, find_blocks
 from raylora.errors import BaseError
 
 _HIDDEN = "hidden_states"
-
-
-@dataclass(frozen=True)
-class Block:
-    """One transformer block and its linear layers."""
-
-    name: str
-    module: nn.Module
-    linears: tuple[str, ...]
-    """Full names, in the model's order."""
 
 
 @dataclass
@@ -43,34 +33,6 @@ class Stream:
     masks_BT: list[Tensor]
     """Per batch, true where a token is real."""
     tokens: int = 0
-
-
-class _Enough(Exception):
-    """Raised inside a forward pass when all that was wanted from it has been seen."""
-
-
-def find_blocks(model: nn.Module) -> list[Block]:
-    """Return the model's transformer blocks: the longest list of like modules that hold linear layers.
-
-    Raises:
-        BaseError: there is none, as in a model that is not a chain of blocks.
-    """
-    lists = [
-        (name, module) for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(_linears(child) for child in module)
-        and len({type(child) for child in module}) == 1
-    ]
-    if not lists:
-        raise BaseError(
-            f"base.source: {type(model).__name__} is not a chain of blocks, which calibration needs",
-            "use quantization nf4, int8 or none for it",
-        )
-    # The outermost: the experts of one block may be more than the blocks are.
-    name, blocks = min(lists, key=lambda found: (found[0].count("."), -len(found[1])))
-    return [
-        Block(f"{name}.{index}", module, tuple(f"{name}.{index}.{inner}" for inner in _linears(module)))
-        for index, module in enumerate(blocks)
-    ]
 
 
 def base_linears(model: nn.Module) -> list[str]:
@@ -184,14 +146,14 @@ def _watching(
             if not first:
                 first.append(hidden)
             if stop or block is blocks[-1]:
-                raise _Enough
+                raise Enough
 
         return note
 
     handles = [block.module.register_forward_pre_hook(watch(block), with_kwargs=True) for block in blocks]
     try:
         yield
-    except _Enough:
+    except Enough:
         pass
     finally:
         for handle in handles:
@@ -225,10 +187,6 @@ def _same(one: Any, two: Any) -> bool:
     if isinstance(one, dict):
         return isinstance(two, dict) and one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
     return bool(one is two or one == two)
-
-
-def _linears(module: nn.Module) -> list[str]:
-    return [name for name, child in module.named_modules() if name and is_linear(child)]
 
 
 def _caches(model: Any) -> bool:

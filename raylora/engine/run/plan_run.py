@@ -26,6 +26,7 @@ from raylora.engine.quantization.quantize_base import PreparedBase, open_base
 from raylora.engine.run.growth import Growth, check_data, check_final_states, clear_outgrown, growth_of
 from raylora.engine.run.roster import Damage, clear, damages_of, read_state
 from raylora.engine.run.session import TrainingSession
+from raylora.engine.run.shared_trunk import check_trunk
 from raylora.engine.run.tracking import check_trackers
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
@@ -164,7 +165,7 @@ def prepare(
     members = adapter_parameters(adapter, sites, shell, heads) + sum(
         p.numel() for name in heads for p in shell.get_submodule(name).parameters()
     )
-    notes = tuple(adapter.notes(sites)) if isinstance(adapter, Noted) else ()
+    notes = (*(adapter.notes(sites) if isinstance(adapter, Noted) else ()), *check_trunk(spec, shell, sites))
     tokenizer = load_tokenizer(spec.base, task)
     sets = sets_of(spec, task, tokenizer, store)
     found, obstacle = _Begun(), ""

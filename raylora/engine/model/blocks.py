@@ -1,0 +1,52 @@
+"""A model's transformer blocks: the chain that calibration walks, and that adapters stand in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from raylora.adapters.base import is_linear
+from raylora.errors import BaseError
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block and its linear layers."""
+
+    name: str
+    module: nn.Module
+    linears: tuple[str, ...]
+    """Full names, in the model's order."""
+
+
+class Enough(Exception):
+    """Raised inside a forward pass when all that was wanted from it has been seen."""
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """Return the model's transformer blocks: the longest list of like modules that hold linear layers.
+
+    Raises:
+        BaseError: there is none, as in a model that is not a chain of blocks.
+    """
+    lists = [
+        (name, module) for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(_linears(child) for child in module)
+        and len({type(child) for child in module}) == 1
+    ]
+    if not lists:
+        raise BaseError(
+            f"base.source: {type(model).__name__} is not a chain of blocks, which calibration needs",
+            "use quantization nf4, int8 or none for it",
+        )
+    # The outermost: the experts of one block may be more than the blocks are.
+    name, blocks = min(lists, key=lambda found: (found[0].count("."), -len(found[1])))
+    return [
+        Block(f"{name}.{index}", module, tuple(f"{name}.{index}.{inner}" for inner in _linears(module)))
+        for index, module in enumerate(blocks)
+    ]
+
+
+def _linears(module: nn.Module) -> list[str]:
+    return [name for name, child in module.named_modules() if name and is_linear(child)]
