@@ -156,6 +156,24 @@ def test_bfloat16_is_equal_to_tolerance(make_parts: Make, rows_run: list[int]) -
         assert (flat - other).norm() <= 0.02 * other.norm()
 
 
+def test_a_loss_that_takes_the_tasks_place_gets_the_same_logits(make_parts: Make, rows_run: list[int]) -> None:
+    parts = make_parts(**EVERYTHING)
+    pack = stack([parts.member(unit, trained=0.1) for unit in parts.units])
+    batch = parts.pack(*[parts.batch(0, 8)] * 3)
+
+    def squares(logits: torch.Tensor, joined: Any) -> torch.Tensor:
+        return logits.square().sum(-1) + joined.labels_N
+
+    rows_run.clear()
+    found = parts.model.gradients(pack, batch, [1, 2, 3], loss=squares)
+    assert rows_run == [8]
+    parts.base.trunk = None
+    plain = parts.model.gradients(pack, batch, [1, 2, 3], loss=squares)
+    assert found.losses_K == plain.losses_K
+    for one, two in zip(found.gradients, plain.gradients, strict=True):
+        assert_bit_equal(one, two)
+
+
 @pytest.mark.parametrize("dropout", [None, [5, 6, 7]])
 def test_an_evaluation_runs_the_trunk_once_for_all_members(
     dropout: Any, make_parts: Make, rows_run: list[int]
