@@ -1,6 +1,6 @@
 """``python -m benchmarks``: every benchmark, one after another."""
 
-from benchmarks import distillation, low_bit, packing, parameter_efficiency, preparation, token_distillation
+from benchmarks import distillation, low_bit, packing, parameter_efficiency, preparation, token_distillation, trunk
 
-for benchmark in (packing, parameter_efficiency, preparation, low_bit, distillation, token_distillation):
+for benchmark in (packing, trunk, parameter_efficiency, preparation, low_bit, distillation, token_distillation):
     benchmark.main()
