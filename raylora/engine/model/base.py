@@ -34,6 +34,8 @@ class Base:
     quantizer: Quantizer
     slot: Slot
     sites: list[Site]
+    trunk: Trunk | None
+    """The blocks below the first adapted one, which are the same for all members; None where there are none."""
     heads: dict[str, nn.Linear]
     """The task head's linears by name; members own copies, these stay as loaded."""
     fresh_heads: frozenset[str]
@@ -49,8 +51,6 @@ class Base:
     """What an exported adapter calls this base: a hub id or a relative name, never an absolute path."""
     start_pairs: dict[str, tuple[Tensor, Tensor]]
     """By site: (A_RI, B_OR) that a member's own LoRA starts from, where the compensation is trainable."""
-    trunk: Trunk | None
-    """The blocks below the first adapted one, which are the same for all members; None where there are none."""
 
     def weight_of(self, name: str) -> Tensor:
         """Return a site's frozen weight, O x I, in float32, dequantized if need be."""
@@ -93,24 +93,23 @@ def load_base(
     held = [*model.parameters(), *(b for m in model.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())]
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
     slot = attach(model, sites, list(heads))
-    decoder = is_decoder(model.config)
     return Base(
         model=model,
         tokenizer=tokenizer,
         quantizer=quantizer_of(spec),
         slot=slot,
         sites=sites,
+        trunk=find_trunk(model, sites, {"use_cache": False} if is_decoder(model.config) else {}),
         heads=head_modules,
         fresh_heads=frozenset(name for name, fresh in heads.items() if fresh),
         device=device,
         dtype=dtype,
         size_bytes=size_bytes,
-        is_decoder=decoder,
+        is_decoder=is_decoder(model.config),
         initializer_range=float(getattr(model.config, "initializer_range", 0.02)),
         target_modules=targets,
         export_name=export_name(spec),
         start_pairs=start_pairs,
-        trunk=find_trunk(model, sites, {"use_cache": False} if decoder else {}),
     )
 
 

@@ -157,8 +157,7 @@ class PackedModel:
 
     @torch.no_grad()
     def _reference(
-        self, step: StepTensors, heads: Mapping[str, Tensor], batch: Batch,
-        hidden_BTD: Tensor | None,
+        self, step: StepTensors, heads: Mapping[str, Tensor], batch: Batch, hidden_BTD: Tensor | None
     ) -> Tensor:
         """Return the logits with every adapter off; a pair that belongs to the base stays on."""
         off = make_pack(self.adapter, self.base.sites, {**step.leaves, **heads}, adapters_on=False)
@@ -170,7 +169,7 @@ def _inputs(base: Base, task: Task, batch: Batch) -> dict[str, Any]:
     return {**batch.model_inputs(), **task.forward_kwargs(batch), **({"use_cache": False} if base.is_decoder else {})}
 
 
-def _forward(base: Base, task: Task, pack: Pack, batch: Batch, hidden_BTD: Tensor | None) -> Tensor:
+def _forward(base: Base, task: Task, pack: Pack, batch: Batch, hidden_BTD: Tensor | None = None) -> Tensor:
     """Return the logits; ``hidden_BTD`` is what the trunk made of the batch, if that is known."""
     inputs = _inputs(base, task, batch)
     if pack.weights:
