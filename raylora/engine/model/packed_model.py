@@ -96,8 +96,8 @@ class PackedModel:
         """
         step = tensors if isinstance(tensors, StepTensors) else self.step_tensors(tensors)
         members, tokens = len(batch.lengths_K), int(batch.attention_mask_BT.sum())
-        hidden_BTD = self._shared(batch, forwards=1 if kl is None else 2)
-        batch = batch.to(self.base.device)
+        collated, batch = batch, batch.to(self.base.device)
+        hidden_BTD = self._shared(collated, batch, forwards=1 if kl is None else 2)
         dropout = self._dropout(batch, dropout_seeds_K)
         logits = _forward(self.base, self.task, replace(step.pack, dropout=dropout), batch, hidden_BTD)
         losses_N = loss(logits, batch) if loss is not None else self.task.loss(self.task.scores(logits, batch), batch)
@@ -126,12 +126,14 @@ class PackedModel:
         logits = _forward(self.base, self.task, pack, repeated, hidden_BTD)
         return logits, self.task.scores(logits, repeated), repeated
 
-    def _shared(self, batch: Batch, forwards: int) -> Tensor | None:
+    def _shared(self, batch: Batch, on_device: Batch, forwards: int) -> Tensor | None:
         """Return what enters the first adapted block, each distinct row computed once; None if it saves nothing.
 
         What decides is the batch and nothing else, so that a member is the same whenever it takes this step.
 
         Args:
+            batch: the rows as they were collated, which is where they are compared.
+            on_device: the same rows where the base is.
             forwards: how many forwards of this batch will read it.
         """
         trunk, cache = self.base.trunk, self.trunk_cache
@@ -141,7 +143,7 @@ class PackedModel:
         saves = rows.save_work(batch.input_ids_BT.shape[1])
         if cache is None and not saves and forwards == 1:
             return None
-        inputs = _inputs(self.base, self.task, batch.to(self.base.device))
+        inputs = _inputs(self.base, self.task, on_device)
         if cache is None and not saves:
             return trunk.run(inputs)
         first_U, of_B = rows.first_U.to(self.base.device), rows.of_B.to(self.base.device)
