@@ -8,9 +8,10 @@ from benchmarks import (
     preparation,
     scheduler_scale,
     token_distillation,
+    trunk,
 )
 
 for benchmark in (
-    packing, scheduler_scale, parameter_efficiency, preparation, low_bit, distillation, token_distillation
+    packing, trunk, scheduler_scale, parameter_efficiency, preparation, low_bit, distillation, token_distillation
 ):
     benchmark.main()

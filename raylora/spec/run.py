@@ -31,7 +31,7 @@ NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?\Z")
 
 _RUN_FOLDERS = (
     "members", "baselines", "predictions", "checkpoints", "snapshots", "timing", "targets", "export", "plots",
-    "distillation", "tensorboard", "wandb", "profile",
+    "distillation", "tensorboard", "wandb", "profile", "trunk",
 )
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -294,6 +294,11 @@ class OptimizationSpec(Frozen):
     """Each member's own gradient norm is clipped to this."""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed ZeRO stage over the adapter parameters."""
+    cache_trunk: bool = False
+    """Keep on disk what the blocks below the first adapted one make of the training rows, in bfloat16, and read it
+    instead of computing it in every epoch; needs ``adapter.layers: {last: k}``."""
+    cache_trunk_gb: float = Field(default=10.0, gt=0)
+    """How many gigabytes ``cache_trunk`` may take on each disk that it is on; rows beyond are computed every time."""
 
     @model_validator(mode="after")
     def _one_length(self) -> OptimizationSpec:
@@ -541,7 +546,10 @@ class RunSpec(Frozen):
         left_out = {"name", "storage_path", "placement", "checkpointing", "tracking", "profile", "distill"}
         if self.distill_from is None:  # runs from before there were students keep their digest
             left_out.add("distill_from")
-        return self.model_dump(mode="json", exclude=left_out)
+        found = self.model_dump(mode="json", exclude=left_out)
+        if not self.optimization.cache_trunk:  # nor do runs from before there was a cache have another
+            del found["optimization"]["cache_trunk"], found["optimization"]["cache_trunk_gb"]
+        return found
 
     def digest(self) -> str:
         """Return the SHA-256 of the spec's identity."""

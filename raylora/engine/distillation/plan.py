@@ -137,11 +137,13 @@ def student_spec(
     student, placement = settings.student, teacher.placement
     if isinstance(placement.workers, int):  # as many as the teacher's members would find nothing to do
         placement = placement.model_copy(update={"workers": min(placement.workers, student.members)})
+    # The student's own adapter decides whether it has blocks that could be cached: it asks for that itself.
+    inherited = teacher.optimization.model_copy(update={"cache_trunk": False})
     fields = {
         "name": name, "storage_path": run_uri, "base": student.base, "adapter": student.adapter,
         "task": student.task or teacher.task, "data": teacher.data, "evaluation": teacher.evaluation,
         "ensemble": EnsembleSpec(members=student.members, seed=student.seed),
-        "optimization": student.optimization or teacher.optimization, "baselines": BaselinesSpec(),
+        "optimization": student.optimization or inherited, "baselines": BaselinesSpec(),
         "placement": placement, "checkpointing": teacher.checkpointing, "tracking": teacher.tracking,
         "distill_from": distill_from,
     }

@@ -35,6 +35,7 @@ from raylora.engine.model.mapped_base import Source, shared_model
 from raylora.engine.model.quantized_layers import all_layers, content_hash, loading_coder, prepared_coder
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
 from raylora.engine.model.split_base import split
+from raylora.engine.model.trunk import Trunk, find_trunk
 from raylora.errors import BaseError
 from raylora.quant.base import Quantizer
 from raylora.quant.linear import QuantizedLinear
@@ -52,6 +53,8 @@ class Base:
     quantizer: Quantizer
     slot: Slot
     sites: list[Site]
+    trunk: Trunk | None
+    """The blocks below the first adapted one, which are the same for all members; None where there are none."""
     heads: dict[str, nn.Linear]
     """The task head's linears by name; members own copies, these stay as loaded."""
     fresh_heads: frozenset[str]
@@ -128,6 +131,7 @@ def load_base(
     parameters = _parameters(model)
     slot = attach(model, sites, list(heads))
     quantizer = quantizer_of(spec)
+    trunk = find_trunk(model, sites, {"use_cache": False} if is_decoder(model.config) else {}) if gang is None else None
     if gang is not None:
         split(model, sites, head_modules, slot, quantizer, gang, device)
     return Base(
@@ -136,6 +140,7 @@ def load_base(
         quantizer=quantizer,
         slot=slot,
         sites=sites,
+        trunk=trunk,
         heads=head_modules,
         fresh_heads=frozenset(name for name, fresh in heads.items() if fresh),
         device=device,

@@ -1,4 +1,4 @@
-"""A model as a chain of transformer blocks."""
+"""A model's transformer blocks: the chain that calibration walks, and that adapters stand in."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ class Block:
     module: nn.Module
     linears: tuple[str, ...]
     """Full names, in the model's order."""
+
+
+class Enough(Exception):
+    """Raised inside a forward pass when all that was wanted from it has been seen."""
 
 
 def find_blocks(model: nn.Module) -> list[Block]:

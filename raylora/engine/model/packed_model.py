@@ -1,12 +1,13 @@
 """One packed forward: K members' batches through one base, to scores and losses of each member.
 
-Shapes: K members, N examples of one member, B model rows (K * N * rows per example), T time, C classes,
-V vocabulary.
+Shapes: K members, N examples of one member, B model rows (K * N * rows per example), U distinct ones of them,
+T time, D width between blocks, C classes, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from raylora.adapters.packed import Dropout, Pack, make_pack
 from raylora.data.task import Batch, Task, repeat
 from raylora.engine.model.base import Base
 from raylora.engine.model.gang import Round
+from raylora.engine.model.trunk import DistinctRows, enough_tokens
+from raylora.engine.model.trunk_cache import TrunkCache
 from raylora.ensemble.outputs import output_of
 from raylora.spec.run import KLSpec
 
@@ -67,6 +70,8 @@ class PackedModel:
     base: Base
     adapter: Adapter
     task: Task
+    trunk_cache: TrunkCache | None = None
+    """What training reads in place of computing the blocks below the adapters; predictions always compute them."""
 
     def step_tensors(
         self, stacked: Mapping[str, Tensor], frozen_tensors: Mapping[str, Tensor] | None = None, micro_batches: int = 1
@@ -92,12 +97,13 @@ class PackedModel:
         """
         step = tensors if isinstance(tensors, StepTensors) else self.step_tensors(tensors)
         members, tokens = len(batch.lengths_K), int(batch.attention_mask_BT.sum())
-        batch = batch.to(self.base.device)
+        collated, batch = batch, batch.to(self.base.device)
+        hidden_BTD = self._shared(collated, batch, forwards=1 if kl is None else 2)
         dropout = self._dropout(batch, dropout_seeds_K)
         # Before the pass with gradients: of a base that is split, a pass in between would leave nearly all gathered.
-        reference = self._reference(step, reference_heads or {}, batch) if kl is not None else None
+        reference = self._reference(step, reference_heads or {}, batch, hidden_BTD) if kl is not None else None
         with self.base.round(Round.TRAIN):
-            logits = _forward(self.base, self.task, replace(step.pack, dropout=dropout), batch)
+            logits = _forward(self.base, self.task, replace(step.pack, dropout=dropout), batch, hidden_BTD)
             task_loss = loss or (lambda logits, batch: self.task.loss(self.task.scores(logits, batch), batch))
             losses_KN = task_loss(logits, batch).view(members, -1)
             if kl is not None and reference is not None:
@@ -113,12 +119,41 @@ class PackedModel:
         self, stacked: Mapping[str, Tensor], batch: Batch, dropout_seeds_K: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor, Batch]:
         """Return (logits, scores, repeated batch) of K members that all read the same batch, member by member."""
-        repeated = repeat(batch.to(self.base.device), len(next(iter(stacked.values()))))
+        members, batch = len(next(iter(stacked.values()))), batch.to(self.base.device)
+        hidden_BTD = None
+        if self.base.trunk is not None and members > 1 and enough_tokens(batch.input_ids_BT.numel()):
+            hidden_BTD = self.base.trunk.run(_inputs(self.base, self.task, batch)).repeat(members, 1, 1)
+        repeated = repeat(batch, members)
         dropout = None if dropout_seeds_K is None else self._dropout(repeated, dropout_seeds_K)
         with self.base.round(Round.FORWARD):
             pack = make_pack(self.adapter, self.base.sites, stacked, dropout)
-            logits = _forward(self.base, self.task, pack, repeated)
+            logits = _forward(self.base, self.task, pack, repeated, hidden_BTD)
         return logits, self.task.scores(logits, repeated), repeated
+
+    def _shared(self, batch: Batch, on_device: Batch, forwards: int) -> Tensor | None:
+        """Return what enters the first adapted block, each distinct row computed once; None if it saves nothing.
+
+        What decides is the batch and nothing else, so that a member is the same whenever it takes this step.
+
+        Args:
+            batch: the rows as they were collated, which is where they are compared.
+            on_device: the same rows where the base is.
+            forwards: how many forwards of this batch will read it.
+        """
+        trunk, cache = self.base.trunk, self.trunk_cache
+        if trunk is None:
+            return None
+        rows = DistinctRows.of(batch)
+        saves = rows.save_work(batch.input_ids_BT.shape[1])
+        if cache is None and not saves and forwards == 1:
+            return None
+        inputs = _inputs(self.base, self.task, on_device)
+        if cache is None and not saves:
+            return trunk.run(inputs)
+        first_U, of_B = rows.first_U.to(self.base.device), rows.of_B.to(self.base.device)
+        distinct = {name: value[first_U] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        hidden_UTD = trunk.run(distinct) if cache is None else cache.read(batch, rows.first_U, distinct)
+        return hidden_UTD[of_B]
 
     def _dropout(self, batch: Batch, seeds_K: Sequence[int]) -> Dropout | None:
         if self.adapter.spec.dropout == 0.0:
@@ -127,22 +162,31 @@ class PackedModel:
         return Dropout(self.adapter.spec.dropout, list(seeds_K), batch.lengths_K, left_padded)
 
     @torch.no_grad()
-    def _reference(self, step: StepTensors, heads: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    def _reference(
+        self, step: StepTensors, heads: Mapping[str, Tensor], batch: Batch, hidden_BTD: Tensor | None
+    ) -> Tensor:
         """Return the logits with every adapter off; a pair that belongs to the base stays on."""
         off = make_pack(self.adapter, self.base.sites, {**step.leaves, **heads}, adapters_on=False)
         with self.base.round(Round.FORWARD):
-            return _forward(self.base, self.task, off, batch)
+            return _forward(self.base, self.task, off, batch, hidden_BTD)
 
 
-def _forward(base: Base, task: Task, pack: Pack, batch: Batch) -> Tensor:
-    inputs = {**batch.model_inputs(), **task.forward_kwargs(batch), **({"use_cache": False} if base.is_decoder else {})}
+def _inputs(base: Base, task: Task, batch: Batch) -> dict[str, Any]:
+    """Return what the model's forward is given."""
+    return {**batch.model_inputs(), **task.forward_kwargs(batch), **({"use_cache": False} if base.is_decoder else {})}
+
+
+def _forward(base: Base, task: Task, pack: Pack, batch: Batch, hidden_BTD: Tensor | None = None) -> Tensor:
+    """Return the logits; ``hidden_BTD`` is what the trunk made of the batch, if that is known."""
+    inputs = _inputs(base, task, batch)
     if pack.weights:
         return torch.cat([
             _forward_own(base, own, {n: v.chunk(pack.members)[k] if isinstance(v, Tensor) else v
                                      for n, v in inputs.items()})
             for k, own in enumerate(pack.alone())
         ])
-    with base.slot.use(pack):
+    replaced = nullcontext() if base.trunk is None or hidden_BTD is None else base.trunk.replaced(hidden_BTD)
+    with base.slot.use(pack), replaced:
         return base.model(**inputs).logits
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raylora.engine.model.blocks import Block
+from raylora.engine.model.blocks import Block, Enough
 from raylora.errors import BaseError
 
 _HIDDEN = "hidden_states"
@@ -33,10 +33,6 @@ class Stream:
     masks_BT: list[Tensor]
     """Per batch, true where a token is real."""
     tokens: int = 0
-
-
-class _Enough(Exception):
-    """Raised inside a forward pass when all that was wanted from it has been seen."""
 
 
 @torch.no_grad()
@@ -145,14 +141,14 @@ def _watching(
             if not first:
                 first.append(hidden)
             if stop or block is blocks[-1]:
-                raise _Enough
+                raise Enough
 
         return note
 
     handles = [block.module.register_forward_pre_hook(watch(block), with_kwargs=True) for block in blocks]
     try:
         yield
-    except _Enough:
+    except Enough:
         pass
     finally:
         for handle in handles:
@@ -186,8 +182,6 @@ def _same(one: Any, two: Any) -> bool:
     if isinstance(one, dict):
         return isinstance(two, dict) and one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
     return bool(one is two or one == two)
-
-
 
 
 def _caches(model: Any) -> bool:

@@ -27,6 +27,7 @@ from raylora.engine.quantization.quantize_base import PreparedBase, open_base
 from raylora.engine.run.growth import Growth, check_data, check_final_states, clear_outgrown, growth_of
 from raylora.engine.run.roster import Damage, clear, damages_of, read_state
 from raylora.engine.run.session import TrainingSession
+from raylora.engine.run.shared_trunk import check_trunk
 from raylora.engine.run.tracking import check_trackers
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
@@ -176,7 +177,7 @@ def prepare(
     members = adapter_parameters(adapter, sites, shell, heads) + sum(
         p.numel() for name in heads for p in shell.get_submodule(name).parameters()
     )
-    notes = tuple(adapter.notes(sites)) if isinstance(adapter, Noted) else ()
+    notes = (*(adapter.notes(sites) if isinstance(adapter, Noted) else ()), *check_trunk(spec, shell, sites))
     tokenizer = load_tokenizer(spec.base, task)
     sets = sets_of(spec, task, tokenizer, store)
     found, obstacle = _Begun(), ""
@@ -268,6 +269,9 @@ def _unsplittable_reason(spec: RunSpec, shell: Any, adapter: Adapter, sites: Seq
         return f"members of adapter.kind {adapter.spec.kind} are whole models themselves"
     if getattr(shell.config, "quantization_config", None) is not None:
         return f"{spec.base.source} is quantized already, in a format that is not split"
+
+    if spec.optimization.cache_trunk:
+        return "optimization.cache_trunk passes blocks that no rank has whole"
 
     def asked(name: str) -> Tensor:
         raise _Asked

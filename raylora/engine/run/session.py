@@ -23,9 +23,11 @@ from raylora.engine.model.gang import Gang, GangPlace
 from raylora.engine.model.machine import compute_device, peak_memory_bytes
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
+from raylora.engine.model.trunk_cache import TrunkCache
 from raylora.engine.run.evaluation import Evaluator, Trained, read_trained
 from raylora.engine.run.profiling import StepProfiler
 from raylora.engine.run.run_metrics import aggregate
+from raylora.engine.run.shared_trunk import discard_trunk_cache, open_trunk_cache
 from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
 from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, task_of
 from raylora.engine.training.inputs import sets_of
@@ -85,6 +87,7 @@ class TrainingSession:
         self.sets: DataSets
         self.evaluator: Evaluator
         self.distillation_loss: DistillationLoss | None
+        self.trunk_cache: TrunkCache | None
 
     def load(self) -> None:
         """Load the base and the data.
@@ -112,6 +115,7 @@ class TrainingSession:
         logger.info("base and data loaded in %.1f s", time.perf_counter() - started)
         self.distillation_loss = read_distillation_loss(self.spec, self.store, self.task, self.sets)
         self.evaluator = Evaluator(self.spec, self.store, self.task, self.base, self.sets)
+        self.trunk_cache = open_trunk_cache(self.spec, self.store, self.base, self.sets.train.examples)
 
     # --- a job --------------------------------------------------------------------------------------
     def run_job(
@@ -173,7 +177,7 @@ class TrainingSession:
         self, job: str, plans: Sequence[MemberPlan], report: OnProgress, should_stop: StopSignal
     ) -> dict[str, str]:
         adapter = registry.load("adapter", plans[0].adapter.kind).build(plans[0].adapter)
-        model = PackedModel(self.base, adapter, self.task)
+        model = PackedModel(self.base, adapter, self.task, self.trunk_cache)
         trainer = PackTrainer(
             model, TrainingSettings.of(self.spec), plans, self.sets.train.examples, self.sets.validation.examples,
             self.distillation_loss, self._saved(plans),
@@ -242,6 +246,7 @@ class TrainingSession:
         metrics = aggregate(self.spec, self.store, units, started_at, names)
         seal(self.store.storage, [name for name in units if self.plans[name].role is PlanRole.MEMBER])
         track_results(self.spec, self.store, metrics)
+        discard_trunk_cache(self.store)
         return metrics
 
     # --- checkpoints --------------------------------------------------------------------------------
