@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 PACKS: list[dict[str, Any]] = [{"pack": 1}, {"pack": 4}, {"pack": 4, "split": True}]
 BEFORE = {
     "events_per_s": 25,
+    "states": 1518,
+    "bytes_per_state": 236_046,
+    "start_s": 0.011,
+    "plan_s": 0.305,
     "command": "mkdir before; git archive 6927779 | tar x -C before; "
                "cp benchmarks/{cluster_simulation,scheduler_scale}.py before/benchmarks; "
                "cd before; python -m benchmarks.scheduler_scale --before",
@@ -73,8 +78,8 @@ def _replay_s(run: Outcome) -> float:
     return time.process_time() - started
 
 
-def memory() -> dict[str, Any]:
-    """Return the peak resident bytes of a process that runs the largest load, and what a kept state takes."""
+def keeping_states(limit_s: float = math.inf) -> dict[str, Any]:
+    """Return what a kept state of the largest load takes, and how fast events go, in the first seconds."""
     import gc
 
     import psutil
@@ -84,13 +89,12 @@ def memory() -> dict[str, Any]:
     gc.collect()
     process = psutil.Process()
     before = process.memory_info().rss
-    log = cluster.run().log
+    run = cluster.run(limit_s)
     gc.collect()
-    all_kept = process.memory_info().rss - before
-    states = len(kept)
-    kept.clear()
-    gc.collect()
-    return {"states": states, "bytes_per_state": all_kept // states, "log_events": len(log)}
+    return {
+        "states": len(kept), "bytes_per_state": (process.memory_info().rss - before) // len(kept),
+        "events_per_s": round((len(run.log) - 1) / run.events_s), "start_s": run.start_s, "plan_s": run.plan_s,
+    }
 
 
 def peak_bytes() -> dict[str, Any]:
@@ -194,15 +198,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--before", action="store_true", help="print what the largest load takes in the first minute")
-    parser.add_argument("--cell", choices=("memory", "peak"), help=argparse.SUPPRESS)
+    parser.add_argument("--cell", choices=("states", "peak"), help=argparse.SUPPRESS)
     options, _ = parser.parse_known_args()
     if options.cell:
-        print(json.dumps(memory() if options.cell == "memory" else peak_bytes()))
+        print(json.dumps(keeping_states() if options.cell == "states" else peak_bytes()))
         return
     if options.before:
-        run = Cluster(Load(*SIZES[0]), 0).run(limit_s=60)
-        print(f"{(len(run.log) - 1) / run.events_s:.0f} events/s over {len(run.log)}, start {run.start_s:.3f} s, "
-              f"plan {run.plan_s:.3f} s")
+        print(json.dumps(keeping_states(limit_s=60)))
         return
     rows = []
     for members, workers in SIZES:
@@ -213,7 +215,7 @@ def main() -> None:
                 print(f"{members} on {workers}, {name}, {pack}: {row['events_per_s']:.0f} events/s, "
                       f"{row['makespan_over_bound']:.3f} of the bound", flush=True)
     summary = {
-        **_summary(rows), "memory": _in_own_process("memory") | _in_own_process("peak"),
+        **_summary(rows), "keeping_states": _in_own_process("states"), "memory": _in_own_process("peak"),
         "log_on_disk": log_on_disk([100, 1_000, 10_000, 100_000]),
     }
     record.write(_NAME, rows, summary, "benchmarks.scheduler_scale")

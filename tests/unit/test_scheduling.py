@@ -197,6 +197,8 @@ def test_no_job_is_split_while_there_are_jobs_for_all() -> None:
     assert [command.job for command in given] == ["job-0", "job-1", "job-2"]
     _, given = fold(first, *ready(2), JobFinished("job-0", 1), JobFinished("job-1", 1), JobFinished("job-2", 1))
     assert [command.job for command in given][3:] == ["job-3.0", "job-3.1"]
+    _, given = fold(started([4, 1], workers=2, may_split=["job-0"]), *ready(2))
+    assert [command.job for command in given] == ["job-0", "job-1"]
 
 
 def test_a_job_that_has_begun_is_not_split() -> None:

@@ -13,8 +13,10 @@ import pytest
 import torch
 from run_helpers import assert_bit_equal, members, run, stop_at
 from sweeps import sweep
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from raylora.adapters.base import site_of
 from raylora.adapters.packed import stack
 from raylora.engine.model import trunk as trunk_module
 from raylora.engine.model import trunk_cache as cache_module
@@ -248,6 +250,25 @@ def test_a_model_that_is_not_one_chain_falls_back_and_says_so(
     found = find_trunk(parts.base.model, parts.base.sites, {})
     assert (found is None) == bool(reason) and reason in caplog.text
     assert ("computed for every member" in caplog.text) == bool(reason)
+
+
+@pytest.mark.parametrize("kind", ["mpnet", "modernbert", "qwen2", "gpt_neox"])
+def test_other_architectures_can_be_parted(kind: str) -> None:
+    settings = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+                "intermediate_size": 64, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    settings |= {"num_key_value_heads": 2} if kind == "qwen2" else {}
+    config = AutoConfig.for_model(kind, **settings, attn_implementation="eager")
+    model = AutoModelForSequenceClassification.from_config(config).eval().requires_grad_(False)
+    sites = [site_of(name, model.get_submodule(name)) for name in find_blocks(model)[3].linears]
+    found = find_trunk(model, sites, {})
+    assert found is not None and found.depth == 3
+    tokens_BT = torch.randint(3, 100, (6, 20), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": tokens_BT, "attention_mask": torch.ones_like(tokens_BT)}
+    hidden_BTD = found.run({name: tensor[:3] for name, tensor in inputs.items()}).repeat(2, 1, 1)
+    twice = {name: tensor[:3].repeat(2, 1) for name, tensor in inputs.items()}
+    with torch.no_grad(), found.replaced(hidden_BTD):
+        parted = model(**twice).logits
+    assert torch.equal(parted, model(**twice).logits)
 
 
 def test_after_an_error_the_blocks_are_themselves_again(make_parts: Make) -> None:
