@@ -31,9 +31,14 @@ Check = Callable[[Any, int], Any]
 
 
 def run_gang(
-    cases: Sequence[Case], ranks: int, is_split: bool = True, check: Check | None = None, timeout_s: float = 300
+    cases: Sequence[Case], ranks: int, is_split: bool = True, check: Check | None = None, timeout_s: float = 300,
+    partners: int = 1,
 ) -> list[list[Any]]:
     """Do the cases one after another on a gang of processes, or on as many workers with bases of their own.
+
+    Args:
+        is_split: whether the base is split over the gang.
+        partners: how many ranks train the same members; there is a gang where they are several, too.
 
     Returns:
         What each rank said of each case: ``found[case][rank]``.
@@ -41,7 +46,7 @@ def run_gang(
     context = multiprocessing.get_context("spawn")
     said, address = context.Queue(), free_address()
     processes = [
-        context.Process(target=_rank, args=(cases, (number, ranks, address), is_split, check, said))
+        context.Process(target=_rank, args=(cases, (number, ranks, address, partners, is_split), check, said))
         for number in range(ranks)
     ]
     for process in processes:
@@ -62,7 +67,7 @@ def run_gang(
 
 
 def _rank(
-    cases: Sequence[Case], place: tuple[int, int, str], is_split: bool, check: Check | None, said: Any
+    cases: Sequence[Case], place: tuple[int, int, str, int, bool], check: Check | None, said: Any
 ) -> None:
     import torch
 
@@ -70,13 +75,14 @@ def _rank(
     from raylora.engine.run import session as session_module
 
     torch.set_num_threads(1)
-    number = place[0]
-    if is_split:  # a process is in one gang all its life; here it does several runs in it
+    number, _, _, partners, is_split = place
+    in_gang = is_split or partners > 1
+    if in_gang:  # a process is in one gang all its life; here it does several runs in it
         start = functools.lru_cache(maxsize=1)(session_module.start_deepspeed)
         session_module.start_deepspeed = start  # type: ignore[assignment]
     for index, case in enumerate(cases):
         try:
-            found = _run(case, number, GangPlace(*place) if is_split else None, check)
+            found = _run(case, number, GangPlace(*place) if in_gang else None, check)
         except BaseException:
             said.put((index, number, traceback.format_exc()))
             raise

@@ -20,20 +20,24 @@ class WorkerHandle:
 
     name: str
     actors: Sequence[Any]
+    partners: int = 1
+    """How many of them train the same units."""
+    is_split: bool = False
+    """Whether the base is split over them."""
 
     def load(self) -> list[Any]:
         """Start loading; of a gang, every rank is told where rank 0 listens."""
         if len(self.actors) == 1:
             return [self.actors[0].load.remote()]
-        size = len(self.actors)
-        address = self.actors[0].listen.remote(size)
-        return [actor.load.remote(rank, size, address) for rank, actor in enumerate(self.actors)]
+        first = self.actors[0].listen.remote(len(self.actors), self.partners, self.is_split)
+        return [actor.load.remote(rank, first) for rank, actor in enumerate(self.actors)]
 
     def run_job(self, job: str, units: Sequence[str], coordinator: Any) -> list[Any]:
-        """Start a job; the ranks of a gang train even shares of its units."""
+        """Start a job; the ranks of a gang, or groups of partners among them, train even shares of its units."""
+        of_groups = shares(units, len(self.actors) // self.partners)
         return [
-            actor.run_job.remote(job, share, coordinator)
-            for actor, share in zip(self.actors, shares(units, len(self.actors)), strict=True)
+            actor.run_job.remote(job, of_groups[rank // self.partners], coordinator)
+            for rank, actor in enumerate(self.actors)
         ]
 
     def aggregate(self, units: Sequence[str], started_at: float) -> list[Any]:

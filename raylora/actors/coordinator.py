@@ -183,7 +183,8 @@ class Coordinator:
             self._place()
         plan, self.starts = self.plan, self.starts + 1
         first = int(command.worker.rpartition("-")[2]) * plan.ranks
-        worker = WorkerHandle(command.worker, [self._actor(command.worker, first, rank) for rank in range(plan.ranks)])
+        actors = [self._actor(command.worker, first, rank) for rank in range(plan.ranks)]
+        worker = WorkerHandle(command.worker, actors, plan.partners, plan.strategy == "shard")
         self.workers[command.worker] = worker
         self._call(worker, command, worker.load())
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -12,6 +13,9 @@ from raylora.actors.telemetry import Telemetry
 from raylora.progress import Progress, Throttle
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
+
+if TYPE_CHECKING:
+    from raylora.engine.model.gang import GangPlace
 
 
 @ray.remote(max_restarts=0, concurrency_groups={"control": 1})  # type: ignore[call-overload]
@@ -28,27 +32,26 @@ class Worker:
         self.signal_number = 0
         self.place: Any = None
 
-    def listen(self, size: int) -> str:
-        """Become rank 0 of a gang and return the address at which the other ranks find it."""
+    def listen(self, size: int, partners: int, is_split: bool) -> GangPlace:
+        """Become rank 0 of a gang and return its place, by whose address the other ranks find it."""
         from raylora.engine.model.gang import GangPlace
 
-        self.place = GangPlace.listening(ray.util.get_node_ip_address(), size)
-        return self.place.address
+        self.place = GangPlace.listening(ray.util.get_node_ip_address(), size, partners, is_split)
+        return replace(self.place, store=None)
 
-    def load(self, rank: int = 0, size: int = 1, address: str = "") -> None:
+    def load(self, rank: int = 0, first: GangPlace | None = None) -> None:
         """Import the libraries and load base and data; the slow part of a start.
 
         Args:
-            rank: this worker's number in a gang of a size, whose base is split over its ranks.
-            address: where rank 0 of the gang listens.
+            rank: this worker's number in a gang.
+            first: the place of its rank 0, or None for a worker of its own.
         """
         from raylora.engine.distillation.target_job import make_session
-        from raylora.engine.model.gang import GangPlace
 
         logs.configure()
         self.telemetry = Telemetry(self.spec.run_name())
-        if size > 1 and rank:
-            self.place = GangPlace(rank, size, address)
+        if first is not None and rank:
+            self.place = replace(first, rank=rank)
         self.session = make_session(self.spec, self.store, self.cpus, self.gpus, self.target_job, self.place)
         self.session.load()
 

@@ -36,6 +36,10 @@ class Dropout:
     seeds_K: Sequence[int]
     lengths_K: Sequence[int]
     left_padded: bool
+    rows_before: int = 0
+    """Rows of a member that workers before this one have, where several share its batch; masks are the whole's."""
+    rows: int | None = None
+    """Rows of a member in the whole batch, if not all are here."""
 
     def apply(self, x_KBTI: Tensor, site_index: int) -> Tensor:
         """Return x with each member's own inputs dropped and the rest scaled up by 1 / (1 - p)."""
@@ -48,10 +52,11 @@ class Dropout:
         for k, (seed, length) in enumerate(zip(self.seeds_K, self.lengths_K, strict=True)):
             generator = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (site_index + 1)) % 2**63)
             length = min(length, time)  # an output layer may be asked for its last positions only
-            shape = (x_KBTI.shape[1], length, x_KBTI.shape[3])
+            here = x_KBTI.shape[1]
+            shape = (here if self.rows is None else self.rows, length, x_KBTI.shape[3])
             count = math.prod(shape)
             words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-            drawn = words.view(torch.int16)[:count].view(shape)
+            drawn = words.view(torch.int16)[:count].view(shape)[self.rows_before : self.rows_before + here]
             start = time - length if self.left_padded else 0
             torch.le(drawn, kept_of - 2**15 - 1, out=kept[k, :, start : start + length])
         mask = kept if on_cpu else kept.to(x_KBTI.device).to(x_KBTI.dtype)
@@ -154,7 +159,7 @@ def _by_member(x: Tensor, members: int, dropout: Dropout | None, index: int) -> 
     if dropout is not None:
         timed = rows if rows.dim() == 4 else rows.unsqueeze(2)
         if rows.dim() != 4:  # a pooled position has no time: every member's length is one
-            dropout = Dropout(dropout.probability, dropout.seeds_K, [1] * members, dropout.left_padded)
+            dropout = replace(dropout, lengths_K=[1] * members)
         rows = dropout.apply(timed, index)
     return rows.reshape(members, -1, x.shape[-1])
 

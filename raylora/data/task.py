@@ -41,6 +41,17 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which of every member's examples a batch holds, where several workers train the members together."""
+
+    start: int
+    of: int
+    """Examples of one member in the whole batch."""
+    weight: float
+    """What the sum of these examples' losses is to be multiplied by, so that the parts' mean is the whole's mean."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """Padded examples, ready for one forward pass."""
 
@@ -61,6 +72,8 @@ class Batch:
     rows_per_example: int = 1
     lengths_K: tuple[int, ...] = ()
     """Where several members' rows lie below each other: the length that each one's own rows need without padding."""
+    part: Part | None = None
+    """None for whole batches."""
 
     def __len__(self) -> int:
         """Return the number of examples, N."""
@@ -88,6 +101,27 @@ class Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         changed: dict[str, Any] = {name: change(value) for name, value in tensors.items()}
         return replace(self, **changed)
+
+
+def take_part(batch: Batch, index: int, parts: int) -> Batch:
+    """Return one of several nearly equal parts of every member's examples, padded as the whole batch is.
+
+    A member with fewer examples than there are parts gives the last parts its first one, at weight 0.
+    """
+    members = len(batch.lengths_K)
+    of = len(batch) // members
+    start, end = of * index // parts, of * (index + 1) // parts
+    weight = parts / of if end > start else 0.0
+    start, end = (start, end) if end > start else (0, 1)
+    rows = batch.rows_per_example
+    examples = [k * of + n for k in range(members) for n in range(start, end)]
+    row_B = torch.tensor([example * rows + row for example in examples for row in range(rows)])
+
+    def taken(name: str, tensor: Tensor) -> Tensor:
+        return tensor[row_B] if name.endswith("_BT") else tensor[examples] if name.endswith("_N") else tensor
+
+    tensors = {name: taken(name, value) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, ids=[batch.ids[n] for n in examples], part=Part(start, of, weight), **tensors)  # type: ignore[arg-type]
 
 
 class Task(Protocol):

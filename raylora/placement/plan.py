@@ -60,7 +60,9 @@ class Plan:
     reasons: tuple[str, ...]
     strategy: str = "replicate"
     ranks: int = 1
-    """Processes per worker: a gang that the base is split over, where it is more than one."""
+    """Processes per worker: a gang, where it is more than one."""
+    partners: int = 1
+    """How many ranks of a gang train the same members."""
 
     def jobs(self, first: int = 0) -> dict[str, list[str]]:
         """Return job name -> units; the jobs are numbered from ``first``."""
@@ -79,30 +81,46 @@ def make_plan(demand: Demand, inventory: Inventory, spec: PlacementSpec) -> Plan
     largest = max(len(group) for group in demand.groups)
     slots = min(inventory.gpus, inventory.cpus) if gpus_each else inventory.cpus
     ranks = _ranks(spec, demand, inventory, slots, reasons)
-    demand = replace(demand, base_bytes=math.ceil(demand.base_bytes / ranks))
-    processes = _workers(spec, demand, inventory, gpus_each, min(slots, ranks * math.ceil(units / ranks)), reasons)
+    groups = ranks // spec.data_parallel
+    if spec.strategy == "shard":
+        demand = replace(demand, base_bytes=math.ceil(demand.base_bytes / ranks))
+    processes = _workers(spec, demand, inventory, gpus_each, min(slots, ranks * math.ceil(units / groups)), reasons)
     workers = max(1, processes // ranks)
     processes = workers * ranks
     cpus_each = _cpus(spec, inventory, processes, reasons)
     _check(processes, cpus_each, gpus_each, inventory)
-    per_pack = _per_pack(spec, demand, inventory, gpus_each, processes, largest, reasons)
-    packs = tuple(tuple(pack) for group in demand.groups for pack in _split(group, per_pack * ranks))
-    biggest = math.ceil(max(map(len, packs)) / ranks)
+    per_pack = _per_pack(spec, demand, inventory, gpus_each, workers * groups, largest, reasons)
+    packs = tuple(tuple(pack) for group in demand.groups for pack in _split(group, per_pack * groups))
+    biggest = math.ceil(max(map(len, packs)) / groups)
     worker_bytes = _worker_bytes(demand, biggest, gpus_each)
-    strategy = "shard" if ranks > 1 else "pack" if workers == 1 and biggest > 1 else "replicate"
+    strategy = "shard" if spec.strategy == "shard" else "pack" if workers == 1 and biggest > 1 else "replicate"
     reasons.append(f"about {worker_bytes / 1e9:.2f} GB per worker with {biggest} member(s) in one forward")
-    return Plan(workers, cpus_each, gpus_each, packs, worker_bytes, tuple(reasons), strategy, ranks)
+    return Plan(workers, cpus_each, gpus_each, packs, worker_bytes, tuple(reasons), strategy, ranks, spec.data_parallel)
 
 
 def _ranks(spec: PlacementSpec, demand: Demand, inventory: Inventory, slots: int, reasons: list[str]) -> int:
-    """Return over how many workers a base is split; 1 where each has all of it."""
+    """Return how many processes do a job together: those that a base is split over, or that train the same members."""
+    partners = spec.data_parallel
     if spec.strategy != "shard":
-        return 1
+        if partners > slots or (isinstance(spec.workers, int) and spec.workers % partners):
+            raise PlacementError(
+                f"placement.data_parallel: {partners} workers are to train the same members, and "
+                + (f"{inventory.where} has room for {slots}" if partners > slots else f"there are {spec.workers}"),
+                "lower placement.data_parallel, or raise placement.workers to a multiple of it",
+            )
+        if partners > 1:
+            reasons.append(f"{partners} workers train the same members, each on its part of every batch: as asked")
+        return partners
     if demand.unsplittable_reason:
         raise PlacementError(
             f"placement.strategy: shard: {demand.unsplittable_reason}", "use placement.strategy replicate"
         )
-    ranks = slots if spec.ranks == "auto" else spec.ranks
+    ranks = slots // partners * partners if spec.ranks == "auto" else spec.ranks
+    if ranks % partners:
+        raise PlacementError(
+            f"placement.data_parallel: {partners} ranks are to train the same members, which does not divide "
+            f"{ranks} placement.ranks", "make placement.ranks a multiple of it"
+        )
     if isinstance(spec.workers, int):
         if spec.ranks == "auto":
             ranks = spec.workers

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_helpers import assert_bit_equal, members
 
 from raylora.client import RunHandle, launch, run_local
@@ -47,6 +48,21 @@ def test_members_of_a_gang_equal_those_of_workers_of_their_own(make_spec: MakeSp
     started = next(event for event in store.read_events() if event["event"] == "RunStarted")
     assert started["workers"] == ["worker-0"] and [len(units) for units in started["jobs"].values()] == [4]
     assert len(store.storage.list("timing")) == 2, "every rank says what its share took"
+
+
+@pytest.mark.parametrize("strategy", ["replicate", pytest.param("shard", marks=pytest.mark.slow)])
+def test_members_of_partners_equal_those_of_one_worker_to_tolerance(
+    strategy: str, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    together = {"strategy": strategy, "data_parallel": 2, "workers": 2, "cpus_per_worker": 1}
+    changes = {"optimization__zero_stage": 2}
+    launch(spec_of(make_spec, together, tmp_path / "together", **changes)).wait()
+    run_local(spec_of(make_spec, {"workers": 1, "cpus_per_worker": 1}, tmp_path / "alone", **changes))
+    one, two = members(str(tmp_path / "together" / "demo")), members(str(tmp_path / "alone" / "demo"))
+    assert one.keys() == two.keys() and len(one) == 4
+    for name, tensors in one.items():
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, two[name][key], rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
 
 
 def killed_while_it_trains(handle: RunHandle, rank: int) -> None:

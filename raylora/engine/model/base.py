@@ -72,14 +72,14 @@ class Base:
     """By site: (A_RI, B_OR) that a member's own LoRA starts from, where the compensation is trainable."""
 
     gang: Gang | None = None
-    """The ranks that the model is split over, if it is."""
+    """The ranks that pass the base together, or train its members together, if there are more than one."""
     parameters: int = 0
     """Number of base weights, counted before packing them into fewer bytes."""
 
     @contextmanager
     def round(self, kind: Round) -> Iterator[None]:
         """Pass the model within; where it is split, as soon as all ranks agree on this kind of pass."""
-        if self.gang is None:
+        if self.gang is None or not self.gang.place.is_split:
             yield
         else:
             with self.gang.round(kind):
@@ -91,7 +91,7 @@ class Base:
         Raises:
             BaseError: the base is split, and no rank has a whole weight.
         """
-        if self.gang is not None:
+        if self.gang is not None and self.gang.place.is_split:
             raise BaseError(f"{name}: its weight is split over {self.gang.place.size} ranks",
                             "use an adapter that does not read the base's weights, or placement.strategy replicate")
         linear: Any = self.model.get_submodule(name)
@@ -107,7 +107,7 @@ def load_base(
 
     Args:
         prepared: where the quantized layers lie, for the kinds that are prepared beforehand.
-        gang: the ranks to split the base over; they all load it together.
+        gang: the ranks to split the base over, if its place says so; they all load it together.
 
     Raises:
         BaseError: the base is not there or not prepared, or the adapter does not fit it.
@@ -115,7 +115,8 @@ def load_base(
     dtype = compute_dtype(spec.dtype, device)
     tokenizer = load_tokenizer(spec, task)
     # Where it is split, a rank sends its device what it holds, and the whole stays where it is mapped.
-    place = device if gang is None else torch.device("cpu")
+    is_split = gang is not None and gang.place.is_split
+    place = torch.device("cpu") if is_split else device
     model, missing = frozen_model(spec, task, place, dtype, prepared)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -131,8 +132,8 @@ def load_base(
     parameters = _parameters(model)
     slot = attach(model, sites, list(heads))
     quantizer = quantizer_of(spec)
-    trunk = find_trunk(model, sites, {"use_cache": False} if is_decoder(model.config) else {}) if gang is None else None
-    if gang is not None:
+    trunk = find_trunk(model, sites, {"use_cache": False} if is_decoder(model.config) else {}) if not is_split else None
+    if gang is not None and is_split:
         split(model, sites, head_modules, slot, quantizer, gang, device)
     return Base(
         model=model,

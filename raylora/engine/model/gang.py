@@ -9,7 +9,7 @@ with an idle pass.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -37,18 +37,22 @@ class GangPlace:
     size: int
     address: str
     """``host:port`` at which the ranks meet; rank 0 listens there."""
+    partners: int = 1
+    """How many ranks train the same members, each on its part of every batch: 0 to partners - 1, and so on."""
+    is_split: bool = True
+    """Whether the base is split over all ranks; else each has all of it."""
     timeout_s: float = 1800.0
     """How long ranks wait for one another, in a round or between two."""
     store: Any = field(default=None, compare=False)
     """Where rank 0 listens already, if it does: torch's ``TCPStore``."""
 
     @classmethod
-    def listening(cls, host: str, size: int) -> GangPlace:
+    def listening(cls, host: str, size: int, partners: int = 1, is_split: bool = True) -> GangPlace:
         """Return the place of rank 0, at a free port of this machine, where it listens from now on."""
         from torch import distributed
 
         store = distributed.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
-        return cls(0, size, f"{host}:{store.port}", store=store)
+        return cls(0, size, f"{host}:{store.port}", partners, is_split, store=store)
 
 
 class Gang:
@@ -70,8 +74,11 @@ class Gang:
             timeout=timeout,
         )
         # Every rank makes all of them: that is a collective, too.
-        alone = [distributed.new_group([rank]) for rank in range(place.size)]
-        self.alone = OneRank(alone[place.rank], place.rank)
+        groups = [list(range(first, first + place.partners)) for first in range(0, place.size, place.partners)]
+        made = [distributed.new_group(ranks, timeout=timeout) for ranks in groups]
+        alone = made if place.partners == 1 else [distributed.new_group([rank]) for rank in range(place.size)]
+        own = place.rank // place.partners
+        self.partners = Partners(made[own], alone[place.rank], groups[own], place.rank % place.partners, device)
         self.broken = False
         """A pass was left half way: the others wait in it, and no round can be agreed on any more."""
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
@@ -122,30 +129,68 @@ class Gang:
         return agreed
 
 
-class OneRank:
-    """What DeepSpeed asks of a model-parallel unit, for a member that lives on one rank of a gang.
+class Partners:
+    """The ranks that train the same members; often one alone. To DeepSpeed they are a member's data-parallel group.
 
-    Without it an engine would average the member's gradients with those of strangers.
+    Without it an engine would average a member's gradients with those of strangers.
     """
 
-    def __init__(self, group: Any, rank: int) -> None:
-        self.group, self.rank = group, rank
+    def __init__(self, group: Any, alone: Any, ranks: Sequence[int], index: int, device: torch.device) -> None:
+        self.group, self.alone, self.ranks, self.index, self.device = group, alone, ranks, index, device
 
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return len(self.ranks)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that predicts, commits and reports for all."""
+        return self.index == 0
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """Return the mean over the partners, of each value."""
+        if self.size == 1:
+            return list(values)
+        return [float(value) / self.size for value in self._reduced(values, "SUM")]
+
+    def greatest(self, value: int) -> int:
+        """Return the greatest of the partners' values."""
+        return value if self.size == 1 else int(self._reduced([value], "MAX")[0])
+
+    def gathered(self, part: torch.Tensor) -> torch.Tensor:
+        """Return all partners' equal parts of a flat tensor, one after another."""
+        from torch import distributed
+
+        if self.size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in self.ranks]
+        distributed.all_gather(parts, part.contiguous(), group=self.group)
+        return torch.cat(parts)
+
+    def _reduced(self, values: Sequence[float], how: str) -> list[float]:
+        from torch import distributed
+
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(tensor, op=getattr(distributed.ReduceOp, how), group=self.group)
+        return [float(value) for value in tensor]
+
+    # --- what DeepSpeed asks of a model-parallel unit; no member is split, so that part is one rank's -----
     def get_data_parallel_group(self) -> Any:
-        """Return the group of this rank alone."""
+        """Return the partners' group."""
         return self.group
 
     def get_data_parallel_world_size(self) -> int:
-        """Return 1."""
-        return 1
+        """Return how many they are."""
+        return self.size
 
     def get_data_parallel_rank(self) -> int:
-        """Return 0."""
-        return 0
+        """Return which of them this is."""
+        return self.index
 
     def get_model_parallel_group(self) -> Any:
         """Return the group of this rank alone."""
-        return self.group
+        return self.alone
 
     get_tensor_model_parallel_group = get_model_parallel_group
 
@@ -162,5 +207,5 @@ class OneRank:
     get_tensor_model_parallel_rank = get_model_parallel_rank
 
     def get_data_parallel_src_rank(self) -> int:
-        """Return this rank."""
-        return self.rank
+        """Return the first partner's rank."""
+        return self.ranks[0]

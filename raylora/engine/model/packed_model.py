@@ -109,7 +109,7 @@ class PackedModel:
             if kl is not None and reference is not None:
                 divergence = _divergence(self.task, batch, logits, reference, kl)
                 losses_KN = losses_KN + kl.beta * divergence.view(members, -1)
-            losses_K = losses_KN.mean(dim=1)
+            losses_K = losses_KN.mean(dim=1) if batch.part is None else losses_KN.sum(dim=1) * batch.part.weight
             of_all = step.gradients_of(losses_K.sum())
         gradients = [{name: gradient[k] for name, gradient in of_all.items()} for k in range(members)]
         return PackLoss(losses_K.detach().tolist(), gradients, tokens)
@@ -159,7 +159,11 @@ class PackedModel:
         if self.adapter.spec.dropout == 0.0:
             return None
         left_padded = self.task.padding_side(self.base.is_decoder) == "left"
-        return Dropout(self.adapter.spec.dropout, list(seeds_K), batch.lengths_K, left_padded)
+        dropout = Dropout(self.adapter.spec.dropout, list(seeds_K), batch.lengths_K, left_padded)
+        if batch.part is None:
+            return dropout
+        rows = batch.rows_per_example
+        return replace(dropout, rows_before=batch.part.start * rows, rows=batch.part.of * rows)
 
     @torch.no_grad()
     def _reference(

@@ -72,8 +72,8 @@ def run_in_process(
     store = prepared.store
     if prepared.plan.ranks > 1:
         raise PlacementError(
-            "placement.strategy: shard splits the base over several processes, and this run has one",
-            "run it on Ray (without --local), or use placement.strategy replicate",
+            "placement: shard and data_parallel take several processes that work together, and this run has one",
+            "run it on Ray (without --local), or use placement.strategy replicate and data_parallel 1",
         )
     with store.held():
         prepared.begin()

@@ -171,6 +171,11 @@ def prepare(
     check_baselines(spec, bool(heads))
     check_weights(spec)
     _check_task(spec, task)
+    if spec.placement.data_parallel > spec.optimization.micro_batch:
+        raise SpecError(
+            f"placement.data_parallel: {spec.placement.data_parallel} workers cannot share a micro-batch of "
+            f"{spec.optimization.micro_batch} rows", "raise optimization.micro_batch, or lower placement.data_parallel"
+        )
     check_trackers(spec)
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
     sites = adapter_sites(shell, adapter, heads)

@@ -130,6 +130,8 @@ class TrainingSession:
         """
         if self.gang is None:
             return self._do(job, unit_names, report, should_stop)
+        if not self._is_first:
+            said, report = report, lambda progress: said(replace(progress, news=()))
         try:
             return self._do(job, unit_names, report, should_stop) if unit_names else {}
         finally:
@@ -146,7 +148,7 @@ class TrainingSession:
             if to_train:
                 failed = self._run_job(job, to_train, report, should_stop)
             whole = [plan for plan in plans if self.store.has_result(plan.folder)]
-            if not all(self.evaluator.is_predicted(plan) for plan in whole):
+            if self._is_first and not all(self.evaluator.is_predicted(plan) for plan in whole):
                 self._evaluate_again(job, whole, report, should_stop)
         return failed
 
@@ -184,11 +186,15 @@ class TrainingSession:
         )
         resumed_at = trainer.step
         logger.info("%s: training from step %d to %d", job, resumed_at, trainer.total)
-        tracking = Tracking(self.spec, self.store)
+        tracking = Tracking(self.spec if self._is_first else self.spec.model_copy(update={"tracking": []}), self.store)
         tracked, complete = TrackedPack(tracking, trainer), False
         profiler = StepProfiler(self.spec.profile, self.store, job, trainer.total - trainer.step)
+        partners = self.gang.partners if self.gang is not None else None
         rows = self.spec.optimization.micro_batch * self.spec.optimization.accumulation
         meter = _Meter(report, tracked, profiler, self.evaluator.forwards_ahead(plans) / rows)
+
+        def together() -> int:
+            return should_stop() if partners is None else partners.greatest(should_stop())
 
         def save(trainer: PackTrainer) -> None:
             self._save(trainer)
@@ -196,7 +202,7 @@ class TrainingSession:
 
         try:
             with profiler:
-                trainer.run(save, meter, should_stop, self._epoch_end)
+                trainer.run(save, meter, together, self._epoch_end)
             complete = True
         finally:
             tracking.close(complete)
@@ -206,7 +212,7 @@ class TrainingSession:
             for state in trainer.states if not state.failure
         ]
         logger.info("%s: trained in %.1f s", job, trained_s)
-        evaluate_s = self.evaluator.evaluate(model, done, report, should_stop)
+        evaluate_s = self.evaluator.evaluate(model, done, report, should_stop) if self._is_first else 0.0
         logger.info("%s: evaluated in %.1f s", job, evaluate_s)
         self.store.write_json(f"timing/{job}.json", JobTiming({
             "units": [one.plan.name for one in done],
@@ -249,14 +255,22 @@ class TrainingSession:
         discard_trunk_cache(self.store)
         return metrics
 
+    @property
+    def _is_first(self) -> bool:
+        """Whether this worker predicts and commits for all that train the same members."""
+        return self.gang is None or self.gang.partners.is_first
+
     # --- checkpoints --------------------------------------------------------------------------------
     def _save(self, trainer: PackTrainer) -> None:
         logger.debug("committing step %d", trainer.step)
         for state in trainer.states:
-            files = serialization.pack_state(*state.saved(trainer.step))
+            saved = state.saved(trainer.step)  # partners make it together, and one of them commits it
+            if not self._is_first:
+                continue
+            files = serialization.pack_state(*saved)
             self.store.commit_checkpoint(state.plan.name, trainer.step, files)
         # Only now: until every plan has this step, the one before is the newest that all have.
-        for state in trainer.states:
+        for state in trainer.states if self._is_first else ():
             keep = self.spec.checkpointing.num_to_keep
             self.store.prune_checkpoints(state.plan.name, trainer.step, keep)
 
@@ -275,7 +289,7 @@ class TrainingSession:
         wanted = self.spec.baselines.checkpoints
         first = next((t for t in trainer.states if t.plan.name == "member-000"), None)
         epochs = trainer.epochs(trainer.total - 1) + 1
-        if wanted and first is not None and first.training and epoch > epochs - wanted:
+        if self._is_first and wanted and first is not None and first.training and epoch > epochs - wanted:
             content = serialization.to_bytes(first.optimizer.tensors())
             self.store.commit_result(f"snapshots/epoch-{epoch:03d}", {"member.safetensors": content})
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from raylora.data.order import Order
-from raylora.data.task import Batch, Example, collate_pack
+from raylora.data.task import Batch, Example, collate_pack, take_part
 from raylora.engine.model.packed_model import PackedModel
 
 _Key = tuple[int, tuple[str, ...]]
@@ -50,4 +50,7 @@ class Collator:
     def _collate(self, number: int, orders_K: Sequence[Order]) -> Batch:
         examples_K = [[self._examples[i] for i in order.indices(number)] for order in orders_K]
         batch = collate_pack(self._model.task, examples_K, self._model.base.tokenizer)
+        gang = self._model.base.gang
+        if gang is not None and gang.partners.size > 1:
+            batch = take_part(batch, gang.partners.index, gang.partners.size)
         return batch.pin_memory() if self._model.base.device.type == "cuda" else batch

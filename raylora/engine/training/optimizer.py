@@ -94,12 +94,13 @@ class MemberOptimizer:
         Args:
             anchors: what a tensor's weight decay pulls towards, where that is not zero.
             restarts: steps at which the schedule starts anew.
-            gang: the ranks that the base is split over; this member lives on one of them.
+            gang: the ranks that this process is one of; the member lives on it, or on it and its partners.
         """
         import deepspeed
 
         self.names = list(tensors)
         self.device = device
+        self.partners = gang.partners if gang is not None else None
         self.optimization = optimization
         self.total_steps, self.restarts = total_steps, restarts
         self.steps_done = 0
@@ -117,7 +118,7 @@ class MemberOptimizer:
         self._anchors_P = [self._flat_anchor(names, anchors or {}) for names in self._groups.values()]
         self.engine, self._optimizer, *_ = deepspeed.initialize(
             model=container, optimizer=_optimizer(groups, optimization), config=_config(optimization),
-            mpu=gang.alone if gang is not None else None,
+            mpu=gang.partners if gang is not None else None,
         )
         # ZeRO moves the flat parameters once, while it is built; views made before that would be left behind.
         self.parameters = self._by_name([p_P.detach() for p_P in self._flat_P])
@@ -160,8 +161,8 @@ class MemberOptimizer:
             given_P = self.lr * decay * anchor_P
             p_P.add_(given_P)
             updated = self._updated(index)
-            if updated is not p_P:  # ZeRO updates a padded copy
-                updated[: p_P.numel()].add_(given_P)
+            if updated is not p_P:  # ZeRO updates a padded copy, or this rank's part of one
+                updated.add_(self._part(given_P, updated))
 
     @property
     def lr(self) -> float:
@@ -174,7 +175,7 @@ class MemberOptimizer:
             return {}
         moments = {
             key: self._by_name([
-                self._state_of(index)[key][: p_P.numel()].detach().float().cpu()
+                self._whole(self._state_of(index)[key].detach())[: p_P.numel()].float().cpu()
                 for index, p_P in enumerate(self._flat_P)
             ])
             for key in _STATE_KEYS[self.optimization.optimizer]
@@ -190,8 +191,7 @@ class MemberOptimizer:
             updated, own = self._updated(index), self._state_of(index)
             for key in _STATE_KEYS[self.optimization.optimizer]:
                 saved_P = _flat(state, [f"{name}|{key}" for name in names], self.device)
-                own[key] = torch.zeros_like(updated)
-                own[key][: saved_P.numel()].copy_(saved_P)
+                own[key] = self._part(saved_P, updated).to(updated.dtype).clone()
             own["step"] = torch.tensor(float(steps_done))  # bias correction depends on how many updates there were
 
     def _by_name(self, flat_P: Sequence[Tensor]) -> Tensors:
@@ -209,10 +209,24 @@ class MemberOptimizer:
         zeros = {name: torch.zeros(self._shapes[name]) for name in names if name not in anchors}
         return _flat({**anchors, **zeros}, names, self.device)
 
+    def _part(self, flat_P: Tensor, updated: Tensor) -> Tensor:
+        """Return what belongs to the numbers that this rank updates, zero where those are padding."""
+        index = self.partners.index if self.partners is not None and self.optimization.zero_stage else 0
+        part = torch.zeros(updated.numel(), dtype=flat_P.dtype, device=flat_P.device)
+        own = flat_P[index * updated.numel() : (index + 1) * updated.numel()]
+        part[: own.numel()] = own
+        return part.view_as(updated)
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """Return the moments of all numbers from those that the partners update, each its part under ZeRO."""
+        if self.partners is None or not self.optimization.zero_stage:
+            return part
+        return self.partners.gathered(part)
+
     def _updated(self, index: int) -> Tensor:
         """Return what torch's optimizer updates: the flat parameter, or ZeRO's padded partition of it.
 
-        Every flat parameter is its own group and a worker is a group of one, so a partition holds one whole parameter.
+        Every flat parameter is its own group, so the partners' partitions hold one whole parameter between them.
         """
         return self._torch_optimizer.param_groups[index]["params"][0]
 

@@ -156,7 +156,9 @@ class PackTrainer:
             stack([t.initial_head for t in stepping]) if has_reference else None, self._student_loss(),
         )
         rows = len(batch) // len(stepping)
-        for k, (state, loss, gradients) in enumerate(zip(stepping, outcome.losses_K, outcome.gradients, strict=True)):
+        gang = self.model.base.gang
+        losses_K = outcome.losses_K if gang is None else gang.partners.mean(outcome.losses_K)  # each has its part's
+        for k, (state, loss, gradients) in enumerate(zip(stepping, losses_K, outcome.gradients, strict=True)):
             ids = ", ".join(batch.ids[k * rows : (k + 1) * rows][:8])
             if not math.isfinite(loss):
                 state.failure = f"the loss is {loss} at step {self.step + 1} on examples {ids}"
