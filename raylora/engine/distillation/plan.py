@@ -77,7 +77,8 @@ def prepare_distillation(
     key = targets_key(digest, content_of, tokens)
     target_job = TargetJob(store.uri, digest, _packs(prepared, members), settings.transfer, tokens, shard_rows)
     shards = shard_names(len(content_of), shard_rows)
-    plan = replace(prepared.plan, workers=min(prepared.plan.workers * prepared.plan.ranks, len(shards)), ranks=1, partners=1)
+    processes = prepared.plan.workers * prepared.plan.ranks
+    plan = replace(prepared.plan, workers=min(processes, len(shards)), ranks=1, partners=1)
     distill_from = DistillFromSpec(targets=key, teacher=digest, loss=settings.loss, transfer=settings.transfer)
     student = student_spec(spec, settings, store.uri, settings.name, distill_from)
     alone = student_spec(spec, settings, store.uri, f"{settings.name}-alone", None) if settings.alone else None
