@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_helpers import prepared_base
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -205,20 +206,6 @@ class Parts:
 def make_parts(make_spec: Callable[..., Any]) -> Callable[..., Parts]:
     """Return a function from changes of the small spec to its loaded parts."""
     return lambda **changes: Parts(make_spec(**changes))
-
-
-def prepared_base(spec: Any, task: Any) -> Any:
-    """Return where a spec's prepared base lies, prepared if need be; None for kinds that are quantized as loaded."""
-    import torch
-
-    from raylora.engine.model.quantized_layers import bases_folder
-    from raylora.engine.quantization.quantize_base import ensure_prepared, open_base
-
-    if spec.base.grid is None:
-        return None
-    found = open_base(spec.base, task, bases_folder(spec.storage_path))
-    ensure_prepared(spec.base, task, found, torch.device("cpu"))
-    return found.store
 
 
 def trajectory(trainer: Any) -> list[dict[str, dict[str, Any]]]:

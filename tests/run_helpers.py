@@ -60,3 +60,17 @@ def assert_bit_equal(one: Mapping[str, Any], two: Mapping[str, Any], where: str 
             assert_bit_equal(value, two[name], name)
         else:
             assert torch.equal(value, two[name]), f"{where} {name}"
+
+
+def prepared_base(spec: Any, task: Any) -> Any:
+    """Return where a spec's prepared base lies, prepared if need be; None for kinds that are quantized as loaded."""
+    import torch
+
+    from raylora.engine.model.quantized_layers import bases_folder
+    from raylora.engine.quantization.quantize_base import ensure_prepared, open_base
+
+    if spec.base.grid is None:
+        return None
+    found = open_base(spec.base, task, bases_folder(spec.storage_path))
+    ensure_prepared(spec.base, task, found, torch.device("cpu"))
+    return found.store

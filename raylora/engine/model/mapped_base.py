@@ -131,7 +131,9 @@ def _convert(source: Source, add: Callable[[str, Tensor], None]) -> dict[str, An
                 plain[key] = tensor.detach()
             else:
                 also[f"{name}|{key}"] = holder
-        coded = coder(name, module) if is_linear(module) and "weight" in plain else None
+        # What the checkpoint lacks is a head, which every member draws for itself.
+        is_frozen = is_linear(module) and "weight" in plain and f"{name}.weight" not in missing
+        coded = coder(name, module) if is_frozen else None
         if coded is not None:
             layers[name] = list(weight_of(module).shape)
         else:
