@@ -18,6 +18,7 @@ from raylora.display.status import status_table
 from raylora.errors import UsageError
 
 _DEGRADED = 3
+InProcess = Annotated[bool, typer.Option("--local", help="As `raylora run --local` would: one process, without Ray.")]
 
 
 @app.command()
@@ -52,17 +53,18 @@ def validate(
     spec_file: SpecFile,
     overrides: Overrides = None,
     preview: Annotated[int, typer.Option(help="Show this many tokenized training rows.")] = 0,
+    local: InProcess = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a spec, its data and its base, without starting or writing anything."""
     from raylora.engine.distillation.plan import check_ahead
     from raylora.engine.model.checkpoint import load_tokenizer
-    from raylora.engine.run.plan_run import prepare
+    from raylora.engine.run.plan_run import local_inventory, prepare
     from raylora.engine.training.distillation_loss import task_of
 
-    spec = raylora.read_spec(spec_file, overrides or [])
-    prepared = prepare(spec, look=True)
-    check_ahead(spec)
+    spec, inventory = raylora.read_spec(spec_file, overrides or []), local_inventory(in_process=local)
+    prepared = prepare(spec, inventory, look=True)
+    check_ahead(spec, inventory)
     task = task_of(spec)
     samples = prepared.sets.preview(preview, load_tokenizer(spec.base, task)) if preview else []
     notes = [f"note: {note}" for note in prepared.notes]
@@ -74,11 +76,14 @@ def validate(
 
 @app.command()
 @command
-def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    spec_file: SpecFile, overrides: Overrides = None, local: InProcess = False, as_json: AsJson = False
+) -> None:
     """Show which worker would train which members, with how much memory, and why."""
-    from raylora.engine.run.plan_run import prepare
+    from raylora.engine.run.plan_run import local_inventory, prepare
 
-    prepared = prepare(raylora.read_spec(spec_file, overrides or []), look=True)
+    spec = raylora.read_spec(spec_file, overrides or [])
+    prepared = prepare(spec, local_inventory(in_process=local), look=True)
     found = prepared.plan
     if as_json:
         print(json.dumps({**vars(found), "jobs": prepared.jobs, "member_parameters": prepared.member_parameters,

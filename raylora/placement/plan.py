@@ -46,6 +46,8 @@ class Inventory:
     memory_bytes: int
     """Main memory for CPU workers, one device's memory for GPU workers."""
     where: str = "this machine"
+    in_process: bool = False
+    """Nothing but this process computes: more than one worker would take turns."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ def _ranks(spec: PlacementSpec, demand: Demand, inventory: Inventory, slots: int
         raise PlacementError(
             f"placement.strategy: shard: {demand.unsplittable_reason}", "use placement.strategy replicate"
         )
+    if inventory.in_process:
+        raise PlacementError(
+            "placement.strategy: shard splits the base over several processes, and this run has one",
+            "run it on Ray (without --local), or use placement.strategy replicate",
+        )
     ranks = slots if spec.ranks == "auto" else spec.ranks
     if isinstance(spec.workers, int):
         if spec.ranks == "auto":
@@ -126,6 +133,9 @@ def _workers(
     if spec.workers != "auto":
         reasons.append(f"{spec.workers} worker(s): as asked")
         return spec.workers
+    if inventory.in_process:
+        reasons.append("1 worker: all of the run is in this process")
+        return 1
     unit = "GPU" if gpus_each else "CPU"
     workers = max(1, most)
     if isinstance(spec.cpus_per_worker, int):

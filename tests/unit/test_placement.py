@@ -17,12 +17,12 @@ GB = 10**9
 
 def plan(
     members: int = 5, baselines: int = 0, cpus: int = 4, gpus: int = 0, memory: float = 64, base: float = 0.1,
-    member: float = 0.1, **spec: Any,
+    member: float = 0.1, in_process: bool = False, **spec: Any,
 ) -> Plan:
     groups = [tuple(f"member-{m}" for m in range(members))]
     groups += [tuple(f"head-{m}" for m in range(baselines))] if baselines else []
     demand = Demand(tuple(groups), int(base * GB), int(member * GB), 0, runtime_bytes=int(1.5 * GB))
-    return make_plan(demand, Inventory(cpus, gpus, int(memory * GB)), PlacementSpec(**spec))
+    return make_plan(demand, Inventory(cpus, gpus, int(memory * GB), in_process=in_process), PlacementSpec(**spec))
 
 
 TABLE = [
@@ -108,6 +108,28 @@ def test_asking_for_more_members_than_fit_is_a_warning_not_a_refusal() -> None:
     made = plan(4, cpus=1, memory=2.5, member=0.2, members_per_worker=4)
     assert [len(pack) for pack in made.packs] == [4]
     assert any("4 members in one forward may not fit; about 2 do" in reason for reason in made.reasons)
+
+
+IN_PROCESS = [
+    ({"members": 5, "cpus": 2}, (1, 2, [5])),
+    ({"members": 5, "cpus": 8, "cpus_per_worker": 3}, (1, 3, [5])),
+    ({"members": 5, "cpus": 8, "gpus": 2}, (1, 8, [5])),
+    ({"members": 8, "cpus": 4, "memory": 3, "member": 0.2}, (1, 4, [4, 4])),
+    ({"members": 4, "cpus": 4, "workers": 2}, (2, 2, [2, 2])),  # as on Ray: the members are to equal those
+]
+
+
+@pytest.mark.parametrize(("given_", "expected"), IN_PROCESS)
+def test_a_process_alone_is_one_worker_with_all_cores(given_: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    workers, cpus, packs = expected
+    made = plan(in_process=True, **given_)
+    assert (made.workers, made.cpus_per_worker) == (workers, cpus), made.reasons
+    assert [len(pack) for pack in made.packs] == packs
+
+
+def test_a_process_alone_cannot_split_a_base() -> None:
+    with pytest.raises(PlacementError, match="this run has one"):
+        plan(in_process=True, strategy="shard")
 
 
 def test_the_same_question_has_the_same_answer() -> None:

@@ -336,12 +336,12 @@ def check_start(spec: RunSpec, quantized: Sequence[str], sites: Sequence[str]) -
         )
 
 
-def local_inventory() -> Inventory:
-    """Return what this machine has; a container's CPU share counts, not the host's."""
+def local_inventory(in_process: bool = False) -> Inventory:
+    """Return what this machine has, for workers on it or for this process alone; a container's CPU share counts."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = torch.cuda.device_count()
     memory = torch.cuda.get_device_properties(0).total_memory if gpus else psutil.virtual_memory().available
-    return Inventory(cpus=cpus, gpus=gpus, memory_bytes=int(memory))
+    return Inventory(cpus=cpus, gpus=gpus, memory_bytes=int(memory), in_process=in_process)
 
 
 def data_record(sets: DataSets) -> DataRecord:
