@@ -16,6 +16,7 @@ from raylora.display.console import err, out
 from raylora.display.progress import ShownStatus, say_block
 from raylora.display.status import status_table
 from raylora.errors import UsageError
+from raylora.placement.estimate import Parts
 
 _DEGRADED = 3
 InProcess = Annotated[bool, typer.Option("--local", help="As `raylora run --local` would: one process, without Ray.")]
@@ -86,14 +87,16 @@ def plan(
     prepared = prepare(spec, local_inventory(in_process=local), look=True)
     found = prepared.plan
     if as_json:
-        print(json.dumps({**vars(found), "jobs": prepared.jobs, "member_parameters": prepared.member_parameters,
+        print(json.dumps({**vars(found), "parts": found.parts.by_name(), "worker_bytes": found.worker_bytes,
+                          "jobs": prepared.jobs, "member_parameters": prepared.member_parameters,
                           "compute": prepared.compute, "total_steps": prepared.total_steps,
                           "notes": list(prepared.notes)}))
         return
-    table = Table("job", "units trained in one forward", title=f"{found.strategy}: {found.workers} worker(s)")
+    table = Table("job", "units trained in one forward", title=found.summary())
     for job, units in prepared.jobs.items():
         table.add_row(job, ", ".join(units))
     out.print(table)
+    out.print(_parts_table(found.parts))
     for reason in (*found.reasons, *prepared.notes):
         out.print(f"  {reason}")
     out.print(f"  computing in {prepared.compute}")
@@ -227,6 +230,16 @@ def schema() -> None:
     from raylora.spec import json_schema
 
     print(json.dumps(json_schema(), indent=1))
+
+
+def _parts_table(parts: Parts) -> Table:
+    """Return what a worker's memory goes to, without the parts that take nothing."""
+    table = Table("memory of a worker", "GB")
+    for name, size_bytes in parts.by_name().items():
+        if size_bytes:
+            table.add_row(name, f"{size_bytes / 1e9:.2f}")
+    table.add_row("all", f"{parts.total / 1e9:.2f}")
+    return table
 
 
 # --- how a run looks while it goes on ---------------------------------------------------------------------
