@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raylora import control
-from raylora.placement.plan import Demand, Inventory, make_plan
+from raylora.placement.estimate import MemberShape, ModelShape
+from raylora.placement.inventory import one_node
+from raylora.placement.plan import Demand, make_plan
 from raylora.spec import PlacementSpec
 
 
@@ -86,8 +88,8 @@ class Cluster:
         load = self.load
         names = tuple(f"member-{m:03d}" for m in range(load.members))
         plan = make_plan(
-            Demand(groups=(names,), base_bytes=0, member_bytes=1, activation_bytes=1, runtime_bytes=0),
-            Inventory(cpus=load.workers, gpus=0, memory_bytes=10**12),
+            Demand((names,), ModelShape(), MemberShape()),
+            one_node(load.workers, 0, 10**15),
             PlacementSpec(workers=load.workers, members_per_worker=load.pack),
         )
         workers = [f"worker-{n}" for n in range(load.workers)]

@@ -28,7 +28,7 @@ from raylora.engine.model.machine import compute_device
 from raylora.engine.quantization.layer_solver import Solve, solve_here
 from raylora.engine.quantization.quantize_base import ensure_prepared
 from raylora.engine.run.local_driver import conclude, run_in_process, signals_handled_by
-from raylora.engine.run.plan_run import Prepared, prepare
+from raylora.engine.run.plan_run import Prepared, local_inventory, prepare
 from raylora.engine.run.roster import read_state, sound_seal
 from raylora.engine.run.run_status import OnStatus, RunStatus
 from raylora.engine.training.distillation_loss import task_of
@@ -46,7 +46,10 @@ _EXIT_S = 60.0
 
 
 def run_local(spec: RunSpec, on_status: OnStatus | None = None) -> RunMetrics:
-    """Run a spec in this process, without Ray, and return its metrics; the members equal Ray's.
+    """Run a spec in this process, without Ray, and return its metrics.
+
+    One worker has all cores, unless ``placement`` says otherwise. With ``placement.workers`` and ``cpus_per_worker``
+    given, the members equal Ray's bit for bit; other threads and packs change last bits.
 
     ``on_status`` is told after every event, step and batch of rows; by default progress is shown on stderr.
 
@@ -55,8 +58,9 @@ def run_local(spec: RunSpec, on_status: OnStatus | None = None) -> RunMetrics:
         Interrupted: a signal came; run again to continue.
         TrainingError: the run failed.
     """
-    prepared = prepare(spec)
-    check_ahead(spec)
+    inventory = local_inventory(in_process=True)
+    prepared = prepare(spec, inventory)
+    check_ahead(spec, inventory)
     with _shown(on_status) as show:
         metrics = cast(RunMetrics, run_in_process(prepared, show))
     publish_report(prepared.store)
@@ -84,7 +88,7 @@ def prepare_base(
         UsageError: bad input, or a base that is quantized as it is loaded and needs no preparation.
         Interrupted: a signal came; the blocks so far are committed.
     """
-    prepared = prepare(spec)
+    prepared = prepare(spec, local_inventory(in_process=True) if local else None)
     if prepared.base is None:
         raise SpecError(
             f"base.quantization: {spec.base.quantization.kind} needs no preparation", "`raylora run` loads it as it is"
@@ -264,7 +268,8 @@ def distill_run(
     What already exists is not made again, so an interrupted distillation continues when this is called again.
 
     Args:
-        local: do it all in this process, without Ray; the result is the same.
+        local: do it all in this process, without Ray; where ``placement`` leaves threads and packs open, members differ
+            from Ray's in their last bits.
         on_stage: told in words what begins.
 
     Raises:
@@ -272,7 +277,8 @@ def distill_run(
         Interrupted: a signal came; call again to continue.
         TrainingError: the targets could not be made, or a student not be trained.
     """
-    work = prepare_distillation(run, settings, None if local else inventory_of_cluster())
+    inventory = local_inventory(in_process=True) if local else inventory_of_cluster()
+    work = prepare_distillation(run, settings, inventory)
     before = made_before(work)
     if before is not None:
         on_stage(f"{work.settings.name} is distilled already, and nothing has changed")
@@ -286,7 +292,7 @@ def distill_run(
             store = RunStore.for_spec(student)
             if not is_finished(store):
                 on_stage(f"training {student.run_name()} in {store.uri}")
-                _carry_out(prepare(student, None if local else inventory_of_cluster()), local, on_status)
+                _carry_out(prepare(student, inventory), local, on_status)
                 publish_report(store)
     except Interrupted as error:
         raise Interrupted(
@@ -352,7 +358,8 @@ def repair_run(run: str, local: bool = False, on_status: OnStatus = lambda statu
     """
     store = RunStore(run)
     spec, before = store.spec_in_place(), sound_seal(store)
-    prepared = prepare(spec, None if local else inventory_of_cluster(), repair=True)
+    inventory = local_inventory(in_process=True) if local else inventory_of_cluster()
+    prepared = prepare(spec, inventory, repair=True)
     lost = {damage.folder: str(damage) for damage in prepared.damages}
     if before is not None and read_state(store).phase.terminal:
         why = before.damage_of(store.storage, "metrics.json")

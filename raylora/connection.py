@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -17,9 +18,11 @@ from ray.util import list_named_actors
 from raylora.actors.coordinator import NAMESPACE, RAY_ADDRESS, coordinator_name
 from raylora.engine.run.plan_run import local_inventory
 from raylora.errors import RunDirectoryError
-from raylora.placement.plan import Inventory
+from raylora.placement.inventory import Gpu, Inventory, Node
 from raylora.store.run_store import RunStore
 
+_ACCELERATOR = "accelerator_type:"
+"""What Ray calls a resource that every node with GPUs of a kind has."""
 _RAYLET = re.compile(r"raylet .*--gcs-address=(\S+)")
 
 
@@ -93,15 +96,44 @@ def connect(dashboard: bool = False) -> None:
 
 
 def cluster_inventory() -> Inventory:
-    """Return what the connected cluster has in all, whoever uses it now."""
-    total = ray.cluster_resources()
-    gpus = int(total.get("GPU", 0))
-    memory = ray.get(_device_memory.remote()) if gpus else total.get("memory", 0)
-    return Inventory(int(total.get("CPU", 0)), gpus, int(memory), "the cluster")
+    """Return what the connected cluster has in all, node by node, whoever uses it now."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes, assumed = nodes_of(alive, lambda kind: int(ray.get(_device_memory(kind))))
+    return Inventory(nodes, "the cluster", assumed=assumed)
+
+
+def nodes_of(
+    alive: Sequence[Mapping[str, Any]], memory_of: Callable[[str | None], int]
+) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+    """Return the nodes that Ray tells of, and what had to be assumed of their GPUs.
+
+    Args:
+        memory_of: looks up a device's bytes on a node with GPUs of a kind, or of no known kind.
+    """
+    found: dict[str | None, int] = {}
+    nodes, assumed = [], []
+    for node in alive:
+        has = node["Resources"]
+        kind = next((name for name in has if name.startswith(_ACCELERATOR)), None)
+        gpus = int(has.get("GPU", 0))
+        if gpus and kind not in found:
+            found[kind] = memory_of(kind)
+            if kind is None:
+                assumed.append(f"all GPUs whose kind Ray does not know have {found[kind] / 1e9:.0f} GB, as the first")
+        if has.get("CPU", 0) >= 1:
+            devices = (Gpu(found[kind]),) * gpus if gpus else ()
+            nodes.append(Node(str(node["NodeManagerAddress"]), int(has["CPU"]), int(has.get("memory", 0)), devices))
+    return tuple(nodes) or (Node("the cluster", 0, 0),), tuple(assumed)
+
+
+def _device_memory(kind: str | None) -> Any:
+    """Ask a node with such GPUs what one of them holds."""
+    needed = {kind: 0.001} if kind is not None else {}
+    return _first_device_bytes.options(resources=needed).remote()
 
 
 @ray.remote(num_cpus=0, num_gpus=1)
-def _device_memory() -> int:
+def _first_device_bytes() -> int:
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory

@@ -16,8 +16,10 @@ from raylora.display.console import err, out
 from raylora.display.progress import ShownStatus, say_block
 from raylora.display.status import status_table
 from raylora.errors import UsageError
+from raylora.placement.estimate import Parts
 
 _DEGRADED = 3
+InProcess = Annotated[bool, typer.Option("--local", help="As `raylora run --local` would: one process, without Ray.")]
 
 
 @app.command()
@@ -52,17 +54,18 @@ def validate(
     spec_file: SpecFile,
     overrides: Overrides = None,
     preview: Annotated[int, typer.Option(help="Show this many tokenized training rows.")] = 0,
+    local: InProcess = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a spec, its data and its base, without starting or writing anything."""
     from raylora.engine.distillation.plan import check_ahead
     from raylora.engine.model.checkpoint import load_tokenizer
-    from raylora.engine.run.plan_run import prepare
+    from raylora.engine.run.plan_run import local_inventory, prepare
     from raylora.engine.training.distillation_loss import task_of
 
-    spec = raylora.read_spec(spec_file, overrides or [])
-    prepared = prepare(spec, look=True)
-    check_ahead(spec)
+    spec, inventory = raylora.read_spec(spec_file, overrides or []), local_inventory(in_process=local)
+    prepared = prepare(spec, inventory, look=True)
+    check_ahead(spec, inventory)
     task = task_of(spec)
     samples = prepared.sets.preview(preview, load_tokenizer(spec.base, task)) if preview else []
     notes = [f"note: {note}" for note in prepared.notes]
@@ -74,21 +77,26 @@ def validate(
 
 @app.command()
 @command
-def plan(spec_file: SpecFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    spec_file: SpecFile, overrides: Overrides = None, local: InProcess = False, as_json: AsJson = False
+) -> None:
     """Show which worker would train which members, with how much memory, and why."""
-    from raylora.engine.run.plan_run import prepare
+    from raylora.engine.run.plan_run import local_inventory, prepare
 
-    prepared = prepare(raylora.read_spec(spec_file, overrides or []), look=True)
+    spec = raylora.read_spec(spec_file, overrides or [])
+    prepared = prepare(spec, local_inventory(in_process=local), look=True)
     found = prepared.plan
     if as_json:
-        print(json.dumps({**vars(found), "jobs": prepared.jobs, "member_parameters": prepared.member_parameters,
+        print(json.dumps({**vars(found), "parts": found.parts.by_name(), "worker_bytes": found.worker_bytes,
+                          "jobs": prepared.jobs, "member_parameters": prepared.member_parameters,
                           "compute": prepared.compute, "total_steps": prepared.total_steps,
                           "notes": list(prepared.notes)}))
         return
-    table = Table("job", "units trained in one forward", title=f"{found.strategy}: {found.workers} worker(s)")
+    table = Table("job", "units trained in one forward", title=found.summary())
     for job, units in prepared.jobs.items():
         table.add_row(job, ", ".join(units))
     out.print(table)
+    out.print(_parts_table(found.parts))
     for reason in (*found.reasons, *prepared.notes):
         out.print(f"  {reason}")
     out.print(f"  computing in {prepared.compute}")
@@ -222,6 +230,16 @@ def schema() -> None:
     from raylora.spec import json_schema
 
     print(json.dumps(json_schema(), indent=1))
+
+
+def _parts_table(parts: Parts) -> Table:
+    """Return what a worker's memory goes to, without the parts that take nothing."""
+    table = Table("memory of a worker", "GB")
+    for name, size_bytes in parts.by_name().items():
+        if size_bytes:
+            table.add_row(name, f"{size_bytes / 1e9:.2f}")
+    table.add_row("all", f"{parts.total / 1e9:.2f}")
+    return table
 
 
 # --- how a run looks while it goes on ---------------------------------------------------------------------

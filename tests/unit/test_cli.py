@@ -116,6 +116,14 @@ def test_plan_says_who_trains_what_and_why(spec_file: Callable[..., str]) -> Non
     assert any("member(s) per forward" in reason for reason in plan["reasons"])
 
 
+def test_plan_of_a_process_alone_is_one_worker(spec_file: Callable[..., str]) -> None:
+    spec = spec_file(ensemble__members=3, placement={})
+    plan = json.loads(call("plan", spec, "--local", "--json").stdout)
+    assert plan["workers"] == 1 and plan["packs"] == [["member-000", "member-001", "member-002"]]
+    assert any("in this process" in reason for reason in plan["reasons"])
+    assert call("validate", spec, "--local").exit_code == 0
+
+
 def test_validate_shows_tokenized_samples(spec_file: Callable[..., str]) -> None:
     done = call("validate", spec_file(), "--preview", "2", "--json")
     found = json.loads(done.stdout)

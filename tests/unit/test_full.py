@@ -202,7 +202,7 @@ def test_a_run_is_kept_loaded_and_exported(
     assert "adapter_config.json" not in files and b"--format checkpoint" in files["README.md"]
     kept = from_bytes(files["adapter_model.safetensors"])
     assert prepared.member_parameters == sum(t.numel() for t in kept.values())
-    assert prepared.demand.member_bytes == 28 * prepared.member_parameters
+    assert prepared.demand.member.parameters == prepared.member_parameters
     assert prepared.demand.unpackable_reason == "one member per forward: every weight is its own"
     assert set(store.read_json("metrics.json")["baselines"]) >= {"last_layer", "checkpoints"}
     texts = ["a wonderful film with a great cast", "dull and far too long"]

@@ -29,7 +29,7 @@ from raylora.engine.training.distillation_loss import (
 from raylora.engine.training.inputs import sets_of
 from raylora.ensemble.outputs import output_of
 from raylora.errors import DataError, RunDirectoryError, SpecError
-from raylora.placement.plan import Inventory
+from raylora.placement.inventory import Inventory
 from raylora.spec import BaselinesSpec, DistillFromSpec, DistillSpec, EnsembleSpec, RunSpec
 from raylora.store.run_store import RunStore
 

@@ -62,7 +62,7 @@ def run_in_process(
 
     ``on_status`` is told after every event, step and batch of rows: whoever shows it decides how often.
 
-    The plan's packs and threads are those that a cluster would use, so the members are equal to Ray's.
+    The packs and threads are the plan's: by the same plan the members are equal to Ray's, bit for bit.
 
     Raises:
         PlacementError: the plan takes several processes that work together.

@@ -5,25 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import mul
-from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from raylora import control, registry
-from raylora.adapters.base import Adapter, NeedsBaseWeights, Noted, Site, WholeModel, is_linear, site_of
+from raylora.adapters.base import Noted
 from raylora.control import JobState
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
-from raylora.engine.model.blocks import base_linears, find_blocks
-from raylora.engine.model.checkpoint import load_config, load_tokenizer, quantizer_of, shell_model
+from raylora.engine.model.blocks import base_linears
+from raylora.engine.model.checkpoint import load_tokenizer, shell_model
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.parameter_count import adapter_parameters
 from raylora.engine.model.quantized_layers import bases_folder
 from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.quantization.quantize_base import PreparedBase, open_base
+from raylora.engine.run.demand import Shell, batch_of, demand_of, groups_of
 from raylora.engine.run.growth import Growth, check_data, check_final_states, clear_outgrown, growth_of
 from raylora.engine.run.roster import Damage, clear, damages_of, read_state
 from raylora.engine.run.session import TrainingSession
@@ -37,22 +35,19 @@ from raylora.engine.training.member_plan import (
     check_baselines,
     check_weights,
     member_plans_of,
-    packable_groups,
-    unpackable_reason,
 )
 from raylora.engine.training.schedule import total_steps
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import check_rule
 from raylora.errors import BaseError, RunDirectoryError, SpecError, StoreError
-from raylora.placement.plan import Demand, Inventory, Plan, make_plan
+from raylora.placement.inventory import Gpu, Inventory, Node
+from raylora.placement.plan import Demand, Plan, make_plan
 from raylora.records import DataRecord
 from raylora.spec import RunSpec, SetSpec
 from raylora.spec.paths import located, places_here
 from raylora.store.run_store import RunStore
 
 _LARGE_LR = 0.1
-_BYTES_PER_PARAMETER = 28
-"""While training: a weight, its gradient and two moments; stacked for the forward, its gradient, their product."""
 
 
 @dataclass(frozen=True)
@@ -201,18 +196,14 @@ def prepare(
     units = member_plans_of(spec)
     kept = {name for names in found.kept.values() for name in names}
     new = [unit for unit in units if unit.name not in kept]
-    demand = Demand(
-        groups=_groups(units if found.reopens or not new else new),
-        base_bytes=_base_bytes(shell, spec, heads),
-        member_bytes=_BYTES_PER_PARAMETER * members,
-        activation_bytes=_activation_bytes(spec, sets),
-        unpackable_reason=unpackable_reason(units[0]),
-        unsplittable_reason=_unsplittable_reason(spec, shell, adapter, sites),
-    )
     inventory = inventory or local_inventory()
+    demand = demand_of(
+        spec, Shell(shell, adapter, sites, heads, members), batch_of(spec, sets),
+        units if found.reopens or not new else new, inventory,
+    )
     plan = make_plan(demand, inventory, spec.placement)
     if found.kept:
-        packs = make_plan(replace(demand, groups=_groups(new)), inventory, spec.placement).packs if new else ()
+        packs = make_plan(replace(demand, groups=groups_of(new)), inventory, spec.placement).packs if new else ()
         plan = replace(plan, packs=packs)
     notes = (*notes, *_doubts(spec, sets))
     if found.growth is not None:
@@ -258,39 +249,6 @@ def _begun(store: RunStore, spec: RunSpec, sets: DataSets, repair: bool) -> _Beg
         if job.status is JobState.FINISHED or (job.attempt and control.is_piece(name))  # a piece fits wherever packs do
     }
     return _Begun(True, growth, damages, kept)
-
-
-def _groups(units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(group) for group in packable_groups(units))
-
-
-class _Asked(Exception):
-    """An adapter wants to see a frozen weight."""
-
-
-def _unsplittable_reason(spec: RunSpec, shell: Any, adapter: Adapter, sites: Sequence[Site]) -> str:
-    """Return why no rank may be without the whole base, or nothing if each can."""
-    if isinstance(adapter, WholeModel):
-        return f"members of adapter.kind {adapter.spec.kind} are whole models themselves"
-    if getattr(shell.config, "quantization_config", None) is not None:
-        return f"{spec.base.source} is quantized already, in a format that is not split"
-
-    if spec.optimization.cache_trunk:
-        return "optimization.cache_trunk passes blocks that no rank has whole"
-
-    def asked(name: str) -> Tensor:
-        raise _Asked
-
-    try:
-        find_blocks(shell)
-        adapter.frozen_tensors(sites, 0, asked)
-        if isinstance(adapter, NeedsBaseWeights):
-            adapter.from_weights(adapter.build(sites, torch.Generator()), sites, asked)
-    except BaseError as error:
-        return error.message
-    except _Asked:
-        return f"adapter.kind {adapter.spec.kind} starts from the base's whole weights, which no rank has"
-    return ""
 
 
 def _doubts(spec: RunSpec, sets: DataSets) -> list[str]:
@@ -345,12 +303,13 @@ def check_start(spec: RunSpec, quantized: Sequence[str], sites: Sequence[str]) -
         )
 
 
-def local_inventory() -> Inventory:
-    """Return what this machine has; a container's CPU share counts, not the host's."""
+def local_inventory(in_process: bool = False) -> Inventory:
+    """Return what this machine has, for workers on it or for this process alone; a container's CPU share counts."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = torch.cuda.device_count()
-    memory = torch.cuda.get_device_properties(0).total_memory if gpus else psutil.virtual_memory().available
-    return Inventory(cpus=cpus, gpus=gpus, memory_bytes=int(memory))
+    devices = tuple(Gpu(torch.cuda.get_device_properties(n).total_memory) for n in range(gpus))
+    node = Node("this machine", cpus, int(psutil.virtual_memory().available), devices)
+    return Inventory((node,), in_process=in_process)
 
 
 def data_record(sets: DataSets) -> DataRecord:
@@ -391,29 +350,3 @@ def _check_task(spec: RunSpec, task: Task) -> None:
             "use early_stopping, decay_a, decay_b or decay_head",
         )
     check_rule(output, spec.ensemble.aggregate)
-
-
-def _base_bytes(shell: Any, spec: RunSpec, heads: Sequence[str]) -> int:
-    plain_bytes = 4 if spec.base.dtype == "float32" else 2
-    quantizer = quantizer_of(spec.base)
-    linears = [
-        site_of(n, m) for n, m in shell.named_modules() if is_linear(m) and n not in heads and n != "lm_head"
-    ]
-    weights = [site.in_features * site.out_features for site in linears]
-    bits = [quantizer.bits_per_weight((site.out_features, site.in_features), 8 * plain_bytes) for site in linears]
-    rest = sum(p.numel() for p in shell.parameters()) - sum(weights)
-    return int(sum(map(mul, weights, bits)) / 8 + rest * plain_bytes)
-
-
-def _activation_bytes(spec: RunSpec, sets: DataSets) -> int:
-    """Estimate what one member's micro-batch keeps for its backward pass: about 34 values per token and width
-    in each layer, and attention's heads x T x T (Korthikanti et al., arXiv 2205.05198, equation 1).
-    """
-    config = load_config(spec.base)
-    config = getattr(config, "text_config", config)
-    width, layers = int(config.hidden_size), int(config.num_hidden_layers)
-    time = min(spec.task.max_length, max(len(s) for e in sets.train.examples for s in e.sequences))
-    rows = spec.optimization.micro_batch * max(len(e.sequences) for e in sets.train.examples)
-    per_layer = rows * time * (34 * width + 5 * int(config.num_attention_heads) * time)
-    vocabulary = rows * time * int(config.vocab_size) * 8 if sets.train.examples[0].spans else 0
-    return layers * per_layer + vocabulary

@@ -1,0 +1,170 @@
+"""What a run needs of machines: the shape of its base, of a member's work, and what may be shared or split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raylora.adapters.base import Adapter, NeedsBaseWeights, Site, WholeModel, is_linear, site_of
+from raylora.data.sets import DataSets
+from raylora.data.task import Task
+from raylora.engine.model.blocks import find_blocks
+from raylora.engine.model.checkpoint import quantizer_of
+from raylora.engine.model.machine import compute_dtype
+from raylora.engine.training.member_plan import MemberPlan, packable_groups, unpackable_reason
+from raylora.errors import BaseError
+from raylora.placement.estimate import MemberShape, ModelShape
+from raylora.placement.inventory import Inventory
+from raylora.placement.plan import Demand
+from raylora.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A model without weights, and what members have in it."""
+
+    model: Any
+    adapter: Adapter
+    sites: Sequence[Site]
+    heads: Sequence[str]
+    member_parameters: int
+
+
+def demand_of(
+    spec: RunSpec, shell: Shell, batch: MemberShape, units: Sequence[MemberPlan], inventory: Inventory
+) -> Demand:
+    """Return what these units need on such machines; ``batch`` says how much text they see at once."""
+    on_gpu = inventory.gpus > 0 and spec.placement.gpus_per_worker != 0
+    model = _model_shape(spec, shell, on_gpu)
+    member = replace(batch, parameters=shell.member_parameters, input_widths=_input_widths(spec, shell.sites, model))
+    return Demand(groups_of(units), model, member, unpackable_reason(units[0]), _unsplittable_reason(spec, shell))
+
+
+def groups_of(units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:
+    """Return the units that may share a forward, group by group."""
+    return tuple(tuple(group) for group in packable_groups(units))
+
+
+def batch_of(spec: RunSpec, sets: DataSets) -> MemberShape:
+    """Return how much text a member sees at once: the longest rows that there are, cut as the task cuts them."""
+    examples = sets.train.examples
+    time = min(spec.task.max_length, max(len(s) for e in examples for s in e.sequences))
+    rows = spec.optimization.micro_batch * max(len(e.sequences) for e in examples)
+    evaluated = max((len(loaded.examples) for loaded in sets.all() if loaded is not sets.train), default=0)
+    read = min(spec.evaluation.batch, spec.ensemble.members * evaluated)
+    return MemberShape(
+        rows=rows, time=time, has_token_logits=bool(examples[0].spans), evaluated_tokens=read * time
+    )
+
+
+def assumed_batch(spec: RunSpec, task: Task) -> MemberShape:
+    """Return how much text a member sees at once where there is no data to look at: rows as long as may be."""
+    time = spec.task.max_length
+    return MemberShape(
+        rows=spec.optimization.micro_batch, time=time, has_token_logits=task.output == "tokens",
+        evaluated_tokens=spec.evaluation.batch * time,
+    )
+
+
+def _model_shape(spec: RunSpec, shell: Shell, on_gpu: bool) -> ModelShape:
+    """Return the base's shape, from a model whose tensors are nowhere."""
+    model, config = shell.model, getattr(shell.model.config, "text_config", shell.model.config)
+    number_bytes = _compute_bytes(spec, on_gpu)
+    try:
+        blocks = [block.module for block in find_blocks(model)]
+    except BaseError:  # no chain of blocks: all of it is one
+        blocks = [model]
+    quantizer, left = quantizer_of(spec.base), {*shell.heads, "lm_head"}
+    linears = [(site_of(n, m), m) for n, m in model.named_modules() if is_linear(m) and n not in left]
+    stored = {
+        id(m): s.in_features * s.out_features
+        * quantizer.bits_per_weight((s.out_features, s.in_features), 8 * number_bytes) / 8
+        for s, m in linears
+    }
+    inside = {id(m) for block in blocks for m in block.modules()}
+    block_numel = sum(p.numel() for block in blocks for p in block.parameters())
+    dense = {id(m): s.in_features * s.out_features for s, m in linears}
+    block_bytes: float = number_bytes * (block_numel - sum(dense[i] for i in dense if i in inside))
+    block_bytes += sum(size for i, size in stored.items() if i in inside)
+    beside_bytes = number_bytes * (
+        sum(p.numel() for p in model.parameters()) - block_numel - sum(dense[i] for i in dense if i not in inside)
+    ) + sum(size for i, size in stored.items() if i not in inside)
+    of_blocks = {id(p) for block in blocks for p in block.parameters()}
+    tables = [p.numel() for p in model.parameters() if id(p) not in of_blocks]
+    is_quantized = spec.base.quantization.kind != "none"
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    intermediate, is_gated = _feed_forward(blocks[0], int(config.hidden_size))
+    return ModelShape(
+        block_bytes=int(block_bytes),
+        embedding_bytes=int(beside_bytes),
+        largest_table_bytes=number_bytes * max(tables, default=0),
+        workspace_bytes=(4 + number_bytes) * max(dense.values(), default=0) if is_quantized else 0,
+        layers=len(blocks),
+        hidden=int(config.hidden_size),
+        heads=int(config.num_attention_heads),
+        intermediate=intermediate,
+        vocabulary=int(config.vocab_size),
+        block_parameters=block_numel,
+        head_parameters=0 if head is None else sum(p.numel() for p in head.parameters()),
+        compute_bytes=number_bytes,
+        is_gated=is_gated,
+        keeps_inputs=spec.base.quantization.kind == "int8",
+    )
+
+
+def _compute_bytes(spec: RunSpec, on_gpu: bool) -> int:
+    if on_gpu:
+        return 4 if spec.base.dtype == "float32" else 2
+    return compute_dtype(spec.base.dtype, torch.device("cpu")).itemsize
+
+
+def _feed_forward(block: nn.Module, hidden: int) -> tuple[int, bool]:
+    """Return the width between a block's last two layers, and whether two layers lead there, one as a gate."""
+    sizes = [site_of(name, m) for name, m in block.named_modules() if is_linear(m)]
+    width = max((s.in_features for s in sizes if s.out_features == hidden), default=hidden)
+    return width, sum(s.in_features == hidden and s.out_features == width for s in sizes) > 1 and width != hidden
+
+
+def _input_widths(spec: RunSpec, sites: Sequence[Site], model: ModelShape) -> int:
+    """Return the widths of what the adapters keep of their inputs; neighbors read the same tensor."""
+    if getattr(spec.adapter, "dropout", 0):  # each drops other numbers: a copy and its mask
+        return 2 * sum(site.in_features for site in sites)
+    if model.keeps_inputs:
+        return 0
+    return sum(width for _, width in {(site.name.rpartition(".")[0], site.in_features) for site in sites})
+
+
+class _Asked(Exception):
+    """An adapter wants to see a frozen weight."""
+
+
+def _unsplittable_reason(spec: RunSpec, shell: Shell) -> str:
+    """Return why no rank may be without the whole base, or nothing if each can."""
+    adapter, sites = shell.adapter, shell.sites
+    if isinstance(adapter, WholeModel):
+        return f"members of adapter.kind {adapter.spec.kind} are whole models themselves"
+    if getattr(shell.model.config, "quantization_config", None) is not None:
+        return f"{spec.base.source} is quantized already, in a format that is not split"
+
+    if spec.optimization.cache_trunk:
+        return "optimization.cache_trunk passes blocks that no rank has whole"
+
+    def asked(name: str) -> Tensor:
+        raise _Asked
+
+    try:
+        find_blocks(shell.model)
+        adapter.frozen_tensors(sites, 0, asked)
+        if isinstance(adapter, NeedsBaseWeights):
+            with torch.device("meta"):
+                tensors = adapter.build(sites, torch.Generator("cpu"))
+            adapter.from_weights(tensors, sites, asked)
+    except BaseError as error:
+        return error.message
+    except _Asked:
+        return f"adapter.kind {adapter.spec.kind} starts from the base's whole weights, which no rank has"
+    return ""

@@ -1,0 +1,172 @@
+"""What a worker's memory goes to, in bytes by part: a pure function of a model's shape and a member's work.
+
+The parts that training keeps are counted operation by operation, as transformers' blocks run over frozen layers: a
+frozen linear layer keeps nothing of its input, a norm keeps its input, attention its q, k, v and, where it is
+computed eagerly (on CPUs), every softmax. What is not counted that way are the constants at the top, measured by
+``benchmarks/memory_estimate.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+RUNTIME_BYTES = 830_000_000
+"""A CPU worker before it has loaded anything: the interpreter with torch, transformers and DeepSpeed."""
+GPU_RUNTIME_BYTES = 1_000_000_000
+"""The context and the kernels on a device; supposed, not measured."""
+ADAPTER_BYTES, OPTIMIZER_BYTES = 12, 16
+"""Per trained parameter: it, its copy stacked for the forward and what is multiplied; gradients and two moments."""
+_GATHERED_BLOCKS = 2
+"""The block that computes and the one that is fetched meanwhile."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The frozen model, as it is stored and computed with."""
+
+    block_bytes: int = 0
+    """All transformer blocks as stored, codes and scales."""
+    embedding_bytes: int = 0
+    """All that is beside the blocks: embeddings, output layer, last norm."""
+    largest_table_bytes: int = 0
+    """The largest tensor beside the blocks."""
+    workspace_bytes: int = 0
+    """The largest quantized layer while it is multiplied with; nothing where none is quantized."""
+    layers: int = 1
+    hidden: int = 0
+    heads: int = 0
+    intermediate: int = 0
+    vocabulary: int = 0
+    block_parameters: int = 0
+    head_parameters: int = 0
+    """Of the output layer, where every token meets it."""
+    compute_bytes: int = 2
+    """Of a number in the compute type."""
+    is_gated: bool = False
+    """The feed-forward part has a gate, and the norms compute in float32, as in Llama."""
+    keeps_inputs: bool = False
+    """The frozen layers keep their inputs for the backward pass, as int8's do."""
+
+
+@dataclass(frozen=True)
+class MemberShape:
+    """What one member trains, and on how much at once."""
+
+    parameters: int = 0
+    rows: int = 0
+    """Model rows of a micro-batch."""
+    time: int = 0
+    """Tokens of the longest row."""
+    has_token_logits: bool = False
+    """Every token has logits, over the whole vocabulary."""
+    input_widths: int = 0
+    """Widths of the layers' inputs that adapters keep, summed over all sites that do not share one."""
+    evaluated_tokens: int = 0
+    """Tokens of one evaluation forward, whatever the pack."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.rows * self.time
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of one process by what they are for."""
+
+    base: int = 0
+    embeddings: int = 0
+    workspace: int = 0
+    """Quantized weights while they are multiplied with."""
+    gathered: int = 0
+    """Blocks or tables of a split base, whole for as long as they compute."""
+    adapters: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    evaluation: int = 0
+    """What the logits of an evaluation take beyond all that training keeps."""
+    runtime: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.by_name().values())
+
+    @property
+    def shared(self) -> int:
+        """What CPU workers of one node have once: they map the same pages."""
+        return self.base + self.embeddings
+
+    @property
+    def own(self) -> int:
+        """What every process has for itself."""
+        return self.total - self.shared
+
+    def by_name(self) -> dict[str, int]:
+        """Return name -> bytes, in reading order."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def parts_of(model: ModelShape, member: MemberShape, members: int, ranks: int = 1, on_gpu: bool = False) -> Parts:
+    """Return what one process needs that trains so many members in one forward, over its part of the base.
+
+    Args:
+        ranks: over how many processes the base is split; 1 where it is not.
+    """
+    trained = members * member.parameters
+    block = model.block_bytes // max(1, model.layers)
+    activations = members * activation_bytes(model, member, on_gpu)
+    logits = members * logit_bytes(model, member)
+    read = _evaluation_bytes(model, member) if members else 0
+    return Parts(
+        base=math.ceil(model.block_bytes / ranks),
+        embeddings=math.ceil(model.embedding_bytes / ranks),
+        workspace=model.workspace_bytes,
+        gathered=max(_GATHERED_BLOCKS * block, model.largest_table_bytes) if ranks > 1 else 0,
+        adapters=ADAPTER_BYTES * trained,
+        optimizer=OPTIMIZER_BYTES * trained,
+        activations=activations,
+        logits=logits,
+        evaluation=max(0, read - activations - logits),
+        runtime=GPU_RUNTIME_BYTES if on_gpu else RUNTIME_BYTES,
+    )
+
+
+def activation_bytes(model: ModelShape, member: MemberShape, on_gpu: bool, recomputed: bool = False) -> int:
+    """Return what one member's micro-batch keeps for its backward pass, without its logits.
+
+    Args:
+        recomputed: each block's activations are made again in the backward pass, and only its input is kept.
+    """
+    per_token = _kept_per_token(model, member, on_gpu)
+    working = 2 * per_token  # one block's forward or backward pass while it runs
+    inputs = member.input_widths * model.compute_bytes
+    if recomputed:
+        return member.tokens * (model.layers * model.hidden * model.compute_bytes + per_token + working)
+    return member.tokens * (model.layers * per_token + inputs + working)
+
+
+def _kept_per_token(model: ModelShape, member: MemberShape, on_gpu: bool) -> int:
+    """Return the bytes that one block keeps of one token (after Korthikanti et al., arXiv 2205.05198, section 4.1)."""
+    c, hidden = model.compute_bytes, model.hidden
+    norms = 2 * hidden * (4 if model.is_gated else c)
+    attention = 3 * hidden * c + (hidden * c if on_gpu else model.heads * member.time * (c + 4))
+    feed_forward = model.intermediate * c * (3 if model.is_gated else 1)
+    inputs = (3 * hidden + model.intermediate) * c if model.keeps_inputs else 0
+    return norms + attention + feed_forward + inputs
+
+
+def logit_bytes(model: ModelShape, member: MemberShape) -> int:
+    """Return what a language model's logits take in training: themselves, in float32, their log-softmax, gradients."""
+    if not member.has_token_logits:
+        return 0
+    return member.tokens * model.vocabulary * (3 * model.compute_bytes + 12)
+
+
+def _evaluation_bytes(model: ModelShape, member: MemberShape) -> int:
+    """Return what the logits of one evaluation forward take; no gradients."""
+    if not member.has_token_logits:
+        return 0
+    return member.evaluated_tokens * model.vocabulary * (2 * model.compute_bytes + 8)
