@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from raylora.display.progress import ShownStatus, say_block
 from raylora.display.status import status_table
 from raylora.errors import UsageError
 from raylora.placement.estimate import Parts
+from raylora.placement.plan import Plan
 
 _DEGRADED = 3
 InProcess = Annotated[bool, typer.Option("--local", help="As `raylora run --local` would: one process, without Ray.")]
@@ -78,12 +80,24 @@ def validate(
 @app.command()
 @command
 def plan(
-    spec_file: SpecFile, overrides: Overrides = None, local: InProcess = False, as_json: AsJson = False
+    spec_file: SpecFile,
+    overrides: Overrides = None,
+    local: InProcess = False,
+    cluster: Annotated[str, typer.Option(help=(
+        "Plan for other machines: 4x80GB (GPUs of a node), 2x4x80GB (nodes of them), or a YAML file of nodes. "
+        "Needs neither the cluster nor the base's weights."
+    ))] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Show which worker would train which members, with how much memory, and why."""
     from raylora.engine.run.plan_run import local_inventory, prepare
 
     spec = raylora.read_spec(spec_file, overrides or [])
+    if cluster:
+        if local:
+            raise UsageError("--local and --cluster: one process is no cluster", "give one of them")
+        _plan_ahead(spec, cluster, as_json)
+        return
     prepared = prepare(spec, local_inventory(in_process=local), look=True)
     found = prepared.plan
     if as_json:
@@ -92,13 +106,7 @@ def plan(
                           "compute": prepared.compute, "total_steps": prepared.total_steps,
                           "notes": list(prepared.notes)}))
         return
-    table = Table("job", "units trained in one forward", title=found.summary())
-    for job, units in prepared.jobs.items():
-        table.add_row(job, ", ".join(units))
-    out.print(table)
-    out.print(_parts_table(found.parts))
-    for reason in (*found.reasons, *prepared.notes):
-        out.print(f"  {reason}")
+    _show_plan(found, prepared.jobs, prepared.notes)
     out.print(f"  computing in {prepared.compute}")
     out.print(f"  {prepared.member_parameters:,} trainable parameters per member, {prepared.total_steps} steps")
 
@@ -230,6 +238,33 @@ def schema() -> None:
     from raylora.spec import json_schema
 
     print(json.dumps(json_schema(), indent=1))
+
+
+def _plan_ahead(spec: Any, cluster: str, as_json: bool) -> None:
+    from raylora.engine.run.plan_ahead import plan_ahead
+    from raylora.placement.cluster import read_cluster
+
+    ahead = plan_ahead(spec, read_cluster(cluster))
+    found = ahead.plan
+    if as_json:
+        print(json.dumps({**vars(found), "parts": found.parts.by_name(), "worker_bytes": found.worker_bytes,
+                          "jobs": found.jobs(), "member_parameters": ahead.member_parameters,
+                          "tokens_per_micro_batch": ahead.batch.tokens, "notes": list(ahead.notes)}))
+        return
+    _show_plan(found, found.jobs(), ahead.notes)
+    out.print(f"  {ahead.member_parameters:,} trainable parameters per member, {ahead.batch.tokens:,} tokens of one "
+              "in a forward")
+
+
+def _show_plan(found: Plan, jobs: Mapping[str, Sequence[str]], notes: Sequence[str]) -> None:
+    out.print(found.summary(), markup=False)
+    table = Table("job", "units trained in one forward")
+    for job, units in jobs.items():
+        table.add_row(job, ", ".join(units))
+    out.print(table)
+    out.print(_parts_table(found.parts))
+    for reason in (*found.reasons, *notes):
+        out.print(f"  {reason}", markup=False)
 
 
 def _parts_table(parts: Parts) -> Table:

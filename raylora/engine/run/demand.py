@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raylora import registry
 from raylora.adapters.base import Adapter, NeedsBaseWeights, Site, WholeModel, is_linear, site_of
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
 from raylora.engine.model.blocks import find_blocks
-from raylora.engine.model.checkpoint import quantizer_of
+from raylora.engine.model.checkpoint import quantizer_of, shell_model
 from raylora.engine.model.machine import compute_dtype
+from raylora.engine.model.parameter_count import adapter_parameters
+from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.training.member_plan import MemberPlan, packable_groups, unpackable_reason
 from raylora.errors import BaseError
 from raylora.placement.estimate import MemberShape, ModelShape
@@ -32,6 +35,18 @@ class Shell:
     sites: Sequence[Site]
     heads: Sequence[str]
     member_parameters: int
+
+
+def shell_of(spec: RunSpec, task: Task) -> Shell:
+    """Return the base of a spec without weights, and its members' places in it. Raises: BaseError."""
+    model = shell_model(spec.base, task)
+    heads = list(find_heads(model, []))
+    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+    sites = adapter_sites(model, adapter, heads)
+    parameters = adapter_parameters(adapter, sites, model, heads) + sum(
+        p.numel() for name in heads for p in model.get_submodule(name).parameters()
+    )
+    return Shell(model, adapter, sites, heads, parameters)
 
 
 def demand_of(

@@ -9,19 +9,17 @@ from dataclasses import dataclass, field, replace
 import psutil
 import torch
 
-from raylora import control, registry
+from raylora import control
 from raylora.adapters.base import Noted
 from raylora.control import JobState
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
 from raylora.engine.model.blocks import base_linears
-from raylora.engine.model.checkpoint import load_tokenizer, shell_model
+from raylora.engine.model.checkpoint import load_tokenizer, source_folder
 from raylora.engine.model.machine import compute_dtype
-from raylora.engine.model.parameter_count import adapter_parameters
 from raylora.engine.model.quantized_layers import bases_folder
-from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.quantization.quantize_base import PreparedBase, open_base
-from raylora.engine.run.demand import Shell, batch_of, demand_of, groups_of
+from raylora.engine.run.demand import batch_of, demand_of, groups_of, shell_of
 from raylora.engine.run.growth import Growth, check_data, check_final_states, clear_outgrown, growth_of
 from raylora.engine.run.roster import Damage, clear, damages_of, read_state
 from raylora.engine.run.session import TrainingSession
@@ -161,9 +159,9 @@ def prepare(
         store.check_unlocked()
         store.is_begun()
     task = task_of(spec)
-    shell = shell_model(spec.base, task)
-    heads = list(find_heads(shell, []))
-    check_baselines(spec, bool(heads))
+    source_folder(spec.base)
+    shell = shell_of(spec, task)
+    check_baselines(spec, bool(shell.heads))
     check_weights(spec)
     _check_task(spec, task)
     if spec.placement.data_parallel > spec.optimization.micro_batch:
@@ -172,12 +170,8 @@ def prepare(
             f"{spec.optimization.micro_batch} rows", "raise optimization.micro_batch, or lower placement.data_parallel"
         )
     check_trackers(spec)
-    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
-    sites = adapter_sites(shell, adapter, heads)
-    members = adapter_parameters(adapter, sites, shell, heads) + sum(
-        p.numel() for name in heads for p in shell.get_submodule(name).parameters()
-    )
-    notes = (*(adapter.notes(sites) if isinstance(adapter, Noted) else ()), *check_trunk(spec, shell, sites))
+    own = shell.adapter.notes(shell.sites) if isinstance(shell.adapter, Noted) else ()
+    notes = (*own, *check_trunk(spec, shell.model, shell.sites))
     tokenizer = load_tokenizer(spec.base, task)
     sets = sets_of(spec, task, tokenizer, store)
     found, obstacle = _Begun(), ""
@@ -191,16 +185,13 @@ def prepare(
         spec.base, task, bases_folder(store.uri.rpartition("/")[0]), sets.evaluated_keys(), evaluation_sets(spec)
     ) if spec.base.grid is not None else None
     if base is not None:
-        check_start(spec, base_linears(shell), [site.name for site in sites])
+        check_start(spec, base_linears(shell.model), [site.name for site in shell.sites])
         notes = (*notes, *base.notes(spec))
     units = member_plans_of(spec)
     kept = {name for names in found.kept.values() for name in names}
     new = [unit for unit in units if unit.name not in kept]
     inventory = inventory or local_inventory()
-    demand = demand_of(
-        spec, Shell(shell, adapter, sites, heads, members), batch_of(spec, sets),
-        units if found.reopens or not new else new, inventory,
-    )
+    demand = demand_of(spec, shell, batch_of(spec, sets), units if found.reopens or not new else new, inventory)
     plan = make_plan(demand, inventory, spec.placement)
     if found.kept:
         packs = make_plan(replace(demand, groups=groups_of(new)), inventory, spec.placement).packs if new else ()
@@ -210,8 +201,8 @@ def prepare(
         notes = (*notes, *(f"the run that is there grows: {change}" for change in found.growth.changes))
     return Prepared(
         spec, store, units, plan, demand, sets, total_steps(len(sets.train.examples), spec.optimization),
-        found.is_resume, members, (*notes, obstacle) if obstacle else notes, base, found.damages, found.growth,
-        found.kept,
+        found.is_resume, shell.member_parameters, (*notes, obstacle) if obstacle else notes, base, found.damages,
+        found.growth, found.kept,
     )
 
 

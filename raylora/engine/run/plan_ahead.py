@@ -1,0 +1,54 @@
+"""A plan for machines that are not here, of a base whose weights need not be here either."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raylora.adapters.base import Noted
+from raylora.engine.model.checkpoint import load_tokenizer
+from raylora.engine.run.demand import assumed_batch, batch_of, demand_of, shell_of
+from raylora.engine.training.distillation_loss import task_of
+from raylora.engine.training.inputs import sets_of
+from raylora.engine.training.member_plan import check_baselines, check_weights, member_plans_of
+from raylora.errors import BaseError, DataError
+from raylora.placement.estimate import MemberShape
+from raylora.placement.inventory import Inventory
+from raylora.placement.plan import Plan, make_plan
+from raylora.spec import RunSpec
+from raylora.spec.paths import located, places_here
+from raylora.store.run_store import RunStore
+
+
+@dataclass(frozen=True)
+class PlannedAhead:
+    """A plan, and what it was made from."""
+
+    plan: Plan
+    member_parameters: int
+    batch: MemberShape
+    """How much text a member sees at once."""
+    notes: Sequence[str]
+
+
+def plan_ahead(spec: RunSpec, inventory: Inventory) -> PlannedAhead:
+    """Plan a run for some machines, from its spec and its base's configuration.
+
+    Data is read if it can be; else every row is taken to be as long as the task lets it be.
+
+    Raises:
+        UsageError: with what is wrong and how to fix it; nothing is written.
+    """
+    spec = located(spec, places_here(spec))
+    task = task_of(spec)
+    shell = shell_of(spec, task)
+    check_baselines(spec, bool(shell.heads))
+    check_weights(spec)
+    notes = list(shell.adapter.notes(shell.sites)) if isinstance(shell.adapter, Noted) else []
+    try:
+        batch = batch_of(spec, sets_of(spec, task, load_tokenizer(spec.base, task), RunStore.for_spec(spec)))
+    except (BaseError, DataError) as error:
+        batch = assumed_batch(spec, task)
+        notes.append(f"the data could not be read, so rows are taken to have {batch.time} tokens: {error.message}")
+    plan = make_plan(demand_of(spec, shell, batch, member_plans_of(spec), inventory), inventory, spec.placement)
+    return PlannedAhead(plan, shell.member_parameters, batch, notes)
