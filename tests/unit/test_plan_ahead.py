@@ -81,7 +81,8 @@ def test_what_fits_nowhere_says_what_needs_it(large: str) -> None:
 
 def test_adapters_that_start_from_whole_weights_cannot_be_split(large: str) -> None:
     for placement in ("{strategy: shard}", "{}"):
-        spec = spec_of(large, time=800, placement=placement, adapter="{kind: lora_xs, rank: 8, target_modules: [q_proj]}")
+        adapter = "{kind: lora_xs, rank: 8, target_modules: [q_proj]}"
+        spec = spec_of(large, time=800, placement=placement, adapter=adapter)
         with pytest.raises(PlacementError, match="starts from the base's whole weights"):
             plan_ahead(spec, read_cluster("4x80GB"))
 
