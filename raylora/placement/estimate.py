@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-RUNTIME_BYTES = 830_000_000
-"""A CPU worker before it has loaded anything: the interpreter with torch, transformers and DeepSpeed."""
+RUNTIME_BYTES = 620_000_000
+"""A CPU worker without base and members: 540 MB once libraries are loaded, the rest when it computes."""
 GPU_RUNTIME_BYTES = 1_000_000_000
 """The context and the kernels on a device; supposed, not measured."""
 ADAPTER_BYTES, OPTIMIZER_BYTES = 12, 16
@@ -44,7 +44,7 @@ class ModelShape:
     compute_bytes: int = 2
     """Of a number in the compute type."""
     is_gated: bool = False
-    """The feed-forward part has a gate, and the norms compute in float32, as in Llama."""
+    """The feed-forward part has a gate; norms and softmax then compute in float32, as in Llama."""
     keeps_inputs: bool = False
     """The frozen layers keep their inputs for the backward pass, as int8's do."""
 
@@ -141,7 +141,7 @@ def activation_bytes(model: ModelShape, member: MemberShape, on_gpu: bool, recom
         recomputed: each block's activations are made again in the backward pass, and only its input is kept.
     """
     per_token = _kept_per_token(model, member, on_gpu)
-    working = 2 * per_token  # one block's forward or backward pass while it runs
+    working = per_token  # one block's forward or backward pass while it runs
     inputs = member.input_widths * model.compute_bytes
     if recomputed:
         return member.tokens * (model.layers * model.hidden * model.compute_bytes + per_token + working)
@@ -151,8 +151,9 @@ def activation_bytes(model: ModelShape, member: MemberShape, on_gpu: bool, recom
 def _kept_per_token(model: ModelShape, member: MemberShape, on_gpu: bool) -> int:
     """Return the bytes that one block keeps of one token (after Korthikanti et al., arXiv 2205.05198, section 4.1)."""
     c, hidden = model.compute_bytes, model.hidden
-    norms = 2 * hidden * (4 if model.is_gated else c)
-    attention = 3 * hidden * c + (hidden * c if on_gpu else model.heads * member.time * (c + 4))
+    wide = 4 if model.is_gated else c  # Llama and its like normalize, and take the softmax, in float32
+    norms, softmax = 2 * hidden * wide, model.heads * member.time * (c + wide)
+    attention = 3 * hidden * c + (hidden * c if on_gpu else softmax)
     feed_forward = model.intermediate * c * (3 if model.is_gated else 1)
     inputs = (3 * hidden + model.intermediate) * c if model.keeps_inputs else 0
     return norms + attention + feed_forward + inputs

@@ -64,11 +64,11 @@ TABLE = [
     ({"members": 5, "cpus": 8, "gpus": 2}, (2, 4, 1, [3, 2], "replicate")),
     ({"members": 5, "cpus": 8, "gpus": 2, "gpus_per_worker": 0}, (5 + 2, 1, 0, None, "replicate")),
     ({"members": 8, "cpus": 4, "gpus": 8}, (4, 1, 1, [2] * 4, "replicate")),
-    ({"members": 8, "cpus": 1, "memory": 3, "member": 0.2}, (1, 1, 0, [4, 4], "pack")),
+    ({"members": 8, "cpus": 1, "memory": 2.3, "member": 0.2}, (1, 1, 0, [4, 4], "pack")),
     ({"members": 4, "cpus": 4, "memory": 10, "base": 2}, (4, 1, 0, [1] * 4, "replicate")),  # all map the same base
-    ({"members": 4, "cpus": 4, "memory": 6, "base": 2}, (3, 1, 0, [1] * 4, "replicate")),
+    ({"members": 4, "cpus": 4, "memory": 6, "base": 2}, (2, 2, 0, [2, 2], "replicate")),
     ({"members": 9, "cpus": 8, "memory": 64}, (5, 1, 0, [2, 2, 2, 2, 1], "replicate")),  # five packs for five workers
-    ({"members": 4, "cpus": 4, "memory": 4.5, "base": 2}, (1, 4, 0, [4], "pack")),
+    ({"members": 4, "cpus": 4, "memory": 4, "base": 2}, (1, 4, 0, [4], "pack")),
 ]
 
 
@@ -144,7 +144,7 @@ IN_PROCESS = [
     ({"members": 5, "cpus": 2}, (1, 2, [5])),
     ({"members": 5, "cpus": 8, "cpus_per_worker": 3}, (1, 3, [5])),
     ({"members": 5, "cpus": 8, "gpus": 2}, (1, 8, [5])),
-    ({"members": 8, "cpus": 4, "memory": 3, "member": 0.2}, (1, 4, [4, 4])),
+    ({"members": 8, "cpus": 4, "memory": 2.3, "member": 0.2}, (1, 4, [4, 4])),
     ({"members": 4, "cpus": 4, "workers": 2}, (2, 2, [2, 2])),  # as on Ray: the members are to equal those
 ]
 
