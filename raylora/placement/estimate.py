@@ -65,6 +65,9 @@ class MemberShape:
     evaluated_tokens: int = 0
     """Tokens of one evaluation forward, whatever the pack."""
 
+    recomputed: bool = False
+    """Blocks are run again in the backward pass, and only their inputs are kept."""
+
     @property
     def tokens(self) -> int:
         """Of a micro-batch."""
@@ -117,7 +120,7 @@ def parts_of(model: ModelShape, member: MemberShape, members: int, ranks: int = 
     """
     trained = members * member.parameters
     block = model.block_bytes // max(1, model.layers)
-    activations = members * activation_bytes(model, member, on_gpu)
+    activations = members * activation_bytes(model, member, on_gpu, member.recomputed)
     logits = members * logit_bytes(model, member)
     read = _evaluation_bytes(model, member) if members else 0
     return Parts(

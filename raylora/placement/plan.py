@@ -310,8 +310,8 @@ class _Placing:
         named = ", ".join(f"{name} {size / 1e9:.1f}" for size, name in largest)
         model, member = self.demand.model, self.demand.member
         recomputed = activation_bytes(model, member, bool(self.gpus_each), recomputed=True)
-        if recomputed < need.activations / 2:
-            named += f"; activations would be {recomputed / 1e9:.1f} if blocks were run again, which is not done"
+        if not member.recomputed and recomputed < need.activations / 2:
+            named += f"; activations would be {recomputed / 1e9:.1f} with placement.recompute: true"
         raise _DoesNotFit(
             f"placement: one member needs about {need.total / 1e9:.1f} GB{where} ({named}), "
             f"a {unit} has {room_bytes / 1e9:.1f} GB to be filled",

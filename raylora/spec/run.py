@@ -352,6 +352,9 @@ class PlacementSpec(Frozen):
     and gathers the rest block by block as it computes (DeepSpeed ZeRO-3)."""
     ranks: int | Literal["auto"] = "auto"
     """Over how many processes a base is split, at least 2; for strategy shard."""
+    recompute: bool = False
+    """Run every block again in the backward pass instead of keeping its activations: less memory for about a third more
+    time, and the same members bit for bit."""
     data_parallel: int = Field(default=1, ge=1)
     """How many processes train the same members, each on its part of every batch; the effective batch stays the
     spec's, and ``optimization.zero_stage`` 1 or 2 splits the optimizer's state between them."""

@@ -73,7 +73,7 @@ def test_shorter_rows_and_larger_devices_need_no_split(large: str) -> None:
 
 
 def test_what_fits_nowhere_says_what_needs_it(large: str) -> None:
-    with pytest.raises(PlacementError, match=r"activations 5\d.*activations would be .* if blocks were run again"):
+    with pytest.raises(PlacementError, match=r"activations 5\d.*activations would be .* with placement.recompute"):
         plan_ahead(spec_of(large, time=2048), read_cluster("4x80GB"))
     with pytest.raises(PlacementError, match="one member needs about 1"):
         plan_ahead(spec_of(large, time=512, quantization="none"), read_cluster("1x80GB"))

@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
         "optimization": {"epochs": 4, "steps": None},
         "ensemble": {"regularizers": {"kl": {"beta": 0.5}, "early_stopping": {"metric": "nll", "patience": 1}}},
     },
+    "blocks that are run again": {"adapter": {"dropout": 0.1}, "placement": {"recompute": True}},
     "heads alone": {"adapter": {"kind": "none"}},
     "tied embeddings": {"source": "tied", **LANGUAGE},
     "gpt2": {"source": "gpt2", **LANGUAGE},

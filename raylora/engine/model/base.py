@@ -33,6 +33,7 @@ from raylora.engine.model.gang import Gang, Round
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.mapped_base import Source, shared_model
 from raylora.engine.model.quantized_layers import all_layers, content_hash, loading_coder, prepared_coder
+from raylora.engine.model.recompute import recompute_blocks
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
 from raylora.engine.model.split_base import split
 from raylora.engine.model.trunk import Trunk, find_trunk
@@ -101,13 +102,14 @@ class Base:
 
 def load_base(
     spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: torch.device, prepared: RunStore | None = None,
-    gang: Gang | None = None,
+    gang: Gang | None = None, recompute: bool = False,
 ) -> Base:
     """Load, quantize, freeze and attach.
 
     Args:
         prepared: where the quantized layers lie, for the kinds that are prepared beforehand.
         gang: the ranks to split the base over, if its place says so; they all load it together.
+        recompute: run blocks again in the backward pass instead of keeping their activations.
 
     Raises:
         BaseError: the base is not there or not prepared, or the adapter does not fit it.
@@ -129,6 +131,8 @@ def load_base(
     targets = target_names(original, sites, list(heads))
     held = [*model.parameters(), *(b for m in model.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())]
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    if recompute:
+        recompute_blocks(model)
     parameters = _parameters(model)
     slot = attach(model, sites, list(heads))
     quantizer = quantizer_of(spec)

@@ -102,15 +102,17 @@ class PackedModel:
         dropout = self._dropout(batch, dropout_seeds_K)
         # Before the pass with gradients: of a base that is split, a pass in between would leave nearly all gathered.
         reference = self._reference(step, reference_heads or {}, batch, hidden_BTD) if kl is not None else None
+        pack = replace(step.pack, dropout=dropout)
         with self.base.round(Round.TRAIN):
-            logits = _forward(self.base, self.task, replace(step.pack, dropout=dropout), batch, hidden_BTD)
+            logits = _forward(self.base, self.task, pack, batch, hidden_BTD)
             task_loss = loss or (lambda logits, batch: self.task.loss(self.task.scores(logits, batch), batch))
             losses_KN = task_loss(logits, batch).view(members, -1)
             if kl is not None and reference is not None:
                 divergence = _divergence(self.task, batch, logits, reference, kl)
                 losses_KN = losses_KN + kl.beta * divergence.view(members, -1)
             losses_K = losses_KN.mean(dim=1) if batch.part is None else losses_KN.sum(dim=1) * batch.part.weight
-            of_all = step.gradients_of(losses_K.sum())
+            with self.base.slot.use(pack):  # blocks that are run again read it again
+                of_all = step.gradients_of(losses_K.sum())
         gradients = [{name: gradient[k] for name, gradient in of_all.items()} for k in range(members)]
         return PackLoss(losses_K.detach().tolist(), gradients, tokens)
 

@@ -72,7 +72,8 @@ def batch_of(spec: RunSpec, sets: DataSets) -> MemberShape:
     evaluated = max((len(loaded.examples) for loaded in sets.all() if loaded is not sets.train), default=0)
     read = min(spec.evaluation.batch, spec.ensemble.members * evaluated)
     return MemberShape(
-        rows=rows, time=time, has_token_logits=bool(examples[0].spans), evaluated_tokens=read * time
+        rows=rows, time=time, has_token_logits=bool(examples[0].spans), evaluated_tokens=read * time,
+        recomputed=spec.placement.recompute,
     )
 
 
@@ -81,7 +82,7 @@ def assumed_batch(spec: RunSpec, task: Task) -> MemberShape:
     time = spec.task.max_length
     return MemberShape(
         rows=spec.optimization.micro_batch, time=time, has_token_logits=task.output == "tokens",
-        evaluated_tokens=spec.evaluation.batch * time,
+        evaluated_tokens=spec.evaluation.batch * time, recomputed=spec.placement.recompute,
     )
 
 

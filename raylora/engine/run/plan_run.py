@@ -10,16 +10,16 @@ import psutil
 import torch
 
 from raylora import control
-from raylora.adapters.base import Noted
+from raylora.adapters.base import Noted, WholeModel
 from raylora.control import JobState
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
-from raylora.engine.model.blocks import base_linears
+from raylora.engine.model.blocks import base_linears, find_blocks
 from raylora.engine.model.checkpoint import load_tokenizer, source_folder
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.quantized_layers import bases_folder
 from raylora.engine.quantization.quantize_base import PreparedBase, open_base
-from raylora.engine.run.demand import batch_of, demand_of, groups_of, shell_of
+from raylora.engine.run.demand import Shell, batch_of, demand_of, groups_of, shell_of
 from raylora.engine.run.growth import Growth, check_data, check_final_states, clear_outgrown, growth_of
 from raylora.engine.run.roster import Damage, clear, damages_of, read_state
 from raylora.engine.run.session import TrainingSession
@@ -164,11 +164,7 @@ def prepare(
     check_baselines(spec, bool(shell.heads))
     check_weights(spec)
     _check_task(spec, task)
-    if spec.placement.data_parallel > spec.optimization.micro_batch:
-        raise SpecError(
-            f"placement.data_parallel: {spec.placement.data_parallel} workers cannot share a micro-batch of "
-            f"{spec.optimization.micro_batch} rows", "raise optimization.micro_batch, or lower placement.data_parallel"
-        )
+    _check_placement(spec, shell)
     check_trackers(spec)
     own = shell.adapter.notes(shell.sites) if isinstance(shell.adapter, Noted) else ()
     notes = (*own, *check_trunk(spec, shell.model, shell.sites))
@@ -323,6 +319,23 @@ def data_record(sets: DataSets) -> DataRecord:
             for loaded in sets.all()
         ],
     }
+
+
+def _check_placement(spec: RunSpec, shell: Shell) -> None:
+    """Refuse what this base and these batches cannot do. Raises: SpecError, BaseError."""
+    partners, micro_batch = spec.placement.data_parallel, spec.optimization.micro_batch
+    if partners > micro_batch:
+        raise SpecError(
+            f"placement.data_parallel: {partners} workers cannot share a micro-batch of {micro_batch} rows",
+            "raise optimization.micro_batch, or lower placement.data_parallel",
+        )
+    if spec.placement.recompute:
+        if isinstance(shell.adapter, WholeModel):
+            raise SpecError(
+                f"placement.recompute: members of adapter.kind {spec.adapter.kind} are in the base's place during the "
+                "forward pass only", "use recompute: false, or an adapter",
+            )
+        find_blocks(shell.model)
 
 
 def _check_task(spec: RunSpec, task: Task) -> None:

@@ -104,7 +104,8 @@ class TrainingSession:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs 7 % and nothing reads such memory
         self.gang = start_deepspeed(self.device, self.place)
         self.base = load_base(
-            self.spec.base, self.spec.adapter, self.task, self.device, prepared_store(self.store), self.gang
+            self.spec.base, self.spec.adapter, self.task, self.device, prepared_store(self.store), self.gang,
+            self.spec.placement.recompute,
         )
         self.sets = sets_of(self.spec, self.task, self.base.tokenizer, self.store)
         recorded = self.store.read_json("data.json")
