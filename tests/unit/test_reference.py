@@ -70,7 +70,7 @@ def test_every_model_is_on_a_page_with_all_its_fields(made: dict[str, str]) -> N
         registry.load(seam, kind)
     private = {"_DistillFile"}  # the wrapper of a file that holds nothing but a distill section
     for model in {each for each in every_model() if each.__module__.startswith("raylora.")}:
-        if model.__module__ == "raylora.placement.cluster":  # files of `plan --cluster`, which docs/commands.md is about
+        if model.__module__ == "raylora.placement.cluster":  # files that docs/commands.md is about
             continue
         if issubclass(model, KindSpec) or model.__name__ in private:
             continue
