@@ -87,6 +87,9 @@ def plan(
         "Plan for other machines: 4x80GB (GPUs of a node), 2x4x80GB (nodes of them), or a YAML file of nodes. "
         "Needs neither the cluster nor the base's weights."
     ))] = "",
+    tflops: Annotated[float | None, typer.Option(min=0.001, help=(
+        "With --cluster: what a worker reaches, in 10^12 operations per second; says how fast the plan would be."
+    ))] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which worker would train which members, with how much memory, and why."""
@@ -96,8 +99,10 @@ def plan(
     if cluster:
         if local:
             raise UsageError("--local and --cluster: one process is no cluster", "give one of them")
-        _plan_ahead(spec, cluster, as_json)
+        _plan_ahead(spec, cluster, tflops, as_json)
         return
+    if tflops is not None:
+        raise UsageError("--tflops: is for planning ahead", "give --cluster, too")
     prepared = prepare(spec, local_inventory(in_process=local), look=True)
     found = prepared.plan
     if as_json:
@@ -240,11 +245,11 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=1))
 
 
-def _plan_ahead(spec: Any, cluster: str, as_json: bool) -> None:
+def _plan_ahead(spec: Any, cluster: str, tflops: float | None, as_json: bool) -> None:
     from raylora.engine.run.plan_ahead import plan_ahead
     from raylora.placement.cluster import read_cluster
 
-    ahead = plan_ahead(spec, read_cluster(cluster))
+    ahead = plan_ahead(spec, read_cluster(cluster), tflops)
     found = ahead.plan
     if as_json:
         print(json.dumps({**vars(found), "parts": found.parts.by_name(), "worker_bytes": found.worker_bytes,

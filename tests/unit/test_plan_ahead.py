@@ -100,6 +100,17 @@ def test_the_command_needs_neither_weights_nor_cluster(large: str, tmp_path: Pat
     assert both.exit_code == 2
 
 
+def test_a_rate_gives_a_pace_and_that_of_the_other_strategy(large: str) -> None:
+    whole = plan_ahead(spec_of(large, time=512), read_cluster("4x80GB"), tflops=200)
+    ours, other = whole.notes[-2:]
+    # 4 FLOP for each of 69.5 billion weights (blocks and output layer) and 512 tokens at 200e12 per second
+    assert ours.startswith("replicate: about 2,87") and "0.7 s per step" in ours
+    # 35.3 GB, three quarters of them twice through 32 GB per second
+    assert other.startswith("shard instead: about") and "1.7 s gather blocks" in other
+    split = plan_ahead(spec_of(large, time=800), read_cluster("4x80GB"), tflops=200)
+    assert split.notes[-1].startswith("replicate instead: not possible: placement: one member needs")
+
+
 def test_a_run_still_needs_weights(large: str) -> None:
     from raylora.engine.run.plan_run import prepare
 

@@ -11,10 +11,11 @@ from raylora.engine.run.demand import assumed_batch, batch_of, demand_of, shell_
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import check_baselines, check_weights, member_plans_of
-from raylora.errors import BaseError, DataError
+from raylora.errors import BaseError, DataError, PlacementError
 from raylora.placement.estimate import MemberShape
 from raylora.placement.inventory import Inventory
-from raylora.placement.plan import Plan, make_plan
+from raylora.placement.pace import pace_of
+from raylora.placement.plan import Demand, Plan, make_plan
 from raylora.spec import RunSpec
 from raylora.spec.paths import located, places_here
 from raylora.store.run_store import RunStore
@@ -31,10 +32,14 @@ class PlannedAhead:
     notes: Sequence[str]
 
 
-def plan_ahead(spec: RunSpec, inventory: Inventory) -> PlannedAhead:
+def plan_ahead(spec: RunSpec, inventory: Inventory, tflops: float | None = None) -> PlannedAhead:
     """Plan a run for some machines, from its spec and its base's configuration.
 
     Data is read if it can be; else every row is taken to be as long as the task lets it be.
+
+    Args:
+        tflops: what a worker reaches, in 10^12 floating-point operations per second; with it the notes say how fast
+            the plan would be, and how fast another.
 
     Raises:
         UsageError: with what is wrong and how to fix it; nothing is written.
@@ -50,5 +55,27 @@ def plan_ahead(spec: RunSpec, inventory: Inventory) -> PlannedAhead:
     except (BaseError, DataError) as error:
         batch = assumed_batch(spec, task)
         notes.append(f"the data could not be read, so rows are taken to have {batch.time} tokens: {error.message}")
-    plan = make_plan(demand_of(spec, shell, batch, member_plans_of(spec), inventory), inventory, spec.placement)
+    demand = demand_of(spec, shell, batch, member_plans_of(spec), inventory)
+    plan = make_plan(demand, inventory, spec.placement)
+    if tflops is not None:
+        notes += _paces(demand, plan, inventory, spec, tflops * 1e12)
     return PlannedAhead(plan, shell.member_parameters, batch, notes)
+
+
+def _paces(demand: Demand, plan: Plan, inventory: Inventory, spec: RunSpec, flops: float) -> list[str]:
+    """Return how fast the plan would be, and why the other way to hold the base was not chosen."""
+    found = [f"{plan.strategy}: {_pace(demand, plan, inventory, flops)}"]
+    other = "replicate" if plan.ranks > 1 else "shard"
+    changes = {"strategy": other, "ranks": "auto"}
+    try:
+        instead = make_plan(demand, inventory, spec.placement.model_copy(update=changes))
+        found.append(f"{other} instead: {_pace(demand, instead, inventory, flops)}")
+    except PlacementError as error:
+        found.append(f"{other} instead: not possible: {error.message}")
+    return found
+
+
+def _pace(demand: Demand, plan: Plan, inventory: Inventory, flops: float) -> str:
+    pace = pace_of(demand, plan, inventory, flops)
+    gathers = f", of which {pace.gather_s:.1f} s gather blocks" if pace.gather_s else ""
+    return f"about {pace.tokens_per_s:,.0f} tokens/s, {pace.compute_s + pace.gather_s:.1f} s per step{gathers}"
