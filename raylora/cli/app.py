@@ -40,6 +40,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a k
 AllowMissing = Annotated[bool, typer.Option("--allow-missing", help=(
     "Go on without members that are damaged, missing or not finished."
 ))]
+InProcess = Annotated[bool, typer.Option("--local", help="As `raylora run --local` would: one process, without Ray.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
 
 

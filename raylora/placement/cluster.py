@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raylora.errors import PlacementError, combine
 from raylora.placement.inventory import Gpu, Inventory, Node
-from raylora.spec.base import Frozen
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MB|GB|TB|MiB|GiB|TiB)")
@@ -20,7 +19,13 @@ _CPUS_PER_GPU = 8
 _EXAMPLE = '"4x80GB" is one node with four GPUs, "2x4x80GB" two such nodes; or give a YAML file'
 
 
-class GpuEntry(Frozen):
+class _Entry(BaseModel):
+    """A misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class GpuEntry(_Entry):
     """GPUs of a node that are alike."""
 
     memory: str
@@ -31,7 +36,7 @@ class GpuEntry(Frozen):
     """What part of each may be filled."""
 
 
-class NodeEntry(Frozen):
+class NodeEntry(_Entry):
     """Nodes that are alike."""
 
     cpus: int = Field(ge=1)
@@ -46,7 +51,7 @@ class NodeEntry(Frozen):
     """Its GPUs; none by default."""
 
 
-class ClusterFile(Frozen):
+class ClusterFile(_Entry):
     """A cluster, written down."""
 
     nodes: list[NodeEntry] = Field(min_length=1)
