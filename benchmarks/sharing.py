@@ -318,8 +318,8 @@ def loading(folder: str) -> list[dict[str, Any]]:
 
 
 # --- all of it ------------------------------------------------------------------------------------------
-def ways(folder: str, sources: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a row per model, kind and way."""
+def ways(folder: str, sources: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield a row per model, kind and way."""
     import torch
 
     from raylora.engine.quantization.quantize_base import ensure_prepared
@@ -327,11 +327,10 @@ def ways(folder: str, sources: Sequence[str], names: Sequence[str]) -> list[dict
     from raylora.engine.training.distillation_loss import task_of
     from raylora.spec import build_spec
 
-    rows = []
-    for source in sources:
-        for kind, base in BASES.items():
+    for kind, base in BASES.items():
+        for source in sources:
             content = spec_of(source, base, folder)
-            content["name"] = f"sharing-{len(rows)}"
+            content["name"] = "sharing-" + "".join(c for c in f"{source}-{kind}".lower() if c.isalnum())[-30:]
             prepared = prepare(build_spec(content))
             if prepared.base is not None:
                 ensure_prepared(prepared.spec.base, task_of(prepared.spec), prepared.base, torch.device("cpu"))
@@ -348,9 +347,8 @@ def ways(folder: str, sources: Sequence[str], names: Sequence[str]) -> list[dict
                     **{key: max(r[key] for r in ranks) for key in ranks[0] if key not in ("step_s", "loss")},
                     "loss": ranks[0]["loss"],
                 }
-                rows.append(row)
                 print(json.dumps(row), flush=True)
-    return rows
+                yield row
 
 
 def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -422,12 +420,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = loading(folder)
-        if not arguments.loading:
-            rows += ways(folder, arguments.models, arguments.ways)
-    path = record.write("sharing", rows, summary_of(rows), "benchmarks.sharing")
+        for row in ways(folder, arguments.models, arguments.ways) if not arguments.loading else ():
+            rows.append(row)  # kept as it comes: what is cut short has its first rows
+            record.write("sharing", rows, summary_of(rows), "benchmarks.sharing")
+    print(record.write("sharing", rows, summary_of(rows), "benchmarks.sharing"))
     if not arguments.loading:
         draw(rows)
-    print(path)
 
 
 if __name__ == "__main__":
