@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from gangs import Case, run_gang
 from run_helpers import assert_bit_equal, members
 
 from raylora.adapters.base import Site
+from raylora.engine.model.gang import GangPlace
 from raylora.engine.quantization.quantize_base import ensure_prepared
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.training.distillation_loss import task_of
@@ -157,13 +159,7 @@ def test_members_equal_those_of_workers_with_bases_of_their_own(
 def test_a_whole_weight_is_refused(make_parts: Callable[..., Any]) -> None:
     base = make_parts().base
 
-    class Place:
-        size = 2
-
-    class Two:
-        place = Place()
-
-    base.gang = Two()
+    base.gang = SimpleNamespace(place=GangPlace(0, 2, "localhost:1"))  # what a rank knows; nobody else is asked
     with pytest.raises(BaseError, match="split over 2 ranks"):
         base.weight_of(base.sites[0].name)
 
