@@ -195,7 +195,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("GB of one worker: the estimate by part, and the measured peak")
     axis.set_title("members x rows x tokens")
-    axis.legend(loc="lower right")
+    axis.legend(loc="upper right")
     axis.grid(alpha=0.3, axis="x")
     figure.tight_layout()
     figure.savefig(record.RESULTS / f"{_NAME}.png", dpi=130)
