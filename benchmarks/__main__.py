@@ -7,11 +7,13 @@ from benchmarks import (
     parameter_efficiency,
     preparation,
     scheduler_scale,
+    sharing,
     token_distillation,
     trunk,
 )
 
 for benchmark in (
-    packing, trunk, scheduler_scale, parameter_efficiency, preparation, low_bit, distillation, token_distillation
+    packing, sharing, trunk, scheduler_scale, parameter_efficiency, preparation, low_bit, distillation,
+    token_distillation,
 ):
     benchmark.main()

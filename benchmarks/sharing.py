@@ -406,8 +406,9 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
             axis.tick_params(labelsize=8)
             if column:
                 axis.set_yticklabels([])
-    axes[1][0].legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
+    handles, labels = axes[1][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="lower center", ncol=2)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(record.RESULTS / "sharing.png", dpi=130)
 
 
