@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,12 +140,7 @@ def _peak_bytes() -> int:
 
 
 def _in_own_process(*arguments: str) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory_estimate", *arguments], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return record.in_own_process("benchmarks.memory_estimate", *arguments)
 
 
 def measure(cell: Cell) -> dict[str, Any]:

@@ -19,8 +19,6 @@ import argparse
 import functools
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -208,11 +206,7 @@ def peak_memory(base: str, quantization: str, batch: int, members: int, threads:
 
 
 def _in_own_process(**cell: Any) -> Any:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.packing", "--cell", json.dumps(cell)],
-                          capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return record.in_own_process("benchmarks.packing", "--cell", json.dumps(cell))
 
 
 def plot(rows: list[dict[str, Any]]) -> None:

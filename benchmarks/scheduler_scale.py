@@ -13,8 +13,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -132,11 +130,7 @@ def log_on_disk(sizes: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _in_own_process(what: str) -> Any:
-    command = [sys.executable, "-m", "benchmarks.scheduler_scale", "--cell", what]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return record.in_own_process("benchmarks.scheduler_scale", "--cell", what)
 
 
 # --- what it comes to --------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -144,11 +143,7 @@ def peak_memory(k: int, members: int, threads: int, dtype: str, contender: str) 
 
 
 def _in_own_process(**cell: Any) -> Any:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.trunk", "--cell", json.dumps(cell)],
-                          capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return record.in_own_process("benchmarks.trunk", "--cell", json.dumps(cell))
 
 
 def plot(rows: list[dict[str, Any]]) -> None:

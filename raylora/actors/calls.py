@@ -11,6 +11,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from raylora import control
 from raylora.errors import Interrupted, RayloraError
+from raylora.placement.plan import even_parts
 from raylora.progress import Activity, Progress
 
 
@@ -34,7 +35,7 @@ class WorkerHandle:
 
     def run_job(self, job: str, units: Sequence[str], coordinator: Any) -> list[Any]:
         """Start a job; the ranks of a gang, or groups of partners among them, train even shares of its units."""
-        of_groups = shares(units, len(self.actors) // self.partners)
+        of_groups = even_parts(units, len(self.actors) // self.partners)
         return [
             actor.run_job.remote(job, of_groups[rank // self.partners], coordinator)
             for rank, actor in enumerate(self.actors)
@@ -53,13 +54,6 @@ class WorkerHandle:
         """End every rank at once: one that is left waits for the others, and nothing else frees it."""
         for actor in self.actors:
             ray.kill(actor)
-
-
-def shares(units: Sequence[str], ranks: int) -> list[tuple[str, ...]]:
-    """Return the units of each rank, in order and as evenly as they go."""
-    size, more = divmod(len(units), ranks)
-    starts = [rank * size + min(rank, more) for rank in range(ranks + 1)]
-    return [tuple(units[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
 
 
 @dataclass

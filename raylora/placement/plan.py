@@ -319,9 +319,13 @@ class _Placing:
         )
 
 
+def even_parts(units: Sequence[str], parts: int) -> list[list[str]]:
+    """Return so many parts of the units, in order and within one unit of each other: 5 in 2 parts are 3 + 2."""
+    sizes = [len(units) // parts + (index < len(units) % parts) for index in range(parts)]
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [list(units[start:end]) for start, end in itertools.pairwise(ends)]
+
+
 def _split(group: Sequence[str], per_pack: int) -> list[list[str]]:
     """Split evenly: 5 in packs of at most 3 are 3 + 2, of at most 4 are 3 + 2 too."""
-    packs = math.ceil(len(group) / per_pack)
-    sizes = [len(group) // packs + (index < len(group) % packs) for index in range(packs)]
-    ends = list(itertools.accumulate(sizes))
-    return [list(group[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+    return even_parts(group, math.ceil(len(group) / per_pack))

@@ -32,7 +32,7 @@ from raylora.engine.model.checkpoint import (
 from raylora.engine.model.gang import Gang, Round
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.mapped_base import Source, shared_model
-from raylora.engine.model.quantized_layers import all_layers, content_hash, loading_coder, prepared_coder
+from raylora.engine.model.quantized_layers import Coder, all_layers, content_hash, loading_coder, prepared_coder
 from raylora.engine.model.recompute import recompute_blocks
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
 from raylora.engine.model.split_base import split
@@ -174,10 +174,12 @@ def frozen_model(
         return load_model(spec, task, device, dtype)  # in a format that is transformers' own business
     with_pair = not _is_trainable(spec)
     shell = partial(shell_model, spec, task, dtype=dtype, attn_implementation=attention_of(spec, device))
-    coder = (
-        partial(prepared_coder, prepared, spec.grid, dtype, with_pair) if spec.grid is not None and prepared is not None
-        else partial(loading_coder, quantizer_of(spec), device, dtype, outside_backbone(shell()))
-    )
+
+    def coder() -> Coder:  # asked for only where the base has to be made
+        if spec.grid is not None and prepared is not None:
+            return prepared_coder(prepared, spec.grid, dtype, with_pair)
+        return loading_coder(quantizer_of(spec), device, dtype, outside_backbone(shell()))
+
     model, missing = shared_model(Source(
         weights=Path(weights_folder(spec)),
         settings={

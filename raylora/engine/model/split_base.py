@@ -60,8 +60,6 @@ def split(
         model, NoopTimer(), _CONFIG, overlap_comm=device.type == "cuda", prefetch_bucket_size=block_numel,
         max_reuse_distance=0, max_live_parameters=2 * block_numel, param_persistence_threshold=0,
     )
-
-
     for module in model.modules():  # positions and the like, which every rank has
         module._buffers.update({key: b.to(device) for key, b in module._buffers.items() if b is not None})
 
@@ -106,6 +104,7 @@ class _IdlePass:
                 logits = self.model(input_ids=token, attention_mask=token).logits
             if agreed is Round.TRAIN:
                 torch.autograd.grad(logits.float().sum(), [leaf])
+
 
 class _Nobody:
     """An adapter that changes nothing, but has a gradient wherever members have one."""
