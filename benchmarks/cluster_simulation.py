@@ -17,7 +17,8 @@ from typing import Any
 from raylora import control
 from raylora.placement.estimate import MemberShape, ModelShape
 from raylora.placement.inventory import one_node
-from raylora.placement.plan import Demand, make_plan
+from raylora.placement.plan import Demand
+from raylora.placement.planner import make_plan
 from raylora.spec import PlacementSpec
 
 

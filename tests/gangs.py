@@ -32,21 +32,24 @@ Check = Callable[[Any, int], Any]
 
 def run_gang(
     cases: Sequence[Case], ranks: int, is_split: bool = True, check: Check | None = None, timeout_s: float = 300,
-    partners: int = 1,
+    partners: int = 1, gpus: int = 0, backend: str = "",
 ) -> list[list[Any]]:
     """Do the cases one after another on a gang of processes, or on as many workers with bases of their own.
 
     Args:
         is_split: whether the base is split over the gang.
         partners: how many ranks train the same members; there is a gang where they are several, too.
+        gpus: 1 for ranks that compute on the machine's first GPU, all of them.
+        backend: what carries their tensors, where it is not what the device would choose.
 
     Returns:
         What each rank said of each case: ``found[case][rank]``.
     """
     context = multiprocessing.get_context("spawn")
     said, address = context.Queue(), free_address()
+    place = {"size": ranks, "address": address, "partners": partners, "is_split": is_split, "backend": backend}
     processes = [
-        context.Process(target=_rank, args=(cases, (number, ranks, address, partners, is_split), check, said))
+        context.Process(target=_rank, args=(cases, {"rank": number, **place}, check, said, gpus))
         for number in range(ranks)
     ]
     for process in processes:
@@ -66,36 +69,34 @@ def run_gang(
     return [[found[case, number] for number in range(ranks)] for case in range(len(cases))]
 
 
-def _rank(
-    cases: Sequence[Case], place: tuple[int, int, str, int, bool], check: Check | None, said: Any
-) -> None:
+def _rank(cases: Sequence[Case], place: dict[str, Any], check: Check | None, said: Any, gpus: int) -> None:
     import torch
 
     from raylora.engine.model.gang import GangPlace
     from raylora.engine.run import session as session_module
 
     torch.set_num_threads(1)
-    number, _, _, partners, is_split = place
-    in_gang = is_split or partners > 1
+    number = place["rank"]
+    in_gang = place["is_split"] or place["partners"] > 1
     if in_gang:  # a process is in one gang all its life; here it does several runs in it
         start = functools.lru_cache(maxsize=1)(session_module.start_deepspeed)
         session_module.start_deepspeed = start  # type: ignore[assignment]
     for index, case in enumerate(cases):
         try:
-            found = _run(case, number, GangPlace(*place) if in_gang else None, check)
+            found = _run(case, number, GangPlace(**place) if in_gang else None, check, gpus)
         except BaseException:
             said.put((index, number, traceback.format_exc()))
             raise
         said.put((index, number, found))
 
 
-def _run(case: Case, number: int, place: Any, check: Check | None) -> Any:
+def _run(case: Case, number: int, place: Any, check: Check | None, gpus: int) -> Any:
     from raylora.engine.run.plan_run import prepare
     from raylora.engine.run.session import TrainingSession
     from raylora.spec import build_spec
 
     prepared = prepare(build_spec(case.content))
-    session = TrainingSession(prepared.spec, prepared.store, 1, 0, place)
+    session = TrainingSession(prepared.spec, prepared.store, 1, gpus, place)
     session.load()
     for job, units in case.jobs_of_ranks[number].items():
         failed = session.run_job(job, units, lambda progress: None, lambda: 0)

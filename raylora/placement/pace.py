@@ -1,4 +1,4 @@
-"""How fast a plan would be, from what its workers compute in a second: a pure function, as good as that number."""
+"""How fast a plan would be, from what its workers compute and move in a second: a pure function, as good as those."""
 
 from __future__ import annotations
 
@@ -10,36 +10,96 @@ from raylora.placement.plan import Demand, Plan
 
 _FLOP_PER_PARAMETER = 4
 """Per token: two in the forward pass, two for the gradient of the activations; a frozen weight has none."""
-_WITHIN_NODE_GBIT_S = 256.0
-"""What is supposed between the devices of one node."""
+_MUCH_FASTER = 0.9
+"""Another way to hold the base has to take less than this part of the time: rates are not better known than that."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one worker reaches on average, not at best."""
+
+    flops: float
+    """Floating-point operations in a second."""
+    bytes_per_s: float
+    """Of its memory."""
+    link_gbit_s: float = 256.0
+    """Between two devices of a node: what PCIe 4 has."""
+    source: str = "supposed"
+    """Where the numbers come from, in a word or two."""
+
+
+GPU_RATES = Rates(flops=150e12, bytes_per_s=1.5e12)
+"""A data-center GPU in bfloat16; what an H100 was measured at is in docs/benchmarks.md."""
+CORE_RATES = Rates(flops=50e9, bytes_per_s=5e9)
+"""One core of a processor."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """The time of one step of all workers at once, and what it brings."""
+    """The time of one step of the largest pack, and of one step of every unit."""
 
     compute_s: float
+    """Products with the frozen base's weights."""
+    weights_s: float
+    """Reading the weights, and dequantizing those that are quantized; the same for one member as for many."""
     gather_s: float
     """Of a split base: every block, once in the forward and once in the backward pass; no overlap is supposed."""
     tokens_per_s: float
     """Of all workers together."""
+    round_s: float
+    """Until every unit has taken one step, pack after pack where there are more packs than workers."""
+
+    @property
+    def step_s(self) -> float:
+        """One step of the largest pack."""
+        return self.compute_s + self.weights_s + self.gather_s
 
 
-def pace_of(demand: Demand, plan: Plan, inventory: Inventory, flops: float) -> Pace:
-    """Return how fast a plan would be whose processes reach so many floating-point operations per second.
+def rates_of(plan: Plan, tflops: float | None = None) -> Rates:
+    """Return the rates of a plan's workers: supposed ones, or those with a given number of 10^12 operations."""
+    own = GPU_RATES if plan.gpus_per_worker else Rates(
+        CORE_RATES.flops * plan.cpus_per_worker, CORE_RATES.bytes_per_s * plan.cpus_per_worker
+    )
+    if tflops is None:
+        return own
+    return Rates(tflops * 1e12, own.bytes_per_s, own.link_gbit_s, "as given")
 
-    Only the frozen base's products are counted: adapters, attention's T x T and dequantizing are left out.
+
+def pace_of(demand: Demand, plan: Plan, inventory: Inventory, rates: Rates) -> Pace:
+    """Return how fast a plan would be whose processes reach such rates.
+
+    Only the frozen base counts: adapters, attention's T x T and the update are left out.
     """
-    model, member = demand.model, demand.member
-    members = math.ceil(max(map(len, plan.packs)) / plan.ranks)
-    tokens = members * member.tokens
-    parameters = model.block_parameters + (model.head_parameters if member.has_token_logits else 0)
-    compute_s = _FLOP_PER_PARAMETER * parameters * tokens / flops
-    largest = max(max(len(node.gpus), 0 if plan.gpus_per_worker else node.cpus) for node in inventory.nodes)
-    link = _WITHIN_NODE_GBIT_S
+    model, groups = demand.model, plan.ranks // plan.partners
+    members = [math.ceil(len(pack) / groups) for pack in plan.packs]
+    parameters = model.block_parameters + (model.head_parameters if demand.member.has_token_logits else 0)
+    passes = 3 if demand.member.recomputed else 2
+    per_member_s = _FLOP_PER_PARAMETER * passes / 2 * parameters * demand.member.tokens / plan.partners / rates.flops
+    moved = model.block_bytes + model.embedding_bytes
+    if model.workspace_bytes:  # quantized: written once as numbers, and read again
+        moved += 2 * model.compute_bytes * model.block_parameters
+    weights_s = passes * moved / rates.bytes_per_s
+    gather_s = _gather_s(demand, plan, inventory, rates, passes) if plan.strategy == "shard" else 0.0
+    steps = sorted((per_member_s * count + weights_s + gather_s for count in members), reverse=True)
+    ends = [0.0] * max(1, plan.workers)
+    for step_s in steps:  # the longest first, to whoever is free
+        ends[ends.index(min(ends))] += step_s
+    round_s = max(ends)
+    tokens = demand.units * demand.member.tokens
+    return Pace(
+        per_member_s * max(members, default=0), weights_s, gather_s, tokens / round_s if round_s else 0.0, round_s
+    )
+
+
+def _gather_s(demand: Demand, plan: Plan, inventory: Inventory, rates: Rates, passes: int) -> float:
+    largest = max(len(node.gpus) if plan.gpus_per_worker else node.cpus for node in inventory.nodes)
+    link = rates.link_gbit_s
     if plan.ranks > largest:
         link = min(link, inventory.network_gbit_s or link)
-    moved_bytes = 2 * model.block_bytes * (plan.ranks - 1) / plan.ranks
-    gather_s = moved_bytes * 8 / (link * 1e9)
-    processes = min(plan.workers, len(plan.packs)) * plan.ranks
-    return Pace(compute_s, gather_s, processes * tokens / (compute_s + gather_s))
+    moved_bytes = passes * demand.model.block_bytes * (plan.ranks - 1) / plan.ranks
+    return moved_bytes * 8 / (link * 1e9)
+
+
+def is_much_faster(one: Pace, other: Pace) -> bool:
+    """Return whether the first takes so much less time that the rates' error does not decide it."""
+    return one.round_s < _MUCH_FASTER * other.round_s

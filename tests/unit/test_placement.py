@@ -19,7 +19,8 @@ from raylora.placement.estimate import (
     ModelShape,
 )
 from raylora.placement.inventory import Gpu, Inventory, Node, one_node
-from raylora.placement.plan import Demand, Plan, make_plan
+from raylora.placement.plan import Demand, Plan
+from raylora.placement.planner import make_plan
 from raylora.spec import PlacementSpec
 
 GB = 10**9

@@ -102,13 +102,22 @@ def test_the_command_needs_neither_weights_nor_cluster(large: str, tmp_path: Pat
 
 def test_a_rate_gives_a_pace_and_that_of_the_other_strategy(large: str) -> None:
     whole = plan_ahead(spec_of(large, time=512), read_cluster("4x80GB"), tflops=200)
-    ours, other = whole.notes[-2:]
+    ours, other, rates = whole.notes[-3:]
     # 4 FLOP for each of 69.5 billion weights (blocks and output layer) and 512 tokens at 200e12 per second
-    assert ours.startswith("replicate: about 2,87") and "0.7 s per step" in ours
+    assert ours.startswith("replicate: about 1,813 tokens/s; 1.1 s a step (products 0.71, weights 0.42)")
     # 35.3 GB, three quarters of them twice through 32 GB per second
-    assert other.startswith("shard instead: about") and "1.7 s gather blocks" in other
+    assert other.startswith("shard instead: about") and "gathering 1.7" in other
+    assert rates.startswith("at 200 TFLOP/s and 1,500 GB/s per worker, as given")
+    assert any(reason.startswith("shard over 4 instead would take 1.") for reason in whole.plan.reasons)
     split = plan_ahead(spec_of(large, time=800), read_cluster("4x80GB"), tflops=200)
-    assert split.notes[-1].startswith("replicate instead: not possible: placement: one member needs")
+    assert split.notes[-2].startswith("replicate instead: not possible: placement: one member needs")
+    supposed = plan_ahead(spec_of(large, time=512), read_cluster("4x80GB"))
+    assert "supposed" in supposed.notes[-1]
+
+
+def test_long_rows_fit_where_blocks_are_run_again(large: str) -> None:
+    ahead = plan_ahead(spec_of(large, time=2048, placement="{recompute: true}"), read_cluster("4x80GB"))
+    assert ahead.plan.summary().startswith("replicate: 4 worker(s), 2 member(s) per GPU, 60"), ahead.plan.summary()
 
 
 def test_a_run_still_needs_weights(large: str) -> None:

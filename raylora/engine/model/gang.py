@@ -45,6 +45,8 @@ class GangPlace:
     """How long ranks wait for one another, in a round or between two."""
     store: Any = field(default=None, compare=False)
     """Where rank 0 listens already, if it does: torch's ``TCPStore``."""
+    backend: str = ""
+    """What carries their tensors; by default NCCL between GPUs, which wants one per rank, and gloo between CPUs."""
 
     @classmethod
     def listening(cls, host: str, size: int, partners: int = 1, is_split: bool = True) -> GangPlace:
@@ -53,6 +55,11 @@ class GangPlace:
 
         store = distributed.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
         return cls(0, size, f"{host}:{store.port}", partners, is_split, store=store)
+
+
+def backend_for(device: torch.device) -> str:
+    """Return what torch carries tensors of a device by; on a GPU also those of the CPU, on which it may be next."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 class Gang:
@@ -70,8 +77,7 @@ class Gang:
         if store is None:
             store = distributed.TCPStore(host, int(port), place.size, is_master=place.rank == 0, timeout=timeout)
         distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=store, rank=place.rank, world_size=place.size,
-            timeout=timeout,
+            place.backend or backend_for(device), store=store, rank=place.rank, world_size=place.size, timeout=timeout
         )
         # Every rank makes all of them: that is a collective, too.
         groups = [list(range(first, first + place.partners)) for first in range(0, place.size, place.partners)]

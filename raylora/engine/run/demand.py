@@ -174,11 +174,12 @@ def _unsplittable_reason(spec: RunSpec, shell: Shell) -> str:
 
     try:
         find_blocks(shell.model)
-        adapter.frozen_tensors(sites, 0, asked)
+        first = list(sites[:1])  # one tells, and PEFT takes its time for all sites of a large model
+        adapter.frozen_tensors(first, 0, asked)
         if isinstance(adapter, NeedsBaseWeights):
             with torch.device("meta"):
-                tensors = adapter.build(sites, torch.Generator("cpu"))
-            adapter.from_weights(tensors, sites, asked)
+                tensors = adapter.build(first, torch.Generator("cpu"))
+            adapter.from_weights(tensors, first, asked)
     except BaseError as error:
         return error.message
     except _Asked:

@@ -14,8 +14,9 @@ from raylora.engine.training.member_plan import check_baselines, check_weights, 
 from raylora.errors import BaseError, DataError, PlacementError
 from raylora.placement.estimate import MemberShape
 from raylora.placement.inventory import Inventory
-from raylora.placement.pace import pace_of
-from raylora.placement.plan import Demand, Plan, make_plan
+from raylora.placement.pace import Rates, pace_of, rates_of
+from raylora.placement.plan import Demand, Plan
+from raylora.placement.planner import make_plan
 from raylora.spec import RunSpec
 from raylora.spec.paths import located, places_here
 from raylora.store.run_store import RunStore
@@ -56,26 +57,30 @@ def plan_ahead(spec: RunSpec, inventory: Inventory, tflops: float | None = None)
         batch = assumed_batch(spec, task)
         notes.append(f"the data could not be read, so rows are taken to have {batch.time} tokens: {error.message}")
     demand = demand_of(spec, shell, batch, member_plans_of(spec), inventory)
-    plan = make_plan(demand, inventory, spec.placement)
-    if tflops is not None:
-        notes += _paces(demand, plan, inventory, spec, tflops * 1e12)
+    plan = make_plan(demand, inventory, spec.placement, tflops)
+    notes += _paces(demand, plan, inventory, spec, rates_of(plan, tflops))
     return PlannedAhead(plan, shell.member_parameters, batch, notes)
 
 
-def _paces(demand: Demand, plan: Plan, inventory: Inventory, spec: RunSpec, flops: float) -> list[str]:
+def _paces(demand: Demand, plan: Plan, inventory: Inventory, spec: RunSpec, rates: Rates) -> list[str]:
     """Return how fast the plan would be, and why the other way to hold the base was not chosen."""
-    found = [f"{plan.strategy}: {_pace(demand, plan, inventory, flops)}"]
-    other = "replicate" if plan.ranks > 1 else "shard"
+    found = [f"{plan.strategy}: {_pace(demand, plan, inventory, rates)}"]
+    other = "replicate" if plan.strategy == "shard" else "shard"
     changes = {"strategy": other, "ranks": "auto"}
     try:
         instead = make_plan(demand, inventory, spec.placement.model_copy(update=changes))
-        found.append(f"{other} instead: {_pace(demand, instead, inventory, flops)}")
+        found.append(f"{other} instead: {_pace(demand, instead, inventory, rates)}")
     except PlacementError as error:
         found.append(f"{other} instead: not possible: {error.message}")
-    return found
+    known = f"{rates.flops / 1e12:,.3g} TFLOP/s and {rates.bytes_per_s / 1e9:,.0f} GB/s per worker"
+    return [*found, f"at {known}, {rates.source}; --tflops says what a worker reaches"]
 
 
-def _pace(demand: Demand, plan: Plan, inventory: Inventory, flops: float) -> str:
-    pace = pace_of(demand, plan, inventory, flops)
-    gathers = f", of which {pace.gather_s:.1f} s gather blocks" if pace.gather_s else ""
-    return f"about {pace.tokens_per_s:,.0f} tokens/s, {pace.compute_s + pace.gather_s:.1f} s per step{gathers}"
+def _pace(demand: Demand, plan: Plan, inventory: Inventory, rates: Rates) -> str:
+    pace = pace_of(demand, plan, inventory, rates)
+    parts = {"products": pace.compute_s, "weights": pace.weights_s, "gathering": pace.gather_s}
+    shares = ", ".join(f"{name} {seconds:.2g}" for name, seconds in parts.items() if seconds)
+    return (
+        f"about {pace.tokens_per_s:,.0f} tokens/s; {pace.step_s:.2g} s a step ({shares}), "
+        f"{pace.round_s:.2g} s until every unit has taken one"
+    )

@@ -39,7 +39,8 @@ from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import check_rule
 from raylora.errors import BaseError, RunDirectoryError, SpecError, StoreError
 from raylora.placement.inventory import Gpu, Inventory, Node
-from raylora.placement.plan import Demand, Plan, make_plan
+from raylora.placement.plan import Demand, Plan
+from raylora.placement.planner import make_plan
 from raylora.records import DataRecord
 from raylora.spec import RunSpec, SetSpec
 from raylora.spec.paths import located, places_here

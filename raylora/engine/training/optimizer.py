@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from raylora.adapters.base import HEAD, Adapter, Tensors
-from raylora.engine.model.gang import Gang, GangPlace
+from raylora.engine.model.gang import Gang, GangPlace, backend_for
 from raylora.engine.training.schedule import learning_rate_factor
 from raylora.spec import OptimizationSpec, RegularizersSpec
 
@@ -42,13 +42,31 @@ def start_deepspeed(device: torch.device, place: GangPlace | None = None) -> Gan
 
         logger.setLevel("ERROR")
         __compatible_ops__["deepspeed_shm_comm"] = False
+        _compute_on(device)
     gang = Gang(place, device) if place is not None else None
     if not torch.distributed.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
         # An in-process store: no port to choose, so any number of workers start on one machine.
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            backend_for(device), store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return gang
+
+
+def _compute_on(device: torch.device) -> None:
+    """Tell DeepSpeed where engines compute; it asks the environment once, and a notebook may do runs on both."""
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+
+    if get_accelerator().device_name() == device.type:
+        return
+    if device.type == "cuda":
+        from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+        set_accelerator(CUDA_Accelerator())
+    else:
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        set_accelerator(CPU_Accelerator())
 
 
 @contextmanager
