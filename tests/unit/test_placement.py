@@ -190,7 +190,7 @@ def test_a_base_is_split_where_a_whole_one_does_not_fit() -> None:
     made = on(nodes, members=8, base=100, member=2)
     assert (made.strategy, made.ranks, made.workers) == ("shard", 4, 1), made.reasons
     assert sorted(unit for pack in made.packs for unit in pack) == [f"member-{m}" for m in range(8)]
-    assert "replicate does not fit: one member needs about 103.0 GB" in made.reasons[0]
+    assert "replicate does not fit: one member needs about 103.3 GB" in made.reasons[0]
     assert made.summary().startswith("shard over 4: 1 worker(s), 2 member(s) per GPU")
     assert made.parts.base == 25 * GB and made.parts.gathered == 2 * 100 * GB // LAYERS
 
