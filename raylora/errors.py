@@ -51,6 +51,10 @@ class StoreError(RayloraError):
     """The run directory is damaged or cannot be written."""
 
 
+class LostRunError(StoreError):
+    """Another process has taken the run directory over, so that this one may not write to it any more."""
+
+
 class RunDirectoryError(UsageError):
     """The run directory belongs to something else, or does not exist."""
 
