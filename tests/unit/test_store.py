@@ -177,7 +177,7 @@ def kill_remote(patch: pytest.MonkeyPatch, fs: Any, number: int, before: bool) -
     count = {"calls": 0}
 
     def wrap(name: str) -> Callable[..., Any]:
-        real = getattr(type(fs), name)
+        real = getattr(fs, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
             count["calls"] += 1
@@ -191,7 +191,7 @@ def kill_remote(patch: pytest.MonkeyPatch, fs: Any, number: int, before: bool) -
         return call
 
     for name in ("pipe_file", "cat_file", "ls", "exists", "rm"):
-        patch.setattr(type(fs), name, wrap(name))
+        patch.setattr(fs, name, wrap(name))  # on the object: s3fs gives each its own
     return count
 
 
