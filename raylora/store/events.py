@@ -70,29 +70,36 @@ class EventLog:
         Raises:
             StoreError: a line is no event.
         """
-        events = effective(self._records())
+        events = effective(self._in_order())
         if not self._is_begun:
             self._seen = len(events)
         return events
 
     def exists(self) -> bool:
         """Return whether there is a log."""
-        return self.storage.exists(FILE) or (not self.storage.is_local and bool(self._segments()))
+        return self.storage.exists(FILE) or bool(self._segments())
 
-    def _records(self) -> Iterator[Record]:
-        parts = [FILE]  # also on an object store: runs that were begun before there were segments
-        if not self.storage.is_local:
-            parts += [_path(epoch, number) for epoch, number in self._segments()]
-        for part in parts:
+    def _in_order(self) -> list[Record]:
+        """Return all records by their epochs: a run may have gone on in a bucket, or on a disk, after it was moved."""
+        found: list[tuple[int, Record]] = []
+        epoch = 0
+        for record in self._records(FILE):
+            epoch = record.get("epoch", epoch)
+            found.append((epoch, record))
+        for epoch, number in self._segments():
+            found += [(epoch, record) for record in self._records(_path(epoch, number))]
+        return [record for _, record in sorted(found, key=lambda one: one[0])]
+
+    def _records(self, part: str) -> Iterator[Record]:
+        try:
+            content = self.storage.read(part)
+        except FileNotFoundError:
+            return
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):  # what follows the last line end is torn
             try:
-                content = self.storage.read(part)
-            except FileNotFoundError:
-                continue
-            for number, line in enumerate(content.split(b"\n")[:-1], 1):  # what follows the last line end is torn
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    raise StoreError(f"{self.storage.uri}/{part}:{number}: is not an event") from None
+                yield json.loads(line)
+            except ValueError:
+                raise StoreError(f"{self.storage.uri}/{part}:{number}: is not an event") from None
 
     def _segments(self) -> list[tuple[int, int]]:
         found = (match for name in self.storage.list(FOLDER) if (match := _SEGMENT.fullmatch(name)))

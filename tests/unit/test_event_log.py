@@ -80,6 +80,22 @@ def test_a_log_of_an_older_version_on_an_object_store_goes_on(storage: Storage) 
     assert EventLog(storage).read()[2]["follows"] == 2
 
 
+def test_a_log_goes_on_wherever_the_run_is_moved(tmp_path: Path) -> None:
+    disk, store = Storage(str(tmp_path / "root")), Storage(f"memory://{uuid.uuid4().hex}/root")
+    expected: list[int] = []
+    for epoch, (here, there) in enumerate([(disk, store), (store, disk), (disk, store), (store, disk)], 1):
+        log = log_of(here, epoch)
+        for _ in range(2):
+            log.append({"n": len(expected)})
+            expected.append(len(expected))
+        assert numbers(here) == expected
+        for path in ["events.jsonl", *(f"events/{name}" for name in here.list("events"))]:
+            if here.exists(path):
+                there.write(path, here.read(path))
+        assert numbers(there) == expected
+    fsspec.filesystem("memory").store.clear()
+
+
 def test_segments_are_few_and_small_and_each_event_writes_one(monkeypatch: pytest.MonkeyPatch) -> None:
     storage, written = Storage(f"memory://{uuid.uuid4().hex}/root"), []
     real = Storage.write

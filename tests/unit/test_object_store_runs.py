@@ -19,7 +19,7 @@ from raylora.cli import app
 from raylora.client import distill_run, publish_report, repair_run
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
-from raylora.engine.run.roster import read_roster
+from raylora.engine.run.roster import read_roster, read_state
 from raylora.engine.run.verify import verify_run
 from raylora.errors import Interrupted, LostRunError, StoreError
 from raylora.serve.predictor import load_ensemble
@@ -51,8 +51,15 @@ def finished(bucket: str, make_spec: Make, trained: Callable[[Any], str]) -> str
     return there.uri
 
 
+def download(storage: Storage, folder: Path) -> None:
+    for path in storage.fs.find(storage.root):
+        file = folder / path.removeprefix(f"{storage.root}/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(storage.fs.cat_file(path))
+
+
 def test_a_run_in_a_bucket_is_interrupted_and_resumed_to_members_equal_to_those_on_a_disk(
-    bucket: str, make_spec: Make, trained: Callable[[Any], str]
+    bucket: str, make_spec: Make, trained: Callable[[Any], str], tmp_path: Path
 ) -> None:
     local = trained(make_spec(**SMALL))
     spec = make_spec(storage_path=f"{bucket}/runs")
@@ -70,6 +77,9 @@ def test_a_run_in_a_bucket_is_interrupted_and_resumed_to_members_equal_to_those_
     assert [event["epoch"] for event in store.read_events()] == sorted(event["epoch"] for event in store.read_events())
     assert not [part for part in verify_run(store.uri) if part.problem]
     assert Path(os.curdir, "s3:").exists() is False  # nothing took the URI for a folder
+    download(store.storage, tmp_path / "moved")
+    assert not [part for part in verify_run(str(tmp_path / "moved")) if part.problem]
+    assert read_state(RunStore(str(tmp_path / "moved"))).phase.value == "succeeded"
     one = load_ensemble(local).predict(TEXTS)
     assert [r.record() for r in load_ensemble(store.uri).predict(TEXTS)] == [r.record() for r in one]
 
@@ -161,7 +171,7 @@ def test_a_lost_member_in_a_bucket_is_refused_and_repaired_bit_for_bit(finished:
 def test_a_student_is_taught_in_a_bucket(finished: str) -> None:
     student = DistillSpec.model_validate({"student": {"base": RunStore(finished).read_spec().base.model_dump()}})
     record = distill_run(finished, student, local=True)
-    assert record["student"] and not [part for part in verify_run(finished) if part.problem]
+    assert record["contenders"] and not [part for part in verify_run(finished) if part.problem]
 
 
 @pytest.mark.slow
