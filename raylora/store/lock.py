@@ -9,6 +9,7 @@ first looks whether there is a newer one.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
@@ -22,6 +23,8 @@ import psutil
 
 from raylora.errors import LostRunError, RunDirectoryError
 from raylora.store.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 LOCK = "lock"
 BEFORE_EPOCHS = "run.lock"
@@ -70,6 +73,9 @@ class Lock:
             # A request that was sent twice, since its first answer was lost, finds what it wrote itself.
             if self.storage.create(name, _dump(record)) or self._read(name).get("token") == record["token"]:
                 self.epoch, self._record = latest + 1, record
+                if not self.storage.is_local and self.storage.create(name, _dump(record)):
+                    logger.warning("%s: this storage writes over what should stay: see that no two processes begin "
+                                   "or resume one run at the same moment", self.storage.uri)
                 self.storage.delete(BEFORE_EPOCHS)
                 return latest + 1
 

@@ -150,7 +150,7 @@ class Storage:
                 self.fs.pipe_file(target, content, mode="create")
             except FileExistsError:
                 return False
-            except (TypeError, NotImplementedError):
+            except (TypeError, ValueError, NotImplementedError):
                 # A file system that cannot say "only if there is none". Two that look at the same moment may both
                 # write; the later one's content stays, and each reads back whose it is.
                 if self.fs.exists(target):

@@ -112,6 +112,22 @@ def test_a_taking_whose_answer_was_lost_and_that_was_sent_again_succeeds(
     assert Lock(storage).take() == 1
 
 
+def test_a_storage_without_conditional_writes_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Storage(f"memory://{uuid.uuid4().hex}/root")
+    Lock(storage).take()
+    assert "writes over" not in caplog.text
+    real = storage.fs.pipe_file
+    monkeypatch.setattr(storage.fs, "pipe_file", lambda path, value, mode="overwrite": real(path, value))
+    Lock(storage).take()  # it takes the condition and does not heed it, as old S3 servers do
+    assert "no two processes begin or resume one run at the same moment" in caplog.text
+    monkeypatch.setattr(storage.fs, "pipe_file", lambda path, value: real(path, value))
+    assert Lock(storage).take() == 3  # it knows no condition: what is there is looked at first
+    assert not storage.create("lock/000003.json", b"another") and storage.create("other", b"x")
+    fsspec.filesystem("memory").store.clear()
+
+
 RACE = """
 import sys, time
 from raylora.errors import RunDirectoryError
