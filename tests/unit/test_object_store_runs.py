@@ -19,7 +19,7 @@ from raylora.cli import app
 from raylora.client import distill_run, publish_report, repair_run
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
-from raylora.engine.run.roster import read_roster, read_state
+from raylora.engine.run.roster import read_state
 from raylora.engine.run.verify import verify_run
 from raylora.errors import Interrupted, LostRunError, StoreError
 from raylora.serve.predictor import load_ensemble
@@ -31,7 +31,7 @@ Make = Callable[..., Any]
 TEXTS = ["A film to remember.", "Dull from start to end."]
 SMALL = {
     "adapter__dropout": 0.1, "checkpointing": {"every_steps": 2, "num_to_keep": 2},
-    "baselines": {"mc_dropout": {"passes": 2, "dropout": 0.1}, "checkpoints": 1, "last_layer": 1},
+    "baselines": {"checkpoints": 1}, "tracking": [],
     "optimization": {"lr": 0.005, "steps": 6, "micro_batch": 8},
 }
 
@@ -62,7 +62,7 @@ def test_a_run_in_a_bucket_is_interrupted_and_resumed_to_members_equal_to_those_
     bucket: str, make_spec: Make, trained: Callable[[Any], str], tmp_path: Path
 ) -> None:
     local = trained(make_spec(**SMALL))
-    spec = make_spec(storage_path=f"{bucket}/runs")
+    spec = make_spec(storage_path=f"{bucket}/runs", tracking=["tensorboard"])
     with pytest.raises(Interrupted, match=rf"raylora resume {bucket}/runs/demo"):
         run(spec, stop_at(3))
     store = RunStore.for_spec(spec)
@@ -70,6 +70,7 @@ def test_a_run_in_a_bucket_is_interrupted_and_resumed_to_members_equal_to_those_
     metrics = run(store.spec_in_place())
     assert_bit_equal(members(local), members(store.uri))
     assert metrics["members"] == RunStore(local).read_json("metrics.json")["members"]
+    assert len(store.storage.list("tensorboard")) == 3  # two members and the ensemble
     files = ["MANIFEST.json", "README.md", "adapter_config.json", "adapter_model.safetensors", "member.json"]
     assert store.storage.list("members/member-000") == files
     names = store.storage.list("events")
@@ -136,8 +137,6 @@ def test_a_run_that_is_taken_over_while_it_trains_stops_and_commits_nothing_more
     assert taken == [2] and store.checkpoint_steps("member-000") == [2]
     assert [event["event"] for event in store.read_events()] == ["RunStarted", "WorkerReady"]
     store.unlock()
-    run(spec)
-    assert len(read_roster(store).usable) == 2
 
 
 def test_everything_that_reads_a_run_reads_one_in_a_bucket(finished: str, tmp_path: Path) -> None:
@@ -147,7 +146,7 @@ def test_everything_that_reads_a_run_reads_one_in_a_bucket(finished: str, tmp_pa
     assert status["phase"] == "succeeded"
     publish_report(RunStore(finished))
     assert b"<html" in RunStore(finished).storage.read("report.html")
-    for command in (["report", finished], ["verify", finished], ["export", finished, "--out", str(tmp_path / "out")]):
+    for command in (["verify", finished], ["export", finished, "--out", str(tmp_path / "out")]):
         done = call(*command)
         assert done.exit_code == 0, done.output
     assert (tmp_path / "out/member-000/adapter_model.safetensors").exists()
