@@ -23,7 +23,7 @@ class Storage:
         """Open a root: ``runs/demo``, ``/data/runs``, ``s3://bucket/runs``; it is made when first written to.
 
         Raises:
-            RunDirectoryError: the package for this kind of storage is missing.
+            UnreachableError: the package for this kind of storage is missing.
         """
         self.fs: Any
         self.fs, self.root = open_file_system(uri)
@@ -47,7 +47,8 @@ class Storage:
         Nothing is written to find out.
 
         Raises:
-            RunDirectoryError: with what stands in the way.
+            RunDirectoryError: the folder cannot be written.
+            UnreachableError: the bucket cannot be used.
         """
         if not self.is_local:
             check_bucket(self.fs, self.root, self.uri)
@@ -184,11 +185,13 @@ class Storage:
             False, and nothing has changed, where folders that are there cannot change places.
         """
         there = self.path(target)
-        if os.path.lexists(there):
+        try:
+            os.rename(self.path(source), there)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _explain(error, there, 0) from error
             if not exchange(self.path(source), there):
                 return False
-        else:
-            os.rename(self.path(source), there)
         sync_folder(os.path.dirname(there))
         return True
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import ray
 from object_store import environment, make_bucket
+from ray.exceptions import RayTaskError
 from run_helpers import assert_bit_equal, members
 
+from raylora import control
+from raylora.actors.calls import _failure
 from raylora.actors.worker import Worker
 from raylora.client import launch, resume, run_local
-from raylora.errors import Interrupted, PlacementError
+from raylora.errors import Interrupted, PlacementError, StoreError, UnreachableError
 from raylora.serve.predictor import load_ensemble
 from raylora.spec import RunSpec
 from raylora.store import commit
@@ -83,3 +86,13 @@ def test_a_worker_looks_for_the_run_before_it_loads_anything(make_spec: MakeSpec
     with pytest.raises(PlacementError, match="does not see"):
         ray.get(worker.load.remote())
     ray.kill(worker)
+
+
+def test_a_job_whose_storage_was_out_of_reach_for_a_moment_is_tried_again() -> None:
+    def failed(cause: Exception) -> control.Event:
+        error = RayTaskError("run_job", "traceback", cause)
+        return _failure(error, "worker-0", control.RunJob("job-00", 1, "worker-0", ("member-000",)))
+
+    for cause, fatal in ((UnreachableError("no network"), False), (StoreError("disk full"), True), (OSError(), False)):
+        event = failed(cause)
+        assert isinstance(event, control.JobFailed) and event.fatal is fatal

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from raylora.cli import app
 from raylora.engine.run.plan_run import prepare
-from raylora.errors import LostRunError, RunDirectoryError, StoreError
+from raylora.errors import LostRunError, RunDirectoryError, StoreError, UnreachableError
 from raylora.store.run_store import RunStore
 from raylora.store.storage import Storage
 
@@ -184,6 +184,23 @@ def test_a_missing_package_is_named(
 
 def test_a_storage_that_no_one_knows_is_named(make_spec: Make, tmp_path: Path) -> None:
     assert "no storage is called nfs4://" in sentence(make_spec, tmp_path, "nfs4://server/runs")
+
+
+def test_who_waits_for_a_base_does_not_wait_for_a_bucket_that_refuses(
+    bucket: str, make_spec: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raylora.engine.quantization import quantize_base
+    from raylora.engine.quantization.prepared_base import store_of
+
+    base = make_spec().base
+    prepared = quantize_base.PreparedBase(store_of(base, f"{bucket}/_bases", {}), {}, None)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(prepared.store.storage.fs, "pipe_file", refuse)
+    with pytest.raises(UnreachableError, match=r"access is refused \(Access Denied\)"):
+        quantize_base.ensure_prepared(base, None, prepared, None)  # type: ignore[arg-type]
 
 
 def test_no_run_in_a_bucket_is_an_error_that_says_so(bucket: str) -> None:
