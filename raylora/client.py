@@ -400,7 +400,8 @@ def publish_report(store: RunStore) -> None:
 def _start(prepared: Prepared | TargetPlan, detach: bool = False) -> RunHandle:
     name = coordinator_name(prepared.store.uri)
     clear_name(name, prepared.spec.run_name())
-    prepared.begin()
+    with prepared.store.held():  # of two that begin one run at the same moment the second is refused, not mixed in
+        prepared.begin()
     target_job = prepared.target_job if isinstance(prepared, TargetPlan) else None
     options: dict[str, Any] = {"runtime_env": {"env_vars": logs.environment()}} if logs.environment() else {}
     options |= {"lifetime": "detached"} if detach else {}
