@@ -38,6 +38,7 @@ from raylora.records import DistillationRecord, PreparationSummary, RunMetrics
 from raylora.report.page import write_report
 from raylora.spec import DistillSpec, RunSpec
 from raylora.store.commit import MANIFEST
+from raylora.store.probe import leave_probe
 from raylora.store.run_store import RunStore
 
 _POLL_S = 0.5
@@ -399,12 +400,14 @@ def publish_report(store: RunStore) -> None:
 def _start(prepared: Prepared | TargetPlan, detach: bool = False) -> RunHandle:
     name = coordinator_name(prepared.store.uri)
     clear_name(name, prepared.spec.run_name())
-    prepared.begin()
+    with prepared.store.held():  # of two that begin one run at the same moment the second is refused, not mixed in
+        prepared.begin()
     target_job = prepared.target_job if isinstance(prepared, TargetPlan) else None
     options: dict[str, Any] = {"runtime_env": {"env_vars": logs.environment()}} if logs.environment() else {}
     options |= {"lifetime": "detached"} if detach else {}
     coordinator = Coordinator.options(name=name, namespace=NAMESPACE, **options).remote(  # type: ignore[attr-defined]
-        prepared.spec, prepared.store.uri, prepared.plan, [ray.put(prepared.base)], target_job, detach
+        prepared.spec, prepared.store.uri, prepared.plan, [ray.put(prepared.base)], target_job, detach,
+        leave_probe(prepared.store.storage),
     )
     workers = [f"worker-{index}" for index in range(prepared.plan.workers)]
     return RunHandle(coordinator, prepared.store, coordinator.run.remote(prepared.start_event(workers)))

@@ -51,6 +51,14 @@ class StoreError(RayloraError):
     """The run directory is damaged or cannot be written."""
 
 
+class LostRunError(StoreError):
+    """Another process has taken the run directory over, so that this one may not write to it any more."""
+
+
+class UnreachableError(UsageError):
+    """The storage of runs cannot be used from here: no package, no bucket, no credentials, no connection."""
+
+
 class RunDirectoryError(UsageError):
     """The run directory belongs to something else, or does not exist."""
 

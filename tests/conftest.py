@@ -134,6 +134,27 @@ def trained(_trained_runs: dict[str, str], tmp_path_factory: pytest.TempPathFact
     return copy
 
 
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start an S3 server once and return its address; without its package what asks for it is skipped."""
+    from object_store import serve
+
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
+    with serve(tmp_path_factory.mktemp("s3") / "log") as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URI of a new bucket on a local S3 server, which this process and those it starts can reach."""
+    from object_store import environment, make_bucket
+
+    for key, value in environment(s3_server).items():
+        monkeypatch.setenv(key, value)
+    return make_bucket()
+
+
 @pytest.fixture(autouse=True)
 def _global_state_is_restored() -> Iterator[None]:
     """Undo what a session sets for its whole process."""

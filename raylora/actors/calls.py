@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from raylora import control
-from raylora.errors import Interrupted, RayloraError
+from raylora.errors import Interrupted, RayloraError, UnreachableError
 from raylora.placement.plan import even_parts
 from raylora.progress import Activity, Progress
 
@@ -98,10 +98,11 @@ class Call:
 
 
 def _failure(error: RayTaskError, worker: str, command: control.Command) -> control.Event:
-    """Errors raised on purpose would be raised again; anything else may be the machine's and is retried."""
+    """Errors raised on purpose would be raised again; the machine's and the network's may be gone: they are retried."""
     reason = _reason(error)
     if isinstance(command, control.RunJob):
-        return control.JobFailed(command.job, command.attempt, reason, fatal=isinstance(error.cause, RayloraError))
+        fatal = isinstance(error.cause, RayloraError) and not isinstance(error.cause, UnreachableError)
+        return control.JobFailed(command.job, command.attempt, reason, fatal=fatal)
     if isinstance(command, control.Aggregate):
         return control.AggregationFailed(reason)
     return control.WorkerLost(worker, reason)

@@ -19,12 +19,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raylora import control, logs
 from raylora.actors.calls import Call, GangProgress, WorkerHandle, first_line
 from raylora.actors.preparer import Preparer
-from raylora.actors.worker import Worker
+from raylora.actors.worker import Worker, this_node
 from raylora.engine.run.run_status import RunStatus, StatusBoard
 from raylora.errors import Interrupted, PlacementError, RayloraError
 from raylora.placement.plan import Plan
 from raylora.progress import BlockDone, Progress
 from raylora.spec import RunSpec
+from raylora.store.probe import judge, look_for_probe, remove_probe
 from raylora.store.run_store import RunStore
 
 NAMESPACE = "raylora"
@@ -49,14 +50,15 @@ class Coordinator:
 
     def __init__(
         self, spec: RunSpec, store_uri: str, plan: Plan, base: Any = None, target_job: Any = None,
-        detached: bool = False,
+        detached: bool = False, nonce: str = "",
     ) -> None:
         """Take a reference to the base that has to be prepared: its calibration text goes to the preparer alone.
 
-        Given a target_job, the jobs are shards of targets; of them too it sees the names and nothing else.
+        Given a target_job, the jobs are shards of targets; of them too it sees the names and nothing else. The nonce is
+        what the driver left in the run directory: here and at every worker it has to be found.
         """
         self.spec, self.store, self.plan, self.base = spec, RunStore(store_uri), plan, base
-        self.target_job, self.detached = target_job, detached
+        self.target_job, self.detached, self.nonce = target_job, detached, nonce
         self.preparer: Any = None
         self.events: queue.Queue[control.Event] = queue.Queue()
         self.state = control.State()
@@ -75,8 +77,9 @@ class Coordinator:
 
         Raises:
             RunDirectoryError: another process holds the run directory.
-            PlacementError: the cluster did not provide the workers in time.
+            PlacementError: the cluster did not provide the workers in time, or a node does not see the run directory.
         """
+        judge(self.store.uri, self.nonce, look_for_probe(self.store.uri, self.nonce, this_node()))
         with self.store.held({RAY_ADDRESS: ray.get_runtime_context().gcs_address}):
             try:
                 self.state = control.replay(control.from_record(r) for r in self.store.read_events())
@@ -85,6 +88,7 @@ class Coordinator:
                 return self.state
             finally:
                 self._stop_workers()
+                remove_probe(self.store.storage, self.nonce)
 
     def _loop(self) -> None:
         said = 0.0
@@ -120,6 +124,8 @@ class Coordinator:
                 continue
             call = self.pending.pop(reference)
             event = call.take(reference)
+            if call.error is not None and isinstance(call.error.cause, PlacementError):
+                raise call.error.cause  # a node that does not see the run directory, which another start does not cure
             if isinstance(event, control.WorkerLost):
                 self._give_up(call)
             if event is not None:
@@ -203,7 +209,10 @@ class Coordinator:
             num_gpus=plan.gpus_per_worker,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, first + rank),
             runtime_env={"env_vars": environment},
-        ).remote(self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.target_job)
+        ).remote(
+            self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.target_job, self.store.epoch,
+            self.nonce,
+        )
 
     def _let_preparer_go(self) -> None:
         if self.preparer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,15 @@ from raylora import logs
 from raylora.actors.telemetry import Telemetry
 from raylora.progress import Progress, Throttle
 from raylora.spec import RunSpec
-from raylora.store.run_store import RunStore
+from raylora.store.probe import opened_where_seen
 
 if TYPE_CHECKING:
     from raylora.engine.model.gang import GangPlace
+
+
+def this_node() -> str:
+    """Return what the node that this process runs on is called."""
+    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
 
 
 @ray.remote(max_restarts=0, concurrency_groups={"control": 1})  # type: ignore[call-overload]
@@ -25,9 +31,18 @@ class Worker:
     It is never restarted by Ray: the coordinator starts a new one, which loads the last commit.
     """
 
-    def __init__(self, spec: RunSpec, store_uri: str, cpus: int, gpus: int, target_job: Any = None) -> None:
-        """Train the run of a spec or, given a target_job, make targets with its members."""
-        self.spec, self.store, self.target_job = spec, RunStore(store_uri), target_job
+    def __init__(
+        self, spec: RunSpec, store_uri: str, cpus: int, gpus: int, target_job: Any = None, epoch: int | None = None,
+        nonce: str = "",
+    ) -> None:
+        """Train the run of a spec or, given a target_job, make targets with its members.
+
+        Args:
+            epoch: of the coordinator that this worker commits for.
+            nonce: what it has to find in the run directory.
+        """
+        self.spec, self.store_uri, self.target_job = spec, store_uri, target_job
+        self.epoch, self.nonce = epoch, nonce
         self.cpus, self.gpus = cpus, gpus
         self.signal_number = 0
         self.place: Any = None
@@ -45,14 +60,18 @@ class Worker:
         Args:
             rank: this worker's number in a gang.
             first: the place of its rank 0, or None for a worker of its own.
+
+        Raises:
+            PlacementError: this node does not see the run directory.
         """
+        store = opened_where_seen(self.store_uri, self.epoch, self.nonce, this_node())
         from raylora.engine.distillation.target_job import make_session
 
         logs.configure()
         self.telemetry = Telemetry(self.spec.run_name())
         if first is not None and rank:
             self.place = replace(first, rank=rank)
-        self.session = make_session(self.spec, self.store, self.cpus, self.gpus, self.target_job, self.place)
+        self.session = make_session(self.spec, store, self.cpus, self.gpus, self.target_job, self.place)
         self.session.load()
 
     def run_job(self, job: str, units: Sequence[str], coordinator: Any) -> dict[str, str]:

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
+import logging
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-import psutil
 
 from raylora.errors import RunDirectoryError, StoreError
 from raylora.spec import RunSpec, diff_specs, dump_spec, parse_spec
 from raylora.spec.paths import found_again, located, places_here, recorded
 from raylora.store import commit
+from raylora.store.events import EventLog
+from raylora.store.lock import BEFORE_EPOCHS, LOCK, STALE_S, Holder, Lock
+from raylora.store.seal import seal
 from raylora.store.storage import Storage
 
-_LOCK = "run.lock"
+__all__ = ["STALE_S", "Checkpoint", "Holder", "RunStore"]
+
+logger = logging.getLogger(__name__)
+
 _PATHS = "paths.json"
-_FIELDS = {"host", "pid", "heartbeat", "started_at"}
-STALE_S = 60.0
-"""A holder on another machine whose heartbeat is older is dead."""
 _BEAT_S = 10.0
 _FOLDERS = ("members", "baselines", "predictions", "snapshots", "timing", "targets", "export", "blocks", "shards")
 
@@ -37,23 +36,14 @@ class Checkpoint:
     files: dict[str, bytes]
 
 
-@dataclass(frozen=True)
-class Holder:
-    """The process that holds a run directory."""
-
-    host: str
-    pid: int
-    heartbeat: float
-    is_alive: bool
-    facts: Mapping[str, Any]
-    """What it wrote about itself, such as the address of the Ray cluster that it is in."""
-
-
 class RunStore:
     """Reads and writes a run directory; every method leaves it loadable."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, epoch: int | None = None) -> None:
+        """Open a run directory to read it; to write to it for its holder, as a worker does, give the holder's epoch."""
         self.storage = Storage(uri)
+        self._lock = Lock(self.storage, epoch)
+        self._log = EventLog(self.storage)
 
     @classmethod
     def for_spec(cls, spec: RunSpec) -> RunStore:
@@ -66,6 +56,11 @@ class RunStore:
         """Where the run directory is."""
         return self.storage.uri
 
+    @property
+    def epoch(self) -> int | None:
+        """The number of the holder that is written for, or None if nobody's."""
+        return self._lock.epoch
+
     # --- the spec -----------------------------------------------------------------------------------
     def is_begun(self) -> bool:
         """Return whether there is a run.
@@ -74,7 +69,7 @@ class RunStore:
             RunDirectoryError: the directory holds something that is not a run.
         """
         if not self.storage.exists("spec.yaml"):
-            others = [n for n in self.storage.list() if n != _LOCK]
+            others = [n for n in self.storage.list() if n not in (LOCK, BEFORE_EPOCHS)]
             if others:
                 raise RunDirectoryError(
                     f"{self.uri}: is not empty and holds no run (it has {', '.join(others[:3])})",
@@ -101,6 +96,7 @@ class RunStore:
 
     def write_spec(self, spec: RunSpec) -> None:
         """Record the spec that the run was begun with, and where its local files and folders are."""
+        self._lock.check()
         self.storage.write("spec.yaml", dump_spec(spec).encode())
         places = places_here(spec)
         if places or self.storage.exists(_PATHS):
@@ -134,29 +130,26 @@ class RunStore:
 
     # --- the event log ------------------------------------------------------------------------------
     def append_event(self, event: Mapping[str, Any]) -> None:
-        """Add one event to the durable log."""
-        self.storage.append("events.jsonl", json.dumps(event, sort_keys=True).encode() + b"\n")
+        """Add one event to the durable log. Raises: LostRunError if another process has taken the run over."""
+        self._lock.check()
+        self._log.append(event)
 
     def read_events(self) -> list[dict[str, Any]]:
-        """Return the events in order; a last line torn by a crash is left out."""
-        if not self.storage.exists("events.jsonl"):
-            return []
-        lines = self.storage.read("events.jsonl").split(b"\n")[:-1]  # what follows the last line end is torn
-        events = []
-        for number, line in enumerate(lines, 1):
-            try:
-                events.append(json.loads(line))
-            except ValueError:
-                raise StoreError(f"{self.uri}/events.jsonl:{number}: is not an event") from None
-        return events
+        """Return the events in order; a last line torn by a crash is left out. Raises: StoreError for what is none."""
+        return self._log.read()
+
+    def has_events(self) -> bool:
+        """Return whether there is a log."""
+        return self._log.exists()
 
     # --- checkpoints --------------------------------------------------------------------------------
     def commit_checkpoint(self, unit: str, step: int, files: Mapping[str, bytes]) -> None:
         """Commit a member's state after a step."""
-        commit.commit(self.storage, f"checkpoints/{unit}/step-{step:06d}", files)
+        commit.commit(self.storage, f"checkpoints/{unit}/step-{step:06d}", files, self._lock)
 
     def prune_checkpoints(self, unit: str, step: int, num_to_keep: int) -> None:
         """Delete what is newer than the current step, from a run that went on and was taken back, and the oldest."""
+        self._lock.check()
         names = self._steps(unit)
         current = [name for name in names if name <= f"step-{step:06d}"]
         for name in set(names) - set(current[-num_to_keep:]):
@@ -178,6 +171,7 @@ class RunStore:
 
     def discard_checkpoints(self, unit: str) -> None:
         """Free the space of a unit that is finished; its result is committed and nothing is left to resume."""
+        self._lock.check()
         self.storage.delete(f"checkpoints/{unit}")
 
     def _steps(self, unit: str) -> list[str]:
@@ -187,7 +181,7 @@ class RunStore:
     # --- results ------------------------------------------------------------------------------------
     def commit_result(self, folder: str, files: Mapping[str, bytes]) -> None:
         """Publish a finished part of the run, such as ``members/member-000``."""
-        commit.commit(self.storage, folder, files)
+        commit.commit(self.storage, folder, files, self._lock)
 
     def has_result(self, folder: str) -> bool:
         """Return whether a finished part is there and verifies."""
@@ -207,6 +201,7 @@ class RunStore:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file."""
+        self._lock.check()
         self.storage.write(name, json.dumps(content, indent=1, allow_nan=False).encode())
 
     def read_json(self, name: str) -> Any:
@@ -218,6 +213,11 @@ class RunStore:
         except ValueError:
             raise StoreError(f"{self.uri}/{name}: is damaged: it is not JSON", f"raylora verify {self.uri}") from None
 
+    def seal(self, members: Sequence[str]) -> None:
+        """Write the seal of everything that the run has committed."""
+        self._lock.check()
+        seal(self.storage, members)
+
     # --- one writer ---------------------------------------------------------------------------------
     def lock(self, facts: Mapping[str, Any] | None = None) -> None:
         """Claim the directory for this process and sweep what a killed one left half written.
@@ -228,38 +228,17 @@ class RunStore:
         Raises:
             RunDirectoryError: another living process holds it; the message names it.
         """
-        self.check_unlocked()
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "process_started": psutil.Process().create_time(),
-                "started_at": time.time(), "heartbeat": time.time(), "facts": dict(facts or {})}
-        content = json.dumps(mine).encode()
-        if not self.storage.create(_LOCK, content):
-            self.check_unlocked()  # another process may have been faster by a moment
-            self.storage.write(_LOCK, content)  # what is left of a holder that died
+        self._log.write_as(self._lock.take(facts))
         for parent in ("", *_FOLDERS, *(f"checkpoints/{unit}" for unit in self.storage.list("checkpoints"))):
             commit.sweep(self.storage, parent)
 
     def check_unlocked(self) -> None:
         """Raise RunDirectoryError if another living process holds the directory; the message names it."""
-        holder = self._read_lock()
-        if _alive(holder):
-            started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started_at"]))
-            raise RunDirectoryError(
-                f"{self.uri}: is in use by process {holder['pid']} on {holder['host']}, started {started}",
-                "wait for it, or stop it",
-            )
+        self._lock.check_free()
 
     def holder(self) -> Holder | None:
         """Return who holds the directory, or held it when it died; None if nobody does."""
-        found = self._read_lock()
-        if not set(found) >= _FIELDS:
-            return None
-        return Holder(found["host"], found["pid"], found["heartbeat"], _is_there(found), found.get("facts", {}))
-
-    def _read_lock(self) -> dict[str, Any]:
-        try:
-            return self.read_json(_LOCK) or {}
-        except StoreError:
-            return {}
+        return self._lock.holder()
 
     @contextmanager
     def held(self, facts: Mapping[str, Any] | None = None) -> Iterator[None]:
@@ -273,7 +252,10 @@ class RunStore:
 
         def beat() -> None:
             while not done.wait(_BEAT_S):
-                self.beat()
+                try:
+                    self.beat()
+                except Exception as error:  # the next one may get through; whoever is silent for long is replaced
+                    logger.warning("%s: no heartbeat: %s", self.uri, error)
 
         heart = threading.Thread(target=beat, daemon=True)
         heart.start()
@@ -286,31 +268,9 @@ class RunStore:
 
     def beat(self) -> None:
         """Show that the holder is alive."""
-        holder = self.read_json(_LOCK) or {}
-        if holder.get("pid") == os.getpid() and holder.get("host") == socket.gethostname():
-            self.storage.write(_LOCK, json.dumps({**holder, "heartbeat": time.time()}).encode())
+        self._lock.beat()
 
     def unlock(self) -> None:
         """Give the directory up, if it is this process's."""
-        holder = self.read_json(_LOCK) or {}
-        if holder.get("pid") == os.getpid() and holder.get("host") == socket.gethostname():
-            self.storage.delete(_LOCK)
-
-
-def _alive(holder: Mapping[str, Any]) -> bool:
-    """Return whether another process is alive and holds a directory."""
-    if not set(holder) >= _FIELDS:
-        return False
-    mine = holder["host"] == socket.gethostname() and holder["pid"] == os.getpid()
-    return not mine and _is_there(holder)
-
-
-def _is_there(holder: Mapping[str, Any]) -> bool:
-    if holder["host"] != socket.gethostname():
-        return bool(time.time() - holder["heartbeat"] < STALE_S)
-    try:
-        started = psutil.Process(int(holder["pid"])).create_time()
-    except psutil.NoSuchProcess:
-        return False
-    # A process id is used again after a while; another start time is another process.
-    return bool(abs(started - holder.get("process_started", started)) < 1.0)
+        self._lock.release()
+        self._log.write_as(None)

@@ -46,7 +46,7 @@ class Seal:
             content = storage.read(file)
         except FileNotFoundError:
             return "is missing"
-        if commit.digest_of(content) == self.files[file]:
+        if _digest(file, content) == self.files[file]:
             return ""
         return "is damaged: it differs from its checksum" if file == path else "is not what the run committed"
 
@@ -57,9 +57,14 @@ def seal(storage: Storage, members: Sequence[str]) -> None:
     for folder in _FOLDERS:
         names = (name for name in storage.list(folder) if ".tmp-" not in name)
         files += [f"{folder}/{name}/{commit.MANIFEST}" for name in names]
-    listing = {name: commit.digest_of(storage.read(name)) for name in files if storage.exists(name)}
+    listing = {name: _digest(name, storage.read(name)) for name in files if storage.exists(name)}
     content = json.dumps({"members": list(members), "files": listing}, indent=1, sort_keys=True)
     storage.write(_NAME, content.encode())
+
+
+def _digest(path: str, content: bytes) -> dict[str, Any]:
+    """Return a file's digest; of a manifest that of what it names, not of who committed it."""
+    return commit.identity_of(content) if path.endswith(f"/{commit.MANIFEST}") else commit.digest_of(content)
 
 
 def read_seal(storage: Storage) -> Seal | None:

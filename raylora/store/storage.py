@@ -9,18 +9,24 @@ import uuid
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-
 from raylora.errors import RunDirectoryError, StoreError
+from raylora.store.exchange import exchange
+from raylora.store.remote import check_bucket, open_file_system, reaching
+
+_BLOCK = 1 << 16
 
 
 class Storage:
     """A folder or bucket prefix that a run reads and writes; nothing outside it can be reached."""
 
     def __init__(self, uri: str) -> None:
-        """Open a root: ``runs/demo``, ``/data/runs``, ``s3://bucket/runs``; it is made when first written to."""
+        """Open a root: ``runs/demo``, ``/data/runs``, ``s3://bucket/runs``; it is made when first written to.
+
+        Raises:
+            UnreachableError: the package for this kind of storage is missing.
+        """
         self.fs: Any
-        self.fs, self.root = fsspec.core.url_to_fs(uri)
+        self.fs, self.root = open_file_system(uri)
         self.is_local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
         self.uri = self.root if self.is_local else self.fs.unstrip_protocol(self.root)
 
@@ -36,8 +42,16 @@ class Storage:
         return self.root if clean == "." else f"{self.root}/{clean}"
 
     def check_writable(self) -> None:
-        """Refuse a local folder that cannot be written or made. Raises: RunDirectoryError."""
+        """Refuse a local folder that cannot be written or made, and a bucket that is not there or cannot be listed.
+
+        Nothing is written to find out.
+
+        Raises:
+            RunDirectoryError: the folder cannot be written.
+            UnreachableError: the bucket cannot be used.
+        """
         if not self.is_local:
+            check_bucket(self.fs, self.root, self.uri)
             return
         there = Path(self.root)
         while not there.exists() and there != there.parent:
@@ -51,7 +65,8 @@ class Storage:
 
     def exists(self, relative: str) -> bool:
         """Return whether a file or folder is there."""
-        return bool(self.fs.exists(self.path(relative)))
+        with reaching(self.uri):
+            return bool(self.fs.exists(self.path(relative)))
 
     def read(self, relative: str) -> bytes:
         """Return a file's bytes.
@@ -59,7 +74,8 @@ class Storage:
         Raises:
             FileNotFoundError: there is no such file.
         """
-        return self.fs.cat_file(self.path(relative))
+        with reaching(self.uri):
+            return self.fs.cat_file(self.path(relative))
 
     def write(self, relative: str, content: bytes) -> None:
         """Write a whole file: readers see the old content or the new, never a part.
@@ -70,15 +86,13 @@ class Storage:
         target = self.path(relative)
         try:
             if not self.is_local:  # object stores publish an object only when its upload is complete
-                self.fs.pipe_file(target, content)
+                with reaching(self.uri):
+                    self.fs.pipe_file(target, content)
                 return
             os.makedirs(os.path.dirname(target), exist_ok=True)
             temporary = f"{target}.tmp-{uuid.uuid4().hex[:8]}"
             try:
-                with open(temporary, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
+                _write_synced(temporary, content)
                 os.replace(temporary, target)
             finally:
                 if os.path.exists(temporary):
@@ -88,12 +102,11 @@ class Storage:
             raise _explain(error, target, len(content)) from error
 
     def append(self, relative: str, line: bytes) -> None:
-        """Add a line durably; what a crash left of an unfinished last line is dropped first."""
+        """Add a line to a file of a local disk, durably; what a crash left of an unfinished last line is dropped first.
+
+        It costs the same however long the file is. An object store has no such operation: see ``store/events.py``.
+        """
         target = self.path(relative)
-        if not self.is_local:
-            before = self.read(relative) if self.exists(relative) else b""
-            self.fs.pipe_file(target, before + line)
-            return
         try:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             with open(target, "ab+") as file:
@@ -105,53 +118,105 @@ class Storage:
             raise _explain(error, target, len(line)) from error
 
     def create(self, relative: str, content: bytes) -> bool:
-        """Write a file only if there is none; return whether it was this call that made it."""
+        """Write a file only if there is none; return whether it was this call that made it.
+
+        Of any number of processes that create one file, one is told that it did. On object stores this is a conditional
+        write, which the store decides.
+
+        Raises:
+            StoreError: the disk is full or refuses.
+        """
         target = self.path(relative)
-        if not self.is_local:
-            if self.fs.exists(target):
-                return False
-            self.fs.pipe_file(target, content)
-            return True
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        temporary = f"{target}.tmp-{uuid.uuid4().hex[:8]}"
         try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-            os.link(temporary, target)  # appears whole, and fails if there is one
+            if not self.is_local:
+                return self._create_object(target, content)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            temporary = f"{target}.tmp-{uuid.uuid4().hex[:8]}"
+            try:
+                _write_synced(temporary, content)
+                os.link(temporary, target)  # appears whole, and fails if there is one
+            finally:
+                if os.path.exists(temporary):
+                    os.unlink(temporary)
+            sync_folder(os.path.dirname(target))
             return True
         except FileExistsError:
             return False
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+        except OSError as error:
+            raise _explain(error, target, len(content)) from error
+
+    def _create_object(self, target: str, content: bytes) -> bool:
+        with reaching(self.uri):
+            try:
+                self.fs.pipe_file(target, content, mode="create")
+            except FileExistsError:
+                return False
+            except (TypeError, ValueError, NotImplementedError):
+                # A file system that cannot say "only if there is none". Two that look at the same moment may both
+                # write; the later one's content stays, and each reads back whose it is.
+                if self.fs.exists(target):
+                    return False
+                self.fs.pipe_file(target, content)
+                return bool(self.fs.cat_file(target) == content)
+            return True
 
     def list(self, relative: str = "") -> list[str]:
         """Return the names directly inside a folder, sorted; none if it is not there."""
         folder = self.path(relative)
-        if not self.fs.exists(folder):
-            return []
-        return sorted(posixpath.basename(str(p).rstrip("/")) for p in self.fs.ls(folder, detail=False))
+        with reaching(self.uri):
+            try:
+                found = [str(path).rstrip("/") for path in self.fs.ls(folder, detail=False)]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        # An object of the folder's own name is a marker that some tools leave, or the file itself.
+        return sorted(posixpath.basename(path) for path in found if path != folder)
 
     def delete(self, relative: str) -> None:
         """Remove a file or a folder with all it holds; nothing happens if it is not there."""
         target = self.path(relative)
-        if target != self.root and self.fs.exists(target):
-            self.fs.rm(target, recursive=True)
+        with reaching(self.uri):
+            if target != self.root and self.fs.exists(target):
+                self.fs.rm(target, recursive=True)
 
-    def rename(self, source: str, target: str) -> None:
-        """Move a folder; atomic on a local disk."""
-        if self.is_local:
-            os.rename(self.path(source), self.path(target))
-            sync_folder(os.path.dirname(self.path(target)))
-        else:
-            self.fs.mv(self.path(source), self.path(target), recursive=True)
+    def publish(self, source: str, target: str) -> bool:
+        """Give a folder of a local disk its final name in one step; what had that name before has the source's then.
+
+        Returns:
+            False, and nothing has changed, where folders that are there cannot change places.
+        """
+        there = self.path(target)
+        try:
+            os.rename(self.path(source), there)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _explain(error, there, 0) from error
+            if not exchange(self.path(source), there):
+                return False
+        sync_folder(os.path.dirname(there))
+        return True
+
+
+def _write_synced(path: str, content: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _drop_torn_line(file: IO[bytes]) -> None:
-    file.seek(0)
-    content = file.read()
-    if content and not content.endswith(b"\n"):
-        file.truncate(content.rfind(b"\n") + 1)
+    """Cut off what follows the last line end, reading no more than that."""
+    end = position = file.seek(0, os.SEEK_END)
+    while position:
+        start = max(0, position - (1 if position == end else _BLOCK))  # nearly always the last byte is a line end
+        file.seek(start)
+        found = file.read(position - start).rfind(b"\n")
+        if found >= 0:
+            if start + found + 1 < end:
+                file.truncate(start + found + 1)
+            return
+        position = start
+    if end:
+        file.truncate(0)
 
 
 def sync_folder(path: str) -> None:
@@ -166,4 +231,4 @@ def sync_folder(path: str) -> None:
 def _explain(error: OSError, target: str, size_bytes: int) -> StoreError:
     if error.errno == errno.ENOSPC:
         return StoreError(f"no space left for {target}: {size_bytes} bytes were to be written", "free some and resume")
-    return StoreError(f"cannot write {target}: {error.strerror}", "check the storage_path and its permissions")
+    return StoreError(f"cannot write {target}: {error.strerror or error}", "check the storage_path and its permissions")

@@ -124,13 +124,13 @@ def test_more_workers_than_the_cluster_has_are_refused_before_anything_starts(
 def test_a_second_run_on_one_directory_is_refused_naming_the_holder(make_spec: MakeSpec) -> None:
     spec = make_spec(optimization__steps=2000)
     handle = launch(spec)
-    wait_until(lambda: handle.store.storage.exists("run.lock"))
+    wait_until(lambda: handle.store.holder() is not None)
     with pytest.raises(RunDirectoryError, match=r"in use by process \d+ on "):
         launch(spec)
     handle.interrupt()
     with pytest.raises(Interrupted):
         handle.wait()
-    assert not handle.store.storage.exists("run.lock")
+    assert handle.store.holder() is None
 
 
 def test_a_finished_run_is_not_trained_again(run_on_ray: RunSpec) -> None:

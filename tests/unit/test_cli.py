@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from raylora.cli import app
 from raylora.spec import RunSpec, dump_spec
+from raylora.store.run_store import RunStore
 
 MakeSpec = Callable[..., RunSpec]
 
@@ -55,7 +56,7 @@ placement: {{workers: 1, cpus_per_worker: 1}}
 def test_a_run_leaves_everything_a_person_looks_for(finished: str) -> None:
     names = {path.name for path in Path(finished).iterdir()}
     assert names >= {"spec.yaml", "events.jsonl", "metrics.json", "report.html", "plots", "members", "data.json"}
-    assert "run.lock" not in names
+    assert RunStore(finished).holder() is None
 
 
 def test_predict_prints_a_row_per_text_and_its_doubt(finished: str) -> None:

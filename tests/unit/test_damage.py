@@ -26,6 +26,7 @@ from raylora.progress import Activity
 from raylora.serve.export import export_run
 from raylora.serve.predictor import load_ensemble
 from raylora.spec import DistillSpec
+from raylora.store.commit import MANIFEST, identity_of
 from raylora.store.run_store import RunStore
 
 Make = Callable[..., Any]
@@ -68,10 +69,15 @@ def swap_members(uri: str) -> None:
 
 
 def digests(uri: str) -> dict[str, str]:
-    """Return a hash of every file that a run has committed."""
+    """Return a hash of every file that a run has committed; of a manifest, whoever committed it."""
     folders = ("members", "baselines", "predictions", "snapshots")
+
+    def digest(path: Path) -> str:
+        content = path.read_bytes()
+        return identity_of(content)["sha256"] if path.name == MANIFEST else hashlib.sha256(content).hexdigest()
+
     return {
-        str(path.relative_to(uri)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(uri)): digest(path)
         for folder in folders for path in sorted((Path(uri) / folder).rglob("*")) if path.is_file()
     }
 
@@ -172,7 +178,8 @@ def test_verify_finds_one_turned_bit_in_any_file_that_was_committed(three: str) 
     root = Path(three)
     committed = [path for path in sorted(root.rglob("*")) if path.is_file()]
     committed = [path for path in committed if path.name not in UNSEALED or path.parent != root]
-    looked_at = [path for path in committed if path.parts[len(root.parts)] not in ("plots", "timing", "tensorboard")]
+    unsealed = ("plots", "timing", "tensorboard", "lock")
+    looked_at = [path for path in committed if path.parts[len(root.parts)] not in unsealed]
     assert {path.name for path in looked_at} >= {"metrics.json", "data.json", "predictions.safetensors", "member.json"}
     for path in looked_at:
         if path.name == "spec.yaml":

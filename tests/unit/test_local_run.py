@@ -37,7 +37,7 @@ def test_a_run_leaves_a_whole_directory_and_equals_its_repetition(make_spec: Mak
     metrics = run(spec)
     store = RunStore.for_spec(spec)
     assert {"spec.yaml", "events.jsonl", "metrics.json", "data.json", "members"} <= set(store.storage.list())
-    assert "run.lock" not in store.storage.list()
+    assert store.holder() is None
     assert sorted(store.load_result("members/member-000")) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "member.json",
     ]
@@ -62,7 +62,7 @@ def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Make, traine
     assert caught.value.exit_code == 143
     store = RunStore.for_spec(broken)
     assert store.checkpoint_steps("member-000")[-1] == stop
-    assert not store.storage.exists("run.lock") and not store.storage.list("members")
+    assert store.holder() is None and not store.storage.list("members")
     run(broken)
     assert_bit_equal(members(whole), members(broken))
     assert store.read_json("metrics.json")["members"] == RunStore.for_spec(whole).read_json("metrics.json")["members"]
@@ -326,9 +326,9 @@ def test_a_directory_in_use_is_refused(make_spec: Make) -> None:
     spec = make_spec()
     store = RunStore.for_spec(spec)
     store.lock()
-    lock = json.loads(store.storage.read("run.lock"))
+    lock = json.loads(store.storage.read("lock/000001.json"))
     other = {"pid": os.getppid(), "process_started": psutil.Process(os.getppid()).create_time()}
-    store.storage.write("run.lock", json.dumps({**lock, **other}).encode())
+    store.storage.write("lock/000001.json", json.dumps({**lock, **other}).encode())
     with pytest.raises(RunDirectoryError, match=f"process {os.getppid()}"):
         run(spec)
 

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +16,7 @@ import pytest
 
 from raylora.errors import RunDirectoryError, StoreError
 from raylora.store import commit
+from raylora.store import storage as storage_module
 from raylora.store.run_store import RunStore
 from raylora.store.storage import Storage
 
@@ -133,20 +129,23 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int, before: bool) -> dict[
 
     for name in ("replace", "rename", "fsync", "makedirs", "unlink", "link"):
         monkeypatch.setattr(os, name, wrap(getattr(os, name)))
+    monkeypatch.setattr(storage_module, "exchange", wrap(storage_module.exchange))
     monkeypatch.setattr(shutil, "rmtree", wrap(shutil.rmtree))
     return count
 
 
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("replaced", [True, False])
+@pytest.mark.parametrize("replaced", ["nothing", "exchanged", "in place"])
 def test_a_kill_at_any_file_operation_never_leaves_a_loadable_half(
-    tmp_path: Path, before: bool, replaced: bool
+    tmp_path: Path, before: bool, replaced: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if replaced == "in place":
+        monkeypatch.setattr(storage_module, "exchange", lambda one, other: False)
     finished = False
-    for number in range(1, 60):
+    for number in range(1, 90):
         store = RunStore(str(tmp_path / f"run-{number}-{before}"))
         store.commit_checkpoint("member-000", 100, OLD)
-        if replaced:
+        if replaced != "nothing":
             store.commit_checkpoint("member-000", 200, {"a.bin": b"replaced"})
         with pytest.MonkeyPatch.context() as patch:
             count = kill_at(patch, number, before)
@@ -157,41 +156,74 @@ def test_a_kill_at_any_file_operation_never_leaves_a_loadable_half(
             except Killed:
                 assert count["calls"] >= number
         steps = store.checkpoint_steps("member-000")
-        assert steps in ([100], [100, 200])
+        assert steps in ([100], [100, 200]) if replaced == "nothing" else steps == [100, 200]
         assert store.load_checkpoint("member-000", 100).files == OLD
         if 200 in steps:
-            allowed = [NEW] if not replaced else [NEW, {"a.bin": b"replaced"}]
+            allowed = [NEW] if replaced == "nothing" else [NEW, {"a.bin": b"replaced"}]
             assert store.load_checkpoint("member-000", 200).files in allowed
         assert not [n for n in store.storage.list("checkpoints/member-000") if ".tmp-" in n]
         store.commit_checkpoint("member-000", 200, NEW)
         assert store.load_checkpoint("member-000", 200).files == NEW
+        assert sorted(os.listdir(tmp_path / f"run-{number}-{before}/checkpoints/member-000/step-000200")) == [
+            "MANIFEST.json", *sorted(NEW)
+        ]
         if finished:
             break
     assert finished and number > 8
 
 
-def test_a_kill_during_a_commit_to_an_object_store_never_leaves_a_loadable_half() -> None:
-    memory = fsspec.filesystem("memory")
-    for number in range(1, 6):
+def kill_remote(patch: pytest.MonkeyPatch, fs: Any, number: int, before: bool) -> dict[str, int]:
+    """Make the n-th operation on an fsspec file system the last one."""
+    count = {"calls": 0}
+
+    def wrap(name: str) -> Callable[..., Any]:
+        real = getattr(fs, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            count["calls"] += 1
+            if count["calls"] > number or before and count["calls"] == number:
+                raise Killed
+            result = real(*arguments, **options)
+            if count["calls"] == number:
+                raise Killed
+            return result
+
+        return call
+
+    for name in ("pipe_file", "cat_file", "ls", "exists", "rm"):
+        patch.setattr(fs, name, wrap(name))  # on the object: s3fs gives each its own
+    return count
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_kill_at_any_operation_on_an_object_store_never_leaves_a_loadable_half(before: bool, replaced: bool) -> None:
+    memory, seen = fsspec.filesystem("memory"), []
+    for number in range(1, 90):
         store = RunStore(f"memory://{uuid.uuid4().hex}/run")
         store.commit_checkpoint("m", 100, OLD)
-        calls = 0
-        real = memory.pipe_file
-
-        def pipe(path: str, content: bytes, real: Any = real, number: int = number) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == number:
-                raise Killed
-            real(path, content)
-
+        if replaced:
+            store.commit_checkpoint("m", 200, {**OLD, "c.bin": b"gone"})
+        finished = False
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(memory), "pipe_file", lambda self, path, content, pipe=pipe: pipe(path, content))
+            kill_remote(patch, store.storage.fs, number, before)
             with contextlib.suppress(Killed):
                 store.commit_checkpoint("m", 200, NEW)
-        assert store.checkpoint_steps("m") == ([100] if number <= 3 else [100, 200])
+                finished = True
+        steps = store.checkpoint_steps("m")
+        assert steps == [100, 200] if replaced else steps in ([100], [100, 200])
         assert store.load_checkpoint("m", 100).files == OLD
+        if 200 in steps:
+            found = store.load_checkpoint("m", 200).files
+            assert found in ([NEW, {**OLD, "c.bin": b"gone"}] if replaced else [NEW])
+            seen.append(found == NEW)
+        store.commit_checkpoint("m", 200, NEW)
+        assert store.load_checkpoint("m", 200).files == NEW
+        assert store.storage.list("checkpoints/m/step-000200") == ["MANIFEST.json", *sorted(NEW)]
+        if finished:
+            break
     memory.store.clear()
+    assert finished and number > 4 and seen == sorted(seen) and set(seen) == ({True, False} if replaced else {True})
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------
@@ -217,9 +249,10 @@ def test_steps_stay_in_order_beyond_a_million(storage: Storage) -> None:
 
 
 # --- events ----------------------------------------------------------------------------------------------
-def test_events_are_read_in_order_and_a_torn_last_line_is_left_out(storage: Storage) -> None:
-    store = RunStore(storage.uri)
-    assert store.read_events() == []
+def test_events_are_read_in_order_and_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path))
+    storage = store.storage
+    assert store.read_events() == [] and not store.has_events()
     for number in range(3):
         store.append_event({"event": "WorkerReady", "worker": str(number)})
     whole = storage.read("events.jsonl")
@@ -281,70 +314,3 @@ def test_json_keeps_numbers_and_refuses_what_json_has_not(storage: Storage) -> N
     with pytest.raises(ValueError, match="not JSON compliant"):
         store.write_json("metrics.json", {"nll": float("nan")})
     assert store.read_json("metrics.json") == {"nll": 0.25}
-
-
-# --- one writer ------------------------------------------------------------------------------------------
-def holder(storage: Storage, **changes: Any) -> None:
-    now = time.time()
-    mine = {"host": socket.gethostname(), "pid": os.getppid(), "started_at": now, "heartbeat": now}
-    storage.write("run.lock", json.dumps({**mine, **changes}).encode())
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def test_a_living_holder_is_named_and_kept(storage: Storage) -> None:
-    holder(storage)
-    before = storage.read("run.lock")
-    with pytest.raises(RunDirectoryError, match=f"process {os.getppid()} on {socket.gethostname()}"):
-        RunStore(storage.uri).lock()
-    assert storage.read("run.lock") == before
-    RunStore(storage.uri).unlock()
-    assert storage.exists("run.lock")
-
-
-@pytest.mark.parametrize("stale", ["dead", "silent host", "torn", "empty"])
-def test_a_stale_lock_is_taken_over(storage: Storage, stale: str) -> None:
-    if stale == "dead":
-        holder(storage, pid=dead_pid())
-    elif stale == "silent host":
-        holder(storage, host="elsewhere", heartbeat=time.time() - 3600)
-    else:
-        storage.write("run.lock", b"{" if stale == "torn" else b"")
-    store = RunStore(storage.uri)
-    store.lock()
-    assert json.loads(storage.read("run.lock"))["pid"] == os.getpid()
-    store.unlock()
-    assert not storage.exists("run.lock")
-
-
-def test_a_holder_on_another_host_that_beats_is_alive(storage: Storage) -> None:
-    holder(storage, host="elsewhere", pid=1)
-    with pytest.raises(RunDirectoryError, match="process 1 on elsewhere"):
-        RunStore(storage.uri).lock()
-
-
-def test_a_beat_renews_the_own_lock_only(storage: Storage) -> None:
-    store = RunStore(storage.uri)
-    store.lock()
-    mine = json.loads(storage.read("run.lock"))
-    store.beat()
-    assert json.loads(storage.read("run.lock"))["heartbeat"] >= mine["heartbeat"]
-    holder(storage, pid=1)
-    before = storage.read("run.lock")
-    store.beat()
-    assert storage.read("run.lock") == before
-
-
-def test_a_lock_sweeps_what_a_killed_run_left(storage: Storage) -> None:
-    leftovers = ["members/member-000.tmp-1a/x", "snapshots/epoch-001.tmp-2b/x", "timing/job-00.json.tmp-3c",
-                 "checkpoints/member-000/step-000002.tmp-4d/x", "metrics.json.tmp-5e"]
-    for name in leftovers:
-        storage.write(name, b"half")
-    storage.write("members/member-001/x", b"whole")
-    RunStore(storage.uri).lock()
-    assert not [name for name in leftovers if storage.exists(name)]
-    assert storage.read("members/member-001/x") == b"whole"

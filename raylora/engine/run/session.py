@@ -41,7 +41,6 @@ from raylora.progress import OnProgress, Progress
 from raylora.records import JobTiming, RunMetrics
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
-from raylora.store.seal import seal
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +250,7 @@ class TrainingSession:
         """Combine the finished units' predictions into the run's metrics. Raises: StoreError for a damaged one."""
         names = Names(self.task.label_names, text_finder(self.sets, self.base.tokenizer))
         metrics = aggregate(self.spec, self.store, units, started_at, names)
-        seal(self.store.storage, [name for name in units if self.plans[name].role is PlanRole.MEMBER])
+        self.store.seal([name for name in units if self.plans[name].role is PlanRole.MEMBER])
         track_results(self.spec, self.store, metrics)
         discard_trunk_cache(self.store)
         return metrics

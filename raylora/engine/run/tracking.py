@@ -41,7 +41,8 @@ class Tracking:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._trackers: dict[str, Tracker] = {}
         self._copied: dict[str, tuple[int, int]] = {}
-        self._temporary = None if store.storage.is_local else tempfile.TemporaryDirectory(prefix="raylora-tracking-")
+        needed = spec.tracking and not store.storage.is_local
+        self._temporary = tempfile.TemporaryDirectory(prefix="raylora-tracking-") if needed else None
         self._folder = Path(self._temporary.name if self._temporary else store.storage.root)
         self._thread: threading.Thread | None = None
         if spec.tracking:  # in this one's context, so that its lines in the log name the run and the members

@@ -41,7 +41,7 @@ def _parts(store: RunStore, within: str) -> Iterator[Part]:
         yield Part(f"{within}MANIFEST.json", problem)
     try:
         store.read_events()
-        yield Part(f"{within}events.jsonl", "" if store.storage.exists("events.jsonl") else "is missing")
+        yield Part(f"{within}events.jsonl", "" if store.has_events() else "is missing")
     except RayloraError as error:
         yield Part(f"{within}events.jsonl", f"is damaged: {error.message}")
     for name in seal.single_files() if seal is not None else ():
