@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylora import control, logs
+from raylora.actors.calls import first_line
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
 from raylora.actors.preparer import solve_on_cluster
 from raylora.connection import clear_name, connect, find_run, inventory_of_cluster, put_away
@@ -171,25 +173,35 @@ class RunHandle:
         return conclude(state, found, self.uri)
 
     def _final_state(self, on_status: OnStatus) -> control.State:
-        try:
-            while self._outcome is None or not ray.wait([self._outcome], timeout=_POLL_S)[0]:
-                status = self.status()
-                on_status(status)
-                if self._outcome is None:
-                    if status.phase.terminal:
-                        return control.replay(control.from_record(r) for r in self.store.read_events())
-                    time.sleep(_POLL_S)
-            with contextlib.suppress(RayActorError):
-                on_status(self.status())
-            return ray.get(self._outcome)
-        except RayTaskError as error:
-            if isinstance(error.cause, RayloraError):
-                raise error.cause from None
-            raise
-        except RayActorError as error:
-            raise TrainingError(
-                "the run's coordinator was lost", f"nothing committed is lost: raylora resume {self.uri}"
-            ) from error
+        while True:
+            try:
+                return self._followed(on_status)
+            except ActorUnavailableError:  # its process died, and Ray starts another that goes on from the log
+                time.sleep(_POLL_S)
+                if self._outcome is not None:
+                    self._outcome = self._coordinator.run.remote()
+            except RayTaskError as error:
+                if isinstance(error.cause, RayloraError):
+                    raise error.cause from None
+                raise
+            except RayActorError as error:
+                raise TrainingError(
+                    f"the run's coordinator was lost: {first_line(error)}",
+                    f"nothing committed is lost: raylora resume {self.uri}",
+                ) from error
+
+    def _followed(self, on_status: OnStatus) -> control.State:
+        while self._outcome is None or not ray.wait([self._outcome], timeout=_POLL_S)[0]:
+            status = self.status()
+            on_status(status)
+            if self._outcome is None:
+                if status.phase.terminal:
+                    return control.replay(control.from_record(r) for r in self.store.read_events())
+                time.sleep(_POLL_S)
+        state = ray.get(self._outcome)
+        with contextlib.suppress(RayActorError):
+            on_status(self.status())
+        return state
 
 
 def launch(spec: RunSpec, dashboard: bool = False, detach: bool = False) -> RunHandle:
@@ -405,9 +417,13 @@ def _start(prepared: Prepared | TargetPlan, detach: bool = False) -> RunHandle:
     target_job = prepared.target_job if isinstance(prepared, TargetPlan) else None
     options: dict[str, Any] = {"runtime_env": {"env_vars": logs.environment()}} if logs.environment() else {}
     options |= {"lifetime": "detached"} if detach else {}
-    coordinator = Coordinator.options(name=name, namespace=NAMESPACE, **options).remote(  # type: ignore[attr-defined]
-        prepared.spec, prepared.store.uri, prepared.plan, [ray.put(prepared.base)], target_job, detach,
+    start = prepared.start_event([f"worker-{index}" for index in range(prepared.plan.workers)])
+    # It stays where its driver is: workers' nodes may come and go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    coordinator = Coordinator.options(  # type: ignore[attr-defined]
+        name=name, namespace=NAMESPACE, scheduling_strategy=here, **options
+    ).remote(
+        prepared.spec, prepared.store.uri, prepared.plan, start, [ray.put(prepared.base)], target_job, detach,
         leave_probe(prepared.store.storage),
     )
-    workers = [f"worker-{index}" for index in range(prepared.plan.workers)]
-    return RunHandle(coordinator, prepared.store, coordinator.run.remote(prepared.start_event(workers)))
+    return RunHandle(coordinator, prepared.store, coordinator.run.remote())

@@ -74,7 +74,7 @@ class Call:
         try:
             self.failed |= ray.get(reference) or {}
         except RayActorError as error:
-            return control.WorkerLost(self.worker.name, first_line(error))
+            return control.WorkerLost(self.worker.name, first_line(error), by_machine=True)
         except Interrupted:  # before the next: Ray raises what is both
             self.interrupted = True
         except RayTaskError as error:

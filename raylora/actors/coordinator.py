@@ -6,18 +6,20 @@ log. Tensors never pass through it; workers read and write the store themselves.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
+import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raylora import control, logs
+from raylora import control
 from raylora.actors.calls import Call, GangProgress, WorkerHandle, first_line
+from raylora.actors.placing import Placing
 from raylora.actors.preparer import Preparer
 from raylora.actors.worker import Worker, this_node
 from raylora.engine.run.run_status import RunStatus, StatusBoard
@@ -33,6 +35,8 @@ RAY_ADDRESS = "ray_address"
 """Under this name the holder of a run directory says in which cluster it is."""
 _POLL_S = 0.2
 _STATUS_S = 2.0
+_RESTARTS = 3
+"""How often a coordinator's process may die."""
 
 
 def coordinator_name(uri: str) -> str:
@@ -44,13 +48,17 @@ def coordinator_name(uri: str) -> str:
     return f"coordinator-{run_name}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=8)  # type: ignore[call-overload]
+@ray.remote(num_cpus=0, max_restarts=_RESTARTS, max_concurrency=8)  # type: ignore[call-overload]
 class Coordinator:
-    """One per run. :meth:`run` is called once; the other methods answer while it runs."""
+    """One per run. :meth:`run` is called once; the other methods answer while it runs.
+
+    If its process dies, Ray starts another, which reads the log and goes on: the driver calls :meth:`run` again;
+    a detached one goes on by itself.
+    """
 
     def __init__(
-        self, spec: RunSpec, store_uri: str, plan: Plan, base: Any = None, target_job: Any = None,
-        detached: bool = False, nonce: str = "",
+        self, spec: RunSpec, store_uri: str, plan: Plan, start: control.RunStarted, base: Any = None,
+        target_job: Any = None, detached: bool = False, nonce: str = "",
     ) -> None:
         """Take a reference to the base that has to be prepared: its calibration text goes to the preparer alone.
 
@@ -58,7 +66,9 @@ class Coordinator:
         what the driver left in the run directory: here and at every worker it has to be found.
         """
         self.spec, self.store, self.plan, self.base = spec, RunStore(store_uri), plan, base
-        self.target_job, self.detached, self.nonce = target_job, detached, nonce
+        self.start, self.target_job, self.detached, self.nonce = start, target_job, detached, nonce
+        self._outcome: Future[control.State] | None = None
+        self._running = threading.Lock()
         self.preparer: Any = None
         self.events: queue.Queue[control.Event] = queue.Queue()
         self.state = control.State()
@@ -68,33 +78,58 @@ class Coordinator:
         """The preparer's answer, while it is waited for."""
         self.gang_progress = GangProgress()
         self.board = StatusBoard(spec.run_name())
-        self.group: Any = None
-        self.starts = 0
+        name = coordinator_name(store_uri).removeprefix("coordinator-")
+        self.placing = Placing(plan, spec.placement, NAMESPACE, Worker, name)
+        self.board.nodes = self.placing.nodes
+        if detached and ray.get_runtime_context().was_current_actor_reconstructed:
+            threading.Thread(target=self._go_on, daemon=True).start()
 
     # --- the loop -----------------------------------------------------------------------------------
-    def run(self, start: control.RunStarted) -> control.State:
-        """Drive the run to a terminal phase and return the final state.
+    def run(self) -> control.State:
+        """Drive the run to a terminal phase, unless it is driven already, and return the final state.
 
         Raises:
             RunDirectoryError: another process holds the run directory.
             PlacementError: the cluster did not provide the workers in time, or a node does not see the run directory.
         """
+        return self._driven()
+
+    def _driven(self) -> control.State:
+        with self._running:
+            begun, self._outcome = self._outcome, self._outcome or Future()
+        if begun is not None:
+            return begun.result()
+        try:
+            state = self._drive()
+        except BaseException as error:
+            self._outcome.set_exception(error)
+            raise
+        self._outcome.set_result(state)
+        return state
+
+    def _drive(self) -> control.State:
         judge(self.store.uri, self.nonce, look_for_probe(self.store.uri, self.nonce, this_node()))
         with self.store.held({RAY_ADDRESS: ray.get_runtime_context().gcs_address}):
             try:
                 self.state = control.replay(control.from_record(r) for r in self.store.read_events())
-                self.events.put(start)
+                self.events.put(self.start)
                 self._loop()
                 return self.state
             finally:
                 self._stop_workers()
                 remove_probe(self.store.storage, self.nonce)
 
+    def _go_on(self) -> None:
+        """Drive the run again without being asked: whoever asked may be gone."""
+        with contextlib.suppress(RayloraError):  # it is the outcome of the run for whoever asks
+            self._driven()
+
     def _loop(self) -> None:
         said = 0.0
         while not self.state.phase.terminal or not self.events.empty():
             self._fold_events()
             self._collect()
+            self.placing.look()
             if time.monotonic() - said > _STATUS_S:
                 said = time.monotonic()
                 self.store.write_json("status.json", self.status().record())
@@ -140,6 +175,7 @@ class Coordinator:
         for reference in call.waiting:
             self.pending.pop(reference, None)
         call.worker.kill()
+        self.placing.leave(call.worker.name)
 
     # --- commands -----------------------------------------------------------------------------------
     def _carry_out(self, command: control.Command) -> None:
@@ -151,6 +187,8 @@ class Coordinator:
             me = ray.get_runtime_context().current_actor
             worker = self.workers[command.worker]
             self._call(worker, command, worker.run_job(command.job, command.units, me))
+        elif isinstance(command, control.ReleaseWorker):
+            self._release(command.worker)
         elif isinstance(command, control.StopJobs):
             for worker in self.workers.values():
                 worker.stop(self.state.signal_number)
@@ -168,51 +206,20 @@ class Coordinator:
         me = ray.get_runtime_context().current_actor
         self.preparing = self.preparer.prepare.remote(self.base[0], me)
 
-    def _place(self) -> None:
-        plan = self.plan
-        bundle = {"CPU": plan.cpus_per_worker, **({"GPU": plan.gpus_per_worker} if plan.gpus_per_worker else {})}
-        name = coordinator_name(self.store.uri).replace("coordinator", "raylora", 1)
-        processes = plan.workers * plan.ranks
-        self.group = placement_group([bundle] * processes, strategy=self.spec.placement.scheduling, name=name)
-        timeout_s = self.spec.placement.start_timeout_s
-        if not self.group.wait(timeout_s):
-            remove_placement_group(self.group)
-            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-            raise PlacementError(
-                f"placement: {processes} x {bundle} were not free within {timeout_s:.0f} s; free now: {free}",
-                "wait for other work to end, ask for less, or raise placement.start_timeout_s",
-            )
-
     def _start_worker(self, command: control.StartWorker) -> None:
-        if self.group is None:
-            self._let_preparer_go()
-            self._place()
-        plan, self.starts = self.plan, self.starts + 1
-        first = int(command.worker.rpartition("-")[2]) * plan.ranks
-        actors = [self._actor(command.worker, first, rank) for rank in range(plan.ranks)]
-        worker = WorkerHandle(command.worker, actors, plan.partners, plan.strategy == "shard")
+        self._let_preparer_go()
+        plan = self.plan
+        worker = self.placing.start(command.worker, (
+            self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.target_job, self.store.epoch,
+            self.nonce,
+        ))
         self.workers[command.worker] = worker
         self._call(worker, command, worker.load())
 
-    def _actor(self, worker: str, first: int, rank: int) -> Any:
-        """Start one process of a worker, in its bundle of the placement group."""
-        plan = self.plan
-        name = f"{coordinator_name(self.store.uri)}-{worker}-{self.starts}".removeprefix("coordinator-")
-        # Equal threads are equal float sums: without this every worker would use all cores.
-        environment = {"OMP_NUM_THREADS": str(plan.cpus_per_worker), **logs.environment()}
-        if plan.ranks > 1:  # what a block was gathered into goes back to the system, not to the heap
-            environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        return Worker.options(  # type: ignore[attr-defined]
-            name=name if plan.ranks == 1 else f"{name}-rank-{rank}",
-            namespace=NAMESPACE,
-            num_cpus=plan.cpus_per_worker,
-            num_gpus=plan.gpus_per_worker,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, first + rank),
-            runtime_env={"env_vars": environment},
-        ).remote(
-            self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.target_job, self.store.epoch,
-            self.nonce,
-        )
+    def _release(self, name: str) -> None:
+        """End a worker that nothing is left for, so that its machine is free."""
+        self.workers.pop(name).kill()
+        self.placing.leave(name)
 
     def _let_preparer_go(self) -> None:
         if self.preparer is not None:
@@ -223,8 +230,7 @@ class Coordinator:
         self._let_preparer_go()
         for worker in self.workers.values():
             worker.kill()
-        if self.group is not None:
-            remove_placement_group(self.group)
+        self.placing.leave_all()
 
     # --- answered while running ---------------------------------------------------------------------
     def report(self, job: str, progress: Progress, rank: int = 0) -> None:

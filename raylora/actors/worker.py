@@ -47,6 +47,10 @@ class Worker:
         self.signal_number = 0
         self.place: Any = None
 
+    def node(self) -> str:
+        """Return the node that this process runs on, as soon as there is this process."""
+        return this_node()
+
     def listen(self, size: int, partners: int, is_split: bool) -> GangPlace:
         """Become rank 0 of a gang and return its place, by whose address the other ranks find it."""
         from raylora.engine.model.gang import GangPlace

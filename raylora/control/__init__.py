@@ -3,7 +3,16 @@
 Pure: no clock, no files, no Ray, no torch. The event log is durable, and replaying it is recovery.
 """
 
-from raylora.control.commands import Aggregate, Command, Finish, PrepareBase, RunJob, StartWorker, StopJobs
+from raylora.control.commands import (
+    Aggregate,
+    Command,
+    Finish,
+    PrepareBase,
+    ReleaseWorker,
+    RunJob,
+    StartWorker,
+    StopJobs,
+)
 from raylora.control.events import (
     Aggregated,
     AggregationFailed,
@@ -28,6 +37,7 @@ from raylora.control.state import Job, JobState, Phase, State, WorkerState
 __all__ = [
     "Aggregate", "Aggregated", "AggregationFailed", "BaseFailed", "BasePrepared", "Command", "Event", "Finish",
     "InterruptRequested", "Job", "JobFailed", "JobFinished", "JobInterrupted", "JobState", "Phase",
-    "PreparationInterrupted", "PrepareBase", "RunJob", "RunStarted", "StartWorker", "State", "StopJobs", "WorkerLost",
-    "WorkerReady", "WorkerState", "from_record", "is_piece", "replay", "to_record", "transition",
+    "PreparationInterrupted", "PrepareBase", "ReleaseWorker", "RunJob", "RunStarted", "StartWorker", "State",
+    "StopJobs", "WorkerLost", "WorkerReady", "WorkerState", "from_record", "is_piece", "replay", "to_record",
+    "transition",
 ]

@@ -30,6 +30,13 @@ class RunJob:
 
 
 @dataclass(frozen=True)
+class ReleaseWorker:
+    """Let a worker go that nothing is left for."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
 class StopJobs:
     """Ask every running job to commit and stop after its step, and a preparation after its block."""
 
@@ -50,4 +57,4 @@ class Finish:
     reason: str = ""
 
 
-Command = PrepareBase | StartWorker | RunJob | StopJobs | Aggregate | Finish
+Command = PrepareBase | StartWorker | RunJob | ReleaseWorker | StopJobs | Aggregate | Finish

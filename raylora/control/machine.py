@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from raylora.control.commands import Aggregate, Command, Finish, PrepareBase, RunJob, StartWorker, StopJobs
+from raylora.control.commands import (
+    Aggregate,
+    Command,
+    Finish,
+    PrepareBase,
+    ReleaseWorker,
+    RunJob,
+    StartWorker,
+    StopJobs,
+)
 from raylora.control.events import (
     Aggregated,
     BaseFailed,
@@ -83,6 +92,7 @@ def _start(state: State, event: RunStarted) -> tuple[State, list[Command]]:
         event.min_members,
         event.max_failures,
     )
+    fresh = replace(fresh, release_idle=event.release_idle)
     return fresh, [PrepareBase()] if waiting else [StartWorker(worker) for worker in event.workers]
 
 
@@ -119,6 +129,18 @@ def _assign(state: State) -> tuple[State, list[Command]]:
         worker = state.next_worker()
         commands.append(Aggregate(worker, finished))
         state = replace(state.with_worker(worker, WorkerState.BUSY), phase=Phase.AGGREGATING)
+    return _release(state, commands) if state.release_idle else (state, commands)
+
+
+def _release(state: State, commands: list[Command]) -> tuple[State, list[Command]]:
+    """Let go of every worker that has nothing to do, or not begun, while others do the last jobs or aggregate."""
+    if state.pending or not (state.at_work or state.phase is Phase.AGGREGATING):
+        return state, commands
+    if state.in_service > len(state.at_work) + (state.phase is Phase.AGGREGATING):
+        for worker, found in state.workers.items():
+            if found in (WorkerState.IDLE, WorkerState.STARTING):
+                state = state.with_worker(worker, WorkerState.RELEASED)
+                commands.append(ReleaseWorker(worker))
     return state, commands
 
 
@@ -150,7 +172,7 @@ def _retry(state: State, name: str, reason: str, fatal: bool) -> State:
 def _lose_worker(state: State, event: WorkerLost) -> tuple[State, list[Command]]:
     """Put the worker's job back and start the worker again, as often as jobs may fail."""
     before = state.workers.get(event.worker, WorkerState.LOST)
-    if before is WorkerState.LOST:
+    if not before.in_service:
         return state, []
     job, deaths = state.at_work.get(event.worker), state.worker_failures.get(event.worker, 0)
     if job is not None:
@@ -158,7 +180,8 @@ def _lose_worker(state: State, event: WorkerLost) -> tuple[State, list[Command]]
     else:
         deaths += 1
         state = replace(state, worker_failures=state.worker_failures.set(event.worker, deaths))
-    given_up = before is WorkerState.STARTING or bool(state.signal_number) or deaths > state.max_failures
+    not_started = before is WorkerState.STARTING and not event.by_machine
+    given_up = not_started or bool(state.signal_number) or deaths > state.max_failures
     aggregating = state.phase is Phase.AGGREGATING and before is not WorkerState.BUSY  # the only busy worker aggregates
     state = replace(state, phase=Phase.AGGREGATING if aggregating else Phase.TRAINING)
     state = state.with_worker(event.worker, WorkerState.LOST if given_up else WorkerState.STARTING)

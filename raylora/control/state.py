@@ -53,6 +53,12 @@ class WorkerState(str, Enum):
     IDLE = "idle"
     BUSY = "busy"
     LOST = "lost"
+    RELEASED = "released"
+
+    @property
+    def in_service(self) -> bool:
+        """Whether it works, or will."""
+        return self not in (WorkerState.LOST, WorkerState.RELEASED)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class State:
     required: tuple[str, ...] = ()
     min_members: int = 1
     max_failures: int = 0
+    release_idle: bool = False
     failed_units: PersistentMap[str] = field(default_factory=PersistentMap)
     worker_failures: PersistentMap[int] = field(default_factory=PersistentMap)
     """How often a worker died without a job; deaths with a job count against the job."""
@@ -125,7 +132,7 @@ class State:
     at_work: PersistentMap[str] = field(default_factory=PersistentMap)
     """Worker -> the job that it runs."""
     in_service: int = 0
-    """How many workers are not lost."""
+    """How many workers are neither lost nor released."""
     possible: int = 0
     """How many required units have not failed."""
 
@@ -195,12 +202,12 @@ class State:
     def with_worker(self, name: str, worker: WorkerState) -> State:
         """Return the state in which a worker of the run stands as given."""
         place = self.order.place_of[name]
-        lost = (worker is WorkerState.LOST) - (self.workers[name] is WorkerState.LOST)
+        more = worker.in_service - self.workers[name].in_service
         return replace(
             self,
             workers=self.workers.set(name, worker),
             idle=self.idle.add(place) if worker is WorkerState.IDLE else self.idle.discard(place),
-            in_service=self.in_service - lost,
+            in_service=self.in_service + more,
         )
 
     def with_failed(self, reasons: Mapping[str, str]) -> State:

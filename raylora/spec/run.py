@@ -369,12 +369,27 @@ class PlacementSpec(Frozen):
     """GPUs of each worker; ``auto`` is one where the machine has any."""
     scheduling: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray's placement strategy: workers close together (PACK) or apart (SPREAD); STRICT takes no other answer."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """With how many workers a run begins; the others join as machines appear, as under an autoscaler. By default with
+    one, and ``workers`` beyond what the cluster has are refused; with a number they are waited for."""
+    resources: dict[str, float] = {}
+    """What else each worker needs, as Ray names it: ``{"accelerator_type:H100": 0.001}``, or your own."""
     start_timeout_s: float = Field(default=180.0, gt=0)
-    """How long a run waits for the cluster to give it its workers."""
+    """How long a run waits for the cluster to give it ``min_workers`` workers, and, when all are lost, one."""
     split_last: bool = False
     """Cut the last packs that wait into smaller ones once there are fewer than workers, so that each gets a share. Who
     shares a pack decides a member's last bits: members of packs that were cut equal those of whole ones to tolerance
     only, and which packs are cut depends on when workers are free."""
+
+    @field_validator("resources")
+    @classmethod
+    def _amounts(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, amount in value.items():
+            if name in ("CPU", "GPU", "memory", "object_store_memory"):
+                raise ValueError(f"{name} is placement.cpus_per_worker's or gpus_per_worker's to say, or Ray's own")
+            if not amount > 0:
+                raise ValueError(f"{name}: must be more than 0")
+        return value
 
     @field_validator("ranks")
     @classmethod
@@ -382,6 +397,12 @@ class PlacementSpec(Frozen):
         if isinstance(value, int) and value < 2:
             raise ValueError("must be at least 2, or 'auto'")
         return value
+
+    @model_validator(mode="after")
+    def _begins_with_what_is_asked_for(self) -> PlacementSpec:
+        if self.min_workers is not None and isinstance(self.workers, int) and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
+        return self
 
     @field_validator("workers", "members_per_worker", "cpus_per_worker")
     @classmethod

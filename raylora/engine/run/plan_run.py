@@ -38,6 +38,7 @@ from raylora.engine.training.schedule import total_steps
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import check_rule
 from raylora.errors import BaseError, RunDirectoryError, SpecError, StoreError
+from raylora.placement.expected import with_expected_nodes
 from raylora.placement.inventory import Gpu, Inventory, Node
 from raylora.placement.plan import Demand, Plan
 from raylora.placement.planner import make_plan
@@ -105,6 +106,7 @@ class Prepared:
             changes=list(self.growth.changes) if self.growth is not None else [],
             costs={name: float(len(units) * self.total_steps) for name, units in jobs.items()},
             may_split=self._may_split(jobs),
+            release_idle=self.plan.workers > 1,
         )
 
     def _may_split(self, jobs: Mapping[str, Sequence[str]]) -> list[str]:
@@ -187,7 +189,7 @@ def prepare(
     units = member_plans_of(spec)
     kept = {name for names in found.kept.values() for name in names}
     new = [unit for unit in units if unit.name not in kept]
-    inventory = inventory or local_inventory()
+    inventory = with_expected_nodes(inventory or local_inventory(), spec.placement)
     demand = demand_of(spec, shell, batch_of(spec, sets), units if found.reopens or not new else new, inventory)
     plan = make_plan(demand, inventory, spec.placement)
     if found.kept:

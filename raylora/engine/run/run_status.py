@@ -60,6 +60,8 @@ class RunStatus:
     started_at: float
     updated_at: float
     workers: dict[str, control.WorkerState] = field(default_factory=dict)
+    nodes: dict[str, str] = field(default_factory=dict)
+    """Worker -> the machines that it is on, of those that have a place."""
     preparation: BlockDone | None = None
     jobs: dict[str, JobStatus] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -108,6 +110,7 @@ class StatusBoard:
     def __init__(self, run: str) -> None:
         self.run, self.started_at = run, time.time()
         self.preparation: BlockDone | None = None
+        self.nodes: Mapping[str, str] = {}
         self._progress: dict[str, Progress] = {}
         self._main: dict[str, Progress] = {}
         self._news: deque[str] = deque(maxlen=_NEWS)
@@ -141,7 +144,8 @@ class StatusBoard:
             news, news_count = list(self._news), self._news_count
         return RunStatus(
             self.run, state.phase, state.reason, self.started_at, time.time(), dict(state.workers.items()),
-            self.preparation, jobs, dict(state.failed_units), _eta_s(jobs, main, state.workers), news, news_count,
+            dict(self.nodes), self.preparation, jobs, dict(state.failed_units), _eta_s(jobs, main, state.workers),
+            news, news_count,
         )
 
 

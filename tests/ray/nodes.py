@@ -1,0 +1,130 @@
+"""A cluster of several nodes on this machine, for drivers of their own: ``python tests/ray/nodes.py SCENARIO SPEC...``.
+
+A scenario prints one JSON document. It runs in a process of its own, since a process is in one cluster only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from raylora import launch, read_spec
+from raylora.client import RunHandle
+from raylora.control import WorkerState
+
+_TRIES = 3
+
+
+def cluster_of(head_cpus: int) -> Cluster:
+    """Start a head and connect to it; a busy machine can start Ray too slowly for its own time limits."""
+    for attempt in range(_TRIES):
+        try:
+            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "include_dashboard": False})
+            ray.init(address=cluster.address, namespace="raylora", log_to_driver=False, logging_level="ERROR")
+            return cluster
+        except Exception:
+            ray.shutdown()
+            if attempt == _TRIES - 1:
+                raise
+    raise AssertionError
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 150) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited too long until {what}"
+        time.sleep(0.1)
+    return found
+
+
+def busy(handle: RunHandle) -> int:
+    """Return how many workers train."""
+    jobs = [job.progress for job in handle.status().jobs.values() if job.status.value == "running"]
+    return sum(progress is not None and progress.done > 0 for progress in jobs)
+
+
+def nodes_of(handle: RunHandle) -> dict[str, str]:
+    return handle.status().nodes
+
+
+def grow_and_lose(spec: str) -> dict[str, Any]:
+    """Begin without a core, on a head that has none; grow to three nodes, lose one while it trains, and finish."""
+    cluster = cluster_of(head_cpus=0)
+    handle = launch(read_spec(spec))
+    wait_for(lambda: handle.status().workers, "the run is under way")
+    address = ["--address", cluster.address]
+    command = [str(Path(sys.executable).with_name("ray")), "status", *address]
+    demand = wait_for(
+        lambda: [
+            line for line in subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+            if "CPU" in line and "pending" in line
+        ],
+        "the autoscaler sees what is wanted", 60,
+    )
+    first = cluster.add_node(num_cpus=1)
+    wait_for(lambda: busy(handle) == 1, "one worker trains on the one node")
+    started = {name: state.value for name, state in handle.status().workers.items()}
+    added = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+    wait_for(lambda: busy(handle) == 3, "three workers train")
+    on_three = nodes_of(handle)
+    cluster.remove_node(added[0], allow_graceful=False)
+    seen: set[str] = set()
+    metrics = handle.wait(lambda status: seen.update(state.value for state in status.workers.values()))
+    del first
+    return {
+        "demand": demand, "started": started, "on_three": on_three, "phase": metrics["run"]["phase"],
+        "seen": sorted(seen), "run": handle.uri,
+    }
+
+
+def gang_over_nodes(spec: str) -> dict[str, Any]:
+    """Train with a base that is split over two nodes, kill the node that one rank is on, add another, and finish."""
+    cluster = cluster_of(head_cpus=1)
+    doomed = cluster.add_node(num_cpus=1)
+    handle = launch(read_spec(spec))
+    wait_for(lambda: busy(handle) == 1, "the gang trains")
+    pids = worker_pids()
+    cluster.remove_node(doomed, allow_graceful=False)
+    wait_for(lambda: handle.status().workers["worker-0"] is not WorkerState.BUSY, "the loss is noticed")
+    cluster.add_node(num_cpus=1)
+    metrics = handle.wait(lambda status: None)
+    return {"phase": metrics["run"]["phase"], "ranks": len(pids), "run": handle.uri}
+
+
+def lose_coordinator(spec: str) -> dict[str, Any]:
+    """Kill the coordinator while its worker trains; the driver only waits."""
+    cluster_of(head_cpus=1)
+    handle = launch(read_spec(spec))
+    wait_for(lambda: busy(handle) == 1, "the worker trains")
+    (pid,) = [pid for pid, title in titles().items() if "ray::Coordinator" in title]
+    os.kill(pid, signal.SIGKILL)
+    metrics = handle.wait(lambda status: None)
+    events = [event["event"] for event in handle.store.read_events()]
+    return {"phase": metrics["run"]["phase"], "starts": events.count("RunStarted"), "run": handle.uri}
+
+
+def titles() -> dict[int, str]:
+    import psutil
+
+    found = {p.pid: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
+    mine = {child.pid for child in psutil.Process().children(recursive=True)}
+    return {pid: title for pid, title in found.items() if pid in mine}
+
+
+def worker_pids() -> list[int]:
+    return [pid for pid, title in titles().items() if "ray::" in title and "run_job" in title]
+
+
+if __name__ == "__main__":
+    scenario = {"grow": grow_and_lose, "gang": gang_over_nodes, "coordinator": lose_coordinator}[sys.argv[1]]
+    print(json.dumps(scenario(sys.argv[2])), flush=True)

@@ -1,0 +1,81 @@
+"""Runs on clusters of several nodes, which come and go while they train."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from run_helpers import assert_bit_equal, members
+
+from raylora.client import run_local
+from raylora.data.catalog.assets import cache_folder
+from raylora.spec import RunSpec, dump_spec
+
+MakeSpec = Callable[..., RunSpec]
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def scenario(name: str, spec: RunSpec, folder: Path) -> Any:
+    """Run a scenario of ``nodes.py`` in a process of its own and return what it says."""
+    file = folder / "spec.yaml"
+    file.write_text(dump_spec(spec))
+    home = folder / "home"
+    home.mkdir()
+    environment = {
+        **os.environ, "HOME": str(home), "RAYLORA_CACHE": str(cache_folder()), "PYTHONPATH": str(_ROOT),
+        "PYTHONWARNINGS": "ignore", "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("nodes.py")), name, str(file)],
+        env=environment, capture_output=True, text=True, timeout=500, check=False, cwd=_ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_grows_from_no_node_to_three_loses_one_and_ends_bit_equal(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec(
+        ensemble__members=3, optimization__steps=150, checkpointing__every_steps=10,
+        placement={
+            "workers": 3, "min_workers": 1, "cpus_per_worker": 1, "members_per_worker": 1, "gpus_per_worker": 0,
+        },
+    )
+    found = scenario("grow", spec, tmp_path)
+    assert found["phase"] == "succeeded"
+    assert any("CPU': 1.0" in line for line in found["demand"]), found["demand"]
+    assert sorted(found["started"].values()) == ["busy", "starting", "starting"]
+    assert len(found["on_three"]) == 3
+    assert "released" in found["seen"], "whoever has nothing left to do lets its node go"
+    events = [json.loads(line) for line in (Path(found["run"]) / "events.jsonl").read_text().splitlines()]
+    lost = [event for event in events if event["event"] == "WorkerLost"]
+    assert len(lost) == 1 and lost[0]["by_machine"]
+    run_local(spec.model_copy(update={"storage_path": str(tmp_path / "local")}))
+    assert_bit_equal(members(found["run"]), members(str(tmp_path / "local" / "demo")))
+
+
+def test_a_gang_on_two_nodes_survives_the_loss_of_one(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec(
+        ensemble__members=2, base__quantization="nf4", optimization__steps=80, checkpointing__every_steps=10,
+        placement={"strategy": "shard", "ranks": 2, "cpus_per_worker": 1, "members_per_worker": 1},
+    )
+    found = scenario("gang", spec, tmp_path)
+    assert found["phase"] == "succeeded" and found["ranks"] == 2
+    alone = {"workers": 2, "cpus_per_worker": 1, "members_per_worker": 1}
+    run_local(make_spec(storage_path=str(tmp_path / "local"), placement=alone))
+    assert_bit_equal(members(found["run"]), members(str(tmp_path / "local" / "demo")))
+
+
+def test_a_coordinator_that_dies_is_started_again_and_goes_on_from_the_log(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = make_spec(optimization__steps=100, checkpointing__every_steps=10)
+    found = scenario("coordinator", spec, tmp_path)
+    assert found["phase"] == "succeeded" and found["starts"] == 2
+    run_local(spec.model_copy(update={"storage_path": str(tmp_path / "local")}))
+    assert_bit_equal(members(found["run"]), members(str(tmp_path / "local" / "demo")))
