@@ -128,8 +128,8 @@ def _connect(address: str) -> JobServer:
     """Return the job server; Ray's own lines about uploads and sockets say nothing that is not said here."""
     from raylora.jobs.server import JobServer
 
-    for name in ("ray.dashboard.modules", "ray._private.runtime_env.packaging"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     return JobServer(address)
 
 

@@ -26,6 +26,9 @@ _CONNECT_S = 5.0
 _POLL_S = 0.5
 _PROBE_S = 180.0
 _STOP_S = 90.0
+_REMOVE_S = 10.0
+_WATCH_S = 1.5
+_TRIES = 4
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _PROBE = """import json, os, sys
 needed = json.loads(sys.argv[1])
@@ -140,22 +143,37 @@ class JobServer:
         probe_id = f"{name}-probe-x{uuid.uuid4().hex[:8]}"
         paths = json.dumps({"read": needed.read, "written": needed.written})
         self.submit(probe_id, f"python -c {shlex.quote(_PROBE)} {shlex.quote(paths)}", runtime_env, {})
+        left = ""
         try:
             job = self.wait(probe_id, _PROBE_S)
             logs = self.logs(probe_id)
         finally:
-            self._remove(probe_id)
+            if not self._remove(probe_id):
+                left = f"; it does not stop either: `ray job stop {probe_id}`, later `ray job delete {probe_id}`"
         said = next((line for line in reversed(logs.splitlines()) if line.startswith("raylora-probe ")), None)
         if said is None:
             why = (logs.strip() or job.message or job.status).splitlines()[-1][:300]
-            raise RayloraError(f"{self.address}: a first job did not start there: {why}",
+            raise RayloraError(f"{self.address}: a first job did not run there ({job.status}): {why}{left}",
                                "check the runtime environment, and that its PATH has python")
         _judge(self.address, json.loads(said.removeprefix("raylora-probe ")))
 
-    def _remove(self, submission_id: str) -> None:
-        if not self.job(submission_id).has_ended:
-            self.stop(submission_id)
-        self._client.delete_job(submission_id)
+    def _remove(self, submission_id: str) -> bool:
+        """Delete a job, stopped if need be; return whether it is gone.
+
+        Ray's own watch over a job takes a second to notice that it has ended. If the job is deleted before, the watch
+        writes it down again, as failed.
+        """
+        with self._asked():
+            if not self.job(submission_id).has_ended:
+                self._client.stop_job(submission_id)
+                self.wait(submission_id, _REMOVE_S)
+        for _ in range(_TRIES):
+            time.sleep(_WATCH_S)
+            if submission_id not in [job.submission_id for job in self.jobs()]:
+                return True
+            with contextlib.suppress(RuntimeError):  # it has not ended
+                self._client.delete_job(submission_id)
+        return False
 
     def wait(self, submission_id: str, limit_s: float | None = None) -> Job:
         """Return a submission when it has ended, or after so long."""

@@ -112,12 +112,13 @@ def test_a_job_is_submitted_followed_stopped_and_submitted_again_and_ends_as_an_
     assert following.returncode == 143 and "STOPPED" in said, said
     events = store.read_events()
     assert store.holder() is None and not store.storage.exists("metrics.json"), "it was to stop before its end"
-    assert any(name.startswith("member") for name in store.storage.list("checkpoints") or store.storage.list())
+    assert 0 < store.checkpoint_steps("member-000")[-1] < 400
 
     second = desk.start("submit", path, "--follow")
     said, _ = second.communicate(timeout=300)
     assert second.returncode == 0 and "goes on with the run" in said, said
     assert len(store.read_events()) > len(events)
+    assert any("Interrupt" in str(event) for event in events)
     again = desk.call("submit", path, "--json")
     done = json.loads(again.stdout)
     assert again.exit_code == 0 and done["did"] == "finished" and done["submission_id"].endswith("-2")
@@ -130,7 +131,7 @@ def test_a_job_is_submitted_followed_stopped_and_submitted_again_and_ends_as_an_
 
 def test_logs_and_status_of_a_job_are_found_by_its_run(desk: Desk, make_spec: MakeSpec, tmp_path: Path) -> None:
     (desk.folder / "rows.jsonl").write_text("".join(
-        json.dumps({"text": f"text {n} {'good' if n % 2 else 'bad'}", "label": "positive" if n % 2 else "negative"}) + "\n"
+        json.dumps({"text": f"text {n}", "label": "positive" if n % 2 else "negative"}) + "\n"
         for n in range(120)
     ))
     (desk.folder / ".rayignore").write_text("notes.txt\n")
@@ -147,15 +148,19 @@ def test_logs_and_status_of_a_job_are_found_by_its_run(desk: Desk, make_spec: Ma
 
 
 # --- bad input: one message, exit code 2, nothing left on the cluster --------------------------------------
+def submissions(address: str) -> set[str]:
+    from ray.job_submission import JobSubmissionClient
+
+    return {job.submission_id for job in JobSubmissionClient(address).list_jobs() if job.submission_id}
+
+
 def refused(desk: Desk, *words: str) -> str:
-    before = [job["submission_id"] for job in desk.jobs()]
+    before = submissions(desk.address)
     done = desk.call("submit", *words)
     assert done.exit_code == 2, done.output
     assert done.stderr.count("error:") == 1 and "->" in done.stderr
-    from ray.job_submission import JobSubmissionClient
-
-    left = [job.submission_id for job in JobSubmissionClient(desk.address).list_jobs() if job.submission_id]
-    assert [name for name in left if name.startswith("raylora-")] == before
+    time.sleep(2)  # Ray may write a deleted job down again
+    assert submissions(desk.address) == before
     return " ".join(done.stderr.split())
 
 
@@ -179,11 +184,16 @@ def test_files_and_folders_that_the_cluster_lacks_are_refused(desk: Desk, make_s
     assert "storage_path: /only/here/runs" in refused(desk, path)
 
 
-def test_a_runtime_environment_that_does_not_start_is_said_and_leaves_nothing(desk: Desk, make_spec: MakeSpec) -> None:
-    desk.environment.write_text("env_vars: {PATH: '/nowhere'}")
+def test_a_head_without_python_is_said_and_nothing_is_left(desk: Desk, make_spec: MakeSpec) -> None:
+    tools = desk.folder.parent / "bin"
+    tools.mkdir()
+    for name in ("sh", "bash"):
+        (tools / name).symlink_to(f"/bin/{name}")
+    desk.environment.write_text(f"env_vars: {{PATH: '{tools}'}}")
+    before = submissions(desk.address)
     done = desk.call("submit", desk.write(make_spec()))
-    assert done.exit_code == 1 and "a first job did not start" in done.stderr, done.output
-    assert not [job for job in desk.jobs() if "probe" in job["submission_id"]]
+    assert done.exit_code == 1 and "a first job did not run there (FAILED)" in done.stderr, done.output
+    assert "python" in done.stderr and submissions(desk.address) == before
 
 
 # --- the scripts of jobs/ ---------------------------------------------------------------------------------
@@ -203,7 +213,7 @@ def test_scripts_train_prepare_and_predict_as_jobs(desk: Desk, make_spec: MakeSp
     rows.write_text('{"text": "A joy."}\n{"text": "Dull."}\n')
     done = script(desk, "jobs/predict.py", "--spec-yaml", text, "--file", str(rows), "--out", str(answers))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert all(0 <= json.loads(line)["entropy"] for line in answers.read_text().splitlines())
+    assert [json.loads(line)["id"] for line in answers.read_text().splitlines()] == ["0", "1"]
     bad = script(desk, "jobs/distill.py", "--spec-yaml", text)
     assert bad.returncode != 0 and "error: distill: the spec has no such section" in bad.stdout
     bad = script(desk, "jobs/prepare.py", "--spec-yaml", text)

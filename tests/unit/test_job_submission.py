@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 def test_an_upload_says_what_is_sent_and_what_stays(folder: Path) -> None:
     upload = survey(folder)
     assert set(upload.files) == {".gitignore", ".rayignore", "data/rows.jsonl", "spec.yaml"}
-    assert upload.left_out == ("data/raw/big.bin", "runs/", "secret.txt")
+    assert upload.left_out == ("data/raw/", "runs/", "secret.txt")
     assert upload.holds("data") and upload.holds("data/rows.jsonl") and not upload.holds("runs")
     assert "4 file(s)" in upload.summary() and "runs/" in upload.summary()
 
