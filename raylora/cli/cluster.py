@@ -128,11 +128,14 @@ def parse_entrypoint(words: list[str]) -> Mapping[str, Any]:
         while hasattr(found, "resolve_command"):  # a group, whose context keeps what is left for its command
             name, found, rest = found.resolve_command(context, [*context._protected_args, *context.args])
             context = found.make_context(name, rest, parent=context)
-        return context.params
+        given: Mapping[str, Any] = context.params
     except _Refused as error:
         raise UsageError(error.format_message()) from None
     except typer.Exit:
         raise UsageError("asks for help, and runs nothing") from None
+    if "spec_yaml" in given and (given["spec_file"] is None) == (not given["spec_yaml"]):
+        raise UsageError("needs a spec file or --spec-yaml")
+    return given
 
 
 def _check_reachable(spec: Any, mounted: str) -> None:

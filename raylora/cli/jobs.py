@@ -52,7 +52,8 @@ def submit(
     from raylora.jobs.upload import survey
 
     spec = raylora.read_spec(spec_file, overrides or [])
-    environment, upload = read_runtime_env(runtime_env), survey(working_dir)
+    environment = read_runtime_env(runtime_env)
+    upload = survey(working_dir, environment.get("excludes") or ())
     needed = needed_on_cluster(spec, upload)
     server = _connect(address)
     done = hand_over(server, spec, upload, needed, environment, _note, again)
@@ -128,6 +129,7 @@ def _connect(address: str) -> JobServer:
     """Return the job server; Ray's own lines about uploads and sockets say nothing that is not said here."""
     from raylora.jobs.server import JobServer
 
+    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     return JobServer(address)

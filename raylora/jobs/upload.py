@@ -1,13 +1,14 @@
 """The working directory that goes with a job: what of it is sent, what stays, and whether it is small enough.
 
-Ray leaves out what ``.gitignore`` and ``.rayignore`` name, in every folder. Its own walk is asked here, so that what is
-said is what is sent.
+Ray leaves out what ``.gitignore`` and ``.rayignore`` name, in every folder, what the runtime environment excludes, and
+``.git`` and virtual environments. Its own walk is asked here, so that what is said is what is sent.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,16 +44,20 @@ class Upload:
         if not self.left_out:
             return f"{said}; nothing is left out"
         more = f" and {len(self.left_out) - _NAMED} more" if len(self.left_out) > _NAMED else ""
-        return f"{said}; left out by .rayignore or .gitignore: {', '.join(self.left_out[:_NAMED])}{more}"
+        return f"{said}; left out (.rayignore, .gitignore, Ray's own rules): {', '.join(self.left_out[:_NAMED])}{more}"
 
 
-def survey(folder: Path) -> Upload:
+def survey(folder: Path, excludes: Sequence[str] = ()) -> Upload:
     """Return what of a folder would be sent.
+
+    Args:
+        excludes: patterns of the runtime environment.
 
     Raises:
         UsageError: it is no folder, or more than the job server takes.
     """
-    from ray._private.runtime_env.packaging import _dir_travel  # nothing public says what is sent
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes  # nothing public says what is sent
 
     if not folder.is_dir():
         raise UsageError(f"--working-dir: {folder} is no folder", "give the folder that the job is to start in")
@@ -60,7 +65,8 @@ def survey(folder: Path) -> Upload:
     sent: set[Path] = set()
     with_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
     quiet = logging.getLogger("raylora.upload")
-    _dir_travel(folder, [], sent.add, with_gitignore, quiet)
+    patterns = [*get_runtime_env_default_excludes(), *excludes]
+    _dir_travel(folder, [_get_excludes(folder, patterns)], sent.add, with_gitignore, quiet)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(sent) if path.is_file()}
     used = {folder / name for name in files} | {above for name in files for above in (folder / name).parents}
     upload = Upload(folder, files, tuple(_left_out(folder, used, folder)))

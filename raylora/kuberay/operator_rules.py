@@ -65,6 +65,10 @@ def _job(document: Document) -> Iterator[Problem]:
     queue = (document["metadata"].get("labels") or {}).get(_QUEUE)
     if queue is not None and not shuts_down:
         yield Problem(f"metadata.labels.{_QUEUE}", "quota is given back by shutdownAfterJobFinishes: true", "set it")
+    submitter = ((spec.get("submitterPodTemplate") or {}).get("spec") or {}).get("restartPolicy", "Never")
+    if submitter not in ("Never", "OnFailure"):
+        yield Problem("spec.submitterPodTemplate.spec.restartPolicy", f"{submitter}: it is the pod of a Job",
+                      "set Never or OnFailure")
     yield from _runtime_env(spec)
 
 

@@ -139,7 +139,7 @@ def test_logs_and_status_of_a_job_are_found_by_its_run(desk: Desk, make_spec: Ma
     spec = make_spec(name="own", data__train={"files": "rows.jsonl"})
     done = desk.call("submit", desk.write(spec), "--follow")
     assert done.exit_code == 0, done.output
-    assert "left out by .rayignore or .gitignore: notes.txt" in " ".join(done.stderr.split())
+    assert "Ray's own rules): notes.txt" in " ".join(done.stderr.split())
     one = desk.call("jobs", "status", "own")
     assert "SUCCEEDED" in one.stdout and one.exit_code == 0
     assert "report.html" in desk.call("jobs", "logs", "own").stdout
@@ -205,7 +205,8 @@ def script(desk: Desk, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_scripts_train_prepare_and_predict_as_jobs(desk: Desk, make_spec: MakeSpec, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_scripts_train_and_predict_as_jobs(desk: Desk, make_spec: MakeSpec, tmp_path: Path) -> None:
     text = dump_spec(make_spec())
     done = script(desk, "jobs/train.py", "--spec-yaml", text, "--set", "ensemble.members=1")
     assert done.returncode == 0 and "succeeded, 1 member(s)" in done.stdout, done.stdout + done.stderr
@@ -214,7 +215,33 @@ def test_scripts_train_prepare_and_predict_as_jobs(desk: Desk, make_spec: MakeSp
     done = script(desk, "jobs/predict.py", "--spec-yaml", text, "--file", str(rows), "--out", str(answers))
     assert done.returncode == 0, done.stdout + done.stderr
     assert [json.loads(line)["id"] for line in answers.read_text().splitlines()] == ["0", "1"]
-    bad = script(desk, "jobs/distill.py", "--spec-yaml", text)
+
+
+@pytest.mark.slow
+def test_scripts_prepare_and_distill_as_jobs(
+    desk: Desk, make_spec: MakeSpec, content: dict[str, Any], trained: Callable[[RunSpec], str]
+) -> None:
+    bad = script(desk, "jobs/distill.py", "--spec-yaml", dump_spec(make_spec()))
     assert bad.returncode != 0 and "error: distill: the spec has no such section" in bad.stdout
-    bad = script(desk, "jobs/prepare.py", "--spec-yaml", text)
-    assert bad.returncode != 0 and "needs no preparation" in bad.stdout
+    trained(make_spec())
+    student = {"base": dict(content["base"]), "adapter": {"rank": 2, "target_modules": ["query", "value"]}}
+    spec = make_spec(distill={"student": student, "alone": False, "costs": False})
+    done = script(desk, "jobs/distill.py", "--spec-yaml", dump_spec(spec))
+    assert done.returncode == 0 and "demo/student: done" in done.stdout, done.stdout + done.stderr
+    grid = {"kind": "optq", "bits": 4, "group_size": 32}
+    text = {"source": "pypi:bbc-news", "samples": 8, "length": 24, "held_out": 0}
+    spec = make_spec(name="prepared", distill=None, base__quantization=grid, base__calibration=text)
+    done = script(desk, "jobs/prepare.py", "--spec-yaml", dump_spec(spec))
+    assert done.returncode == 0 and "bits per weight" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "prepare", "distill", "predict"])
+def test_scripts_take_a_spec_and_say_what_is_wrong_with_it(name: str) -> None:
+    more = ["--file", "a.csv", "--out", "b.jsonl"] if name == "predict" else []
+    wrong = [(["--spec", "none.yaml"], "error: none.yaml: there is no such file")]
+    if name == "train":  # what they share
+        wrong += [(["--spec-yaml", "nam: a"], "did you mean 'name'?"), ([], "--spec")]
+    for words, expected in wrong:
+        done = subprocess.run([sys.executable, str(_ROOT / "jobs" / f"{name}.py"), *words, *more],
+                              capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -7,16 +7,17 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from raylora.cli import app
-from raylora.errors import SpecError, UsageError
+from raylora.errors import RayloraError, SpecError, UsageError
 from raylora.jobs.naming import job_name, numbered, parted, run_of
-from raylora.jobs.reach import needed_on_cluster
-from raylora.jobs.submission import read_runtime_env, spec_text
+from raylora.jobs.reach import Needed, needed_on_cluster
+from raylora.jobs.submission import find_job, read_runtime_env, spec_text
 from raylora.jobs.upload import survey
 from raylora.spec import RunSpec, dump_spec, parse_spec
 
@@ -52,7 +53,9 @@ def test_a_spec_travels_as_one_line_and_is_the_same_spec(make_spec: MakeSpec) ->
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     root = tmp_path / "project"
-    for name in ("spec.yaml", "data/rows.jsonl", "data/raw/big.bin", "runs/demo/weights", "secret.txt"):
+    for name in (
+        "spec.yaml", "data/rows.jsonl", "data/raw/big.bin", "runs/demo/weights", "secret.txt", ".venv/lib/x.py",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("x" * 10)
     (root / ".rayignore").write_text("/runs/\n*.bin\n")
@@ -63,7 +66,7 @@ def folder(tmp_path: Path) -> Path:
 def test_an_upload_says_what_is_sent_and_what_stays(folder: Path) -> None:
     upload = survey(folder)
     assert set(upload.files) == {".gitignore", ".rayignore", "data/rows.jsonl", "spec.yaml"}
-    assert upload.left_out == ("data/raw/", "runs/", "secret.txt")
+    assert upload.left_out == (".venv/", "data/raw/", "runs/", "secret.txt")
     assert upload.holds("data") and upload.holds("data/rows.jsonl") and not upload.holds("runs")
     assert "4 file(s)" in upload.summary() and "runs/" in upload.summary()
 
@@ -71,12 +74,15 @@ def test_an_upload_says_what_is_sent_and_what_stays(folder: Path) -> None:
 def test_what_is_sent_is_what_ray_packs(folder: Path, tmp_path: Path) -> None:
     import zipfile
 
+    from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import create_package
 
     package = tmp_path / "package.zip"
-    create_package(str(folder), package, include_gitignore=True)
+    excludes = [*get_runtime_env_default_excludes(), "spec.*"]
+    create_package(str(folder), package, include_gitignore=True, excludes=excludes)
     with zipfile.ZipFile(package) as packed:
-        assert {name for name in packed.namelist() if not name.endswith("/")} == set(survey(folder).files)
+        names = {name for name in packed.namelist() if not name.endswith("/")}
+    assert names == set(survey(folder, ["spec.*"]).files) and "spec.yaml" not in names
 
 
 def test_a_large_upload_is_refused_naming_the_largest(folder: Path) -> None:
@@ -205,6 +211,44 @@ def test_an_empty_server_has_no_jobs(server: Callable[..., str]) -> None:
     assert done.exit_code == 0 and "no jobs of raylora" in done.stdout
     lost = call("jobs", "logs", "demo", "--address", address)
     assert lost.exit_code == 2 and "no such job" in lost.stderr
+
+
+class Watching:
+    """A job server whose jobs never end, and that then goes away."""
+
+    def __init__(self) -> None:
+        self.is_there = True
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        job = SimpleNamespace(
+            submission_id="a-probe", status="PENDING", start_time=1, driver_exit_code=None, message="",
+        )
+
+        def answer(*arguments: Any, **options: Any) -> Any:
+            if not self.is_there or name == "delete_job":
+                raise RuntimeError("Request failed with status code 500: Traceback")
+            return {"list_jobs": [job], "get_job_info": job, "get_job_logs": ""}.get(name)
+
+        return answer
+
+
+def test_a_first_job_that_never_starts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raylora.jobs import server as module
+
+    monkeypatch.setattr(module, "_PROBE_S", 0)
+    monkeypatch.setattr(module, "_REMOVE_S", 0)
+    monkeypatch.setattr(module, "_WATCH_S", 0)
+    monkeypatch.setattr(module.uuid, "uuid4", lambda: SimpleNamespace(hex="0"))
+    server = object.__new__(module.JobServer)
+    server.address, server._client = "http://x", Watching()
+    with pytest.raises(RayloraError, match=r"did not run there \(PENDING\)"):
+        server.probe("a", Needed((), ()), {})
+    assert server._remove("a-probe") is False
+    with pytest.raises(UsageError, match="no such job"):
+        find_job(server, "demo")
+    server._client.is_there = False
+    with pytest.raises(RayloraError, match="no longer answers as it should"):
+        server.logs("a-probe")
 
 
 # --- the spec as text -------------------------------------------------------------------------------------

@@ -135,6 +135,8 @@ _MISTAKES: dict[str, tuple[Change, str]] = {
     "quota never given back": (
         lambda j: (j["spec"].pop("ttlSecondsAfterFinished"), j["spec"].update(shutdownAfterJobFinishes=False),
                    j["metadata"]["labels"].update({"kueue.x-k8s.io/queue-name": "q"})), "quota"),
+    "submitter starts forever": (
+        lambda j: j["spec"]["submitterPodTemplate"]["spec"].update(restartPolicy="Always"), "pod of a Job"),
     "environment is no mapping": (lambda j: j["spec"].update(runtimeEnvYAML="- pip"), "no YAML mapping"),
     "tokens before they were": (
         lambda j: j["spec"]["rayClusterSpec"].update(rayVersion="2.51.0"), "understood since 2.52"),
