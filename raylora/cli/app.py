@@ -35,6 +35,8 @@ def _everywhere(
 
 
 SpecFile = Annotated[Path, typer.Argument(help="A run spec in YAML; `raylora init` writes one.")]
+SpecFileOrNone = Annotated[Path | None, typer.Argument(help="A run spec in YAML; `raylora init` writes one.")]
+SpecYaml = Annotated[str, typer.Option("--spec-yaml", help="The run spec as YAML text, in place of a file.")]
 RunPath = Annotated[str, typer.Argument(help="A run directory.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set ensemble.members=3")]
 AllowMissing = Annotated[bool, typer.Option("--allow-missing", help=(

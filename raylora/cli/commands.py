@@ -10,7 +10,19 @@ from typing import Annotated, Any
 import typer
 
 import raylora
-from raylora.cli.app import AsJson, InProcess, Overrides, RunPath, SpecFile, app, command, say, show_result
+from raylora.cli.app import (
+    AsJson,
+    InProcess,
+    Overrides,
+    RunPath,
+    SpecFile,
+    SpecFileOrNone,
+    SpecYaml,
+    app,
+    command,
+    say,
+    show_result,
+)
 from raylora.display.console import err, out
 from raylora.display.progress import ShownStatus, say_block
 from raylora.display.status import status_table
@@ -99,8 +111,9 @@ def prepare(
 @app.command()
 @command
 def run(
-    spec_file: SpecFile,
+    spec_file: SpecFileOrNone = None,
     overrides: Overrides = None,
+    spec_yaml: SpecYaml = "",
     local: Annotated[bool, typer.Option(help="Run in this process, without Ray.")] = False,
     dashboard: Annotated[bool, typer.Option(help="Start the Ray dashboard with a local cluster.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help=(
@@ -110,9 +123,9 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train, evaluate and report, and distill if the spec has a distill section; run again to continue."""
-    from raylora.spec import ProfileSpec
+    from raylora.spec import ProfileSpec, read_given
 
-    spec = raylora.read_spec(spec_file, overrides or [])
+    spec = read_given(spec_file, spec_yaml or None, overrides or [])
     if profile and spec.profile is None:
         spec = spec.model_copy(update={"profile": ProfileSpec()})
     _run(spec, local, dashboard, as_json)

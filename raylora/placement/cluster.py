@@ -81,19 +81,19 @@ def read_cluster(text: str) -> Inventory:
         found = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)]
         raise PlacementError(f"{path}: " + combine(found, "not a valid cluster"), _EXAMPLE) from None
     nodes = tuple(
-        Node(f"{entry.name}-{n}" if entry.count > 1 else entry.name, entry.cpus, _bytes(entry.memory), _gpus(entry))
+        Node(f"{entry.name}-{n}" if entry.count > 1 else entry.name, entry.cpus, read_size(entry.memory), _gpus(entry))
         for entry in written.nodes for n in range(entry.count)
     )
     return Inventory(nodes, str(path), network_gbit_s=written.network_gbit_s)
 
 
 def _gpus(entry: NodeEntry) -> tuple[Gpu, ...]:
-    return tuple(Gpu(_bytes(gpu.memory), gpu.share) for gpu in entry.gpus for _ in range(gpu.count))
+    return tuple(Gpu(read_size(gpu.memory), gpu.share) for gpu in entry.gpus for _ in range(gpu.count))
 
 
 def _short(nodes: int, gpus: int, memory: str, text: str) -> Inventory:
     """Return a cluster of nodes that are all alike; cores and main memory are supposed."""
-    device, cpus = _bytes(memory), _CPUS_PER_GPU * gpus
+    device, cpus = read_size(memory), _CPUS_PER_GPU * gpus
     if not nodes or not gpus:
         raise PlacementError(f"--cluster: {text!r} has no GPU", _EXAMPLE)
     one = Node("node", cpus, 2 * gpus * device, (Gpu(device),) * gpus)
@@ -101,9 +101,9 @@ def _short(nodes: int, gpus: int, memory: str, text: str) -> Inventory:
     return Inventory((one,) * nodes, text.strip(), assumed=assumed)
 
 
-def _bytes(text: str) -> int:
+def read_size(text: str, where: str = "--cluster") -> int:
     """Return the bytes of ``80GB``. Raises: PlacementError."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or not float(match[1]):
-        raise PlacementError(f"--cluster: {text!r} is no size", f"give a number and a unit: {', '.join(_UNITS)}")
+        raise PlacementError(f"{where}: {text!r} is no size", f"give a number and a unit: {', '.join(_UNITS)}")
     return int(float(match[1]) * _UNITS[match[2]])

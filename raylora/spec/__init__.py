@@ -17,6 +17,7 @@ from raylora.spec.reading import (
     json_schema,
     parse_spec,
     read_distill,
+    read_given,
     read_spec,
 )
 from raylora.spec.run import (
@@ -69,5 +70,6 @@ __all__ = [
     "json_schema",
     "parse_spec",
     "read_distill",
+    "read_given",
     "read_spec",
 ]

@@ -33,6 +33,11 @@ def places_here(spec: RunSpec) -> dict[str, str]:
     return {path: place for path, place in here.items() if path in known_paths or os.path.exists(place)}
 
 
+def local_paths(spec: RunSpec) -> list[str]:
+    """Return the files and folders of this machine that a spec names, as they are written."""
+    return sorted({path for _, path in _paths(spec) if "://" not in path})
+
+
 def beside(spec: RunSpec, folder: Path) -> RunSpec:
     """Return the same spec that looks beside its own file for what is not to be found from the current folder."""
     there = {path: os.path.abspath(folder / Path(path).expanduser()) for _, path in _paths(spec)}

@@ -35,6 +35,18 @@ def read_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     return beside(parse_spec(_text_of(Path(path)), overrides, where=str(path)), Path(path).parent)
 
 
+def read_given(path: str | Path | None, text: str | None, overrides: Sequence[str] = ()) -> RunSpec:
+    """Return the spec that a command was given as a file or as text.
+
+    Raises:
+        SpecError: neither or both were given; else as :func:`read_spec`.
+    """
+    if (path is None) == (text is None):
+        raise SpecError("give a spec file, or its YAML as text" if path is None else "a spec is given twice",
+                        "raylora run SPEC, or --spec-yaml TEXT")
+    return read_spec(path, overrides) if path is not None else parse_spec(str(text), overrides, "--spec-yaml")
+
+
 def parse_spec(text: str, overrides: Sequence[str] = (), where: str = "<spec>") -> RunSpec:
     """Validate a YAML text; see :func:`read_spec`."""
     content, lines = _parse(text, overrides, where)

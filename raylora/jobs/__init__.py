@@ -1,0 +1,1 @@
+"""Runs as jobs of a Ray cluster: what is sent, under which name, and what becomes of it."""
