@@ -113,9 +113,11 @@ def prepare_base(
 class RunHandle:
     """A run in a Ray cluster."""
 
-    def __init__(self, coordinator: Any, store: RunStore, outcome: Any = None) -> None:
+    def __init__(self, coordinator: Any, store: RunStore, base: list[Any] | None = None) -> None:
+        """Follow a run; given a reference to its base, drive it too, and again if its coordinator is restarted."""
         self.store = store
-        self._coordinator, self._outcome = coordinator, outcome
+        self._coordinator, self._base = coordinator, base
+        self._outcome = coordinator.run.remote(base) if base is not None else None
         self.on_end: Callable[[], object] = lambda: None
         """Called when the run has been followed to its end."""
 
@@ -179,7 +181,7 @@ class RunHandle:
             except ActorUnavailableError:  # its process died, and Ray starts another that goes on from the log
                 time.sleep(_POLL_S)
                 if self._outcome is not None:
-                    self._outcome = self._coordinator.run.remote()
+                    self._outcome = self._coordinator.run.remote(self._base)
             except RayTaskError as error:
                 if isinstance(error.cause, RayloraError):
                     raise error.cause from None
@@ -423,7 +425,6 @@ def _start(prepared: Prepared | TargetPlan, detach: bool = False) -> RunHandle:
     coordinator = Coordinator.options(  # type: ignore[attr-defined]
         name=name, namespace=NAMESPACE, scheduling_strategy=here, **options
     ).remote(
-        prepared.spec, prepared.store.uri, prepared.plan, start, [ray.put(prepared.base)], target_job, detach,
-        leave_probe(prepared.store.storage),
+        prepared.spec, prepared.store.uri, prepared.plan, start, target_job, detach, leave_probe(prepared.store.storage)
     )
-    return RunHandle(coordinator, prepared.store, coordinator.run.remote())
+    return RunHandle(coordinator, prepared.store, [ray.put(prepared.base)])

@@ -57,15 +57,15 @@ class Coordinator:
     """
 
     def __init__(
-        self, spec: RunSpec, store_uri: str, plan: Plan, start: control.RunStarted, base: Any = None,
-        target_job: Any = None, detached: bool = False, nonce: str = "",
+        self, spec: RunSpec, store_uri: str, plan: Plan, start: control.RunStarted, target_job: Any = None,
+        detached: bool = False, nonce: str = "",
     ) -> None:
-        """Take a reference to the base that has to be prepared: its calibration text goes to the preparer alone.
+        """Begin nothing yet.
 
         Given a target_job, the jobs are shards of targets; of them too it sees the names and nothing else. The nonce is
         what the driver left in the run directory: here and at every worker it has to be found.
         """
-        self.spec, self.store, self.plan, self.base = spec, RunStore(store_uri), plan, base
+        self.spec, self.store, self.plan, self.base = spec, RunStore(store_uri), plan, list[Any]()
         self.start, self.target_job, self.detached, self.nonce = start, target_job, detached, nonce
         self._outcome: Future[control.State] | None = None
         self._running = threading.Lock()
@@ -85,13 +85,17 @@ class Coordinator:
             threading.Thread(target=self._go_on, daemon=True).start()
 
     # --- the loop -----------------------------------------------------------------------------------
-    def run(self) -> control.State:
+    def run(self, base: list[Any]) -> control.State:
         """Drive the run to a terminal phase, unless it is driven already, and return the final state.
+
+        Args:
+            base: a reference to the base that has to be prepared, whose calibration text goes to the preparer alone.
 
         Raises:
             RunDirectoryError: another process holds the run directory.
             PlacementError: the cluster did not provide the workers in time, or a node does not see the run directory.
         """
+        self.base = base
         return self._driven()
 
     def _driven(self) -> control.State:
@@ -200,6 +204,10 @@ class Coordinator:
 
     def _prepare_base(self) -> None:
         """Before any worker is placed: the CPUs that they will hold are free to solve layers on."""
+        if not self.base:
+            why = "the coordinator was restarted when nobody followed the run any more, who could say what to prepare"
+            self.events.put(control.BaseFailed(why))
+            return
         self.preparer = Preparer.options(num_gpus=self.plan.gpus_per_worker).remote(  # type: ignore[attr-defined]
             self.spec, self.plan.gpus_per_worker
         )
@@ -217,7 +225,8 @@ class Coordinator:
         self._call(worker, command, worker.load())
 
     def _release(self, name: str) -> None:
-        """End a worker that nothing is left for, so that its machine is free."""
+        """End a worker that nothing is left for, so that its machine is free; that is no loss to be told."""
+        self.pending = {reference: call for reference, call in self.pending.items() if call.worker.name != name}
         self.workers.pop(name).kill()
         self.placing.leave(name)
 

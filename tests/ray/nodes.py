@@ -71,7 +71,7 @@ def grow_and_lose(spec: str) -> dict[str, Any]:
         ],
         "the autoscaler sees what is wanted", 60,
     )
-    first = cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
     wait_for(lambda: busy(handle) == 1, "one worker trains on the one node")
     started = {name: state.value for name, state in handle.status().workers.items()}
     added = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
@@ -80,7 +80,6 @@ def grow_and_lose(spec: str) -> dict[str, Any]:
     cluster.remove_node(added[0], allow_graceful=False)
     seen: set[str] = set()
     metrics = handle.wait(lambda status: seen.update(state.value for state in status.workers.values()))
-    del first
     return {
         "demand": demand, "started": started, "on_three": on_three, "phase": metrics["run"]["phase"],
         "seen": sorted(seen), "run": handle.uri,
