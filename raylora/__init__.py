@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from raylora.client import Repaired, RunHandle, attach, distill_run, launch, repair_run, resume, run_local
+    from raylora.client import Repaired, attach, distill_run, launch, repair_run, resume, run_local
     from raylora.engine.model.parameter_count import parameter_count
     from raylora.engine.run.run_status import RunStatus
     from raylora.engine.run.verify import verify_run
     from raylora.ensemble.outputs.classes import Prediction
     from raylora.ensemble.outputs.value import ValuePrediction
     from raylora.errors import RayloraError
+    from raylora.handle import RunHandle
     from raylora.serve.export import export_run
     from raylora.serve.predictor import LoadedEnsemble, load_ensemble
     from raylora.spec import RunSpec, build_spec, read_distill, read_spec
@@ -30,7 +31,7 @@ _HOMES = {
     "build_spec": "raylora.spec",
     "read_spec": "raylora.spec",
     "RayloraError": "raylora.errors",
-    "RunHandle": "raylora.client",
+    "RunHandle": "raylora.handle",
     "RunStatus": "raylora.engine.run.run_status",
     "attach": "raylora.client",
     "distill_run": "raylora.client",

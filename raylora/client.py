@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raylora import control, logs
-from raylora.actors.calls import first_line
+from raylora import logs
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
 from raylora.actors.preparer import solve_on_cluster
-from raylora.connection import clear_name, connect, find_run, inventory_of_cluster, put_away
-from raylora.display.progress import ShownStatus
-from raylora.engine.distillation.compare import compare, distillations, made_before
+from raylora.connection import clear_name, connect, find_run, inventory_of_cluster
+from raylora.engine.distillation.compare import compare, made_before
 from raylora.engine.distillation.plan import check_ahead, is_finished, prepare_distillation
 from raylora.engine.distillation.target_job import TargetPlan
 from raylora.engine.model.machine import compute_device
 from raylora.engine.quantization.layer_solver import Solve, solve_here
 from raylora.engine.quantization.quantize_base import ensure_prepared
-from raylora.engine.run.local_driver import conclude, run_in_process, signals_handled_by
+from raylora.engine.run.local_driver import run_in_process, signals_handled_by
 from raylora.engine.run.plan_run import Prepared, local_inventory, prepare
 from raylora.engine.run.roster import read_state, sound_seal
-from raylora.engine.run.run_status import OnStatus, RunStatus
+from raylora.engine.run.run_status import OnStatus
 from raylora.engine.training.distillation_loss import task_of
-from raylora.errors import Interrupted, RayloraError, RunDirectoryError, SpecError, TrainingError
+from raylora.errors import Interrupted, SpecError
+from raylora.handle import RunHandle, shown
 from raylora.progress import OnBlock
 from raylora.records import DistillationRecord, PreparationSummary, RunMetrics
-from raylora.report.page import write_report
+from raylora.report.publish import publish_report
 from raylora.spec import DistillSpec, RunSpec
 from raylora.store.commit import MANIFEST
 from raylora.store.probe import leave_probe
@@ -64,20 +59,10 @@ def run_local(spec: RunSpec, on_status: OnStatus | None = None) -> RunMetrics:
     inventory = local_inventory(in_process=True)
     prepared = prepare(spec, inventory)
     check_ahead(spec, inventory)
-    with _shown(on_status) as show:
+    with shown(on_status) as show:
         metrics = cast(RunMetrics, run_in_process(prepared, show))
     publish_report(prepared.store)
     return metrics
-
-
-@contextlib.contextmanager
-def _shown(on_status: OnStatus | None) -> Iterator[OnStatus]:
-    """Give a run's progress to who asked for it, else show it."""
-    if on_status is not None:
-        yield on_status
-        return
-    with ShownStatus() as show:
-        yield show
 
 
 def prepare_base(
@@ -108,102 +93,6 @@ def prepare_base(
             lambda: received[0] if received else 0,
         )
     return prepared.base.store.uri, summary
-
-
-class RunHandle:
-    """A run in a Ray cluster."""
-
-    def __init__(self, coordinator: Any, store: RunStore, base: list[Any] | None = None) -> None:
-        """Follow a run; given a reference to its base, drive it too, and again if its coordinator is restarted."""
-        self.store = store
-        self._coordinator, self._base = coordinator, base
-        self._outcome = coordinator.run.remote(base) if base is not None else None
-        self.on_end: Callable[[], object] = lambda: None
-        """Called when the run has been followed to its end."""
-
-    def __repr__(self) -> str:
-        state = read_state(self.store)
-        done, asked = len(set(state.required) & set(state.finished_units())), self.store.read_spec().ensemble.members
-        return f"<raylora run {self.uri}: {state.phase.value}, {done} of {asked} members finished>"
-
-    @property
-    def uri(self) -> str:
-        """Where the run directory is."""
-        return self.store.uri
-
-    def status(self) -> RunStatus:
-        """Return phase, workers, progress per job and an estimate of the time left."""
-        return ray.get(self._coordinator.status.remote())
-
-    def has_ended(self) -> bool:
-        """Return whether the run is over, or its coordinator lost; waits for nothing."""
-        if self._outcome is not None:
-            return bool(ray.wait([self._outcome], timeout=0)[0])
-        return read_state(self.store).phase.terminal
-
-    def interrupt(self, signal_number: int = signal.SIGINT) -> None:
-        """Ask the run to commit and stop after the current step."""
-        self._coordinator.interrupt.remote(int(signal_number))
-
-    def wait(self, on_status: OnStatus | None = None) -> RunMetrics:
-        """Follow the run to its end, write the report and return the metrics.
-
-        A SIGINT or SIGTERM meanwhile lets the workers commit before this returns. Without ``on_status`` progress is
-        shown on stderr: a table on a terminal, a bar in a notebook, else lines.
-
-        Raises:
-            Interrupted: the run was stopped and can be resumed.
-            TrainingError: it failed, or its coordinator was lost.
-            UsageError: it could not start.
-        """
-        with _shown(on_status) as show:
-            metrics = self.join(show)
-        publish_report(self.store)
-        return metrics
-
-    def join(self, on_status: OnStatus = lambda status: None) -> RunMetrics:
-        """Follow the run to its end as :meth:`wait`, but write no report."""
-        with signals_handled_by(self.interrupt):
-            try:
-                state = self._final_state(on_status)
-            finally:
-                self.on_end()
-        if self._outcome is not None or ray.get(self._coordinator.is_detached.remote()):
-            put_away(self._coordinator, coordinator_name(self.uri))
-        metrics = self.store.read_json("metrics.json")
-        found: RunMetrics = metrics if metrics is not None else {}
-        return conclude(state, found, self.uri)
-
-    def _final_state(self, on_status: OnStatus) -> control.State:
-        while True:
-            try:
-                return self._followed(on_status)
-            except ActorUnavailableError:  # its process died, and Ray starts another that goes on from the log
-                time.sleep(_POLL_S)
-                if self._outcome is not None:
-                    self._outcome = self._coordinator.run.remote(self._base)
-            except RayTaskError as error:
-                if isinstance(error.cause, RayloraError):
-                    raise error.cause from None
-                raise
-            except RayActorError as error:
-                raise TrainingError(
-                    f"the run's coordinator was lost: {first_line(error)}",
-                    f"nothing committed is lost: raylora resume {self.uri}",
-                ) from error
-
-    def _followed(self, on_status: OnStatus) -> control.State:
-        while self._outcome is None or not ray.wait([self._outcome], timeout=_POLL_S)[0]:
-            status = self.status()
-            on_status(status)
-            if self._outcome is None:
-                if status.phase.terminal:
-                    return control.replay(control.from_record(r) for r in self.store.read_events())
-                time.sleep(_POLL_S)
-        state = ray.get(self._outcome)
-        with contextlib.suppress(RayActorError):
-            on_status(self.status())
-        return state
 
 
 def launch(spec: RunSpec, dashboard: bool = False, detach: bool = False) -> RunHandle:
@@ -391,24 +280,6 @@ def repair_run(run: str, local: bool = False, on_status: OnStatus = lambda statu
         place: now.files.get(manifest) == before.files[manifest]
         for place, manifest in manifests.items() if manifest in before.files
     })
-
-
-def publish_report(store: RunStore) -> None:
-    """Write ``report.html`` and its pictures from the run's metrics, wherever the run directory is.
-
-    Raises:
-        RunDirectoryError: the run has no metrics yet.
-    """
-    metrics: RunMetrics | None = store.read_json("metrics.json")
-    if metrics is None:
-        raise RunDirectoryError(f"{store.uri}: has no metrics yet", "let the run finish: raylora resume")
-    metrics["distillation"] = distillations(store)
-    if store.storage.is_local:
-        write_report(metrics, Path(store.storage.root))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        for path in write_report(metrics, Path(folder)):
-            store.storage.write(path.relative_to(folder).as_posix(), path.read_bytes())
 
 
 def _start(prepared: Prepared | TargetPlan, detach: bool = False) -> RunHandle:

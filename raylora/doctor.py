@@ -9,7 +9,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-_NEEDED = ("ray", "torch", "transformers", "deepspeed", "bitsandbytes", "peft", "datasets", "torchmetrics")
+_NEEDED = ("ray", "torch", "transformers", "deepspeed", "bitsandbytes", "peft", "datasets")
 _RAY_AT_LEAST = (2, 60)
 _LOW_DISK_BYTES = 2 * 10**9
 _LOW_MEMORY_BYTES = 3 * 10**9

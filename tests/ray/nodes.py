@@ -19,8 +19,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raylora import launch, read_spec
-from raylora.client import RunHandle
 from raylora.control import WorkerState
+from raylora.handle import RunHandle
 
 _TRIES = 3
 

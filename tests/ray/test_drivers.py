@@ -97,3 +97,27 @@ def test_a_detached_run_goes_on_without_its_driver(
             return
         assert time.monotonic() < deadline
         time.sleep(0.5)
+
+
+def test_a_handle_tells_events_waits_for_a_while_and_cancels(
+    make_spec: Callable[..., RunSpec], tmp_path: Path
+) -> None:
+    import asyncio
+
+    from raylora.client import launch
+    from raylora.errors import Interrupted
+
+    handle = launch(make_spec(name="held", optimization__steps=5000, placement__workers=1))
+    found = []
+    for event in handle.events():
+        found.append(event["event"])
+        if event["event"] == "WorkerReady":
+            break
+    assert found[0] == "RunStarted"
+    with pytest.raises(TimeoutError, match="it goes on"):
+        handle.result(timeout_s=0.5)
+    assert asyncio.run(handle.status_async()).phase is control.Phase.TRAINING
+    assert asyncio.run(handle.cancel_async()), "it has committed and stopped"
+    with pytest.raises(Interrupted):
+        handle.result()
+    assert [event["event"] for event in handle.events()][-1] == "JobInterrupted"

@@ -14,8 +14,9 @@ import pytest
 import torch
 from run_helpers import assert_bit_equal, members
 
-from raylora.client import RunHandle, launch, run_local
+from raylora.client import launch, run_local
 from raylora.errors import Interrupted
+from raylora.handle import RunHandle
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 

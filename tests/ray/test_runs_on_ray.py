@@ -14,8 +14,9 @@ import pytest
 import safetensors.torch
 from run_helpers import assert_bit_equal, members
 
-from raylora.client import RunHandle, attach, launch, resume, run_local
+from raylora.client import attach, launch, resume, run_local
 from raylora.errors import Interrupted, PlacementError, RunDirectoryError, TrainingError
+from raylora.handle import RunHandle
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
