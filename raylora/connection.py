@@ -17,7 +17,7 @@ from ray.util import list_named_actors
 
 from raylora.actors.coordinator import NAMESPACE, RAY_ADDRESS, coordinator_name
 from raylora.engine.run.plan_run import local_inventory
-from raylora.errors import RunDirectoryError
+from raylora.errors import PlacementError, RunDirectoryError
 from raylora.placement.inventory import Gpu, Inventory, Node
 from raylora.store.run_store import RunStore
 
@@ -93,6 +93,20 @@ def connect(dashboard: bool = False) -> None:
     ray.init(
         address="local", num_cpus=inventory.cpus, num_gpus=inventory.gpus, include_dashboard=dashboard, **options
     )
+
+
+def connect_to_running() -> None:
+    """Join the cluster of ``RAY_ADDRESS``, unless this process is in one. Raises: PlacementError if there is none."""
+    if ray.is_initialized():
+        return
+    hint = "set RAY_ADDRESS to the cluster's address, such as 10.0.0.1:6379"
+    if not os.environ.get("RAY_ADDRESS"):
+        raise PlacementError("no cluster: RAY_ADDRESS names none", hint)
+    try:
+        connect()
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise PlacementError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: {first}", hint) from error
 
 
 def cluster_inventory() -> Inventory:

@@ -6,8 +6,13 @@ import importlib.metadata
 import os
 import shutil
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raylora.actors.node_facts import NodeFacts
 
 _NEEDED = ("ray", "torch", "transformers", "deepspeed", "bitsandbytes", "peft", "datasets")
 _RAY_AT_LEAST = (2, 60)
@@ -27,6 +32,51 @@ class Finding:
 def examine() -> list[Finding]:
     """Return what was found, in the order a person would ask."""
     return [*_packages(), _processor(), _gpus(), _memory(), _disk(), *_ray_security()]
+
+
+def examine_cluster(storage_path: str = "", timeout_s: float = 120.0) -> list[Finding]:
+    """Return what every node of the cluster of ``RAY_ADDRESS`` answers: versions, GPUs, and whether it sees a path.
+
+    Raises:
+        UsageError: there is no such cluster, or the path cannot be written from here.
+    """
+    from raylora.actors.node_facts import ask_nodes, versions_here
+    from raylora.connection import connect_to_running
+    from raylora.store.probe import leave_probe, remove_probe
+    from raylora.store.storage import Storage
+
+    connect_to_running()
+    storage = Storage(storage_path) if storage_path else None
+    nonce = ""
+    if storage is not None:
+        storage.check_writable()
+        nonce = leave_probe(storage)
+    try:
+        answers = ask_nodes(storage_path, nonce, timeout_s)
+    finally:
+        if storage is not None:
+            remove_probe(storage, nonce)
+    return [finding for answer in answers for finding in findings_of(answer, versions_here(), storage_path, nonce)]
+
+
+def findings_of(facts: NodeFacts, here: Mapping[str, str], storage_path: str, nonce: str) -> list[Finding]:
+    """Judge one node's answer by the versions of this process and the nonce that lies in the storage path."""
+    if facts.silence:
+        return [Finding("bad", f"{facts.node}: {facts.silence}", "look at the node's logs in the Ray dashboard")]
+    others = {name: facts.versions.get(name, "none") for name in here if facts.versions.get(name) != here[name]}
+    told = ", ".join(f"{name} {version} (here {here[name]})" for name, version in others.items())
+    devices = f"{len(facts.gpus)} GPU(s): {'; '.join(facts.gpus)}" if facts.gpus else "no GPU"
+    found = [Finding("bad", f"{facts.node}: {told}", "use one environment, or one image, on all nodes")] if told else [
+        Finding("ok", f"{facts.node}: the versions of this machine; {devices}")
+    ]
+    if facts.sighting is not None:
+        seen = facts.sighting.found == nonce
+        found.append(
+            Finding("ok", f"{facts.node}: sees {storage_path}") if seen else
+            Finding("bad", f"{facts.node}: does not see {storage_path}: {facts.sighting.found}",
+                    "use a folder on a shared mount, or s3://, gs:// or another bucket")
+        )
+    return found
 
 
 def _packages() -> list[Finding]:

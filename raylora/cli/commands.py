@@ -191,11 +191,19 @@ def status(run_path: RunPath, as_json: AsJson = False) -> None:
 
 @app.command()
 @command
-def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: what a run would use, and what would stop it."""
-    from raylora.doctor import examine
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help=(
+        "Ask every node of the cluster of RAY_ADDRESS: versions, GPUs, and --storage-path."
+    ))] = False,
+    storage_path: Annotated[str, typer.Option(help="With --cluster: a storage_path that every node is to see.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, or every node of a cluster: what a run would use, and what would stop it."""
+    from raylora.doctor import examine, examine_cluster
 
-    findings = examine()
+    if storage_path and not cluster:
+        raise UsageError("--storage-path: is looked for on the nodes of a cluster", "give --cluster, too")
+    findings = examine_cluster(storage_path) if cluster else examine()
     if as_json:
         print(json.dumps([vars(finding) for finding in findings]))
     for finding in [] if as_json else findings:

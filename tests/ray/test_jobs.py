@@ -57,3 +57,15 @@ def test_raylora_run_uses_the_cluster_of_ray_address_and_prints_where_the_run_is
         assert set(member["eval"]["test"]) >= {"accuracy", "nll", "brier", "ece"}
     assert set(metrics["ensemble"]["eval"]["test"]) >= {"accuracy", "nll", "brier", "ece"}
     assert metrics["timing"]["train_s"] > 0 and metrics["memory"]["base_bytes"] > 0
+
+
+def test_the_doctor_asks_every_node(ray_cluster: str, tmp_path: Path) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    command = [str(_BIN / "raylora"), "doctor", "--cluster", "--storage-path", str(tmp_path / "runs"), "--json"]
+    done = run(command, RAY_ADDRESS=address)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert [one["level"] for one in found] == ["ok", "ok"] and "sees" in found[1]["what"]
+    assert not any((tmp_path / "runs").rglob("probe-*")), "nothing is left behind"
