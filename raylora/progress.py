@@ -38,6 +38,12 @@ class Progress:
     """What happened that one wants to have read: an epoch's validation, a member that stopped."""
     after_s: float = 0.0
     """An estimate of how long the job will take after this activity."""
+    grad_norms: Mapping[str, float] = field(default_factory=dict)
+    """The norm of the latest step's gradient by member."""
+    validations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What an epoch that ended with this step scores in validation: member -> metric -> value."""
+    node: str = ""
+    """Where the job is done, if it is done by a worker of a cluster."""
 
 
 OnProgress = Callable[[Progress], None]
