@@ -39,7 +39,9 @@ class Browser:
         """Wait until an expression is true and return its value."""
         until = time.monotonic() + timeout_s
         while not (value := self.run(f"return {condition}")):
-            assert time.monotonic() < until, f"not within {timeout_s:.0f} s: {condition}\n{self.run('return document.body.innerText')}"
+            if time.monotonic() > until:
+                shown = self.run("return document.body.innerText")
+                raise AssertionError(f"not within {timeout_s:.0f} s: {condition}\n{shown}")
             time.sleep(0.2)
         return value
 

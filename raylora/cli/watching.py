@@ -28,7 +28,8 @@ def serve_page(path: str, host: str, port: int, as_json: bool) -> None:
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        print(json.dumps({"url": server.url}) if as_json else server.url, flush=True)  # whole: rich would break the line
+        # Not by rich, which would break a long line.
+        print(json.dumps({"url": server.url}) if as_json else server.url, flush=True)
         if server.access.token:
             err.print("the address holds a token: whoever has it can look on; the connection is not encrypted")
         err.print("read-only; Ctrl+C ends it")

@@ -44,6 +44,11 @@ class Curves:
             for name in sorted({*known, *seen})
         }
 
+    def latest(self, member: str) -> tuple[int, float] | None:
+        """Return the last step of a member that is known of, with its loss, or None."""
+        points = self._points.get(member, {}).get(LOSS)
+        return points[-1] if points else None
+
     def shown(self, members: Iterable[str], most: int) -> dict[str, dict[str, Points]]:
         """Return the series of some members, each thinned to at most so many points; those without are left out."""
         found = {member: self._points[member] for member in members if self._points.get(member)}

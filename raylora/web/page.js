@@ -90,7 +90,7 @@ function ticks(low, high) {
   return { found, digits: Math.max(0, -Math.floor(Math.log10(wide) + 1e-9)) };
 }
 
-function chart(place, lines, what) {
+function chart(place, lines, what, steps) {
   const points = lines.flatMap((line) => line.points);
   if (!points.length) {
     place.replaceChildren(element("p", `no ${what} yet`, "quiet"));
@@ -98,15 +98,14 @@ function chart(place, lines, what) {
   }
   const width = Math.max(240, place.clientWidth), height = width < 400 ? 200 : 230;
   const left = 46, right = 8, top = 8, bottom = 24;
-  const xs = points.map((point) => point[0]), ys = points.map((point) => point[1]);
-  const right_x = Math.max(1, ...xs);
+  const ys = points.map((point) => point[1]);
   let low = Math.min(...ys), high = Math.max(...ys);
   const air = (high - low || Math.abs(high) || 1) * 0.08;
   [low, high] = [low - air, high + air];
-  const x = (step) => left + (width - left - right) * step / right_x;
+  const x = (step) => left + (width - left - right) * step / steps;
   const y = (value) => height - bottom - (height - top - bottom) * (value - low) / (high - low);
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${what} by step` });
-  const vertical = ticks(low, high), horizontal = ticks(0, right_x);
+  const vertical = ticks(low, high), horizontal = ticks(0, steps);
   for (const value of vertical.found) {
     svg.append(shape("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), class: "grid" }));
     svg.append(shape("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(vertical.digits)));
@@ -145,9 +144,10 @@ function drawCurves(record) {
   if (chosen.metric) select.value = chosen.metric;
   const lines = (series) => members.map((name, n) => (
     { name, color: COLORS[n % COLORS.length], points: (record.curves[name][series] || []) }));
-  chart(byId("loss"), lines("loss"), "training loss");
+  const steps = Math.max(1, ...members.flatMap((name) => Object.values(record.curves[name]).map((points) => points.at(-1)[0])));
+  chart(byId("loss"), lines("loss"), "training loss", steps);
   chart(byId("validation"), chosen.metric ? lines(chosen.metric) : [], chosen.metric
-    ? `validation ${record.labels[chosen.metric] || chosen.metric}` : "validation");
+    ? `validation ${record.labels[chosen.metric] || chosen.metric}` : "validation", steps);
   const names = byId("legend");
   if (names.dataset.names !== members.join()) {
     names.dataset.names = members.join();
@@ -174,6 +174,8 @@ function drawMembers(record) {
     const done = element("div");
     if (member.state === "running" && member.total) {
       done.append(`${member.activity} ${member.done}/${member.total}`, bar(member.done / member.total));
+    } else if (member.state === "running" && member.done) {
+      done.append(`committed step ${member.done}`);
     } else if (member.failure) {
       done.append(member.failure);
     }

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from raylora import control
@@ -62,13 +63,16 @@ class RunReader:
     def _now(self) -> dict[str, Any]:
         events = self.store.read_events()
         state = control.replay(control.from_record(record) for record in events)
-        status = status_of(self.store, state)
+        last_at = events[-1].get("at", 0.0) if events else 0.0
+        status = status_of(self.store, state, last_at)
         jobs = self._jobs(state, status)
         members = [row for name, job in jobs.items() for row in _members(name, job, state)]
         members.sort(key=lambda row: row["name"])
         shown = members if len(members) <= _MOST_ROWS else _busiest(members)[:_MOST_ROWS]
         curves = [row["name"] for row in (shown if len(shown) <= _MOST_CURVES else _busiest(shown)[:_MOST_CURVES])]
         self._follow(state, jobs, curves)
+        for row in shown:
+            self._fill(row)
         holder = None if state.phase.terminal else self.store.holder()
         return {
             "run": status.run,
@@ -78,7 +82,7 @@ class RunReader:
             "reason": state.reason,
             "lifeless": lifelessness(self.store, state),
             "started_at": events[0].get("at", 0.0) if events else 0.0,
-            "updated_at": max(status.updated_at, events[-1].get("at", 0.0)) if events else status.updated_at,
+            "updated_at": max(status.updated_at, last_at),
             "eta_s": None if state.phase.terminal else status.eta_s,
             "share_done": _share_done(state, jobs),
             "preparation": vars(status.preparation) if status.preparation is not None else None,
@@ -113,6 +117,12 @@ class RunReader:
                 for unit, values in progress.validations.items():
                     self.curves.see(unit, progress.done, values)
         return jobs
+
+    def _fill(self, row: dict[str, Any]) -> None:
+        """Say what was committed of a member that no status tells of: a run in one process writes none."""
+        latest = self.curves.latest(row["name"])
+        if row["state"] == "running" and not row["total"] and latest is not None:
+            row["done"], row["loss"] = latest
 
     def _workers(self, state: control.State) -> list[dict[str, Any]]:
         return [
@@ -168,15 +178,16 @@ class RunReader:
         ]
 
 
-def status_of(store: RunStore, state: control.State) -> RunStatus:
-    """Return the status that was written last; where there is none that can be read, what the log says."""
+def status_of(store: RunStore, state: control.State, last_at: float) -> RunStatus:
+    """Return the status that was written last; where there is none that can be read, what the log says until then."""
     try:
         written = store.read_json("status.json")
         if written:
             return RunStatus.from_record(written)
     except (RayloraError, KeyError, TypeError, ValueError):
         pass  # of another version, or damaged: the log is the truth, the status a convenience
-    return StatusBoard(store.uri.rpartition("/")[2]).status(state)
+    told = StatusBoard(store.uri.rpartition("/")[2]).status(state)
+    return replace(told, started_at=last_at, updated_at=last_at)
 
 
 def _members(name: str, job: JobStatus, state: control.State) -> list[dict[str, Any]]:
