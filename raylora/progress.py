@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 _REPORT_EVERY_S = 0.5
 
@@ -47,6 +49,14 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+Span = Callable[[str], AbstractContextManager[Any]]
+"""Marks the time that something takes, such as a step, on a timeline that somebody looks at."""
+
+
+def unmarked(what: str) -> AbstractContextManager[None]:
+    """Mark nothing."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)

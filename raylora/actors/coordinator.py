@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raylora import control, logs
 from raylora.actors.calls import Call, GangProgress, WorkerHandle, first_line
 from raylora.actors.preparer import Preparer
+from raylora.actors.reporter import Reporter, dashboard_fact
 from raylora.actors.worker import Worker, this_node
 from raylora.engine.run.run_status import RunStatus, StatusBoard
 from raylora.errors import Interrupted, PlacementError, RayloraError
@@ -68,8 +69,13 @@ class Coordinator:
         """The preparer's answer, while it is waited for."""
         self.gang_progress = GangProgress()
         self.board = StatusBoard(spec.run_name())
+        self.reporter = Reporter(spec.run_name())
         self.group: Any = None
         self.starts = 0
+
+    def __repr__(self) -> str:
+        """Return what Ray's dashboard and log lines call it."""
+        return f"raylora:{self.board.run}:coordinator"
 
     # --- the loop -----------------------------------------------------------------------------------
     def run(self, start: control.RunStarted) -> control.State:
@@ -80,7 +86,7 @@ class Coordinator:
             PlacementError: the cluster did not provide the workers in time, or a node does not see the run directory.
         """
         judge(self.store.uri, self.nonce, look_for_probe(self.store.uri, self.nonce, this_node()))
-        with self.store.held({RAY_ADDRESS: ray.get_runtime_context().gcs_address}):
+        with self.store.held({RAY_ADDRESS: ray.get_runtime_context().gcs_address, **dashboard_fact()}):
             try:
                 self.state = control.replay(control.from_record(r) for r in self.store.read_events())
                 self.events.put(start)
@@ -107,6 +113,7 @@ class Coordinator:
                 continue
             self.store.append_event({**control.to_record(event), "at": time.time()})
             self.state, commands = control.transition(self.state, event)
+            self.reporter.happened(event, self.state)
             for command in commands:
                 self._carry_out(command)
 
@@ -190,7 +197,7 @@ class Coordinator:
         plan, self.starts = self.plan, self.starts + 1
         first = int(command.worker.rpartition("-")[2]) * plan.ranks
         actors = [self._actor(command.worker, first, rank) for rank in range(plan.ranks)]
-        worker = WorkerHandle(command.worker, actors, plan.partners, plan.strategy == "shard")
+        worker = WorkerHandle(command.worker, actors, plan.partners, plan.strategy == "shard", self.board.run)
         self.workers[command.worker] = worker
         self._call(worker, command, worker.load())
 

@@ -174,10 +174,10 @@ function drawMembers(record) {
     const done = element("div");
     if (member.state === "running" && member.total) {
       done.append(`${member.activity} ${member.done}/${member.total}`, bar(member.done / member.total));
-    } else if (member.state === "running" && member.done) {
-      done.append(`committed step ${member.done}`);
     } else if (member.failure) {
       done.append(member.failure);
+    } else if (member.done) {
+      done.append(member.state === "finished" ? `${member.done} steps` : `committed step ${member.done}`);
     }
     return row(
       cell(member.name), cell(element("span", member.state, `pill ${member.state}`)), cell(done, member.failure ? "failure" : ""),

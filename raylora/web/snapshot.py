@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from raylora import control
-from raylora.engine.run.life import lifelessness
+from raylora.engine.run.life import RAY_DASHBOARD, lifelessness
 from raylora.engine.run.run_status import JobStatus, RunStatus, StatusBoard
 from raylora.ensemble.metric_table import METRICS
 from raylora.errors import RayloraError
@@ -21,8 +21,6 @@ from raylora.store.run_store import RunStore
 from raylora.web.curves import LOSS, Curves
 from raylora.web.words import event_line
 
-RAY_DASHBOARD = "ray_dashboard"
-"""Under this name the holder of a run directory says where its cluster's dashboard is."""
 _OVER_TIMES = 5
 """A run that is over is looked at so much more seldom: it may be resumed."""
 _MOST_ROWS = 200
@@ -119,9 +117,9 @@ class RunReader:
         return jobs
 
     def _fill(self, row: dict[str, Any]) -> None:
-        """Say what was committed of a member that no status tells of: a run in one process writes none."""
+        """Say what was committed of a member that no status tells of: it has ended, or its run is in one process."""
         latest = self.curves.latest(row["name"])
-        if row["state"] == "running" and not row["total"] and latest is not None:
+        if not row["total"] and latest is not None:
             row["done"], row["loss"] = latest
 
     def _workers(self, state: control.State) -> list[dict[str, Any]]:

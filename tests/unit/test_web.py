@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from raylora import control
 from raylora.cli import main
+from raylora.engine.run.life import RAY_DASHBOARD
 from raylora.engine.run.run_status import StatusBoard
 from raylora.errors import RunDirectoryError, UsageError
 from raylora.progress import Activity, Progress
@@ -30,7 +31,7 @@ from raylora.web.access import is_loopback, without_token
 from raylora.web.curves import Curves, thinned
 from raylora.web.runs import Runs
 from raylora.web.server import PageServer
-from raylora.web.snapshot import RAY_DASHBOARD, RunReader
+from raylora.web.snapshot import RunReader
 from raylora.web.words import event_line
 
 EVIL = "<script>alert(1)</script>\n\ndata: forged"
