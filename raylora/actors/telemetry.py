@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,7 @@ from raylora.progress import Activity, Progress
 
 _RUN, _MEMBER = ("run",), ("run", "member")
 _MEMORY_EVERY_S = 5.0
+_AGAIN_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,39 @@ class Published:
     """Some of the series, of one run."""
 
     def __init__(self, run: str, names: tuple[str, ...]) -> None:
+        """Begin to publish.
+
+        Gauges are said again and again: Ray forgets one that was not set for two of its export intervals, and an epoch,
+        or one step of a large model, takes longer.
+        """
         self.run = run
         self._metrics: dict[str, Any] = {
             name: SERIES[name].kind(name, SERIES[name].description, tag_keys=SERIES[name].tags) for name in names
         }
+        self._gauges: dict[tuple[str, str | None], float] = {}
+        threading.Thread(target=self._say_again, daemon=True).start()
 
     def say(self, name: str, value: float, member: str | None = None) -> None:
         """Set a gauge, or add to a counter."""
+        if SERIES[name].kind is Gauge:
+            self._gauges[name, member] = value
+        self._publish(name, value, member)
+
+    def forget_members(self) -> None:
+        """Say nothing more of members that somebody else may be training by now."""
+        for key in [key for key in self._gauges.copy() if key[1] is not None]:
+            self._gauges.pop(key, None)
+
+    def _publish(self, name: str, value: float, member: str | None) -> None:
         metric = self._metrics[name]
         tags = {"run": self.run, **({"member": member} if member is not None else {})}
         (metric.inc if isinstance(metric, Counter) else metric.set)(value, tags)
+
+    def _say_again(self) -> None:
+        while True:
+            time.sleep(_AGAIN_S)
+            for (name, member), value in self._gauges.copy().items():
+                self._publish(name, value, member)
 
 
 class Telemetry:
@@ -78,6 +103,10 @@ class Telemetry:
         """Publish the size of what was loaded."""
         self.published.say("raylora_base_bytes", base_bytes)
         self.measure_memory()
+
+    def begin_job(self) -> None:
+        """Say nothing more of the members of the job before."""
+        self.published.forget_members()
 
     def record(self, progress: Progress) -> None:
         """Publish one step; what is not training has no series."""
@@ -130,7 +159,7 @@ class RunTelemetry:
         self._phases: dict[str, int] = {}
 
     def record(self, state: control.State) -> None:
-        """Publish where a run is. Gauges are kept until they are set again, so only what has changed is said."""
+        """Publish where a run is; only what has changed is said."""
         if state is self._said:
             return
         self._said = state

@@ -88,6 +88,7 @@ class Worker:
             Interrupted: what is done so far is committed.
         """
         throttle, node = Throttle(), this_node()
+        self.telemetry.begin_job()
         rank = 0 if self.place is None else self.place.rank
         own = job if self.place is None else f"{job}-rank-{rank}"
 

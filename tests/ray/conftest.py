@@ -37,7 +37,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             context = ray.init(
                 address="local", num_cpus=2, num_gpus=0, include_dashboard=True, dashboard_port=0,
                 namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR",
-                _system_config={"metrics_report_interval_ms": 1000},
+                _system_config={"metrics_report_interval_ms": 4000},
             )
             break
         except Exception:  # a busy machine can start Ray too slowly for its own time limits

@@ -76,24 +76,26 @@ def test_a_run_on_a_cluster_can_be_watched(
     )
     handle: RunHandle = launch(spec)
     try:
-        wanted = set(SERIES) - NEEDS_A_GPU - {"raylora_validation_nll"}
+        wanted = set(SERIES) - NEEDS_A_GPU
         eventually(lambda: wanted <= set(exported("watched")), f"{wanted}")
+        time.sleep(12)  # longer than Ray keeps a gauge that nobody sets again
         found = exported("watched")
         pack = {"member-000", "member-001"}
         for name, series in SERIES.items():
             for tags, _ in found.get(name, []):
                 assert {"run", "member"} & set(tags) == set(series.tags), name
         assert by_member(found["raylora_member_phase"]) == {"member-000": 1, "member-001": 1, "member-002": 0}
-        assert set(by_member(found["raylora_loss"])) == set(by_member(found["raylora_grad_norm"])) == pack
+        for name in ("raylora_loss", "raylora_grad_norm", "raylora_validation_nll", "raylora_step"):
+            assert set(by_member(found[name])) == pack, name
         assert [value for _, value in found["raylora_queue_length"]] == [1]
         assert [value for _, value in found["raylora_restarts"]] == [0]
         assert found["raylora_base_bytes"][0][1] < found["raylora_peak_bytes"][0][1]
         assert found["raylora_checkpoint_seconds"][0][1] > 0 and found["raylora_tokens_total"][0][1] > 0
 
-        titles = {actor.repr_name for actor in list_actors(detail=True) if actor.state == "ALIVE"}
+        titles = {actor.repr_name for actor in list_actors(ray_cluster, detail=True) if actor.state == "ALIVE"}
         assert {"raylora:watched:worker-0", "raylora:watched:coordinator"} <= titles
         task = "raylora:watched:worker-0 [member-000, member-001]"
-        eventually(lambda: task in {each.name for each in list_tasks(limit=1000)}, task)
+        eventually(lambda: task in {each.name for each in list_tasks(ray_cluster, limit=1000)}, task)
         marks = {"raylora:step", "raylora:checkpoint"}
         eventually(lambda: marks <= {event["name"] for event in ray.timeline()}, f"{marks} in the timeline")
 
@@ -113,19 +115,3 @@ def test_a_run_on_a_cluster_can_be_watched(
     (stopped,) = (event for event in events if event["event"] == "JobInterrupted")
     assert (stopped["run"], stopped["members"]) == ("watched", ["member-000", "member-001"])
     assert "[watched member-000 member-001]: job-00: training from step 0 to 20000" in session_logs()
-
-
-def test_a_validation_is_exported(make_spec: Callable[..., RunSpec]) -> None:
-    spec = make_spec(
-        name="validated", ensemble__members=1, placement={"workers": 1, "cpus_per_worker": 1},
-        optimization__steps=None, optimization__epochs=2000,
-    )
-    handle = launch(spec)
-    try:
-        eventually(lambda: "raylora_validation_nll" in exported("validated"), "validation NLL")
-        ((tags, value),) = exported("validated")["raylora_validation_nll"]
-        assert tags["member"] == "member-000" and value > 0
-    finally:
-        handle.interrupt(signal.SIGTERM)
-        with pytest.raises(Interrupted):
-            handle.wait()

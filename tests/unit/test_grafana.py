@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from raylora import control
 from raylora.actors import telemetry
 from raylora.actors.names import actor_title, task_name
 from raylora.actors.reporter import event_record
-from raylora.actors.telemetry import COORDINATOR_SERIES, MEMBER_PHASES, SERIES, RunTelemetry, Telemetry, restarts
+from raylora.actors.telemetry import (
+    COORDINATOR_SERIES,
+    MEMBER_PHASES,
+    SERIES,
+    Published,
+    RunTelemetry,
+    Telemetry,
+    restarts,
+)
 from raylora.progress import Activity, Progress
 
 BOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "raylora.json"
@@ -117,6 +126,25 @@ def test_an_event_is_logged_with_run_phase_and_members() -> None:
     record = event_record("demo", control.JobFinished("job-00", 1), state)
     assert (record["run"], record["phase"], record["members"]) == ("demo", "training", ["member-000"])
     json.dumps(record)
+
+
+def test_gauges_are_said_again_and_those_of_other_members_are_not(monkeypatch: Any) -> None:
+    monkeypatch.setattr(telemetry, "_AGAIN_S", 0.01)
+    said: list[tuple[str, str | None]] = []
+    published = Published("demo", ())
+    published._publish = lambda name, value, member: said.append((name, member))  # for good: its thread goes on
+    published.say("raylora_loss", 0.5, "member-000")
+    published.say("raylora_base_bytes", 9.0)
+    published.say("raylora_tokens_total", 9)
+    until = time.monotonic() + 10
+    while said.count(("raylora_loss", "member-000")) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    published.forget_members()
+    time.sleep(0.1)  # a round that had begun may end
+    said.clear()
+    while said.count(("raylora_base_bytes", None)) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert set(said) == {("raylora_base_bytes", None)}, "a counter is never said again"
 
 
 def test_names_that_people_read() -> None:
