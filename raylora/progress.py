@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 _REPORT_EVERY_S = 0.5
 
@@ -38,9 +40,23 @@ class Progress:
     """What happened that one wants to have read: an epoch's validation, a member that stopped."""
     after_s: float = 0.0
     """An estimate of how long the job will take after this activity."""
+    grad_norms: Mapping[str, float] = field(default_factory=dict)
+    """The norm of the latest step's gradient by member."""
+    validations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What an epoch that ended with this step scores in validation: member -> metric -> value."""
+    node: str = ""
+    """Where the job is done, if it is done by a worker of a cluster."""
 
 
 OnProgress = Callable[[Progress], None]
+
+Span = Callable[[str], AbstractContextManager[Any]]
+"""Marks the time that something takes, such as a step, on a timeline that somebody looks at."""
+
+
+def unmarked(what: str) -> AbstractContextManager[None]:
+    """Mark nothing."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)

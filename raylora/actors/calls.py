@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from raylora import control
+from raylora.actors.names import task_name
 from raylora.errors import Interrupted, RayloraError, UnreachableError
 from raylora.placement.plan import even_parts
 from raylora.progress import Activity, Progress
@@ -25,6 +26,8 @@ class WorkerHandle:
     """How many of them train the same units."""
     is_split: bool = False
     """Whether the base is split over them."""
+    run: str = ""
+    """Whose worker it is, for what people are shown."""
 
     def load(self) -> list[Any]:
         """Start loading; of a gang, every rank is told where rank 0 listens."""
@@ -36,9 +39,10 @@ class WorkerHandle:
     def run_job(self, job: str, units: Sequence[str], coordinator: Any) -> list[Any]:
         """Start a job; the ranks of a gang, or groups of partners among them, train even shares of its units."""
         of_groups = even_parts(units, len(self.actors) // self.partners)
+        shares = [of_groups[rank // self.partners] for rank in range(len(self.actors))]
         return [
-            actor.run_job.remote(job, of_groups[rank // self.partners], coordinator)
-            for rank, actor in enumerate(self.actors)
+            actor.run_job.options(name=task_name(self.run, self.name, share)).remote(job, share, coordinator)
+            for actor, share in zip(self.actors, shares, strict=True)
         ]
 
     def aggregate(self, units: Sequence[str], started_at: float) -> list[Any]:
@@ -131,4 +135,7 @@ class GangProgress:
         slowest = min(
             ranks.values(), key=lambda each: (each.activity is Activity.EVALUATING, each.done / max(1, each.total))
         )
-        return replace(slowest, news=progress.news, losses={**slowest.losses, **progress.losses})
+        return replace(
+            slowest, news=progress.news, losses={**slowest.losses, **progress.losses},
+            grad_norms={**slowest.grad_norms, **progress.grad_norms}, validations=progress.validations,
+        )

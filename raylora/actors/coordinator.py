@@ -21,6 +21,7 @@ from raylora import control
 from raylora.actors.calls import Call, GangProgress, WorkerHandle, first_line
 from raylora.actors.placing import Placing
 from raylora.actors.preparer import Preparer
+from raylora.actors.reporter import Reporter, dashboard_fact
 from raylora.actors.worker import Worker, this_node
 from raylora.engine.run.run_status import RunStatus, StatusBoard
 from raylora.errors import Interrupted, PlacementError, RayloraError
@@ -78,11 +79,16 @@ class Coordinator:
         """The preparer's answer, while it is waited for."""
         self.gang_progress = GangProgress()
         self.board = StatusBoard(spec.run_name())
+        self.reporter = Reporter(spec.run_name())
         name = coordinator_name(store_uri).removeprefix("coordinator-")
-        self.placing = Placing(plan, spec.placement, NAMESPACE, Worker, name)
+        self.placing = Placing(plan, spec.placement, NAMESPACE, Worker, name, spec.run_name())
         self.board.nodes = self.placing.nodes
         if detached and ray.get_runtime_context().was_current_actor_reconstructed:
             threading.Thread(target=self._go_on, daemon=True).start()
+
+    def __repr__(self) -> str:
+        """Return what Ray's dashboard and log lines call it."""
+        return f"raylora:{self.board.run}:coordinator"
 
     # --- the loop -----------------------------------------------------------------------------------
     def run(self, base: list[Any]) -> control.State:
@@ -113,7 +119,7 @@ class Coordinator:
 
     def _drive(self) -> control.State:
         judge(self.store.uri, self.nonce, look_for_probe(self.store.uri, self.nonce, this_node()))
-        with self.store.held({RAY_ADDRESS: ray.get_runtime_context().gcs_address}):
+        with self.store.held({RAY_ADDRESS: ray.get_runtime_context().gcs_address, **dashboard_fact()}):
             try:
                 self.state = control.replay(control.from_record(r) for r in self.store.read_events())
                 self.events.put(self.start)
@@ -146,6 +152,7 @@ class Coordinator:
                 continue
             self.store.append_event({**control.to_record(event), "at": time.time()})
             self.state, commands = control.transition(self.state, event)
+            self.reporter.happened(event, self.state)
             for command in commands:
                 self._carry_out(command)
 

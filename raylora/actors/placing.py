@@ -32,6 +32,8 @@ class Placing:
     worker_class: Any
     name: str
     """What actors' names begin with."""
+    run: str
+    """What people call the run."""
     nodes: dict[str, str] = field(default_factory=dict)
     """Worker -> the nodes that it is on; a worker without a place is not in it."""
     _groups: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +56,7 @@ class Placing:
             group = placement_group([self.bundle] * plan.ranks, strategy=self.spec.scheduling)
             self._groups[worker] = group
         actors = [self._actor(worker, rank, group, arguments) for rank in range(plan.ranks)]
-        handle = WorkerHandle(worker, actors, plan.partners, plan.strategy == "shard")
+        handle = WorkerHandle(worker, actors, plan.partners, plan.strategy == "shard", self.run)
         self._arriving.update({actor.node.remote(): worker for actor in actors})
         return handle
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from raylora import logs
+from raylora.actors.names import actor_title
 from raylora.actors.telemetry import Telemetry
 from raylora.progress import Progress, Throttle
 from raylora.spec import RunSpec
@@ -47,6 +48,10 @@ class Worker:
         self.signal_number = 0
         self.place: Any = None
 
+    def __repr__(self) -> str:
+        """Return what Ray's dashboard and log lines call this worker."""
+        return actor_title(self.spec.run_name(), ray.get_runtime_context().get_actor_name() or "")
+
     def node(self) -> str:
         """Return the node that this process runs on, as soon as there is this process."""
         return this_node()
@@ -76,7 +81,9 @@ class Worker:
         if first is not None and rank:
             self.place = replace(first, rank=rank)
         self.session = make_session(self.spec, store, self.cpus, self.gpus, self.target_job, self.place)
+        self.session.span = self.telemetry.span
         self.session.load()
+        self.telemetry.loaded(self.session.base_bytes)
 
     def run_job(self, job: str, units: Sequence[str], coordinator: Any) -> dict[str, str]:
         """Train, evaluate and commit a pack, or make targets; return the units that failed with their reasons.
@@ -84,14 +91,16 @@ class Worker:
         Raises:
             Interrupted: what is done so far is committed.
         """
-        throttle = Throttle()
+        throttle, node = Throttle(), this_node()
+        self.telemetry.begin_job()
         rank = 0 if self.place is None else self.place.rank
         own = job if self.place is None else f"{job}-rank-{rank}"
 
         def report(progress: Progress) -> None:
             self.telemetry.record(progress)
-            merged = throttle.merged(progress)
+            merged = throttle.merged(replace(progress, node=node))
             if merged is not None:
+                self.telemetry.measure_memory()
                 coordinator.report.remote(job, merged, rank)
 
         return self.session.run_job(own, units, report, lambda: self.signal_number)

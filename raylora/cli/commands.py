@@ -159,8 +159,22 @@ def distill(
 
 @app.command()
 @command
-def status(run_path: RunPath, as_json: AsJson = False) -> None:
-    """Show the progress of a run, from its directory."""
+def status(
+    run_path: RunPath,
+    web: Annotated[bool, typer.Option("--web", help=(
+        "Serve a live page until interrupted: of a run, or of all runs in a folder such as a storage_path."
+    ))] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 is any that is free.")] = 8266,
+    host: Annotated[str, typer.Option(help=(
+        "The address that the page listens on. Any but this machine's own (127.0.0.1) needs the token that is printed."
+    ))] = "127.0.0.1",
+    as_json: AsJson = False,
+) -> None:
+    """Show the progress of a run, from its directory: now, or with --web on a live page."""
+    if web:
+        from raylora.cli.watching import serve_page
+
+        return serve_page(run_path, host, port, as_json)
     from raylora.engine.run.life import lifelessness
     from raylora.engine.run.roster import read_roster, read_state
     from raylora.engine.run.run_status import RunStatus, StatusBoard

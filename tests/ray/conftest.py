@@ -35,12 +35,14 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     os.environ["RAYLORA_CACHE"] = str(cache_folder())
     before, os.environ["HOME"] = os.environ["HOME"], str(tmp_path_factory.mktemp("home"))
+    os.environ["RAY_PROFILING"] = "1"  # Ray's timeline keeps what is marked in it, as a test wants to see
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: sockets are in it
     for attempt in range(_TRIES):
         try:
             context = ray.init(
                 address="local", num_cpus=2, num_gpus=0, include_dashboard=True, dashboard_port=0,
                 namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR", _temp_dir=str(folder),
+                _system_config={"metrics_report_interval_ms": 4000},
             )
             break
         except Exception:  # a busy machine can start Ray too slowly for its own time limits
@@ -51,4 +53,5 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
     os.environ["HOME"] = before
+    del os.environ["RAY_PROFILING"]
     shutil.rmtree(folder, ignore_errors=True)

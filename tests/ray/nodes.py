@@ -105,7 +105,7 @@ def lose_coordinator(spec: str) -> dict[str, Any]:
     cluster_of(head_cpus=1)
     handle = launch(read_spec(spec))
     wait_for(lambda: busy(handle) == 1, "the worker trains")
-    (pid,) = [pid for pid, title in titles().items() if "ray::Coordinator" in title]
+    (pid,) = [pid for pid, title in titles().items() if title.startswith("ray::raylora:") and "coordinator" in title]
     os.kill(pid, signal.SIGKILL)
     metrics = handle.wait(lambda status: None)
     events = [event["event"] for event in handle.store.read_events()]
@@ -121,7 +121,7 @@ def titles() -> dict[int, str]:
 
 
 def worker_pids() -> list[int]:
-    return [pid for pid, title in titles().items() if "ray::" in title and "run_job" in title]
+    return [pid for pid, title in titles().items() if title.startswith("ray::raylora:") and "[member-" in title]
 
 
 if __name__ == "__main__":

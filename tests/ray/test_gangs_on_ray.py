@@ -31,7 +31,7 @@ def rank_pids() -> dict[int, str]:
     import psutil
 
     titles = {p.pid: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
-    return {pid: title for pid, title in titles.items() if "ray::" in title and "run_job" in title}
+    return {pid: title for pid, title in titles.items() if title.startswith("ray::raylora:") and "[member-" in title}
 
 
 def spec_of(make_spec: MakeSpec, placement: dict[str, Any], where: Path, **changes: Any) -> RunSpec:

@@ -40,7 +40,7 @@ def worker_pids() -> list[int]:
     import psutil
 
     titles = {p.pid: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
-    return [pid for pid, title in titles.items() if "ray::Worker.run_job" in title]
+    return [pid for pid, title in titles.items() if title.startswith("ray::raylora:") and "[member-" in title]
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.predict import OnRows, predict
 from raylora.errors import Interrupted, StoreError
 from raylora.placement.plan import Plan
-from raylora.progress import Activity, OnProgress, RowCounter
+from raylora.progress import Activity, OnProgress, RowCounter, Span, unmarked
 from raylora.records import TargetFacts
 from raylora.spec import RunSpec, SetSpec
 from raylora.store.run_store import RunStore
@@ -121,6 +121,12 @@ class TargetSession:
         """Take the teacher's spec and the store of the targets."""
         self.spec, self.store, self.target_job = spec, store, target_job
         self.session = TrainingSession(spec, RunStore(target_job.run_uri), cpus, gpus)
+        self.span: Span = unmarked
+
+    @property
+    def base_bytes(self) -> int:
+        """How much of the base is held, once it is loaded."""
+        return self.session.base_bytes
 
     def load(self) -> None:
         """Load base, rows and members.
@@ -159,7 +165,8 @@ class TargetSession:
                 else:
                     rows = RowCounter(Activity.MAKING_TARGETS, len(chosen) * len(self.packs), report)
                     files = self._targets(chosen, rows).to_files()
-                self.store.commit_result(f"shards/{name}", files)
+                with self.span("checkpoint"):
+                    self.store.commit_result(f"shards/{name}", files)
         return {}
 
     def _targets(self, examples: Sequence[Example], report: OnRows) -> MemberTargets:

@@ -7,6 +7,9 @@ import time
 from raylora import control
 from raylora.store.run_store import STALE_S, RunStore
 
+RAY_DASHBOARD = "ray_dashboard"
+"""Under this name the holder of a run directory says where its cluster's dashboard is."""
+
 
 def lifelessness(store: RunStore, state: control.State) -> str:
     """Return since when a run that has not ended shows no sign of life, and what to do; nothing if all is well."""

@@ -37,7 +37,7 @@ from raylora.engine.training.optimizer import start_deepspeed
 from raylora.engine.training.trainer import PackTrainer, TrainingSettings
 from raylora.ensemble.outputs.base import Names
 from raylora.errors import RunDirectoryError
-from raylora.progress import OnProgress, Progress
+from raylora.progress import OnProgress, Progress, Span, unmarked
 from raylora.records import JobTiming, RunMetrics
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
@@ -52,6 +52,13 @@ StopSignal = Callable[[], int]
 
 class Session(Protocol):
     """What a worker does its jobs on."""
+
+    span: Span
+    """Marks what takes time, such as steps and checkpoints, on a timeline."""
+
+    @property
+    def base_bytes(self) -> int:
+        """How much of the base is held, once it is loaded."""
 
     def load(self) -> None:
         """Load what all jobs need. Raises: UsageError for bad input."""
@@ -87,6 +94,12 @@ class TrainingSession:
         self.evaluator: Evaluator
         self.distillation_loss: DistillationLoss | None
         self.trunk_cache: TrunkCache | None
+        self.span: Span = unmarked
+
+    @property
+    def base_bytes(self) -> int:
+        """How much of the base is held, once it is loaded."""
+        return self.base.size_bytes
 
     def load(self) -> None:
         """Load the base and the data.
@@ -184,6 +197,7 @@ class TrainingSession:
             model, TrainingSettings.of(self.spec), plans, self.sets.train.examples, self.sets.validation.examples,
             self.distillation_loss, self._saved(plans),
         )
+        trainer.span = self.span
         resumed_at = trainer.step
         logger.info("%s: training from step %d to %d", job, resumed_at, trainer.total)
         tracking = Tracking(self.spec if self._is_first else self.spec.model_copy(update={"tracking": []}), self.store)
@@ -197,7 +211,8 @@ class TrainingSession:
             return should_stop() if partners is None else partners.greatest(should_stop())
 
         def save(trainer: PackTrainer) -> None:
-            self._save(trainer)
+            with self.span("checkpoint"):
+                self._save(trainer)
             tracked.commit()
 
         try:

@@ -22,10 +22,12 @@ from raylora.engine.training.predict import validation_metrics
 from raylora.engine.training.schedule import epochs_done, total_steps
 from raylora.ensemble.metric_table import METRICS
 from raylora.errors import Interrupted, TrainingError
-from raylora.progress import Activity, OnProgress, Progress
+from raylora.progress import Activity, OnProgress, Progress, Span, unmarked
 from raylora.spec import EnsembleSpec, EvaluationSpec, OptimizationSpec, RunSpec
 
 _HISTORY_POINTS = 500
+VALIDATION = "validation_"
+"""What the names of validation metrics begin with in a history."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class PackTrainer:
         """
         self.model, self.settings, self.distillation_loss = model, settings, distillation_loss
         self.train, self.validation = train, validation
+        self.span: Span = unmarked
+        """Marks each step on a timeline."""
         self.total = total_steps(len(train), settings.optimization)
         self.step = next(iter(saved.values()))[1]["step"] if saved else 0
         builder = MemberBuilder(model, train, settings.optimization, settings.ensemble)
@@ -92,11 +96,13 @@ class PackTrainer:
         with self.collator() as collator:
             while self.step < self.total and any(t.training for t in self.states):
                 training = [t for t in self.states if t.training]
-                progress = self.take_step(collator)
+                with self.span("step"):
+                    progress = self.take_step(collator)
                 ended_epoch = self.step == self.total or self.epochs(self.step) > self.epochs(self.step - 1)
                 told = self._validate() if ended_epoch else []
                 told += [f"{t.plan.name} failed: {t.failure}" for t in training if t.failure]
-                report(replace(progress, news=tuple(told)))
+                validations = self._validations() if ended_epoch else {}
+                report(replace(progress, news=tuple(told), validations=validations))
                 if ended_epoch:
                     epoch_end(self, self.epochs_begun)
                 signal_number = should_stop()
@@ -143,7 +149,8 @@ class PackTrainer:
             if not state.failure:
                 self._record(state, losses[state.plan.name])
         seconds = time.perf_counter() - started
-        return Progress(Activity.TRAINING, self.step, self.total, 1, seconds, losses, tokens)
+        norms = {t.plan.name: t.optimizer.grad_norm for t in active if not t.failure}
+        return Progress(Activity.TRAINING, self.step, self.total, 1, seconds, losses, tokens, grad_norms=norms)
 
     def _micro_batch(
         self, stepping: Sequence[MemberState], batch: Batch, number: int, sums: dict[str, float]
@@ -212,12 +219,24 @@ class PackTrainer:
         )
         for state, values in zip(active, metrics, strict=True):
             state.history.append(
-                {"step": self.step, **{f"validation_{name}": value for name, value in values.items()}}
+                {"step": self.step, **{f"{VALIDATION}{name}": value for name, value in values.items()}}
             )
             if rule is not None:
                 state.judge(values[rule.metric], self.step, rule.patience, METRICS[rule.metric].sign < 0)
             told += self._news(state, values)
         return told
+
+    def _validations(self) -> dict[str, dict[str, float]]:
+        """Return what the members scored in the validation after this step, by metric, as far as it is a number."""
+        rows = {t.plan.name: t.history[-1] for t in self.states if t.history and t.history[-1]["step"] == self.step}
+        scores = {
+            name: {
+                key.removeprefix(VALIDATION): value for key, value in row.items()
+                if key.startswith(VALIDATION) and math.isfinite(value)
+            }
+            for name, row in rows.items()
+        }
+        return {name: values for name, values in scores.items() if values}
 
     def _news(self, state: MemberState, values: Mapping[str, float]) -> list[str]:
         name, epochs = state.plan.name, self.epochs(self.total - 1) + 1
