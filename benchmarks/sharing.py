@@ -171,6 +171,7 @@ def work(content: dict[str, Any], way: Way, rank: int, address: str, barrier: An
     from raylora.engine.run.plan_run import prepare
     from raylora.engine.run.session import TrainingSession
     from raylora.engine.training.trainer import PackTrainer, TrainingSettings
+    from raylora.placement.estimate import parts_of
     from raylora.spec import build_spec
 
     place = None
@@ -180,7 +181,7 @@ def work(content: dict[str, Any], way: Way, rank: int, address: str, barrier: An
     before = memory()
     session = TrainingSession(prepared.spec, prepared.store, way.threads, 0, place)
     barrier.wait()
-    started = time.perf_counter()
+    begun = started = time.perf_counter()
     session.load()
     found: dict[str, Any] = {"load_s": time.perf_counter() - started, "base_bytes": session.base.size_bytes}
     found["loaded_anonymous"] = memory()["anonymous"] - before["anonymous"]
@@ -191,7 +192,9 @@ def work(content: dict[str, Any], way: Way, rank: int, address: str, barrier: An
     peaks: list[int] = []
     most: list[int] = []
     with trainer.collator() as collator:
-        for _ in range(WARM):
+        trainer.take_step(collator)
+        found["first_step_s"] = time.perf_counter() - begun
+        for _ in range(WARM - 1):
             trainer.take_step(collator)
         barrier.wait()
         times = []
@@ -207,6 +210,9 @@ def work(content: dict[str, Any], way: Way, rank: int, address: str, barrier: An
             found |= of_parts(session.base.model) | {"gathered_bytes": most[0]}
     barrier.wait()
     found |= memory("/bases/") | {"peak_anonymous": peaks[0], "step_s": times}
+    split_over = way.ranks if way.is_split else 1
+    parts = parts_of(prepared.demand.model, prepared.demand.member, len(plans), split_over)
+    found |= {"estimate_bytes": parts.total - parts.runtime, "before_anonymous": before["anonymous"]}
     found["loss"] = trainer.states[0].history[-1]["loss"]
     barrier.wait()
     if session.gang is not None:
@@ -366,6 +372,13 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "gathered_blocks": row["gathered_bytes"] / row["largest_block_bytes"],
                 "gathered_within_two_blocks_or_a_table": row["gathered_bytes"] <= max(two, row["largest_table_bytes"]),
             }
+    for row in rows:
+        if row["part"] == "ways":  # the runtime is left out of both: what a process has before it loads anything
+            held = row["peak_anonymous"] - row["before_anonymous"] + row.get("base_rss", 0)
+            found.setdefault("estimate_over_measured", {})[f"{row['model']}, {row['base']}, {row['way']}"] = (
+                row["estimate_bytes"] / held
+            )
+    found |= {"elsewhere": {name: _summary_in(name) for name in ("trunk", "scheduler_scale")}}
     by_way = {(r["model"], r["base"], r["way"]): r for r in rows if r["part"] == "ways"}
     found["step_over_replicate"] = {
         f"{model}, {base}, {way}": row["step_s"] / by_way[model, base, "replicate 2"]["step_s"]
@@ -379,6 +392,12 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 **({"device_peak_of_base": row["device_peak"] / row["base_bytes"]} if row["gpus"] else {}),
             }
     return found
+
+
+def _summary_in(name: str) -> Any:
+    """Return what another benchmark came to, or nothing if it was not run here."""
+    path = record.RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["summary"] if path.exists() else None
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> None:

@@ -93,6 +93,7 @@ def test_a_killed_rank_ends_its_gang_which_goes_on_from_its_commits(
     assert_bit_equal(members(handle.store.uri), members(str(tmp_path / "alone" / "demo")))
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_ranks_after_a_commit(make_spec: MakeSpec, tmp_path: Path) -> None:
     changes = {"optimization__steps": 60, "checkpointing__every_steps": 50}
     handle = launch(spec_of(make_spec, SHARD, tmp_path / "gang", **changes))

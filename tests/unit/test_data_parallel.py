@@ -57,7 +57,8 @@ def optimizer_bytes(session: Any, rank: int) -> int:
 @pytest.mark.parametrize(
     ("ranks", "partners", "is_split", "stages"),
     [
-        pytest.param(2, 2, False, [0, 1, 2], id="two ranks"),
+        pytest.param(2, 2, False, [0, 2], id="two ranks"),
+        pytest.param(2, 2, False, [0, 1], id="two ranks, the other stage", marks=pytest.mark.slow),
         pytest.param(4, 2, True, [0, 2], id="two pairs over a split base", marks=pytest.mark.slow),
         pytest.param(2, 2, True, [1], id="two ranks over a split base", marks=pytest.mark.slow),
         pytest.param(3, 3, False, [0], id="three ranks", marks=pytest.mark.slow),

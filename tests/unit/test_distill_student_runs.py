@@ -371,6 +371,7 @@ def test_the_command_line_teaches_compares_and_reports(teacher: str, content: di
     assert wrong.exit_code == 2 and "there is no run here" in wrong.output
 
 
+@pytest.mark.slow
 def test_a_spec_with_a_distill_section_does_both_and_resumes(
     make_spec: Make, settings: Make, tmp_path: Path
 ) -> None:

@@ -68,7 +68,8 @@ def dies_in_a_gather(case: Case, rank: int, address: str, doomed: int, said: Any
         os._exit(3)  # as a worker that is killed by its coordinator: nothing waits for a peer that is gone
 
 
-@pytest.mark.parametrize("doomed", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("doomed", [0, 1])
 def test_a_rank_that_is_killed_within_a_gather_ends_its_gang_and_the_next_one_goes_on(
     doomed: int, content: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -100,6 +100,7 @@ run_in_process(prepare(parse_spec(open(sys.argv[1]).read(), where="spec")), on_s
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_in_the_middle_loses_nothing_but_time(
     bucket: str, make_spec: Make, tmp_path: Path, trained: Callable[[Any], str]
 ) -> None:

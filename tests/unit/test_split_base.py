@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2": {"source": "gpt2", **LANGUAGE},
 }
 
-ALWAYS = ["dense", "nf4", "optq with its pair", "a reference, and members that stop early", "tied embeddings"]
+ALWAYS = ["nf4", "optq with its pair", "a reference, and members that stop early", "tied embeddings"]
 
 
 def merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def what_is_held(session: Any, rank: int) -> dict[str, float]:
     ("ranks", "names"),
     [
         pytest.param(2, ALWAYS, id="2"),
-        pytest.param(4, ["nf4"], id="4"),
+        pytest.param(4, ["dense"], id="4"),
         pytest.param(2, [name for name in CASES if name not in ALWAYS], id="2, the others", marks=pytest.mark.slow),
         pytest.param(4, ["tied embeddings", "int8"], id="4, others", marks=pytest.mark.slow),
     ],

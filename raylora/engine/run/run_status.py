@@ -60,8 +60,6 @@ class RunStatus:
     started_at: float
     updated_at: float
     workers: dict[str, control.WorkerState] = field(default_factory=dict)
-    nodes: dict[str, str] = field(default_factory=dict)
-    """Worker -> the machines that it is on, of those that have a place."""
     preparation: BlockDone | None = None
     jobs: dict[str, JobStatus] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -72,6 +70,8 @@ class RunStatus:
     """The latest of what happened: validation at epoch ends, members that stopped early or failed."""
     news_count: int = 0
     """How much happened so far, for those who have seen some of it."""
+    nodes: dict[str, str] = field(default_factory=dict)
+    """Worker -> the machines that it is on, of those that have a place."""
 
     @property
     def share_done(self) -> float:
@@ -144,8 +144,8 @@ class StatusBoard:
             news, news_count = list(self._news), self._news_count
         return RunStatus(
             self.run, state.phase, state.reason, self.started_at, time.time(), dict(state.workers.items()),
-            dict(self.nodes), self.preparation, jobs, dict(state.failed_units), _eta_s(jobs, main, state.workers),
-            news, news_count,
+            self.preparation, jobs, dict(state.failed_units), _eta_s(jobs, main, state.workers), news, news_count,
+            dict(self.nodes),
         )
 
 
