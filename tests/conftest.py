@@ -155,6 +155,22 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return make_bucket()
 
 
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    """Yield an empty storage: a folder, and an object store in memory."""
+    import uuid
+
+    import fsspec
+
+    from raylora.store.storage import Storage
+
+    if request.param == "local":
+        yield Storage(str(tmp_path / "root"))
+    else:
+        yield Storage(f"memory://{uuid.uuid4().hex}/root")
+        fsspec.filesystem("memory").store.clear()
+
+
 @pytest.fixture(autouse=True)
 def _global_state_is_restored() -> Iterator[None]:
     """Undo what a session sets for its whole process."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,6 @@ import pytest
 from raylora.errors import StoreError
 from raylora.store.events import EventLog, effective
 from raylora.store.storage import _BLOCK, Storage
-
-
-@pytest.fixture(params=["local", "memory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
-    if request.param == "local":
-        yield Storage(str(tmp_path / "root"))
-    else:
-        yield Storage(f"memory://{uuid.uuid4().hex}/root")
-        fsspec.filesystem("memory").store.clear()
 
 
 def log_of(storage: Storage, epoch: int | None) -> EventLog:

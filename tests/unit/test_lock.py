@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,6 @@ from raylora.store.run_store import RunStore
 from raylora.store.storage import Storage
 
 FILES = {"a.bin": b"content"}
-
-
-@pytest.fixture(params=["local", "memory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
-    if request.param == "local":
-        yield Storage(str(tmp_path / "root"))
-    else:
-        yield Storage(f"memory://{uuid.uuid4().hex}/root")
-        fsspec.filesystem("memory").store.clear()
 
 
 def record(**changes: Any) -> bytes:

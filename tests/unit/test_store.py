@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,6 @@ from raylora.store.storage import Storage
 
 OLD = {"a.bin": b"old " * 50, "b.json": b"{}"}
 NEW = {"a.bin": b"new " * 60, "b.json": b'{"x": 1}'}
-
-
-@pytest.fixture(params=["local", "memory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
-    if request.param == "local":
-        yield Storage(str(tmp_path / "root"))
-    else:
-        yield Storage(f"memory://{uuid.uuid4().hex}/root")
-        fsspec.filesystem("memory").store.clear()
 
 
 # --- bytes at paths --------------------------------------------------------------------------------------
