@@ -30,7 +30,7 @@ class ModelShape:
     embedding_bytes: int = 0
     """All that is beside the blocks: embeddings, output layer, last norm."""
     largest_table_bytes: int = 0
-    """The largest tensor beside the blocks."""
+    """The largest tensor beside the blocks that a split base needs whole: a table that is only looked up is not."""
     workspace_bytes: int = 0
     """The largest quantized layer while it is multiplied with; nothing where none is quantized."""
     layers: int = 1

@@ -1,8 +1,8 @@
-"""A frozen linear layer whose tensors may be elsewhere between its forward and its backward pass.
+"""Frozen layers whose tensors may be elsewhere between two passes, or between a forward pass and its backward one.
 
 Where a base is split over several ranks, a layer is whole only while it is passed. So it may keep nothing between
-passes: autograd would keep every weight of the model alive from the forward pass to the backward one. This layer asks
-for its tensors anew in each.
+passes: autograd would keep every weight of the model alive from the forward pass to the backward one. A linear layer
+asks for its tensors anew in each, and a table is passed part by part, so that it is never whole anywhere.
 """
 
 from __future__ import annotations
@@ -64,3 +64,36 @@ class _Pass(torch.autograd.Function):
             return layer.quantizer.input_gradient(layer.filled(), grads[0]).to(ctx.dtype), None
         finally:
             layer.emptied()
+
+
+class SplitEmbedding(nn.Module):
+    """Looks up what a frozen table holds, bit for bit, in one part of its rows after another."""
+
+    def __init__(self, table_VD: Tensor, rows: int) -> None:
+        """Take a table over, so many rows to a part."""
+        super().__init__()
+        self.width, self.dtype, self.parts = table_VD.shape[1], table_VD.dtype, range(0, len(table_VD), rows)
+        for first in self.parts:  # not in a list of modules: the longest of those is the model's blocks
+            self.add_module(f"from_{first}", _Rows(table_VD[first : first + rows], first))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of some ids (...), ... x D."""
+        found = torch.empty((*ids.shape, self.width), dtype=self.dtype, device=ids.device)
+        for first in self.parts:
+            here, rows_ND = getattr(self, f"from_{first}")(ids)
+            found[here] = rows_ND
+        return found
+
+
+class _Rows(nn.Module):
+    """Some rows of a table, as bytes: what is counted of a split base are bytes, too."""
+
+    def __init__(self, rows_RD: Tensor, first: int) -> None:
+        super().__init__()
+        self.first, self.dtype = first, rows_RD.dtype
+        self.bytes_RB = nn.Parameter(rows_RD.detach().view(torch.uint8), requires_grad=False)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        rows_RD = self.bytes_RB.view(self.dtype)
+        here = (ids >= self.first) & (ids < self.first + len(rows_RD))
+        return here, rows_RD[ids[here] - self.first]

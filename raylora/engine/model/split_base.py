@@ -7,6 +7,7 @@ and heads are no part of the model and stay where they are; no gradient crosses 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,10 @@ from raylora.adapters.packed import AdaptedLinear, MemberLinear, Pack, Slot
 from raylora.engine.model.blocks import find_blocks
 from raylora.engine.model.gang import Gang, Round
 from raylora.quant.base import Quantizer
-from raylora.quant.split import SplitLinear
+from raylora.quant.split import SplitEmbedding, SplitLinear
 
+MOST_PARTS = 64
+"""Of a table: each is a message in every pass."""
 _CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     # SplitLinear sees to what this is for, of all kinds of layers and without changing torch for the whole process.
@@ -48,6 +51,7 @@ def split(
         if isinstance(module, MemberLinear):  # every member has its own: the base's is for looking at
             module.__dict__["base"] = module._modules.pop("base")
     block_numel = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    _replace_tables(model, block_numel)
     set_z3_leaf_modules(model, list({type(block) for block in blocks}))
     for part in [*blocks, model]:
         fresh = [p for p in part.parameters() if not hasattr(p, "ds_id")]
@@ -79,6 +83,24 @@ def _replace_linears(model: nn.Module, quantizer: Quantizer) -> None:
             if is_linear(child):
                 setattr(parent, name, SplitLinear(child, quantizer).eval())
     assert not any(isinstance(m, AdaptedLinear) and is_linear(m.base) for m in model.modules())
+
+
+def _replace_tables(model: nn.Module, most_bytes: int) -> None:
+    """Put a layer that looks its rows up part by part in the place of every table that is larger than a block.
+
+    A table that is the output layer, too, is needed whole there.
+    """
+    holders = [p for _, p in model.named_parameters(remove_duplicate=False)]
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is not nn.Embedding or child.max_norm is not None:
+                continue
+            table_VD = child.weight
+            is_tied = sum(p is table_VD for p in holders) > 1
+            if table_VD.nbytes > most_bytes and not is_tied:
+                row_bytes = table_VD.nbytes // len(table_VD)
+                rows = max(most_bytes // row_bytes, math.ceil(len(table_VD) / MOST_PARTS), 1)
+                setattr(parent, name, SplitEmbedding(table_VD.data, rows).eval())
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from raylora.engine.model.checkpoint import quantizer_of, shell_model
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.parameter_count import adapter_parameters
 from raylora.engine.model.sites import adapter_sites, find_heads
+from raylora.engine.model.split_base import MOST_PARTS
 from raylora.engine.training.member_plan import MemberPlan, packable_groups, unpackable_reason
 from raylora.errors import BaseError
 from raylora.placement.estimate import MemberShape, ModelShape
@@ -110,7 +112,12 @@ def _model_shape(spec: RunSpec, shell: Shell, on_gpu: bool) -> ModelShape:
         sum(p.numel() for p in model.parameters()) - block_numel - sum(dense[i] for i in dense if i not in inside)
     ) + sum(size for i, size in stored.items() if i not in inside)
     of_blocks = {id(p) for block in blocks for p in block.parameters()}
-    tables = [p.numel() for p in model.parameters() if id(p) not in of_blocks]
+    beside = [(m, p) for m in model.modules() for p in m.parameters(recurse=False) if id(p) not in of_blocks]
+    shared = {id(p) for m, p in beside if type(m) is not nn.Embedding}
+    tables = [
+        p.numel() if type(m) is not nn.Embedding or id(p) in shared else math.ceil(p.numel() / MOST_PARTS)
+        for m, p in beside
+    ]
     is_quantized = spec.base.quantization.kind != "none"
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     intermediate, is_gated = _feed_forward(blocks[0], int(config.hidden_size))
