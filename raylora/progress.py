@@ -44,8 +44,6 @@ class Progress:
     """The norm of the latest step's gradient by member."""
     validations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """What an epoch that ended with this step scores in validation: member -> metric -> value."""
-    node: str = ""
-    """Where the job is done, if it is done by a worker of a cluster."""
 
 
 OnProgress = Callable[[Progress], None]

@@ -91,14 +91,14 @@ class Worker:
         Raises:
             Interrupted: what is done so far is committed.
         """
-        throttle, node = Throttle(), this_node()
+        throttle = Throttle()
         self.telemetry.begin_job()
         rank = 0 if self.place is None else self.place.rank
         own = job if self.place is None else f"{job}-rank-{rank}"
 
         def report(progress: Progress) -> None:
             self.telemetry.record(progress)
-            merged = throttle.merged(replace(progress, node=node))
+            merged = throttle.merged(progress)
             if merged is not None:
                 self.telemetry.measure_memory()
                 coordinator.report.remote(job, merged, rank)

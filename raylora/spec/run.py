@@ -349,8 +349,8 @@ class PlacementSpec(Frozen):
 
     strategy: Literal["auto", "replicate", "shard"] = "auto"
     """Whether every worker has the whole base (those of one machine read the same pages), or each holds a part of it
-    and gathers the rest block by block as it computes (DeepSpeed ZeRO-3); ``auto`` splits it only where a whole one
-    does not fit."""
+    and gathers the rest block by block as it computes (DeepSpeed ZeRO-3); ``auto`` splits it where a whole one
+    does not fit, or where that is much faster."""
     ranks: int | Literal["auto"] = "auto"
     """Over how many processes a base is split, at least 2; for strategy shard."""
     recompute: bool = False

@@ -102,13 +102,12 @@ class RunReader:
 
     def _jobs(self, state: control.State, status: RunStatus) -> dict[str, JobStatus]:
         """Return the jobs as the log has them, with the progress that the latest status tells of the same attempt."""
+        self._nodes |= status.nodes
         jobs = {}
         for name, job in state.jobs.items():
             told = status.jobs.get(name)
             progress = told.progress if told is not None and told.attempt == job.attempt else None
             jobs[name] = JobStatus(list(job.units), job.status, job.attempt, job.failures, progress)
-            if progress is not None and progress.node and job.worker:
-                self._nodes[job.worker] = progress.node
             if progress is not None and progress.activity is Activity.TRAINING:
                 for unit, loss in progress.losses.items():
                     self.curves.see(unit, progress.done, {LOSS: loss})

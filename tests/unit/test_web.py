@@ -67,7 +67,8 @@ def write_status(store: RunStore, step: int, loss: float, **more: Any) -> None:
     state = control.replay(control.from_record(record) for record in store.read_events())
     losses = {unit: loss for job in state.at_work.values() for unit in state.jobs[job].units}
     for job in state.at_work.values():
-        board.report(job, Progress(Activity.TRAINING, step, 100, 1, 0.5, losses, tokens=50, node="host-7", **more))
+        board.report(job, Progress(Activity.TRAINING, step, 100, 1, 0.5, losses, tokens=50, **more))
+    board.nodes = dict.fromkeys(state.at_work, "host-7")
     store.write_json("status.json", board.status(state).record())
 
 
