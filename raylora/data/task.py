@@ -278,6 +278,12 @@ def token_logprobs(logits_BKV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return logp_BK.masked_fill(~mask_BK, 0.0), mask_BK
 
 
+def mean_per_example(values_BT: Tensor, batch: Batch) -> Tensor:
+    """Return the mean over each example's target tokens, N, of values that belong to the tokens and are 0 elsewhere."""
+    assert batch.target_mask_BT is not None
+    return values_BT.sum(-1) / batch.target_mask_BT.sum(-1)
+
+
 def require_labels(batch: Batch) -> Tensor:
     """Return labels_N. Raises: DataError when the batch has none."""
     if batch.labels_N is None:

@@ -21,6 +21,7 @@ from raylora.data.task import (
     check_length,
     collate,
     leading_ids,
+    mean_per_example,
     require_text,
     token_logprobs,
 )
@@ -113,8 +114,7 @@ class LanguageModeling:
 
     def loss(self, scores: Tensor, batch: Batch) -> Tensor:
         """Return loss_N, the mean negative log-likelihood of each block's targets."""
-        assert batch.target_mask_BT is not None
-        return -scores.sum(-1) / batch.target_mask_BT.sum(-1)
+        return mean_per_example(-scores, batch)
 
 
 def build(spec: Spec) -> LanguageModeling:
