@@ -382,7 +382,7 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "gathered_within_two_blocks_or_a_table": row["gathered_bytes"] <= max(two, row["largest_table_bytes"]),
             }
     for row in rows:
-        if row["part"] == "ways":  # a batch's rows are shorter than the longest that there are, which the plan counts on
+        if row["part"] == "ways":  # a plan counts on the longest rows that there are
             found.setdefault("estimate_over_measured", {})[f"{row['model']}, {row['base']}, {row['way']}"] = (
                 row["estimate_bytes"] / row["peak_rss"]
             )

@@ -73,8 +73,9 @@ def batch_of(spec: RunSpec, sets: DataSets) -> MemberShape:
     rows = spec.optimization.micro_batch * max(len(e.sequences) for e in examples)
     evaluated = max((len(loaded.examples) for loaded in sets.all() if loaded is not sets.train), default=0)
     read = min(spec.evaluation.batch, spec.ensemble.members * evaluated)
+    has_token_logits = bool(examples[0].spans or examples[0].target_ranges)
     return MemberShape(
-        rows=rows, time=time, has_token_logits=bool(examples[0].spans), evaluated_tokens=read * time,
+        rows=rows, time=time, has_token_logits=has_token_logits, evaluated_tokens=read * time,
         recomputed=spec.placement.recompute,
     )
 

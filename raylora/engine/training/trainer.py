@@ -126,7 +126,8 @@ class PackTrainer:
     # --- one step -----------------------------------------------------------------------------------
     def collator(self) -> Collator:
         """Return what makes this trainer's batches; close it when training ends."""
-        return Collator(self.model, self.train, self.total * self.settings.optimization.accumulation)
+        accumulation = self.settings.optimization.accumulation
+        return Collator(self.model, self.train, self.total * accumulation, accumulation)
 
     def take_step(self, collator: Collator) -> Progress:
         """Take one optimizer step with every member that still trains."""
