@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.splits import Pool, divide, fresh, judge, read_pool
-from raylora.data.task import UNLABELED, BadRow, Example, LeftOut, Task
+from raylora.data.task import UNLABELED, BadRow, Example, LeftOut, Task, decode_text
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec
 
@@ -210,10 +210,10 @@ def _shown(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         ]
     tokens, text, done = list(example.sequences[0]), "", 0
     for first, last in example.target_ranges:
-        text += f"{tokenizer.decode(tokens[done:first])}[[{tokenizer.decode(tokens[first:last])}]]"
+        text += f"{decode_text(tokenizer, tokens[done:first])}[[{decode_text(tokenizer, tokens[first:last])}]]"
         done = last
     learned = sum(last - first for first, last in example.target_ranges)
-    text += tokenizer.decode(tokens[done:])
+    text += decode_text(tokenizer, tokens[done:])
     return [f"{example.id} [{len(tokens)} tokens, {learned} of them in [[ ]] are learned] {text!r}"]
 
 

@@ -236,6 +236,12 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise DataError("the tokenizer has neither a padding nor an end token", "set its pad_token and save it again")
 
 
+def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Return the text of one sequence of tokens, special ones included."""
+    text: Any = tokenizer.decode(list(tokens))
+    return str(text)
+
+
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that the tokenizer puts before any text: a start token, or nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -40,13 +40,12 @@ def questions(module: str, rows: int) -> Callable[[Path, Path], None]:
 def _generated(archive: str, module: str, rows: int) -> Iterator[dict[str, str]]:
     """Yield distinct questions and their answers; what the generator no longer finds is put in place."""
     import numpy
-    import sympy  # noqa: F401  # its submodules, below
-    from sympy.solvers.diophantine.diophantine import base_solution_linear
+    from sympy.solvers.diophantine.diophantine import base_solution_linear  # type: ignore[import-untyped]
 
     sys.modules["sympy.solvers.diophantine"].base_solution_linear = base_solution_linear  # type: ignore[attr-defined]
     sys.modules["absl"] = types.SimpleNamespace(logging=logging)  # type: ignore[assignment]  # all it takes of absl
     sys.path.insert(0, archive)
-    from mathematics_dataset.modules import arithmetic
+    from mathematics_dataset.modules import arithmetic  # type: ignore[import-not-found]
 
     random.seed(SEED)
     numpy.random.seed(SEED)  # what the generator draws from

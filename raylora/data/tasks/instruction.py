@@ -32,6 +32,7 @@ from raylora.data.task import (
     PaddingSide,
     check_length,
     collate,
+    decode_text,
     mean_per_example,
     token_logprobs,
 )
@@ -198,7 +199,7 @@ class Instruction:
             if tokens.count <= limit:
                 return tokens
             asked = list(tokenizer(turns[0]["content"], add_special_tokens=False, verbose=False)["input_ids"])
-            kept = tokenizer.decode(asked[tokens.count - limit :])
+            kept = decode_text(tokenizer, asked[tokens.count - limit :])
             if not kept.strip():
                 break
             turns = [{**turns[0], "content": kept}, *turns[1:]]

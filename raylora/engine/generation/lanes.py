@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,14 +37,14 @@ class Lane:
 
 def lanes_of(model: PackedModel, stacked: Mapping[str, Tensor], remembers: bool = False) -> list[Lane]:
     """Return the lanes of some members' tensors, stacked over M."""
-    base = model.base
+    base, config = model.base, cast(Any, model.base.model.config)
     pack = make_pack(model.adapter, base.sites, stacked)
     types = {name: parameter.dtype for name, parameter in base.model.named_parameters()} if pack.weights else {}
     packs = pack.alone() if pack.weights else [pack]
     return [
         Lane(
             one, {name: weight.to(types[name]) for name, weight in one.weights.items()},
-            DynamicCache(config=base.model.config) if remembers else None,
+            DynamicCache(config=config) if remembers else None,
         )
         for one in packs
     ]

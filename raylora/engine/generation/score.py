@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def score(
     """Yield what the members say of the tokens that each example's target mask names, in the examples' order."""
     base = model.base
     members = len(next(iter(stacked.values())))
-    vocabulary = int(base.model.config.get_text_config().vocab_size)
+    vocabulary = int(cast(Any, base.model.config).get_text_config().vocab_size)
     lanes = lanes_of(model, stacked)
     for example in examples:  # one at a time: answers differ in length, and nobody's padding is computed
         keep = _kept(example)
