@@ -20,6 +20,8 @@ from raylora.engine.model.packed_model import PackedModel
 from raylora.errors import DataError, UsageError
 from raylora.serve.answers import Answer, Finish, Token, normalized
 
+BATCH = 16
+"""Prompts that are answered at once, unless another number is given."""
 Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A text, a chat, or a row with the task's columns."""
 
@@ -78,7 +80,7 @@ class Generator:
         self.ends = self.task.ends(self.tokenizer)
 
     def answers(
-        self, prompts: Iterable[Prompt], sampling: Sampling, stop: Sequence[str] = (), batch: int = 16,
+        self, prompts: Iterable[Prompt], sampling: Sampling, stop: Sequence[str] = (), batch: int = BATCH,
         agreement: bool = False,
     ) -> Iterator[list[Answer]]:
         """Yield the answers to each prompt in order, one or one per member; so many prompts are in memory at once.

@@ -10,7 +10,7 @@ from typing import Any
 
 from raylora import registry
 from raylora.adapters.base import Tensors
-from raylora.data.task import BadRow, Example, Task
+from raylora.data.task import Asks, BadRow, Example, Task
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.machine import compute_device
 from raylora.engine.model.packed_model import PackedModel
@@ -24,7 +24,7 @@ from raylora.ensemble.outputs.base import Contributors, Rows
 from raylora.errors import DataError, UsageError
 from raylora.records import GroupMetrics
 from raylora.serve.answers import Answer
-from raylora.serve.generator import Generator, Piece, Prompt, sampling
+from raylora.serve.generator import BATCH, Generator, Piece, Prompt, sampling
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
@@ -94,7 +94,7 @@ class LoadedEnsemble:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0,
         top_p: float = 1.0,
-        stop: Sequence[str] = (), seed: int = 0, each_member: bool = False, agreement: bool = False, batch: int = 16,
+        stop: Sequence[str] = (), seed: int = 0, each_member: bool = False, agreement: bool = False, batch: int = BATCH,
     ) -> list[Any]:
         """Return an :class:`Answer` per prompt, written token by token by the members' mixture.
 
@@ -120,7 +120,7 @@ class LoadedEnsemble:
 
     def answers(
         self, prompts: Iterable[Prompt], max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
-        stop: Sequence[str] = (), seed: int = 0, each_member: bool = False, agreement: bool = False, batch: int = 16,
+        stop: Sequence[str] = (), seed: int = 0, each_member: bool = False, agreement: bool = False, batch: int = BATCH,
     ) -> Iterator[list[Answer]]:
         """Yield the answers to each prompt in order, as :meth:`generate` has them, reading ``batch`` prompts ahead."""
         settings = sampling(max_new_tokens, temperature, top_p, seed, each_member)
@@ -174,6 +174,11 @@ def _texts(stop: str | Sequence[str]) -> list[str]:
     if "" in texts:
         raise UsageError("stop: an empty text would end every answer at once", "leave it out")
     return texts
+
+
+def writes(run: str) -> bool:
+    """Return whether a run's model answers in text. Raises: RunDirectoryError where there is no run."""
+    return isinstance(task_of(RunStore(run).read_spec()), Asks)
 
 
 def load_ensemble(

@@ -239,7 +239,10 @@ def test_a_finished_run_answers(make_spec: Make, tiny_model: Callable[[str], str
     assert {"nll", "mean_nll", "entropy", "mutual_information", "text", "tokens"} <= alone.record().keys()
     with pytest.raises(UsageError, match="has no classes to predict; ask it with generate"):
         ensemble.predict(["a"])
-    for prompts, why in ([], "nothing to answer"), ("  ", "prompt 0: 'prompt' is empty"), (["a " * 5000], "more than the"):
+    bad: list[tuple[Any, str]] = [
+        ([], "nothing to answer"), ("  ", "prompt 0: 'prompt' is empty"), (["a " * 5000], "more than the"),
+    ]
+    for prompts, why in bad:
         with pytest.raises(DataError, match=why):
             ensemble.generate(prompts, max_new_tokens=5)
     for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"stop": [""]}):

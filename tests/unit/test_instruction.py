@@ -21,10 +21,16 @@ from raylora.data.sets import load_sets
 from raylora.data.task import BadRow, LeftOut, collate_pack
 from raylora.data.tasks import instruction
 from raylora.data.tokenized import pack_sets, unpack_sets
+from raylora.engine.distillation.compare import compare
+from raylora.engine.distillation.plan import prepare_distillation
 from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.model.serialization import unpack_predictions
+from raylora.engine.run.local_driver import run_in_process
+from raylora.engine.run.plan_run import prepare
+from raylora.engine.training.distillation_loss import load_targets
 from raylora.engine.training.predict import predict
 from raylora.errors import DataError, Interrupted
+from raylora.spec import DistillSpec
 from raylora.store.run_store import RunStore
 
 Make = Callable[..., Any]
@@ -241,6 +247,50 @@ def test_an_interrupted_run_ends_bit_equal(chat_spec: Make) -> None:
     run(spec)
     run(whole)
     assert_bit_equal(members(RunStore.for_spec(spec).uri), members(RunStore.for_spec(whole).uri))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter": {
+            "kind": "mos", "rank": 3, "shards": 2, "equivalent_rank": 2, "target_modules": ["q_proj", "v_proj"],
+        }},
+        {"base__quantization": {"kind": "rtn", "bits": 3, "group_size": 32},
+         "base__compensation": {"kind": "cloq", "rank": 4},
+         "base__calibration": {"source": "pypi:bbc-news", "samples": 4, "length": 32, "held_out": 2},
+         "adapter": {"kind": "lora", "rank": 4, "target_modules": "all-linear"}},
+        {"placement__recompute": True, "adapter__dropout": 0.1},
+    ],
+    ids=["mos", "cloq", "recompute"],
+)
+def test_other_members_and_bases_are_trained_on_chats(changes: dict[str, Any], chat_spec: Make) -> None:
+    metrics = run(chat_spec(optimization={"lr": 0.02, "epochs": 6, "micro_batch": 4, "warmup": 0.0}, **changes))
+    losses = [row["loss"] for row in metrics["training"]["member-000"] if "loss" in row]
+    assert metrics["run"]["phase"] == "succeeded" and losses[-1] < losses[0] - 0.3
+
+
+def test_a_student_learns_the_answers_tokens(chat_spec: Make, tiny_model: Callable[[str], str]) -> None:
+    spec = chat_spec()
+    run(spec)
+    settings = DistillSpec.model_validate({
+        "student": {
+            "base": {"source": tiny_model("gpt2"), "dtype": "float32", "quantization": "none"},
+            "adapter": {"kind": "lora", "rank": 2, "target_modules": "all-linear"},
+        },
+        "loss": {"kind": "topk_kl", "top_k": 64}, "costs": False,
+    })
+    work = prepare_distillation(RunStore.for_spec(spec).uri, settings)
+    run_in_process(work.targets)
+    for student in work.students():
+        run_in_process(prepare(student))
+    targets = load_targets(work.targets.store)
+    task = instruction.build(spec.task)
+    train = load_sets(spec.data, spec.evaluation, task, load_tokenizer(spec.base, task)).train.examples
+    learned = {e.id: sum(last - first for first, last in e.target_ranges) for e in train}
+    _, lengths = targets.gather(list(learned))
+    assert lengths == list(learned.values())
+    record = compare(work)
+    assert record["contenders"]["student"]["eval"]["test"].keys() >= {"nll", "sequencewise_nll"}
 
 
 def test_predictions_do_not_depend_on_the_batch(chat_parts: Make) -> None:
