@@ -18,8 +18,8 @@ from raylora.data.sources import Table, load_rows, renamed
 from raylora.data.task import Asks, BadRow
 from raylora.errors import DataError, UsageError
 from raylora.serve.answers import Answer
-from raylora.serve.inputs import OnBadRow
 from raylora.serve.generator import BATCH
+from raylora.serve.inputs import OnBadRow
 from raylora.serve.predictor import LoadedEnsemble
 from raylora.spec import SetSpec
 
