@@ -2,6 +2,7 @@
 
 from benchmarks import (
     distillation,
+    instruction_training,
     low_bit,
     packing,
     parameter_efficiency,
@@ -14,6 +15,6 @@ from benchmarks import (
 
 for benchmark in (
     packing, sharing, trunk, scheduler_scale, parameter_efficiency, preparation, low_bit, distillation,
-    token_distillation,
+    token_distillation, instruction_training,
 ):
     benchmark.main()

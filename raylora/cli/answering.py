@@ -14,7 +14,7 @@ from rich.text import Text
 
 from raylora.cli.app import AllowMissing, RunPath, app, command, say
 from raylora.display.console import err, out
-from raylora.errors import DataError
+from raylora.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from raylora.serve.answers import Answer, Token
@@ -35,12 +35,18 @@ _HELP = "/members: what each member would have said. /new: forget the chat. /qui
 
 def answer_prompts(
     run: str, prompts: Sequence[str], file: str | None, output: str | None, settings: dict[str, Any],
-    columns: dict[str, str], delimiter: str | None, on_bad_row: OnBadRow, allow_missing: bool, as_json: bool,
+    columns: dict[str, str], delimiter: str | None, on_bad_row: OnBadRow, metrics: Sequence[str], allow_missing: bool,
+    as_json: bool,
 ) -> None:
     """Answer prompts given at the command line or in a file, and print them or write them as JSON lines."""
-    from raylora.serve.answer_files import read_prompts, write_answers
+    from raylora.ensemble.answer_metrics import check_metrics
+    from raylora.serve.answer_files import describe_file, read_prompts, references_of, write_answers
     from raylora.serve.predictor import load_ensemble
 
+    check_metrics(metrics)
+    if metrics and (file is None or output is None or settings["each_member"]):
+        raise UsageError("--metric compares the answers to a file, one for each row",
+                         "give --file and --out, and leave --each-member out")
     ensemble = load_ensemble(run, allow_missing=allow_missing)
     rows: list[dict[str, Any]] = [{"id": str(n), "prompt": text, "text": text} for n, text in enumerate(prompts)]
     if file is not None:
@@ -50,10 +56,15 @@ def answer_prompts(
             err.print(f"left out: {place}", markup=False)
         if read.left_out:
             err.print(f"{len(read.left_out):,} row(s) left out, {len(rows):,} to answer", markup=False)
+    references = references_of(ensemble, rows) if metrics else []
     if output:
         done = write_answers(ensemble, rows, output, settings, _progress())
         said = f"wrote {len(rows):,} answers to {output}" + (f", {done:,} of them from before" if done else "")
-        say(as_json, {"out": output, "rows": len(rows), "from_before": done}, said)
+        described = describe_file(output, references, metrics, ensemble.spec.evaluation) if metrics else None
+        say(as_json, {"out": output, "rows": len(rows), "from_before": done, "described": described}, said)
+        if described and not as_json:
+            for table in _described(described):
+                out.print(table)
         return
     for row, answers in zip(rows, ensemble.answers(rows, **settings), strict=True):
         for answer in answers:
@@ -155,6 +166,21 @@ def _print_answer(prompt: str, answer: Answer) -> None:
     table = Table(*row, box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_row(*(f"{value:.3g}" for value in row.values()))
     out.print(table)
+
+
+def _described(described: dict[str, Any]) -> list[Table]:
+    """Return tables of how right answers are, and of what the members' doubts tell."""
+    right = Table("metric", "value", "interval")
+    for name, one in [*described["metrics"].items(), ("ece of the answers' probabilities", described["ece"])]:
+        right.add_row(name, f"{one['value']:.3f}", _interval(one))
+    told = Table("doubt", "AUROC for wrong answers", "interval")
+    for name, one in described["error_auroc"].items():
+        told.add_row(name, *(("-", "") if one is None else (f"{one['value']:.3f}", _interval(one))))
+    return [right, told]
+
+
+def _interval(one: dict[str, Any]) -> str:
+    return "{:.3f} to {:.3f}".format(*one["interval"]) if "interval" in one else ""
 
 
 def _progress() -> Callable[[int, int], None]:

@@ -48,6 +48,9 @@ def predict(
     agreement: Annotated[bool, typer.Option("--agreement", help=(
         "Say what share of the members gives the same answer by itself."
     ))] = False,
+    metric: Annotated[list[str] | None, typer.Option("--metric", help=(
+        "Compare answers with those in the file: exact_match, f1, contains, number, choice; may be repeated."
+    ))] = None,
     allow_missing: AllowMissing = False,
     as_json: AsJson = False,
 ) -> None:
@@ -69,7 +72,7 @@ def predict(
         }
         answer_prompts(
             run_path, prompt or [], file, output, settings, _renaming(columns or []), delimiter,
-            cast("OnBadRow", on_bad_row), allow_missing, as_json,
+            cast("OnBadRow", on_bad_row), metric or [], allow_missing, as_json,
         )
         return
     inputs = inputs_of_texts(run_path, text) if text else read_inputs(

@@ -51,6 +51,15 @@ def read_prompt(row: Mapping[str, Any]) -> list[Message]:
     return chat
 
 
+def read_reference(row: Mapping[str, Any]) -> str | None:
+    """Return the answer that a row holds, or None where it only asks. Raises: BadRow."""
+    if row.get("messages") is None and row.get("completion") is None:
+        return None
+    chat = _messages(row["messages"], "messages") if row.get("messages") is not None else (
+        _side(row, "completion", "assistant"))
+    return chat[-1]["content"] if chat[-1]["role"] == "assistant" else None
+
+
 def _messages(value: Any, column: str) -> list[Message]:
     if isinstance(value, str):  # csv files and some data sets hold lists as JSON
         try:

@@ -208,6 +208,9 @@ class Asks(Protocol):
     def prompt(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the tokens after which the model is to write. Raises: BadRow."""
 
+    def reference(self, row: Mapping[str, Any]) -> str | None:
+        """Return the answer that a row holds, or None where there is none. Raises: BadRow."""
+
     def ends(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the tokens that end what it writes."""
 

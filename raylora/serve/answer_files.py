@@ -12,16 +12,19 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from raylora.data.sources import Table, load_rows, renamed
 from raylora.data.task import Asks, BadRow
+from raylora.ensemble.answer_metrics import Doubts, describe_answers, score_answers
 from raylora.errors import DataError, UsageError
 from raylora.serve.answers import Answer
 from raylora.serve.generator import BATCH
 from raylora.serve.inputs import OnBadRow
 from raylora.serve.predictor import LoadedEnsemble
-from raylora.spec import SetSpec
+from raylora.spec import EvaluationSpec, SetSpec
 
 OnAnswer = Callable[[int, int], None]
 
@@ -94,6 +97,43 @@ def write_answers(
         os.fsync(file.fileno())
     _publish(part, target)
     return done
+
+
+def references_of(ensemble: LoadedEnsemble, prompts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the answers that rows hold. Raises: DataError for a row without one."""
+    task = cast(Asks, ensemble.task)
+    found: list[str] = []
+    for row in prompts:
+        text = task.reference(row)
+        if text is None:
+            raise DataError(f"row {row['id']} has no answer to compare with",
+                            "give 'completion', or messages that end with the assistant's")
+        found.append(text)
+    return found
+
+
+def describe_file(
+    path: str, references: Sequence[str], metrics: Sequence[str], evaluation: EvaluationSpec
+) -> dict[str, Any]:
+    """Return how right the answers in a file are.
+
+    The doubts by which wrong answers are to be told from right ones are an answer's negative log-probability, entropy
+    and mutual information, as means over its tokens, and the share of members who did not give it, if they were asked.
+    Raises: UsageError for an unknown metric.
+    """
+    with open(path, encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    scores = score_answers([one["text"] for one in records], references, metrics)
+    doubts = {
+        name: torch.tensor([float(one[name]) for one in records], dtype=torch.float64)
+        for name in ("mean_nll", "mean_entropy", "mean_mutual_information") if all(name in one for one in records)
+    }
+    if all("agreement" in one for one in records):
+        doubts["disagreement"] = torch.tensor([1.0 - one["agreement"] for one in records], dtype=torch.float64)
+    sure_N = torch.tensor([-one["nll"] for one in records], dtype=torch.float64).exp()
+    return describe_answers(
+        scores, Doubts(doubts, sure_N), evaluation.bins, evaluation.bootstrap_samples, evaluation.confidence
+    )
 
 
 def _record(answer: Answer, prompt: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,10 +92,37 @@ def test_a_file_of_answers_goes_on_where_it_stopped(
     assert broken.read_text() == whole.read_text() and not part.exists()
 
 
+def test_answers_are_compared_with_those_that_rows_hold(writer: str, tmp_path: Path) -> None:
+    ensemble = load_ensemble(writer)
+    asked = [f"What is {n}?" for n in range(6)]
+    said = ensemble.generate(asked, max_new_tokens=4)
+    rows = [{"prompt": text, "completion": one.text if n % 2 else "no such words"}
+            for n, (text, one) in enumerate(zip(asked, said, strict=True))]
+    path, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--file", str(path), "--out", str(output), "--max-new-tokens", "4", "--agreement"]
+    told = raylora("predict", writer, *options, "--metric", "exact_match", "--metric", "f1", "--json")
+    assert told.exit_code == 0, told.output
+    described = json.loads(next(line for line in told.output.splitlines() if line.startswith("{")))["described"]
+    assert described["metrics"]["exact_match"]["value"] == 0.5 and described["answers"] == 6
+    assert described["error_auroc"].keys() == {"mean_nll", "mean_entropy", "mean_mutual_information", "disagreement"}
+    shown = raylora("predict", writer, *options, "--metric", "exact_match")
+    assert "AUROC for wrong answers" in shown.output and "0.500" in shown.output
+    for wrong, why in (["--metric", "exact"], "unknown metric"), (["--metric", "f1", "--each-member"], "one for each row"):
+        refused = raylora("predict", writer, *options, *wrong)
+        assert refused.exit_code == 2 and why in refused.output.replace("\n", " ")
+    path.write_text('{"prompt": "Hi"}\n')
+    output.unlink()
+    refused = raylora("predict", writer, *options, "--metric", "f1")
+    assert refused.exit_code == 2 and "row 0 has no answer to compare with" in refused.output.replace("\n", " ")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_progress_is_told_for_every_prompt(writer: str, prompts: str, tmp_path: Path) -> None:
     ensemble, told = load_ensemble(writer), []
     rows = read_prompts(ensemble, prompts).rows
-    write_answers(ensemble, list(rows), str(tmp_path / "a.jsonl"), SETTINGS, lambda done, of: told.append((done, of)))
+    path = str(tmp_path / "a.jsonl")
+    write_answers(ensemble, list(rows), path, SETTINGS, lambda done, of: told.append((done, of)))
     assert told == [(n, 5) for n in range(6)]
 
 

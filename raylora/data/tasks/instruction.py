@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from raylora.data.chat import Message, read_chat, read_prompt
+from raylora.data.chat import Message, read_chat, read_prompt, read_reference
 from raylora.data.chat_template import (
     OWN,
     PLAIN,
@@ -154,6 +154,10 @@ class Instruction:
     def prompt(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the tokens of a chat up to where the assistant's answer begins. Raises: BadRow."""
         return tokens_to_answer(read_prompt(row), tokenizer, self.spec.template)
+
+    def reference(self, row: Mapping[str, Any]) -> str | None:
+        """Return the last answer of a row, if it has one. Raises: BadRow."""
+        return read_reference(row)
 
     def ends(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the token that ends a turn in this template, and the tokenizer's own."""

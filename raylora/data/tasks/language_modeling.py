@@ -105,6 +105,10 @@ class LanguageModeling:
         text_ids = tokenizer(require_text(row, "text"), add_special_tokens=False, verbose=False)["input_ids"]
         return [*leading_ids(tokenizer), *text_ids]
 
+    def reference(self, row: Mapping[str, Any]) -> str | None:
+        """Return None: a text has no answer."""
+        return None
+
     def ends(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the tokenizer's end token, if it has one."""
         return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
