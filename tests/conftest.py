@@ -40,7 +40,7 @@ def _save_tiny(kind: str, folder: Path) -> Path:
 
     from raylora.data.catalog.assets import model_folder
 
-    encoder = not kind.startswith(("gpt2", "llama"))
+    encoder = not kind.startswith(("gpt2", "llama", "gemma3"))
     tokenizer = t.AutoTokenizer.from_pretrained(model_folder("minilm-l6" if encoder else "smollm2-135m"))
     torch.manual_seed(0)  # after all loading: nothing but the weights below is drawn from it
     small: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
@@ -57,6 +57,11 @@ def _save_tiny(kind: str, folder: Path) -> Path:
             vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.1,
         ))
         tokenizer.model_max_length = 256
+    elif kind == "gemma3":  # blocks that see 6 tokens back and blocks that see all, in turn
+        model = t.Gemma3ForCausalLM(t.Gemma3TextConfig(
+            **small, num_key_value_heads=2, head_dim=8, sliding_window=6, pad_token_id=tokenizer.pad_token_id,
+            layer_types=["sliding_attention", "full_attention"],
+        ))
     else:
         model = t.LlamaForCausalLM(t.LlamaConfig(
             **small, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from raylora.data.order import Order
+from raylora.data.packed_rows import pack_rows
 from raylora.data.task import Batch, Example, collate_pack, take_part
 from raylora.engine.model.packed_model import PackedModel
 
@@ -23,9 +24,16 @@ class Collator:
     whom one has left since is thrown away; what is asked for is always made from these members and this number.
     """
 
-    def __init__(self, model: PackedModel, examples: Sequence[Example], micro_batches: int) -> None:
-        """Take the training examples, and how many micro-batches a run has in all."""
+    def __init__(
+        self, model: PackedModel, examples: Sequence[Example], micro_batches: int, packs_rows: bool = False
+    ) -> None:
+        """Take the training examples, and how many micro-batches a run has in all.
+
+        Args:
+            packs_rows: put several short rows into one sequence.
+        """
         self._model, self._examples, self._micro_batches = model, examples, micro_batches
+        self._packs_rows = packs_rows
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collator")
         self._ahead: tuple[_Key, Future[Batch]] | None = None
 
@@ -53,4 +61,6 @@ class Collator:
         gang = self._model.base.gang
         if gang is not None and gang.partners.size > 1:
             batch = take_part(batch, gang.partners.index, gang.partners.size)
+        if self._packs_rows:  # each part for itself: it has the same examples as without
+            batch = pack_rows(batch, self._model.task.spec.max_length)
         return batch.pin_memory() if self._model.base.device.type == "cuda" else batch
