@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from gangs import Case, run_gang
 from run_helpers import assert_bit_equal, members, run, stop_at
 
 from raylora.engine.run.plan_run import prepare
 from raylora.errors import Interrupted, SpecError
 from raylora.placement.estimate import MemberShape
+from raylora.spec import build_spec
 from raylora.store.run_store import RunStore
 
 Make = Callable[..., Any]
@@ -111,3 +113,22 @@ def test_rows_of_like_length_are_packed_too(make_run: Make) -> None:
     spec = make_run(optimization__pack_rows=True, optimization__group_by_length=True)
     (note,) = (note for note in prepare(spec).notes if note.startswith("rows packed"))
     assert note.endswith("%")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_split", [True, False], ids=["over a split base", "sharing every batch"])
+def test_ranks_of_a_gang_pack_rows(is_split: bool, make_run: Make, tmp_path: Path) -> None:
+    cases = []
+    for folder in ("together", "alone"):
+        spec = make_run(storage_path=str(tmp_path / folder), optimization__pack_rows=True)
+        prepared = prepare(spec)
+        prepared.begin()
+        units = [unit.name for unit in prepared.units]
+        shares = [units] if folder == "alone" else [[units[0]], [units[1]]] if is_split else [units, units]
+        cases.append(Case(spec.model_dump(mode="json"), [{f"job-{n}": share} for n, share in enumerate(shares)]))
+    run_gang(cases[:1], 2, is_split=is_split, partners=1 if is_split else 2)
+    run_gang(cases[1:], 1, is_split=False)
+    together, alone = (members(RunStore.for_spec(build_spec(case.content)).uri) for case in cases)
+    for name, tensors in alone.items():
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(together[name][key], tensor, rtol=1e-4, atol=1e-6)
