@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,13 +78,16 @@ def pack_rows(batch: Batch, size: int) -> Batch:
     rank_N = torch.empty(len(order_N), dtype=torch.int64)
     rank_N[order_N] = torch.arange(len(order_N))
     types_BT = batch.token_type_ids_BT
+    of_examples: dict[str, Any] = {
+        name: value[order_N] for name, value in vars(batch).items() if isinstance(value, Tensor) and name.endswith("_N")
+    }
     return replace(
         batch,
+        **of_examples,
         ids=[batch.ids[n] for n in order_N],
         # Not padding tokens: of those some models warn, where they are given no mask.
         input_ids_BT=laid(batch.input_ids_BT, none_BT + batch.input_ids_BT[real_NT][0]),
         attention_mask_BT=is_real_BT.long(),
-        labels_N=None if batch.labels_N is None else batch.labels_N[order_N],
         position_ids_BT=position_ids_BT,
         token_type_ids_BT=None if types_BT is None else laid(types_BT, none_BT),
         # Nothing stands before an example's first token, so nothing predicts it.
