@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import socket
 import statistics
@@ -23,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,12 @@ def resident_anonymous() -> int:
     """Return this process's anonymous bytes, cheaply enough to be asked hundreds of times a second."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return _kilobytes(lines["RssAnon"])
+
+
+def most_resident() -> int:
+    """Return the most bytes that this process ever had in memory, pages that it shares with others included."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return _kilobytes(lines["VmHWM"])
 
 
 def _kilobytes(value: str) -> int:
@@ -211,8 +218,10 @@ def work(content: dict[str, Any], way: Way, rank: int, address: str, barrier: An
     barrier.wait()
     found |= memory("/bases/") | {"peak_anonymous": peaks[0], "step_s": times}
     split_over = way.ranks if way.is_split else 1
-    parts = parts_of(prepared.demand.model, prepared.demand.member, len(plans), split_over)
-    found |= {"estimate_bytes": parts.total - parts.runtime, "before_anonymous": before["anonymous"]}
+    member = prepared.demand.member
+    own = replace(member, rows=math.ceil(member.rows / way.partners))
+    found["estimate_bytes"] = parts_of(prepared.demand.model, own, len(plans), split_over).total
+    found["peak_rss"] = most_resident()
     found["loss"] = trainer.states[0].history[-1]["loss"]
     barrier.wait()
     if session.gang is not None:
@@ -373,10 +382,9 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "gathered_within_two_blocks_or_a_table": row["gathered_bytes"] <= max(two, row["largest_table_bytes"]),
             }
     for row in rows:
-        if row["part"] == "ways":  # the runtime is left out of both: what a process has before it loads anything
-            held = row["peak_anonymous"] - row["before_anonymous"] + row.get("base_rss", 0)
+        if row["part"] == "ways":  # a plan counts on the longest rows that there are
             found.setdefault("estimate_over_measured", {})[f"{row['model']}, {row['base']}, {row['way']}"] = (
-                row["estimate_bytes"] / held
+                row["estimate_bytes"] / row["peak_rss"]
             )
     found |= {"elsewhere": {name: _summary_in(name) for name in ("trunk", "scheduler_scale")}}
     by_way = {(r["model"], r["base"], r["way"]): r for r in rows if r["part"] == "ways"}

@@ -41,6 +41,8 @@ class SetMetrics(Doubt, total=False):
     adaptive_ece: float
     aurc: float
     perplexity: float
+    tokenwise_nll: float
+    sequencewise_nll: float
     rmse: float
     mae: float
     pearson: float | None
@@ -330,6 +332,7 @@ class DataSet(TypedDict):
     rows: int
     truncated: int
     skipped: int
+    left_out: int
     duplicates: int
     content_hash: str
 

@@ -52,6 +52,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "regression": "raylora.data.tasks.regression",
         "multiple_choice": "raylora.data.tasks.multiple_choice",
         "language_modeling": "raylora.data.tasks.language_modeling",
+        "instruction": "raylora.data.tasks.instruction",
     },
     "output": {
         "classes": "raylora.ensemble.outputs.classes",

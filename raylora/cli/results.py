@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from rich.table import Table
 
+from raylora.cli.answering import MaxNewTokens, Seed, Stop, Temperature, TopP, answer_prompts
 from raylora.cli.app import AllowMissing, AsJson, RunPath, app, command, say, show_result
 from raylora.cli.tables import predictions_table
 from raylora.display.console import err, out
@@ -35,17 +36,42 @@ def predict(
     raw: Annotated[bool, typer.Option("--raw", help=(
         "Probabilities as the members give them, without the temperature fitted on the validation split."
     ))] = False,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help=(
+        "For a language model: a text to answer, or to go on with; may be repeated."
+    ))] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    each_member: Annotated[bool, typer.Option("--each-member", help="Every member writes its own answer.")] = False,
+    agreement: Annotated[bool, typer.Option("--agreement", help=(
+        "Say what share of the members gives the same answer by itself."
+    ))] = False,
     allow_missing: AllowMissing = False,
     as_json: AsJson = False,
 ) -> None:
-    """Predict new rows, with the uncertainty of each prediction."""
-    from raylora.serve.inputs import inputs_of_texts, read_inputs, write_records
-    from raylora.serve.predictor import load_ensemble
+    """Predict new rows, or answer prompts, with the uncertainty of each prediction.
 
-    if bool(text) == bool(file):
-        raise UsageError("give either --text or --file")
+    A language model's answers to a file are written one after another: the same command goes on where it stopped.
+    """
+    from raylora.serve.inputs import inputs_of_texts, read_inputs, write_records
+    from raylora.serve.predictor import load_ensemble, writes
+
+    if sum(map(bool, (text, file, prompt))) != 1:
+        raise UsageError("give either --text, --prompt or --file")
     if on_bad_row not in ("error", "skip"):
         raise UsageError(f"--on-bad-row: {on_bad_row!r} is neither error nor skip", "use one of the two")
+    if prompt or file and writes(run_path):
+        settings = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "stop": stop or [],
+            "seed": seed, "each_member": each_member, "agreement": agreement,
+        }
+        answer_prompts(
+            run_path, prompt or [], file, output, settings, _renaming(columns or []), delimiter,
+            cast("OnBadRow", on_bad_row), allow_missing, as_json,
+        )
+        return
     inputs = inputs_of_texts(run_path, text) if text else read_inputs(
         run_path, str(file), _renaming(columns or []), delimiter, cast("OnBadRow", on_bad_row)
     )

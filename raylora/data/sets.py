@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.splits import Pool, divide, fresh, judge, read_pool
-from raylora.data.task import UNLABELED, BadRow, Example, Task
+from raylora.data.task import UNLABELED, BadRow, Example, LeftOut, Task, decode_text
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec
 
@@ -34,6 +34,8 @@ class LoadedSet:
     """Rows left out because their text was already used, in this set or in an earlier one."""
     content_hash: str
     """SHA-256 of ids, tokens and labels: what the model will see."""
+    left_out: int = 0
+    """Rows that the task's settings leave out, such as those that are too long."""
     text_keys: frozenset[str] = frozenset()
     """By which a text is found again in another set; see :func:`raylora.data.splits.text_key`."""
     content_of: Mapping[str, str] = field(default_factory=dict)
@@ -48,7 +50,7 @@ class LoadedSet:
             parts.append(f"labels {said}" if said else "unlabeled")
         parts.append(f"longest {longest} tokens")
         counts = (without, "without label"), (self.truncated, "truncated"), (self.skipped, "skipped")
-        for count, what in (*counts, (self.duplicates, "duplicates")):
+        for count, what in (*counts, (self.left_out, "too long and left out"), (self.duplicates, "duplicates")):
             if count:
                 parts.append(f"{count:,} {what}")
         return "; ".join(parts)
@@ -66,11 +68,7 @@ class LoadedSet:
 
     def preview(self, count: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Return the first examples as id, label and decoded tokens, one line each."""
-        return [
-            f"{example.id} [{len(sequence)} tokens, label {example.label}] {tokenizer.decode(list(sequence))!r}"
-            for example in self.examples[:count]
-            for sequence in example.sequences
-        ]
+        return [line for example in self.examples[:count] for line in _shown(example, tokenizer)]
 
 
 @dataclass(frozen=True)
@@ -163,11 +161,14 @@ def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
     examples: list[Example] = []
     content_of: dict[str, str] = {}
     bad: list[str] = []
-    truncated = 0
+    truncated = left_out = 0
     for good in pool.rows:
         try:
             example, cut = task.tokenize(good.row.values, good.id, tokenizer)
             content_of[good.id] = content_hash(task.content(good.row.values))
+        except LeftOut:
+            left_out += 1
+            continue
         except BadRow as error:
             bad.append(f"{good.row.place}: {error}")
             continue
@@ -175,10 +176,11 @@ def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
         examples += task.blocks(example)
     judge(pool.name, bad, len(pool.rows), data)
     if not examples:
-        raise DataError(f"{pool.name}: {pool.origin} has no usable row", "check its columns and its text")
+        said = f": {left_out:,} are too long" if left_out else ""
+        raise DataError(f"{pool.name}: {pool.origin} has no usable row{said}", "check its columns and its text")
     skipped, digest = pool.skipped + len(bad), _digest(examples)
     return LoadedSet(
-        pool.name, pool.origin, examples, pool.labeled, truncated, skipped, pool.duplicates, digest,
+        pool.name, pool.origin, examples, pool.labeled, truncated, skipped, pool.duplicates, digest, left_out,
         frozenset(pool.keys()), content_of,
     )
 
@@ -192,10 +194,27 @@ def _with_transfer(train: LoadedSet, extra: LoadedSet, no_label: int | float) ->
     return replace(
         train, origin=f"{train.origin} and {extra.origin}", examples=examples, labeled=False,
         truncated=train.truncated + extra.truncated, skipped=train.skipped + extra.skipped,
-        duplicates=train.duplicates + extra.duplicates, content_hash=_digest(examples),
+        duplicates=train.duplicates + extra.duplicates, left_out=train.left_out + extra.left_out,
+        content_hash=_digest(examples),
         text_keys=train.text_keys | extra.text_keys,
         content_of={**train.content_of, **{f"transfer:{i}": content for i, content in extra.content_of.items()}},
     )
+
+
+def _shown(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a line per sequence; where only some tokens are learned, they stand in [[ ]]."""
+    if not example.target_ranges:
+        return [
+            f"{example.id} [{len(sequence)} tokens, label {example.label}] {tokenizer.decode(list(sequence))!r}"
+            for sequence in example.sequences
+        ]
+    tokens, text, done = list(example.sequences[0]), "", 0
+    for first, last in example.target_ranges:
+        text += f"{decode_text(tokenizer, tokens[done:first])}[[{decode_text(tokenizer, tokens[first:last])}]]"
+        done = last
+    learned = sum(last - first for first, last in example.target_ranges)
+    text += decode_text(tokenizer, tokens[done:])
+    return [f"{example.id} [{len(tokens)} tokens, {learned} of them in [[ ]] are learned] {text!r}"]
 
 
 def content_hash(content: str) -> str:
@@ -217,5 +236,6 @@ def _check_classes(train: LoadedSet, task: Task) -> None:
 def _digest(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.id, example.sequences, example.label]).encode())
+        facts = [example.id, example.sequences, example.label, *example.target_ranges]
+        digest.update(json.dumps(facts).encode())
     return digest.hexdigest()

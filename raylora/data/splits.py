@@ -17,7 +17,7 @@ import numpy as np
 
 from raylora.data.order import derive_seed
 from raylora.data.sources import Row, Table, load_rows, require_columns
-from raylora.data.task import BadRow, Task
+from raylora.data.task import BadRow, ReadsEither, Task
 from raylora.errors import DataError
 from raylora.spec import DataSpec, SetSpec
 
@@ -65,7 +65,8 @@ def read_pool(
     label = task.label_column
     if not labeled:  # an out-of-distribution set may have labels, but of another task
         table = _without(table, label)
-    require_columns(table, (*task.columns, *((label,) if labeled and label else ())), task.optional_columns)
+    columns = task.columns_for(table.columns) if isinstance(task, ReadsEither) else task.columns
+    require_columns(table, (*columns, *((label,) if labeled and label else ())), task.optional_columns)
     bad, rows = list(table.bad), []
     for row_id, row in zip(_ids(table), table.rows, strict=True):
         try:

@@ -28,6 +28,10 @@ class BadRow(ValueError):
     """One row does not fit the task; the message says why, the reader adds where."""
 
 
+class LeftOut(BadRow):
+    """One row is left out because the task's settings say so; it is counted, and nothing is wrong with it."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One tokenized row: a token sequence, or one per option."""
@@ -38,6 +42,8 @@ class Example:
     """A class's index, or a real value."""
     spans: tuple[int, ...] = ()
     """Per sequence, the first token whose probability counts; empty where only classes are scored."""
+    target_ranges: tuple[tuple[int, int], ...] = ()
+    """From where to before where the tokens of a single sequence count, if that is not one span to its end."""
     token_types: tuple[tuple[int, ...], ...] | None = None
 
 
@@ -68,6 +74,8 @@ class Batch:
     """True where a token's own probability is part of the score."""
     keep: int | None = None
     """How many last positions hold every logit that the score needs; None is all of them."""
+    weight_N: Tensor | None = None
+    """float32: what each example's loss is multiplied by; None is one."""
     answer_ids_C: Tensor | None = None
     """The token of each answer letter."""
     rows_per_example: int = 1
@@ -191,12 +199,53 @@ class AnswersInWords(Protocol):
         """Return what a label stands for in a row."""
 
 
+@runtime_checkable
+class ReadsEither(Protocol):
+    """A task that knows rows of more than one shape."""
+
+    def columns_for(self, there: Sequence[str]) -> tuple[str, ...]:
+        """Return the columns that a set with these columns must have."""
+
+
+@runtime_checkable
+class Asks(Protocol):
+    """A task whose model can be asked to write."""
+
+    def prompt(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the tokens after which the model is to write. Raises: BadRow."""
+
+    def ends(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the tokens that end what it writes."""
+
+
+@runtime_checkable
+class CutsRows(Protocol):
+    """A task whose examples are pieces of rows."""
+
+    def document(self, example_id: str) -> str:
+        """Return the id of the row that an example is a piece of."""
+
+
+@runtime_checkable
+class WeighsExamples(Protocol):
+    """A task whose examples need not count the same in the loss of a step."""
+
+    def weight(self, example: Example) -> float | None:
+        """Return what an example counts for beside the others, or None where all count the same."""
+
+
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the padding token, or the end token of a decoder that has none; the mask hides it either way."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
     raise DataError("the tokenizer has neither a padding nor an end token", "set its pad_token and save it again")
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Return the text of one sequence of tokens, special ones included."""
+    text: Any = tokenizer.decode(list(tokens))
+    return str(text)
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -240,6 +289,7 @@ def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> 
     labels = [example.label for example in examples if example.label is not None]
     mask_BT = torch.stack([_fit(torch.ones(len(row), dtype=torch.int64), longest, 0, side) for row in rows])
     targets = [torch.arange(len(row)) >= span for row, span in zip(rows, spans, strict=False)]
+    targets = targets or [_in_ranges(example) for example in examples if example.target_ranges]
     return Batch(
         ids=[example.id for example in examples],
         input_ids_BT=torch.stack([_fit(torch.tensor(row), longest, pad_id(tokenizer), side) for row in rows]),
@@ -247,7 +297,7 @@ def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> 
         labels_N=torch.tensor(labels) if len(labels) == len(examples) else None,
         position_ids_BT=_positions(mask_BT) if side == "left" else None,
         token_type_ids_BT=torch.stack([_fit(torch.tensor(t), longest, 0, side) for t in types]) if types else None,
-        target_mask_BT=torch.stack([_fit(t, longest, 0, side) for t in targets]) if spans else None,
+        target_mask_BT=torch.stack([_fit(t, longest, 0, side) for t in targets]) if targets else None,
         rows_per_example=len(examples[0].sequences),
     )
 
@@ -304,6 +354,11 @@ def require_labels(batch: Batch) -> Tensor:
     if batch.labels_N is None:
         raise DataError(f"examples {batch.ids[0]} ... have no labels", "a loss needs a labeled set")
     return batch.labels_N
+
+
+def _in_ranges(example: Example) -> Tensor:
+    position_T = torch.arange(len(example.sequences[0]))
+    return torch.stack([(position_T >= first) & (position_T < last) for first, last in example.target_ranges]).any(0)
 
 
 def _fit(x: Tensor, length: int, value: int, side: PaddingSide) -> Tensor:

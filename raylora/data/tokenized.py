@@ -20,7 +20,7 @@ from raylora.data.sets import DataSets, LoadedSet
 from raylora.data.task import Example
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec, TaskSpec
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised when tokenizing, splitting or this file's layout changes: what was kept before is then made anew."""
 _ROWS = pa.list_(pa.list_(pa.int32()))
 
@@ -86,6 +86,8 @@ def _pack(loaded: LoadedSet) -> bytes:
         "label": _labels(loaded.examples),
         "spans": pa.array([example.spans for example in loaded.examples], pa.list_(pa.int32())),
     }
+    if any(example.target_ranges for example in loaded.examples):
+        columns["target_ranges"] = pa.array([example.target_ranges for example in loaded.examples], _ROWS)
     if has_types:
         columns["token_types"] = pa.array([example.token_types for example in loaded.examples], _ROWS)
     table = pa.table(columns).replace_schema_metadata({"set": json.dumps(facts)})
@@ -107,6 +109,7 @@ def _unpack(content: bytes) -> LoadedSet:
     examples = [
         Example(
             row["id"], _tuples(row["sequences"]), row["label"], tuple(row["spans"]),
+            tuple((first, last) for first, last in row.get("target_ranges") or ()),
             _tuples(row["token_types"]) if row.get("token_types") is not None else None,
         )
         for row in table.to_pylist()
@@ -149,4 +152,5 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     return [
         type(tokenizer).__name__, digest, tokenizer.padding_side, tokenizer.model_max_length,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        getattr(tokenizer, "chat_template", None),
     ]

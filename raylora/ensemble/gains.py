@@ -73,8 +73,10 @@ def _resample(scores: RowScores, settings: Settings) -> dict[str, Tensor]:
     return bootstrap_metrics(scores, settings.evaluation.bins, settings.samples, settings.seed, COMPARED)
 
 
-def language_gains(pooled_nll_N: Tensor, nll_MN: Tensor, ids: list[str], settings: Settings) -> Gains:
-    """Return the gain in token NLL over the mean member and over member 0."""
+def language_gains(
+    pooled_nll_N: Tensor, nll_MN: Tensor, ids: Sequence[str], settings: Settings, metric: str = "nll"
+) -> Gains:
+    """Return the gain in the NLL of tokens, or of whole texts, over the mean member and over member 0."""
 
     def over(other_N: Tensor) -> dict[str, Gain]:
         difference_N = other_N - pooled_nll_N
@@ -82,6 +84,6 @@ def language_gains(pooled_nll_N: Tensor, nll_MN: Tensor, ids: list[str], setting
         if settings.samples:
             values_S = bootstrap_token_nll(difference_N, ids, settings.samples, settings.seed)
             gain["interval"] = interval(values_S, settings.evaluation.confidence)
-        return {"nll": gain}
+        return {metric: gain}
 
     return {"over_mean_member": over(nll_MN.mean(dim=0)), "over_single": over(nll_MN[0])}

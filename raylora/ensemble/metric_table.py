@@ -52,6 +52,8 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("aurc", "AURC"),
     # tokens
     Metric("perplexity", "Perplexity", digits=2),
+    Metric("tokenwise_nll", "NLL of a text, token by token"),
+    Metric("sequencewise_nll", "NLL of a text, as a whole"),
     # values
     Metric("rmse", "RMSE", phrase="root mean squared error (RMSE, lower is better)"),
     Metric("mae", "MAE"),

@@ -5,12 +5,12 @@ Shapes: M members, N texts, C classes (1 for a real value).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from raylora import registry
 from raylora.adapters.base import Tensors
-from raylora.data.task import BadRow, Example, Task
+from raylora.data.task import Asks, BadRow, Example, Task
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.machine import compute_device
 from raylora.engine.model.packed_model import PackedModel
@@ -23,6 +23,8 @@ from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import Contributors, Rows
 from raylora.errors import DataError, UsageError
 from raylora.records import GroupMetrics
+from raylora.serve.answers import Answer
+from raylora.serve.generator import BATCH, Generator, Piece, Prompt, sampling
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
@@ -68,7 +70,11 @@ class LoadedEnsemble:
 
         Raises:
             DataError: nothing was given, or a row does not fit the task; the message names it.
+            UsageError: the run's task gives neither class probabilities nor values.
         """
+        reason = output_of(self.task.output).unpredictable_reason
+        if reason:
+            raise UsageError(f"a {self.task.spec.kind} run {reason}")
         if isinstance(texts, str):
             texts = [texts]
         if not texts:
@@ -85,6 +91,61 @@ class LoadedEnsemble:
         rows = self._rows([example.id for example in examples], truncated)
         return output_of(self.task.output).records(values, expected_MN, rows)
 
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 128, temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (), seed: int = 0, each_member: bool = False, agreement: bool = False, batch: int = BATCH,
+    ) -> list[Any]:
+        """Return an :class:`Answer` per prompt, written token by token by the members' mixture.
+
+        A prompt is a text, a chat (messages of ``role`` and ``content``), or a row with the task's columns. A single
+        one, given alone, is answered alone. What is drawn depends on ``seed`` and a prompt's ``id`` (or place).
+
+        Args:
+            temperature: of the mixture; 0 takes the most probable token each time.
+            top_p: draw from the fewest most probable tokens that have this probability together.
+            stop: texts that end an answer, beside the model's own end.
+            each_member: every member writes its own: a list of answers per prompt.
+            agreement: ask every member for its own greedy answer, and say what share of them is the same.
+            batch: prompts that are answered at once.
+
+        Raises:
+            DataError: nothing was given, or a prompt is empty, of no known shape, or too long.
+            UsageError: the run has no model that writes, or a setting makes no sense.
+        """
+        many = _prompts(prompts)
+        found = list(self.answers(many, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop,
+                                  seed=seed, each_member=each_member, agreement=agreement, batch=batch))
+        return found if each_member else [answers[0] for answers in found]
+
+    def answers(
+        self, prompts: Iterable[Prompt], max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
+        stop: Sequence[str] = (), seed: int = 0, each_member: bool = False, agreement: bool = False, batch: int = BATCH,
+    ) -> Iterator[list[Answer]]:
+        """Yield the answers to each prompt in order, as :meth:`generate` has them, reading ``batch`` prompts ahead."""
+        settings = sampling(max_new_tokens, temperature, top_p, seed, each_member)
+        return self._generator().answers(prompts, settings, _texts(stop), batch, agreement)
+
+    def stream(
+        self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
+        stop: Sequence[str] = (), seed: int = 0, each_member: bool = False,
+    ) -> Iterator[Piece]:
+        """Yield an answer's pieces as they are written. Raises: DataError and UsageError, as :meth:`generate`."""
+        settings = sampling(max_new_tokens, temperature, top_p, seed, each_member)
+        return self._generator().stream(prompt, settings, _texts(stop))
+
+    def score(self, rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
+        """Return what the members say of given answers: rows of ``messages``, or of ``prompt`` and ``completion``.
+
+        Raises:
+            DataError: a row does not fit the task.
+            UsageError: the run has no model that writes.
+        """
+        return self._generator().score(rows)
+
+    def _generator(self) -> Generator:
+        return Generator(self.model, self._stacked, self.spec.ensemble.aggregate)
+
     def _rows(self, ids: Sequence[str], truncated: Sequence[bool]) -> Rows:
         return Rows(
             ids, truncated, self.task.label_names, self.spec.ensemble.aggregate, self._described,
@@ -96,6 +157,28 @@ class LoadedEnsemble:
             return self.task.tokenize(row, str(row.get("id", index)), self.base.tokenizer)
         except BadRow as error:
             raise DataError(f"row {index}: {error}", f"a row has the columns {', '.join(self.task.columns)}") from None
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    """Return prompts as a list: a text is one, and so are a row and the messages of a chat."""
+    is_one = isinstance(prompts, str | Mapping)
+    is_chat = not is_one and bool(prompts) and all(isinstance(m, Mapping) and "role" in m for m in prompts)
+    many = [prompts] if is_one or is_chat else list(prompts)
+    if not many:
+        raise DataError("nothing to answer", "give at least one prompt")
+    return many
+
+
+def _texts(stop: str | Sequence[str]) -> list[str]:
+    texts = [stop] if isinstance(stop, str) else list(stop)
+    if "" in texts:
+        raise UsageError("stop: an empty text would end every answer at once", "leave it out")
+    return texts
+
+
+def writes(run: str) -> bool:
+    """Return whether a run's model answers in text. Raises: RunDirectoryError where there is no run."""
+    return isinstance(task_of(RunStore(run).read_spec()), Asks)
 
 
 def load_ensemble(
@@ -110,7 +193,6 @@ def load_ensemble(
     Raises:
         StoreError: a member is damaged or missing.
         RunDirectoryError: there is no run, or a member is not finished.
-        UsageError: the run's task gives neither class probabilities nor values.
     """
     import torch
 
@@ -121,9 +203,6 @@ def load_ensemble(
     members = {name: member_tensors(found) for name, found in files.items()}
     layouts = {name: member_facts(found).get("layout") for name, found in files.items()}
     task = task_of(spec)
-    reason = output_of(task.output).unpredictable_reason
-    if reason:
-        raise UsageError(f"{store.uri}: a {spec.task.kind} run {reason}")
     device = compute_device(torch.cuda.device_count() if gpus is None else gpus)
     base = load_base(spec.base, spec.adapter, task, device, prepared_store(store))
     described = (store.read_json("metrics.json") or {}).get("ensemble", {})

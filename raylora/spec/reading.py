@@ -252,7 +252,8 @@ def _model_of(annotation: Any) -> Any:
 def _secret_keys(content: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
     if isinstance(content, dict):
         for key, value in content.items():
-            if isinstance(key, str) and _SECRET_KEY.search(key):
+            counts = isinstance(value, bool) or isinstance(value, int) and str(key).endswith("tokens")
+            if isinstance(key, str) and _SECRET_KEY.search(key) and not counts:  # a switch, or a number of tokens
                 yield (*path, key)
             yield from _secret_keys(value, (*path, key))
     elif isinstance(content, list):

@@ -107,8 +107,9 @@ def _kind_section(kind: Kind, mark: str) -> str:
         parts.append(f"| method | options that may be given |\n|---|---|\n{rows}\n")
     if kind.columns is not None:
         label = f"`{kind.columns.label}` is the label." if kind.columns.label else "The text is its own label."
-        optional = f"; optional: {_names(kind.columns.optional)}" if kind.columns.optional else ""
-        parts.append(f"Columns: {_names(kind.columns.required)}{optional}. {label} A row, and a first spec "
+        columns = [_names(kind.columns.required)] if kind.columns.required else []
+        columns += [f"optional: {_names(kind.columns.optional)}"] if kind.columns.optional else []
+        parts.append(f"Columns: {'; '.join(columns)}. {label} A row, and a first spec "
                      f"(`raylora init --task {kind.name}`):\n\n```json\n{json.dumps(kind.row)}\n```\n\n"
                      f"```yaml\n{kind.spec}```\n")
     return "\n".join(parts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import re
 import subprocess
 import tarfile
 import zipfile
@@ -17,6 +19,7 @@ import pytest
 from raylora.data.catalog import assets, conversions, packages
 from raylora.errors import BaseError, DataError
 
+ARITHMETIC = "3681e7fc3648c5d8f63572bc6cee8cc7e21c463e8dbf2df7dfbe139886d40067"
 RATED = {
     "movie-reviews": (10_605, 5_242),
     "amazon-reviews": (3_708, 2_128),
@@ -48,6 +51,34 @@ def test_quartz_has_two_choices_and_balanced_answers() -> None:
     rows = rows_of("quartz")
     assert Counter(row["answer"] for row in rows) == {0: 1_932, 1: 1_928}
     assert all(len(row["choices"]) == 2 and all(row["choices"]) and row["question"] for row in rows)
+
+
+def test_tomis_stories_are_each_in_one_split() -> None:
+    splits = {name: rows_of(name) for name in ("tomi", "tomi-validation", "tomi-test")}
+    assert sum(map(len, splits.values())) == 5_993 and all(len(rows) > 500 for rows in splits.values())
+    stories = [{row["messages"][0]["content"].rpartition(". ")[0] for row in rows} for rows in splits.values()]
+    assert all(not one & other for one, other in itertools.combinations(stories, 2))
+    answers = Counter(row["messages"][-1]["content"] for rows in splits.values() for row in rows)
+    assert len(answers) == 13 and answers["bathtub"] == 506
+
+
+@pytest.mark.parametrize(("name", "count", "turns"), [("ner-finance", 1_142, 3), ("soc-codes", 1_975, 3)])
+def test_chats_end_with_their_answer_and_ask_once(name: str, count: int, turns: int) -> None:
+    rows = rows_of(name)
+    assert len(rows) == count == len({json.dumps(row["messages"][:-1]) for row in rows})
+    for row in rows:
+        assert len(row["messages"]) == turns and row["messages"][-1]["role"] == "assistant"
+        assert row["messages"][-1]["content"] == row["messages"][-1]["content"].strip() != ""
+
+
+def test_arithmetic_is_made_the_same_everywhere() -> None:
+    rows = rows_of("arithmetic")
+    assert len(rows) == len({row["prompt"] for row in rows}) == 8_000
+    text = json.dumps([[row["prompt"], row["completion"]] for row in rows])
+    assert hashlib.sha256(text.encode()).hexdigest() == ARITHMETIC
+    sums = [re.fullmatch(r"(-?\d+) \+ (-?\d+)", row["prompt"]) for row in rows]
+    right = [int(s[1]) + int(s[2]) == int(row["completion"]) for s, row in zip(sums, rows, strict=True) if s]
+    assert len(right) > 50 and all(right)
 
 
 def test_headlines_are_earnest_or_satire_and_stand_there_once() -> None:

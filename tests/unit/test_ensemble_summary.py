@@ -185,8 +185,24 @@ def test_language_modeling_by_hand():
     nll = -(math.log(0.3) + math.log(0.3)) / 2
     assert found["output"] == "tokens"
     assert found["ensemble"]["eval"]["test"] == pytest.approx(
-        {"nll": nll, "perplexity": 1 / 0.3, "tokens": 2, "documents": 2}
+        {"nll": nll, "tokenwise_nll": nll, "sequencewise_nll": nll, "perplexity": 1 / 0.3, "tokens": 2, "documents": 2}
     )
+
+
+def test_both_mixtures_of_a_whole_text_by_hand():
+    logprobs_MN = torch.log(torch.tensor([[0.5, 0.2, 0.9], [0.1, 0.4, 0.3]]))
+    part = TokenPredictions(name="test", role="test", ids=["a", "a", "b"], values=logprobs_MN)
+    found = summarize({"ensemble": [part]}, EvaluationSpec(bootstrap_samples=0))
+    tokenwise = -(math.log(0.3) + math.log(0.3) + math.log(0.6)) / 2
+    sequencewise = -(math.log((0.5 * 0.2 + 0.1 * 0.4) / 2) + math.log(0.6)) / 2
+    test = found["ensemble"]["eval"]["test"]
+    assert test["tokenwise_nll"] == pytest.approx(tokenwise)
+    assert test["sequencewise_nll"] == pytest.approx(sequencewise)
+    members = [-(math.log(0.5 * 0.2) + math.log(0.9)) / 2, -(math.log(0.1 * 0.4) + math.log(0.3)) / 2]
+    mean = found["mean_member"]["eval"]["test"]
+    assert mean["tokenwise_nll"]["mean"] == mean["sequencewise_nll"]["mean"] == pytest.approx(sum(members) / 2)
+    gain = found["gains"]["test"]["over_mean_member"]["sequencewise_nll"]["gain"]
+    assert gain == pytest.approx(sum(members) / 2 - sequencewise)
 
 
 def test_language_modeling_keeps_jensen_and_has_intervals():

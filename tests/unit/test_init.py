@@ -19,7 +19,10 @@ from raylora.engine.run.first_spec import first_spec
 from raylora.errors import BaseError, UsageError
 from raylora.spec import parse_spec
 
-TINY_FOR = {"classification": "bert", "regression": "roberta", "multiple_choice": "llama", "language_modeling": "gpt2"}
+TINY_FOR = {
+    "classification": "bert", "regression": "roberta", "multiple_choice": "llama", "language_modeling": "gpt2",
+    "instruction": "gemma3",
+}
 NOT_ON_GPT2 = {"loha", "lokr", "miss", "oft", "hra", "road"}
 """Methods that PEFT has for layers stored O x I only."""
 ADAPTERS = [*registry.kinds("adapter"), *registry.ALIASES["adapter"]]

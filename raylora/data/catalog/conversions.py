@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import re
@@ -162,6 +163,39 @@ def headlines(archive: Path, target: Path) -> None:
         text = sample["input"][-1]["content"].strip()
         rows.setdefault(text, {"id": f"headline-{index}", "text": text, "label": int(sample["ideal"])})
     _write_rows(target, rows.values())
+
+
+def chats(member: str, name: str, part: Callable[[str], bool] = lambda prompt: True) -> Callable[[Path, Path], None]:
+    """Return a conversion of chat-formatted samples to ``messages`` that end with the answer; each prompt once.
+
+    Args:
+        part: from the text of a sample's last prompt to whether the sample belongs here.
+    """
+
+    def convert(archive: Path, target: Path) -> None:
+        lines = _member(archive, f"evals/registry/data/{member}").decode("utf-8").split("\n")
+        rows: dict[str, dict[str, Any]] = {}
+        for index, line in enumerate(filter(None, lines)):
+            sample = json.loads(line)
+            asked = [{key: message[key] for key in ("role", "content", "name") if key in message}
+                     for message in sample["input"]]
+            if part(asked[-1]["content"]):
+                answer = {"role": "assistant", "content": sample["ideal"].strip()}
+                rows.setdefault(json.dumps(asked), {"id": f"{name}-{index}", "messages": [*asked, answer]})
+        _write_rows(target, rows.values())
+
+    return convert
+
+
+def of_story(split: str) -> Callable[[str], bool]:
+    """Return whether a prompt belongs to a split: of a story that many questions are asked of, all are in one."""
+
+    def belongs(prompt: str) -> bool:
+        story = prompt.rpartition(". ")[0]
+        number = int.from_bytes(hashlib.blake2b(story.encode(), digest_size=8).digest(), "big") % 10
+        return split == {0: "validation", 1: "test", 2: "test"}.get(number, "train")
+
+    return belongs
 
 
 def similar_pairs(split: str) -> Callable[[Path, Path], None]:

@@ -100,6 +100,19 @@ class LanguageModeling:
         pieces = [piece for piece in pieces if len(piece) > 1]  # a last single token predicts nothing
         return [replace(example, id=f"{example.id}#{n}", sequences=(piece,)) for n, piece in enumerate(pieces)]
 
+    def prompt(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the text's tokens, to be gone on with. Raises: BadRow."""
+        text_ids = tokenizer(require_text(row, "text"), add_special_tokens=False, verbose=False)["input_ids"]
+        return [*leading_ids(tokenizer), *text_ids]
+
+    def ends(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the tokenizer's end token, if it has one."""
+        return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+
+    def document(self, example_id: str) -> str:
+        """Return the row that a block was cut from."""
+        return example_id.rpartition("#")[0]
+
     def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Batch:
         """Pad blocks on the left; the target mask leaves out padding and each first token."""
         return collate(examples, tokenizer)

@@ -110,6 +110,8 @@ class PackedModel:
             if kl is not None and reference is not None:
                 divergence = _divergence(self.task, batch, logits, reference, kl)
                 losses_KN = losses_KN + kl.beta * divergence.view(members, -1)
+            if batch.weight_N is not None:
+                losses_KN = losses_KN * batch.weight_N.view(members, -1)
             losses_K = losses_KN.mean(dim=1) if batch.part is None else losses_KN.sum(dim=1) * batch.part.weight
             with self.base.slot.use(pack):  # blocks that are run again read it again
                 of_all = step.gradients_of(losses_K.sum())

@@ -60,9 +60,10 @@ def split(
                 parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
         if fresh and part is not model:
             Init(module=part, config_dict_or_path=_CONFIG)
+    # One ahead: it fetches while less than this much is there, so that beside what computes there is one more block.
     offload = DeepSpeedZeRoOffload(
         model, NoopTimer(), _CONFIG, overlap_comm=device.type == "cuda", prefetch_bucket_size=block_numel,
-        max_reuse_distance=0, max_live_parameters=2 * block_numel, param_persistence_threshold=0,
+        max_reuse_distance=0, max_live_parameters=block_numel + 1, param_persistence_threshold=0,
     )
     for module in model.modules():  # positions and the like, which every rank has
         module._buffers.update({key: b.to(device) for key, b in module._buffers.items() if b is not None})

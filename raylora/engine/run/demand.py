@@ -78,9 +78,10 @@ def batch_of(spec: RunSpec, sets: DataSets) -> MemberShape:
     packing = packing_of(spec, examples)
     evaluated = max((len(loaded.examples) for loaded in sets.all() if loaded is not sets.train), default=0)
     read = min(spec.evaluation.batch, spec.ensemble.members * evaluated)
+    has_token_logits = bool(examples[0].spans or examples[0].target_ranges)
     return MemberShape(
         rows=rows if packing is None else packing.most_sequences, time=time if packing is None else packing.longest,
-        has_token_logits=bool(examples[0].spans), evaluated_tokens=read * time,
+        has_token_logits=has_token_logits, evaluated_tokens=read * time,
         recomputed=spec.placement.recompute,
     )
 

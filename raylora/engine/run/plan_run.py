@@ -318,6 +318,7 @@ def data_record(sets: DataSets) -> DataRecord:
                 "rows": len(loaded.examples),
                 "truncated": loaded.truncated,
                 "skipped": loaded.skipped,
+                "left_out": loaded.left_out,
                 "duplicates": loaded.duplicates,
                 "content_hash": loaded.content_hash,
             }

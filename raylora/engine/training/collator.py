@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from raylora.data.order import Order
 from raylora.data.packed_rows import pack_rows
-from raylora.data.task import Batch, Example, collate_pack, take_part
+from raylora.data.task import Batch, Example, WeighsExamples, collate_pack, take_part
 from raylora.engine.model.packed_model import PackedModel
 
 _Key = tuple[int, tuple[str, ...]]
@@ -25,15 +28,16 @@ class Collator:
     """
 
     def __init__(
-        self, model: PackedModel, examples: Sequence[Example], micro_batches: int, packs_rows: bool = False
+        self, model: PackedModel, examples: Sequence[Example], micro_batches: int, accumulation: int = 1,
+        packs_rows: bool = False,
     ) -> None:
-        """Take the training examples, and how many micro-batches a run has in all.
+        """Take the training examples, and how many micro-batches a run has in all, and an optimizer step.
 
         Args:
             packs_rows: put several short rows into one sequence.
         """
-        self._model, self._examples, self._micro_batches = model, examples, micro_batches
-        self._packs_rows = packs_rows
+        self._model, self._examples, self._packs_rows = model, examples, packs_rows
+        self._micro_batches, self._accumulation = micro_batches, accumulation
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collator")
         self._ahead: tuple[_Key, Future[Batch]] | None = None
 
@@ -58,9 +62,28 @@ class Collator:
     def _collate(self, number: int, orders_K: Sequence[Order]) -> Batch:
         examples_K = [[self._examples[i] for i in order.indices(number)] for order in orders_K]
         batch = collate_pack(self._model.task, examples_K, self._model.base.tokenizer)
+        weights = [weight for order in orders_K for weight in self._weights(number, order)]
+        if weights:
+            batch = replace(batch, weight_N=torch.tensor(weights))
         gang = self._model.base.gang
         if gang is not None and gang.partners.size > 1:
             batch = take_part(batch, gang.partners.index, gang.partners.size)
         if self._packs_rows:  # each part for itself: it has the same examples as without
             batch = pack_rows(batch, self._model.task.spec.max_length)
         return batch.pin_memory() if self._model.base.device.type == "cuda" else batch
+
+    def _weights(self, number: int, order: Order) -> list[float]:
+        """Return what one member's examples count for, so that a step's loss is the mean over all that they weigh.
+
+        Nothing where all count the same. A step averages its micro-batches, and each of those its examples.
+        """
+        task = self._model.task
+        if not isinstance(task, WeighsExamples):
+            return []
+        begin = number - number % self._accumulation
+        step = [
+            [task.weight(self._examples[i]) for i in order.indices(begin + n)] for n in range(self._accumulation)
+        ]
+        known = [[weight for weight in micro if weight is not None] for micro in step]
+        total, here = sum(map(sum, known)), known[number - begin]
+        return [weight * len(here) * self._accumulation / total for weight in here]

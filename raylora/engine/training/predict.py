@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raylora.data.order import derive_seed
-from raylora.data.task import Example
+from raylora.data.task import CutsRows, Example
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.training.distillation_loss import read_outputs
 from raylora.ensemble.outputs import output_of
@@ -38,6 +38,7 @@ def predict(
         dropout_seeds: keeps the adapter dropout on, one stream per member (Monte-Carlo dropout).
     """
     members, output = len(next(iter(stacked.values()))), output_of(model.task.output)
+    document = model.task.document if isinstance(model.task, CutsRows) else str
     found: dict[int, tuple[Tensor, list[str]]] = {}
     for indices in _batches(examples, max(1, batch // members)):
         chosen = [examples[i] for i in indices]
@@ -47,7 +48,7 @@ def predict(
         mask_BT = joined.target_mask_BT
         mask_BT = mask_BT.cpu() if output.per_token and mask_BT is not None else None
         for position, index in enumerate(indices):
-            found[index] = _row(scores_MN[:, position], mask_BT, position, chosen[position].id)
+            found[index] = _row(scores_MN[:, position], mask_BT, position, document(chosen[position].id))
         report(len(found), len(examples))
     rows = [found[i] for i in range(len(examples))]
     join = torch.cat if output.per_token else torch.stack
@@ -86,10 +87,10 @@ def _batches(examples: Sequence[Example], rows: int) -> Iterator[list[int]]:
         yield by_length[start : start + rows]
 
 
-def _row(scores_M: Tensor, mask_BT: Tensor | None, position: int, example_id: str) -> tuple[Tensor, list[str]]:
-    """Return one row's scores, and its id once; for language modeling once per target token."""
+def _row(scores_M: Tensor, mask_BT: Tensor | None, position: int, row_id: str) -> tuple[Tensor, list[str]]:
+    """Return one row's scores, and its id once, or once per target token."""
     if mask_BT is None:
-        return scores_M, [example_id]
+        return scores_M, [row_id]
     kept_T = mask_BT[position].clone()
     kept_T[0] = False  # nothing stands before the first token, so nothing predicts it
-    return scores_M[:, kept_T], [example_id.rpartition("#")[0]] * int(kept_T.sum())
+    return scores_M[:, kept_T], [row_id] * int(kept_T.sum())

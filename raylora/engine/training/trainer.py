@@ -128,8 +128,8 @@ class PackTrainer:
     # --- one step -----------------------------------------------------------------------------------
     def collator(self) -> Collator:
         """Return what makes this trainer's batches; close it when training ends."""
-        optimization = self.settings.optimization
-        return Collator(self.model, self.train, self.total * optimization.accumulation, optimization.pack_rows)
+        spec = self.settings.optimization
+        return Collator(self.model, self.train, self.total * spec.accumulation, spec.accumulation, spec.pack_rows)
 
     def take_step(self, collator: Collator) -> Progress:
         """Take one optimizer step with every member that still trains."""

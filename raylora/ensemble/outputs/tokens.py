@@ -1,6 +1,6 @@
 """Tokens: each member gives every target token of a text a log-probability, and the text is its own label.
 
-Shapes: M members, N tokens, S bootstrap samples.
+Shapes: M members, N tokens, D texts (a text's tokens are those of one row), S bootstrap samples.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +28,12 @@ from raylora.ensemble.groups import (
 from raylora.ensemble.outputs.base import Names, Record, Rows
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import SpecError
-from raylora.records import CurvePoint, Description, MeanMember, MemberMetrics, SetErrors, SetMetrics, Summary
+from raylora.records import CurvePoint, Description, Gains, MeanMember, MemberMetrics, SetErrors, SetMetrics, Summary
 from raylora.spec import EvaluationSpec
+
+TOKEN_METRICS: tuple[Literal["nll", "perplexity", "tokenwise_nll", "sequencewise_nll"], ...] = (
+    "nll", "perplexity", "tokenwise_nll", "sequencewise_nll",
+)
 
 
 class TokenPredictions(Predictions):
@@ -53,7 +58,7 @@ class Tokens:
     validation = ("nll",)
     retained: str | None = None
     is_distribution = True
-    unpredictable_reason = "has no classes to predict; its members load with PEFT to generate"
+    unpredictable_reason = "has no classes to predict; ask it with generate, or what it says of answers with score"
 
     def start_value(self, labels: Sequence[float]) -> float:
         """Return 0: a language model keeps its own head."""
@@ -88,9 +93,10 @@ def summarize_tokens(groups: Mapping[str, Group], settings: Settings) -> Summary
     )
     summary["gains"], summary["m_curve"] = {}, {}
     for part in _scored(groups["ensemble"]):
-        member_nlls = [member["eval"][part.name]["nll"] for member in summary["members"]]
-        check_jensen(summary["ensemble"]["eval"][part.name]["nll"], member_nlls, "nll", part.name)
-        summary["gains"][part.name] = language_gains(token_nll(part.values), -part.values.double(), part.ids, settings)
+        for key in ("nll", "tokenwise_nll", "sequencewise_nll"):
+            of_members = [member["eval"][part.name][key] for member in summary["members"]]
+            check_jensen(summary["ensemble"]["eval"][part.name][key], of_members, key, part.name)
+        summary["gains"][part.name] = _gains(part, settings)
         summary["m_curve"][part.name] = _curve(part, settings)
     return summary
 
@@ -98,6 +104,20 @@ def summarize_tokens(groups: Mapping[str, Group], settings: Settings) -> Summary
 def token_nll(logprobs_MN: Tensor) -> Tensor:
     """Return ``-(logsumexp_m log p_m(token) - log M)``, N: the NLL of the mean of probabilities."""
     return math.log(logprobs_MN.shape[0]) - torch.logsumexp(logprobs_MN.to(torch.float64), dim=0)
+
+
+def text_nlls(logprobs_MN: Tensor, ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return what whole texts cost, in nats, under two mixtures of the members, D each.
+
+    Token by token, as an ensemble writes, a text has the probability ``prod_t 1/M sum_m p_m(y_t)``; as a whole, as one
+    of the members wrote it, ``1/M sum_m prod_t p_m(y_t)``.
+    """
+    names, of_N = np.unique(np.asarray(ids), return_inverse=True)
+    text_N = torch.from_numpy(of_N)
+    tokenwise_D = torch.zeros(len(names), dtype=torch.float64).index_add_(0, text_N, token_nll(logprobs_MN))
+    sums_MD = torch.zeros((len(logprobs_MN), len(names)), dtype=torch.float64)
+    sums_MD.index_add_(1, text_N, logprobs_MN.to(torch.float64))
+    return tokenwise_D, token_nll(sums_MD)
 
 
 def _scored(group: Group) -> list[Predictions]:
@@ -109,9 +129,12 @@ def _describe(group: Group, settings: Settings, intervals: bool) -> Description:
     for part in _scored(group):
         nll_N = token_nll(part.values)
         nll = float(nll_N.mean())
+        tokenwise_D, sequencewise_D = text_nlls(part.values, part.ids)
         described[part.name] = {
             "nll": nll,
             "perplexity": math.exp(nll),
+            "tokenwise_nll": float(tokenwise_D.mean()),
+            "sequencewise_nll": float(sequencewise_D.mean()),
             "tokens": part.rows,
             "documents": len(set(part.ids)),
         }
@@ -119,6 +142,10 @@ def _describe(group: Group, settings: Settings, intervals: bool) -> Description:
             values_S = bootstrap_token_nll(nll_N, part.ids, settings.samples, settings.seed)
             low, high = interval(values_S, settings.evaluation.confidence)
             described[part.name]["intervals"] = {"nll": [low, high], "perplexity": [math.exp(low), math.exp(high)]}
+            for key, value_D in (("tokenwise_nll", tokenwise_D), ("sequencewise_nll", sequencewise_D)):
+                texts = [str(n) for n in range(len(value_D))]
+                drawn_S = bootstrap_token_nll(value_D, texts, settings.samples, settings.seed)
+                described[part.name]["intervals"][key] = interval(drawn_S, settings.evaluation.confidence)
     return {"eval": described}
 
 
@@ -126,11 +153,20 @@ def _mean_member(members: Sequence[MemberMetrics]) -> MeanMember:
     averaged: dict[str, dict[str, Any]] = {}
     for name in members[0]["eval"]:
         sets = [member["eval"][name] for member in members]
-        averaged[name] = {
-            "nll": mean_and_error([one["nll"] for one in sets]),
-            "perplexity": mean_and_error([one["perplexity"] for one in sets]),
-        }
+        averaged[name] = {key: mean_and_error([one[key] for one in sets]) for key in TOKEN_METRICS}
     return {"eval": averaged}
+
+
+def _gains(part: Predictions, settings: Settings) -> Gains:
+    """Return what the ensemble gains per token, and per text as a whole."""
+    own_MD = torch.stack([text_nlls(row_N[None], part.ids)[1] for row_N in part.values])
+    texts = [str(n) for n in range(own_MD.shape[1])]
+    per_text = language_gains(text_nlls(part.values, part.ids)[1], own_MD, texts, settings, "sequencewise_nll")
+    per_token = language_gains(token_nll(part.values), -part.values.double(), part.ids, settings)
+    return {
+        "over_mean_member": per_token["over_mean_member"] | per_text["over_mean_member"],
+        "over_single": per_token["over_single"] | per_text["over_single"],
+    }
 
 
 def _curve(part: Predictions, settings: Settings) -> list[CurvePoint]:

@@ -1,0 +1,224 @@
+"""Answers to prompts and chats by a causal language model, which learns what the assistant says.
+
+Shapes: N = B rows, T tokens, K = T kept positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from raylora.data.chat import Message, read_chat, read_prompt
+from raylora.data.chat_template import (
+    OWN,
+    PLAIN,
+    PROBE,
+    check_template,
+    tokens_of,
+    tokens_to_answer,
+    write_chat,
+)
+from raylora.data.task import (
+    UNLABELED,
+    BadRow,
+    Batch,
+    Example,
+    LeftOut,
+    PaddingSide,
+    check_length,
+    collate,
+    decode_text,
+    mean_per_example,
+    token_logprobs,
+)
+from raylora.spec import TaskSpec
+from raylora.spec.starting import Starter
+
+_CUTS = 8
+"""Attempts to cut a prompt to length: what is left of it may be split into other tokens."""
+
+
+class Spec(TaskSpec):
+    """Columns ``messages`` (a list of role and content), or ``prompt`` and ``completion`` and, if any, ``system``."""
+
+    kind: Literal["instruction"] = "instruction"
+    max_length: int = Field(default=512, ge=2)
+    """Tokens of a row, prompt and answer together; what is longer goes by ``on_too_long``."""
+    template: str = OWN
+    """How a chat becomes text: ``tokenizer`` for the chat template that comes with it, ``none`` to put the completion
+    behind the prompt as it is, or a Jinja template of your own."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Learn the assistant's turns, or every turn; the tokens that end them are learned, too."""
+    on_too_long: Literal["error", "truncate_prompt", "skip"] = "error"
+    """What a row beyond ``max_length`` does: stop with an error that names it, lose its oldest turns and then the
+    beginning of its last prompt, or be left out. Each is counted, and an answer is never cut."""
+    token_mean: bool = False
+    """The loss is the mean over all learned tokens of a step, as most trainers have it, and not first over a row's, so
+    that long answers count for more."""
+
+    @field_validator("template")
+    @classmethod
+    def _is_a_template(cls, value: str) -> str:
+        if value not in (OWN, PLAIN) and "{" not in value:
+            raise ValueError(f"must be '{OWN}', '{PLAIN}' or a Jinja template with {{{{ ... }}}} or {{% ... %}} in it")
+        return value
+
+
+STARTER = Starter(
+    row={"messages": [{"role": "user", "content": "Anne put the ball in the box. Where is the ball?"},
+                      {"role": "assistant", "content": "box"}]},
+    base="pypi:smollm2-135m",
+    train="pypi:tomi",
+    task={"max_length": 256},
+    optimization={"lr": 5e-4, "epochs": 1, "micro_batch": 4},
+    train_rows=200, validation_rows=20, test_rows=60, batch=16,
+    notes={"task.max_length": "tokens of a prompt and its answer together"},
+)
+
+
+class Instruction:
+    """The probability of an answer's tokens, given what it answers."""
+
+    auto_class = "AutoModelForCausalLM"
+    output = "tokens"
+    num_outputs = 0
+    no_label: int | float = UNLABELED
+    columns: tuple[str, ...] = ()
+    optional_columns: tuple[str, ...] = ("messages", "prompt", "completion", "system")
+    label_column: str | None = None
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.label_names: list[str] = []
+
+    def columns_for(self, there: Sequence[str]) -> tuple[str, ...]:
+        """Return the columns of chats, or of prompts and completions, whichever a set seems to mean."""
+        return ("messages",) if "messages" in there else ("prompt", "completion")
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Return nothing: the model keeps its own head."""
+        return {}
+
+    def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
+        """Return nothing: answers may stand anywhere in a row."""
+        return {}
+
+    def padding_side(self, is_decoder: bool) -> PaddingSide:
+        """Return left, as for every causal model."""
+        return "left"
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a ``max_length`` beyond the model's, or a template that is not there. Raises: DataError."""
+        check_length(self.spec, tokenizer)
+        check_template(tokenizer, self.spec.template)
+
+    def content(self, row: Mapping[str, Any]) -> str:
+        """Return all that comes before the last answer: rows that ask the same are duplicates. Raises: BadRow."""
+        return "\n".join(f"{message['role']}: {message['content']}" for message in read_chat(row)[:-1])
+
+    def label(self, row: Mapping[str, Any]) -> int | None:
+        """Return None: the answer is a row's label."""
+        return None
+
+    def weight(self, example: Example) -> float | None:
+        """Return how many tokens an example has to learn, if that is what it counts for beside the others."""
+        if not self.spec.token_mean:
+            return None
+        return float(sum(last - first for first, last in example.target_ranges))
+
+    def tokenize(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
+        """Return the example and whether its prompt was cut.
+
+        Raises:
+            BadRow: it is no chat, its template cannot write it, or it is too long.
+            LeftOut: it is too long, and such rows are to be left out.
+        """
+        chat = read_chat(row)
+        tokens = self._tokens(chat, tokenizer)
+        limit, rule = self.spec.max_length, self.spec.on_too_long
+        is_cut = tokens.count > limit
+        if is_cut and rule == "skip":
+            raise LeftOut(f"{tokens.count} tokens, more than task.max_length {limit}")
+        if is_cut and rule == "error":
+            raise BadRow(f"{tokens.count} tokens, more than task.max_length {limit}: raise it, or set "
+                         "task.on_too_long to truncate_prompt or skip")
+        if is_cut:
+            tokens = self._cut(chat, tokens, tokenizer)
+        return Example(row_id, (tuple(tokens.ids),), None, target_ranges=tuple(tokens.ranges)), is_cut
+
+    def prompt(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the tokens of a chat up to where the assistant's answer begins. Raises: BadRow."""
+        return tokens_to_answer(read_prompt(row), tokenizer, self.spec.template)
+
+    def ends(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the token that ends a turn in this template, and the tokenizer's own."""
+        ids, _ = tokens_of(write_chat(PROBE, tokenizer, self.spec.template), tokenizer)
+        own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        return list(dict.fromkeys([ids[-1], *own]))
+
+    def blocks(self, example: Example) -> list[Example]:
+        """Return the example itself."""
+        return [example]
+
+    def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Batch:
+        """Pad rows on the left; the target mask leaves out all that is not learned."""
+        return collate(examples, tokenizer)
+
+    def token_logprobs(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return logp_BT float32 of each token (0 where it is no target) and mask_BT of the targets."""
+        return token_logprobs(logits, batch)
+
+    def scores(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return logp_BT float32: the tokens' log-probabilities, not classes' logits."""
+        return token_logprobs(logits, batch)[0]
+
+    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Return loss_N, the mean negative log-likelihood of each row's learned tokens."""
+        return mean_per_example(-scores, batch)
+
+    def _tokens(self, chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+        learns_all = self.spec.train_on == "all"
+        return _Tokens(*tokens_of(write_chat(chat, tokenizer, self.spec.template, learns_all), tokenizer))
+
+    def _cut(self, chat: list[Message], tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+        """Return the tokens of a chat without its oldest turns and, if need be, the beginning of its last prompt."""
+        limit = self.spec.max_length
+        system, turns = (chat[:1], chat[1:]) if chat[0]["role"] == "system" else ([], chat)
+        while tokens.count > limit:
+            later = next((n for n in range(1, len(turns) - 1) if turns[n]["role"] == "user"), None)
+            if later is None:
+                break
+            turns = turns[later:]
+            tokens = self._tokens([*system, *turns], tokenizer)
+        for _ in range(_CUTS):
+            if tokens.count <= limit:
+                return tokens
+            asked = list(tokenizer(turns[0]["content"], add_special_tokens=False, verbose=False)["input_ids"])
+            kept = decode_text(tokenizer, asked[tokens.count - limit :])
+            if not kept.strip():
+                break
+            turns = [{**turns[0], "content": kept}, *turns[1:]]
+            tokens = self._tokens([*system, *turns], tokenizer)
+        raise BadRow(f"its answer and template alone need more than task.max_length {limit} tokens")
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A chat's tokens, and the ranges that are learned."""
+
+    ids: list[int]
+    ranges: list[tuple[int, int]]
+
+    @property
+    def count(self) -> int:
+        return len(self.ids)
+
+
+def build(spec: Spec) -> Instruction:
+    """Return the task that a spec describes."""
+    return Instruction(spec)
