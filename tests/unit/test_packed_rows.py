@@ -292,3 +292,24 @@ def test_a_model_whose_rows_meet_is_refused(kind: str, make_language_parts: Call
     )
     with pytest.raises(BaseError, match=f"optimization.pack_rows: in {type(model).__name__} a row sees"):
         check_shared_sequences(replace(make_language_parts().base, model=model.eval()))
+
+
+@pytest.mark.parametrize("token_mean", [False, True])
+def test_answers_of_chats_and_what_they_weigh(
+    token_mean: bool, make_parts: Callable[..., Any], tiny_model: Callable[[str], str]
+) -> None:
+    parts = make_parts(
+        base={"source": tiny_model("llama"), "dtype": "float32", "quantization": "none"},
+        adapter__target_modules="all-linear",
+        task={"kind": "instruction", "max_length": 160, "token_mean": token_mean},
+        data={"train": {"source": "pypi:arithmetic"}, "train_rows": 16, "validation_rows": 4, "test_rows": 4},
+    )
+    pack, examples = members_of(parts), parts.sets.train.examples
+    orders = {f"member-{k:03d}": Order(16, 8, seed=k) for k in range(2)}
+    batches = []
+    for packs_rows in (False, True):
+        with Collator(parts.model, examples, 2, accumulation=2, packs_rows=packs_rows) as collator:
+            batches.append(collator.batch(0, orders))
+    apart, packed = batches
+    assert len(packed.input_ids_BT) < len(apart.input_ids_BT) and (apart.weight_N is not None) == token_mean
+    assert_same(taken(parts, pack, packed)[0], taken(parts, pack, apart)[0])
