@@ -1,7 +1,8 @@
 """The seam between rows of text and a model: what a row becomes, and what the model's output means.
 
-Shapes: N examples of P options each, B = N * P model rows (P is 1 but for option scoring), T tokens,
-K positions whose logits the model returned (the last K of T), V vocabulary, C classes.
+Shapes: N examples of P options each, B = N * P model rows (P is 1 but for option scoring; fewer rows where they are
+packed, :mod:`raylora.data.packed_rows`), T tokens, K positions whose logits the model returned (the last K of T),
+V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Batch:
     labels_N: Tensor | None
     """int64 classes or float32 values, or None where the examples have no labels."""
     position_ids_BT: Tensor | None = None
-    """Given with left padding only: absolute positions must count from the first real token."""
+    """Given with left padding and packed rows: positions must count from an example's first token."""
     token_type_ids_BT: Tensor | None = None
     target_mask_BT: Tensor | None = None
     """True where a token's own probability is part of the score."""
@@ -82,16 +83,21 @@ class Batch:
     """Where several members' rows lie below each other: the length that each one's own rows need without padding."""
     part: Part | None = None
     """None for whole batches."""
+    segments_BT: Tensor | None = None
+    """Where a sequence holds several examples: which one a token is of, by its place in ``ids``; -1 for padding."""
 
     def __len__(self) -> int:
         """Return the number of examples, N."""
         return len(self.ids)
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """Return the keyword arguments of the model's forward."""
+        """Return the keyword arguments of the model's forward.
+
+        Of packed rows there is no mask: transformers then has a token see those since positions last began anew.
+        """
         inputs = {
             "input_ids": self.input_ids_BT,
-            "attention_mask": self.attention_mask_BT,
+            "attention_mask": self.attention_mask_BT if self.segments_BT is None else None,
             "position_ids": self.position_ids_BT,
             "token_type_ids": self.token_type_ids_BT,
         }
@@ -334,7 +340,16 @@ def token_logprobs(logits_BKV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 def mean_per_example(values_BT: Tensor, batch: Batch) -> Tensor:
     """Return the mean over each example's target tokens, N, of values that belong to the tokens and are 0 elsewhere."""
     assert batch.target_mask_BT is not None
-    return values_BT.sum(-1) / batch.target_mask_BT.sum(-1)
+    return sum_per_example(values_BT, batch) / sum_per_example(batch.target_mask_BT.long(), batch)
+
+
+def sum_per_example(values_BK: Tensor, batch: Batch) -> Tensor:
+    """Return the sum over each example's tokens, N, of values that belong to the last K of the T tokens."""
+    if batch.segments_BT is None:
+        return values_BK.sum(-1)
+    of_BK = batch.segments_BT[:, -values_BK.shape[1] :] + 1  # padding is summed too, apart from all examples
+    sums = values_BK.new_zeros(len(batch) + 1)
+    return sums.index_add(0, of_BK.flatten(), values_BK.flatten())[1:]
 
 
 def require_labels(batch: Batch) -> Tensor:

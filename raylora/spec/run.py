@@ -290,6 +290,10 @@ class OptimizationSpec(Frozen):
     """Micro-batches whose gradients are averaged into one optimizer step."""
     group_by_length: bool = False
     """Batch rows of like length: less padding, a data order that is a little less random."""
+    pack_rows: bool = False
+    """Train on several short rows in one sequence of at most ``task.max_length`` tokens, none of which sees another:
+    hardly any padding, and the losses and gradients of a row per sequence; for tasks that learn token by token.
+    Evaluations keep a row per sequence."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Each member's own gradient norm is clipped to this."""
     zero_stage: Literal[0, 1, 2] = 0
@@ -304,6 +308,12 @@ class OptimizationSpec(Frozen):
     def _one_length(self) -> OptimizationSpec:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give 'epochs' or 'steps', not both")
+        return self
+
+    @model_validator(mode="after")
+    def _cached_by_row(self) -> OptimizationSpec:
+        if self.pack_rows and self.cache_trunk:
+            raise ValueError("cache_trunk keeps rows in sequences of their own: give it or 'pack_rows', not both")
         return self
 
     @model_validator(mode="after")
@@ -577,6 +587,8 @@ class RunSpec(Frozen):
         found = self.model_dump(mode="json", exclude=left_out)
         if not self.optimization.cache_trunk:  # nor do runs from before there was a cache have another
             del found["optimization"]["cache_trunk"], found["optimization"]["cache_trunk_gb"]
+        if not self.optimization.pack_rows:  # nor those from before rows were packed
+            del found["optimization"]["pack_rows"]
         return found
 
     def digest(self) -> str:

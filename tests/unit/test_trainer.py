@@ -227,7 +227,7 @@ def test_kl_over_a_vocabulary_is_a_mean_over_target_tokens() -> None:
     logits, reference = (torch.randn(2, 4, 7, generator=generator) for _ in range(2))
     mask = torch.tensor([[False, True, True, True], [False, False, True, True]])
     task = type("T", (), {"output": "tokens"})()
-    batch = type("B", (), {"target_mask_BT": mask})()
+    batch = type("B", (), {"target_mask_BT": mask, "segments_BT": None})()
     found = forward._divergence(task, batch, logits, reference, KLSpec(beta=1.0))
     p, q = F.log_softmax(logits.double(), -1), F.log_softmax(reference.double(), -1)
     kl = (p.exp() * (p - q)).sum(-1)

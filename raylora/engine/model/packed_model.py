@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from raylora.adapters.base import Adapter, Tensors
 from raylora.adapters.packed import Dropout, Pack, make_pack
-from raylora.data.task import Batch, Task, repeat
+from raylora.data.task import Batch, Task, repeat, sum_per_example
 from raylora.engine.model.base import Base
 from raylora.engine.model.gang import Round
 from raylora.engine.model.trunk import DistinctRows, enough_tokens
@@ -162,7 +162,7 @@ class PackedModel:
     def _dropout(self, batch: Batch, seeds_K: Sequence[int]) -> Dropout | None:
         if self.adapter.spec.dropout == 0.0:
             return None
-        left_padded = self.task.padding_side(self.base.is_decoder) == "left"
+        left_padded = batch.segments_BT is None and self.task.padding_side(self.base.is_decoder) == "left"
         dropout = Dropout(self.adapter.spec.dropout, list(seeds_K), batch.lengths_K, left_padded)
         if batch.part is None:
             return dropout
@@ -214,7 +214,7 @@ def _divergence(task: Task, batch: Batch, logits: Tensor, reference: Tensor, kl:
     # The logits at position t predict token t + 1, so the mask moves one to the left.
     mask_BT = batch.target_mask_BT[:, 1:].float()
     kl_BT = _kl(logits[:, :-1].float(), reference[:, :-1].float(), kl)
-    return (kl_BT * mask_BT).sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+    return sum_per_example(kl_BT * mask_BT, batch) / sum_per_example(mask_BT, batch).clamp(min=1)
 
 
 def _kl(scores: Tensor, reference: Tensor, kl: KLSpec) -> Tensor:

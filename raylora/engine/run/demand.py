@@ -21,6 +21,7 @@ from raylora.engine.model.parameter_count import adapter_parameters
 from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.model.split_base import MOST_PARTS
 from raylora.engine.training.member_plan import MemberPlan, packable_groups, unpackable_reason
+from raylora.engine.training.row_packing import packing_of
 from raylora.errors import BaseError
 from raylora.placement.estimate import MemberShape, ModelShape
 from raylora.placement.inventory import Inventory
@@ -67,15 +68,20 @@ def groups_of(units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:
 
 
 def batch_of(spec: RunSpec, sets: DataSets) -> MemberShape:
-    """Return how much text a member sees at once: the longest rows that there are, cut as the task cuts them."""
+    """Return how much text a member sees at once: the longest rows that there are, cut as the task cuts them.
+
+    Of packed rows it is the most that a micro-batch of a first epoch has.
+    """
     examples = sets.train.examples
     time = min(spec.task.max_length, max(len(s) for e in examples for s in e.sequences))
     rows = spec.optimization.micro_batch * max(len(e.sequences) for e in examples)
+    packing = packing_of(spec, examples)
     evaluated = max((len(loaded.examples) for loaded in sets.all() if loaded is not sets.train), default=0)
     read = min(spec.evaluation.batch, spec.ensemble.members * evaluated)
     has_token_logits = bool(examples[0].spans or examples[0].target_ranges)
     return MemberShape(
-        rows=rows, time=time, has_token_logits=has_token_logits, evaluated_tokens=read * time,
+        rows=rows if packing is None else packing.most_sequences, time=time if packing is None else packing.longest,
+        has_token_logits=has_token_logits, evaluated_tokens=read * time,
         recomputed=spec.placement.recompute,
     )
 

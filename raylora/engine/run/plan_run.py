@@ -34,6 +34,7 @@ from raylora.engine.training.member_plan import (
     check_weights,
     member_plans_of,
 )
+from raylora.engine.training.row_packing import check_packing, packing_of
 from raylora.engine.training.schedule import total_steps
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import check_rule
@@ -195,7 +196,8 @@ def prepare(
     if found.kept:
         packs = make_plan(replace(demand, groups=groups_of(new)), inventory, spec.placement).packs if new else ()
         plan = replace(plan, packs=packs)
-    notes = (*notes, *_doubts(spec, sets))
+    packing = packing_of(spec, sets.train.examples)
+    notes = (*notes, *([] if packing is None else [str(packing)]), *_doubts(spec, sets))
     if found.growth is not None:
         notes = (*notes, *(f"the run that is there grows: {change}" for change in found.growth.changes))
     return Prepared(
@@ -358,3 +360,4 @@ def _check_task(spec: RunSpec, task: Task) -> None:
             "use early_stopping, decay_a, decay_b or decay_head",
         )
     check_rule(output, spec.ensemble.aggregate)
+    check_packing(spec, task)

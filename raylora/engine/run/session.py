@@ -23,6 +23,7 @@ from raylora.engine.model.gang import Gang, GangPlace
 from raylora.engine.model.machine import compute_device, peak_memory_bytes
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
+from raylora.engine.model.shared_sequences import check_shared_sequences
 from raylora.engine.model.trunk_cache import TrunkCache
 from raylora.engine.run.evaluation import Evaluator, Trained, read_trained
 from raylora.engine.run.profiling import StepProfiler
@@ -106,6 +107,7 @@ class TrainingSession:
 
         Raises:
             RunDirectoryError: the data is not what the run was begun with.
+            BaseError: rows are to be packed, and this model does not keep them apart.
         """
         started = time.perf_counter()
         # The thread count decides the order of float additions: equal members need equal threads.
@@ -119,6 +121,8 @@ class TrainingSession:
             self.spec.base, self.spec.adapter, self.task, self.device, prepared_store(self.store), self.gang,
             self.spec.placement.recompute,
         )
+        if self.spec.optimization.pack_rows:
+            check_shared_sequences(self.base)
         self.sets = sets_of(self.spec, self.task, self.base.tokenizer, self.store)
         recorded = self.store.read_json("data.json")
         if recorded and recorded["content_hash"] != self.sets.content_hash():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from raylora.data.order import Order
+from raylora.data.packed_rows import pack_rows
 from raylora.data.task import Batch, Example, WeighsExamples, collate_pack, take_part
 from raylora.engine.model.packed_model import PackedModel
 
@@ -27,10 +28,15 @@ class Collator:
     """
 
     def __init__(
-        self, model: PackedModel, examples: Sequence[Example], micro_batches: int, accumulation: int = 1
+        self, model: PackedModel, examples: Sequence[Example], micro_batches: int, accumulation: int = 1,
+        packs_rows: bool = False,
     ) -> None:
-        """Take the training examples, and how many micro-batches a run has in all, and an optimizer step."""
-        self._model, self._examples = model, examples
+        """Take the training examples, and how many micro-batches a run has in all, and an optimizer step.
+
+        Args:
+            packs_rows: put several short rows into one sequence.
+        """
+        self._model, self._examples, self._packs_rows = model, examples, packs_rows
         self._micro_batches, self._accumulation = micro_batches, accumulation
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collator")
         self._ahead: tuple[_Key, Future[Batch]] | None = None
@@ -62,6 +68,8 @@ class Collator:
         gang = self._model.base.gang
         if gang is not None and gang.partners.size > 1:
             batch = take_part(batch, gang.partners.index, gang.partners.size)
+        if self._packs_rows:  # each part for itself: it has the same examples as without
+            batch = pack_rows(batch, self._model.task.spec.max_length)
         return batch.pin_memory() if self._model.base.device.type == "cuda" else batch
 
     def _weights(self, number: int, order: Order) -> list[float]:

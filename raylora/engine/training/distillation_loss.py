@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raylora import registry
 from raylora.data.sets import DataSets, content_hash
-from raylora.data.task import Batch, Task
+from raylora.data.task import Batch, Task, sum_per_example
 from raylora.distill import Annealed, Loss, MemberTargets, TokenTargets, merge, read_targets
 from raylora.ensemble.outputs import output_of
 from raylora.errors import DataError, SpecError, StoreError
@@ -114,10 +114,13 @@ class DistillationLoss:
         return loss.per_example(self.task.scores(logits, batch), targets, batch.labels_N)
 
     def _token_losses(self, loss: Loss, targets: TokenTargets, logits_BTV: Tensor, batch: Batch) -> Tensor:
-        """Return the mean over each block's target tokens, as the task's own loss has it."""
+        """Return the mean over each block's target tokens, as the task's own loss has it.
+
+        Examples lie in the sequences in the order of their ids, so the teacher's positions come in the student's.
+        """
         found, lengths = targets.gather(batch.ids)
         predicting_BT = predicting(batch)
-        if lengths != predicting_BT.sum(dim=1).tolist():
+        if lengths != sum_per_example(predicting_BT.long(), batch).tolist():
             raise DataError("the teacher read other tokens than the student", "both need the same tokenizer")
         labels_P = batch.input_ids_BT[:, 1:][predicting_BT]
         losses_P = loss.per_example(logits_BTV[:, :-1][predicting_BT], found.to(logits_BTV.device), labels_P)

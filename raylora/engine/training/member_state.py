@@ -88,6 +88,21 @@ class MemberState:
             self.stopped_at = step
 
 
+def lengths_of(examples: Sequence[Example]) -> tuple[int, ...]:
+    """Return the tokens of each example's longest sequence."""
+    return tuple(max(map(len, example.sequences)) for example in examples)
+
+
+def order_of(
+    plan: MemberPlan, lengths: tuple[int, ...], optimization: OptimizationSpec, ensemble: EnsembleSpec
+) -> Order:
+    """Return the order in which a unit sees training rows of these lengths."""
+    return Order(
+        len(lengths), optimization.micro_batch, order_seed(plan, ensemble),
+        plan.stream("bootstrap") if ensemble.bootstrap else None, lengths if optimization.group_by_length else None,
+    )
+
+
 class MemberBuilder:
     """Builds the members of one job, from their seeds or from what was committed of them."""
 
@@ -100,7 +115,7 @@ class MemberBuilder:
         self._head = head_tensors(model.base)
         labels = [example.label for example in train if example.label is not None]
         self._start_value = output_of(model.task.output).start_value(labels)
-        self._lengths = tuple(max(map(len, example.sequences)) for example in train)
+        self._lengths = lengths_of(train)
 
     def build(self, plan: MemberPlan, saved: SavedState | None = None) -> MemberState:
         """Return a member at its start, or as it was saved.
@@ -118,7 +133,8 @@ class MemberBuilder:
             check_layout(f"the checkpoint of {plan.name}", facts.get("layout"), found)
             # In this order: a file has its own, and sums depend on it.
             tensors = {name: sections["member"][name] for name in tensors}
-        state = MemberState(plan, self._optimizer(tensors), self._order(plan), initial_head, frozen_tensors)
+        order = order_of(plan, self._lengths, self.optimization, self.ensemble)
+        state = MemberState(plan, self._optimizer(tensors), order, initial_head, frozen_tensors)
         state.failure = facts.get("failure", "")
         if "member" in sections:
             state.optimizer.load_state(sections.get("optimizer", {}), facts["updates"])
@@ -126,13 +142,6 @@ class MemberBuilder:
             state.bad_epochs, state.stopped_at = facts["bad_epochs"], facts["stopped_at"]
             state.best_tensors = {n: sections["best"][n] for n in tensors} if "best" in sections else None
         return state
-
-    def _order(self, plan: MemberPlan) -> Order:
-        return Order(
-            self.rows, self.optimization.micro_batch, order_seed(plan, self.ensemble),
-            plan.stream("bootstrap") if self.ensemble.bootstrap else None,
-            self._lengths if self.optimization.group_by_length else None,
-        )
 
     def _optimizer(self, tensors: Mapping[str, Tensor]) -> MemberOptimizer:
         model = self.model

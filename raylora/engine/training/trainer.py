@@ -19,6 +19,7 @@ from raylora.engine.training.distillation_loss import DistillationLoss
 from raylora.engine.training.member_plan import MemberPlan
 from raylora.engine.training.member_state import MemberBuilder, MemberState, SavedState
 from raylora.engine.training.predict import validation_metrics
+from raylora.engine.training.row_packing import first_epoch_of
 from raylora.engine.training.schedule import epochs_done, total_steps
 from raylora.ensemble.metric_table import METRICS
 from raylora.errors import Interrupted, TrainingError
@@ -101,6 +102,7 @@ class PackTrainer:
                 ended_epoch = self.step == self.total or self.epochs(self.step) > self.epochs(self.step - 1)
                 told = self._validate() if ended_epoch else []
                 told += [f"{t.plan.name} failed: {t.failure}" for t in training if t.failure]
+                told += self._packing() if self.step == 1 else []
                 validations = self._validations() if ended_epoch else {}
                 report(replace(progress, news=tuple(told), validations=validations))
                 if ended_epoch:
@@ -126,8 +128,8 @@ class PackTrainer:
     # --- one step -----------------------------------------------------------------------------------
     def collator(self) -> Collator:
         """Return what makes this trainer's batches; close it when training ends."""
-        accumulation = self.settings.optimization.accumulation
-        return Collator(self.model, self.train, self.total * accumulation, accumulation)
+        spec = self.settings.optimization
+        return Collator(self.model, self.train, self.total * spec.accumulation, spec.accumulation, spec.pack_rows)
 
     def take_step(self, collator: Collator) -> Progress:
         """Take one optimizer step with every member that still trains."""
@@ -238,6 +240,14 @@ class PackTrainer:
             for name, row in rows.items()
         }
         return {name: values for name, values in scores.items() if values}
+
+    def _packing(self) -> list[str]:
+        """Return what packing rows saves, in words; the pack of the run's first member says it for all."""
+        plan, optimization = self.states[0].plan, self.settings.optimization
+        if not optimization.pack_rows or plan.name != "member-000":
+            return []
+        size = self.model.task.spec.max_length
+        return [str(first_epoch_of(plan, self.train, optimization, self.settings.ensemble, size))]
 
     def _news(self, state: MemberState, values: Mapping[str, float]) -> list[str]:
         name, epochs = state.plan.name, self.epochs(self.total - 1) + 1
