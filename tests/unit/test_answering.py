@@ -108,7 +108,8 @@ def test_answers_are_compared_with_those_that_rows_hold(writer: str, tmp_path: P
     assert described["error_auroc"].keys() == {"mean_nll", "mean_entropy", "mean_mutual_information", "disagreement"}
     shown = raylora("predict", writer, *options, "--metric", "exact_match")
     assert "AUROC for wrong answers" in shown.output and "0.500" in shown.output
-    for wrong, why in (["--metric", "exact"], "unknown metric"), (["--metric", "f1", "--each-member"], "one for each row"):
+    each = ["--metric", "f1", "--each-member"]
+    for wrong, why in (["--metric", "exact"], "unknown metric"), (each, "one for each row"):
         refused = raylora("predict", writer, *options, *wrong)
         assert refused.exit_code == 2 and why in refused.output.replace("\n", " ")
     path.write_text('{"prompt": "Hi"}\n')
