@@ -14,7 +14,7 @@ from raylora.distill.targets import (
     targets_class,
 )
 from raylora.distill.token_reader import TokenTargets
-from raylora.distill.tokens import TokenTargetsWriter
+from raylora.distill.tokens import TokenTargetsWriter, concatenate
 from raylora.distill.topk import TopK
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "TokenTargets",
     "TokenTargetsWriter",
     "TopK",
+    "concatenate",
     "content_hash",
     "merge",
     "read_targets",

@@ -48,12 +48,20 @@ class TokenTargetsWriter:
         self._known: set[str] = set()
         self._shards: list[dict[str, Any]] = []
 
-    @torch.no_grad()
     def add(self, example_id: str, content_hash: str, member_logits: Iterable[Tensor]) -> None:
         """Add an example from its members' logits P x V, one by one: a tensor M x P x V, or a generator.
 
         Raises:
-            DataError: as for :meth:`add_topk`.
+            DataError: as for :meth:`cut` and :meth:`add_topk`.
+        """
+        self.add_topk(example_id, content_hash, self.cut(example_id, member_logits))
+
+    @torch.no_grad()
+    def cut(self, example_id: str, member_logits: Iterable[Tensor]) -> TopK:
+        """Return the top k of the mixture at an example's positions, or at some of them, from its members' logits.
+
+        Raises:
+            DataError: they are over another vocabulary, or not numbers.
         """
         logp_PV = mixture(member_logits, self.temperature)
         if logp_PV.shape[-1] != self.vocabulary or logp_PV.isnan().any():
@@ -61,7 +69,7 @@ class TokenTargetsWriter:
                 f"example {example_id!r}: logits over {logp_PV.shape[-1]} tokens, or not a number",
                 f"expected finite logits over {self.vocabulary} tokens",
             )
-        self.add_topk(example_id, content_hash, top_k(logp_PV, self.k, self.temperature))
+        return top_k(logp_PV, self.k, self.temperature)
 
     def add_topk(self, example_id: str, content_hash: str, targets: TopK) -> None:
         """Add an example whose top k is known.

@@ -34,6 +34,11 @@ class TopK:
         """Return P."""
         return len(self.index_PK)
 
+    def __getitem__(self, chunk: slice) -> TopK:
+        """Return some of the positions."""
+        index_PK, logp_PK, tail_P = (t[chunk] for t in (self.index_PK, self.logp_PK, self.tail_P))
+        return TopK(index_PK, logp_PK, tail_P, self.vocabulary, self.temperature)
+
     @property
     def k(self) -> int:
         """Return K."""

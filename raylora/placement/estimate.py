@@ -17,6 +17,8 @@ GPU_RUNTIME_BYTES = 1_270_000_000
 """The context and the kernels on a device, as an H100 showed it with torch 2.11 and CUDA 13."""
 ADAPTER_BYTES, OPTIMIZER_BYTES = 12, 16
 """Per trained parameter: it, its copy stacked for the forward and what is multiplied; gradients and two moments."""
+CHUNK_BYTES, GPU_CHUNK_BYTES = 32 * 2**20, 512 * 2**20
+"""Of the logits that exist at once, in float32, where the output layer is passed in chunks of positions."""
 _GATHERED_BLOCKS = 2
 """The block that computes and the one that is fetched meanwhile."""
 
@@ -64,6 +66,8 @@ class MemberShape:
     """Widths of the layers' inputs that adapters keep, summed over all sites that do not share one."""
     evaluated_tokens: int = 0
     """Tokens of one evaluation forward, whatever the pack."""
+    logit_chunk: int = 0
+    """How many tokens' logits exist at once, whatever the pack; 0 where it is all of them."""
 
     recomputed: bool = False
     """Blocks are run again in the backward pass, and only their inputs are kept."""
@@ -121,7 +125,7 @@ def parts_of(model: ModelShape, member: MemberShape, members: int, ranks: int = 
     trained = members * member.parameters
     block = model.block_bytes // max(1, model.layers)
     activations = members * activation_bytes(model, member, on_gpu, member.recomputed)
-    logits = members * logit_bytes(model, member)
+    logits = logit_bytes(model, member, members)
     read = _evaluation_bytes(model, member) if members else 0
     return Parts(
         base=math.ceil(model.block_bytes / ranks),
@@ -162,15 +166,27 @@ def _kept_per_token(model: ModelShape, member: MemberShape, on_gpu: bool) -> int
     return norms + attention + feed_forward + inputs
 
 
-def logit_bytes(model: ModelShape, member: MemberShape) -> int:
-    """Return what a language model's logits take in training: themselves, in float32, their log-softmax, gradients."""
+def logit_chunk(vocabulary: int, on_gpu: bool = False) -> int:
+    """Return how many positions the output layer is passed with at once: as many as make logits of a few megabytes."""
+    return max(1, (GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (4 * vocabulary))
+
+
+def logit_bytes(model: ModelShape, member: MemberShape, members: int = 1) -> int:
+    """Return what a language model's logits take in training: themselves, in float32, their log-softmax, gradients.
+
+    Where they are made in chunks, the hidden states at the target positions and their gradients are kept beside them.
+    """
     if not member.has_token_logits:
         return 0
-    return member.tokens * model.vocabulary * (3 * model.compute_bytes + 12)
+    tokens, c = members * member.tokens, model.compute_bytes
+    if not member.logit_chunk:
+        return tokens * model.vocabulary * (3 * c + 12)
+    return min(tokens, member.logit_chunk) * model.vocabulary * (c + 12) + tokens * model.hidden * 3 * c
 
 
 def _evaluation_bytes(model: ModelShape, member: MemberShape) -> int:
     """Return what the logits of one evaluation forward take; no gradients."""
     if not member.has_token_logits:
         return 0
-    return member.evaluated_tokens * model.vocabulary * (2 * model.compute_bytes + 8)
+    tokens = min(member.evaluated_tokens, member.logit_chunk or member.evaluated_tokens)
+    return tokens * model.vocabulary * (2 * model.compute_bytes + 8)

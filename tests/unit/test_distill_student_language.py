@@ -22,9 +22,11 @@ from raylora.engine.distillation.compare import compare
 from raylora.engine.distillation.plan import prepare_distillation
 from raylora.engine.distillation.target_job import FACTS, TargetSession, shard_names
 from raylora.engine.model.packed_model import PackedModel
+from raylora.engine.model.token_head import ChunkedHead
+from raylora.engine.model.token_losses import next_tokens, predicting
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
-from raylora.engine.training.distillation_loss import DistillationLoss, load_targets, predicting
+from raylora.engine.training.distillation_loss import DistillationLoss, load_targets
 from raylora.errors import DataError, SpecError
 from raylora.report.distillation import distillation_table, sections
 from raylora.spec import DistillSpec
@@ -88,16 +90,20 @@ def test_token_losses_are_means_over_each_blocks_targets(teacher: str, tiny_mode
     distillation_loss = DistillationLoss(session.session.task, built, load_targets(work.targets.store))
     batch = session.session.task.collate(session.examples[:4], session.session.base.tokenizer)
     (pack,) = session.packs
+    model = PackedModel(session.session.base, adapter, session.session.task)
+    (logits,) = model.token_logits([pack], batch)
+    one_PV, other_PV = (logits_PV.double().log_softmax(-1) for logits_PV in logits)
+    p_PV = (one_PV.exp() + other_PV.exp()) / 2
+    kl_P = (p_PV * (p_PV.log() - one_PV)).sum(-1)
+    ce_P = F.nll_loss(one_PV, next_tokens(batch), reduction="none")
+    losses = (weight * ce_P + (1 - weight) * kl_P).split(predicting(batch).sum(dim=1).tolist())
     member = {name: tensor[:1] for name, tensor in pack.items()}
-    logits, _, joined = PackedModel(session.session.base, adapter, session.session.task).scores(member, batch)
-    both, _, _ = PackedModel(session.session.base, adapter, session.session.task).scores(pack, batch)
-    p_T = both.view(2, *logits.shape).double().softmax(-1).mean(0)[:, :-1]
-    log_S = logits.double().log_softmax(-1)[:, :-1]
-    kl_BT = (p_T * (p_T.log() - log_S)).sum(-1)
-    ce_BT = F.cross_entropy(log_S.transpose(1, 2), batch.input_ids_BT[:, 1:], reduction="none")
-    mask_BT = predicting(joined).double()
-    expected = ((weight * ce_BT + (1 - weight) * kl_BT) * mask_BT).sum(1) / mask_BT.sum(1)
-    torch.testing.assert_close(distillation_loss.losses(logits, joined, 0.0).double(), expected, atol=2e-3, rtol=1e-3)
+    found = model.gradients(
+        member, replace(batch, lengths_K=(batch.input_ids_BT.shape[1],)), [0],
+        token_loss=lambda joined: distillation_loss.of_positions(joined, 0.0),
+    )
+    expected = torch.stack([part.mean() for part in losses]).mean()
+    assert found.losses_K[0] == pytest.approx(float(expected), abs=2e-3, rel=1e-3)
 
 
 def test_a_member_that_teaches_itself_has_nothing_to_learn(teacher: str, tiny_model: Callable[[str], str]) -> None:
@@ -114,7 +120,7 @@ def test_a_member_that_teaches_itself_has_nothing_to_learn(teacher: str, tiny_mo
     batch = collate_pack(session.session.task, [session.examples[:3]], session.session.base.tokenizer)
     stacked = stack([{name: tensor[0] for name, tensor in session.packs[0].items()}])
     found = PackedModel(session.session.base, adapter, session.session.task).gradients(
-        stacked, batch, [0], loss=lambda logits, joined: distillation_loss.losses(logits, joined, 0.0)
+        stacked, batch, [0], token_loss=lambda joined: distillation_loss.of_positions(joined, 0.0)
     )
     own = PackedModel(session.session.base, adapter, session.session.task).gradients(stacked, batch, [0])
     assert abs(found.losses_K[0]) < 1e-3
@@ -141,15 +147,15 @@ def test_a_growing_transfer_set_takes_no_more_memory(
     logits: list[StorageWeakRef] = []
     alive: list[int] = []
 
-    real = PackedModel.scores
+    real = ChunkedHead.logits
 
     def watched(*args: Any) -> Any:
         alive.append(sum(not one.expired() for one in logits))
         said = real(*args)
-        logits.append(StorageWeakRef(said[0].untyped_storage()))
+        logits.append(StorageWeakRef(said.untyped_storage()))
         return said
 
-    monkeypatch.setattr(PackedModel, "scores", watched)
+    monkeypatch.setattr(ChunkedHead, "logits", watched)
     peaks, sizes = {}, {}
     for shards in (1, 2, 8):  # the first warms up
         store = RunStore(str(tmp_path / f"targets-{shards}"))
@@ -163,7 +169,7 @@ def test_a_growing_transfer_set_takes_no_more_memory(
     one_shard = sizes[8] // 8
     assert one_shard > 2**18 and sizes[8] > 3.9 * sizes[2]
     assert peaks[8] - peaks[2] < one_shard / 4, (peaks, sizes)
-    assert len(alive) == 2 * 4 * 11 and max(alive) <= 1  # of one example and pack, while the next one's are made
+    assert len(alive) == 3 + 2 * 4 * 11 and max(alive) <= 1  # of one member, while the next one's are made
 
 
 def test_other_tokenizers_and_losses_are_refused(

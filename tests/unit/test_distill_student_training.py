@@ -80,7 +80,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(make_parts: MakePart
     (unit, *_) = parts.units
     member = stack([parts.member(unit, trained=0.05)])
     batch = parts.task.collate(parts.sets.train.examples, parts.base.tokenizer)
-    logits, _, _ = parts.model.scores(member, batch)
+    logits, _ = parts.model.scores(member, batch)
     distillation_loss = loss_of(parts, logits[:, None].half().float(), kind="kl", temperature=2.0, task_weight=0.0)
     found = parts.model.gradients(
         member, parts.pack(batch), [0], loss=lambda scores, joined: distillation_loss.losses(scores, joined, 0.0)
@@ -124,7 +124,7 @@ def test_rows_without_a_label_learn_from_the_teacher_alone(make_parts: MakeParts
     member = stack([parts.member(parts.units[0], trained=0.05)])
     examples = [replace(e, label=UNLABELED if n % 2 else e.label) for n, e in enumerate(parts.sets.train.examples[:4])]
     batch = parts.task.collate(examples, parts.base.tokenizer)
-    _, scores, joined = parts.model.scores(member, batch)
+    scores, joined = parts.model.scores(member, batch)
     of_each = distillation_loss.losses(scores, joined, 0.0)
     without = distillation_loss.loss.per_example(scores, distillation_loss.targets.gather(joined.ids), None)
     assert torch.equal(of_each[1::2], without[1::2]) and bool((of_each[::2] > without[::2]).all())
@@ -134,7 +134,7 @@ def test_heat_is_taken_away_while_a_dirichlet_student_trains(make_parts: MakePar
     parts = make_parts()
     distillation_loss = loss_of(parts, some_logits(parts), kind="dirichlet", temperature=5.0, task_weight=0.0)
     batch = parts.batch(0, 4)
-    _, scores, joined = parts.model.scores(
+    scores, joined = parts.model.scores(
         stack([parts.member(parts.units[0])]), batch
     )
     begun, ended = distillation_loss.losses(scores, joined, 0.0), distillation_loss.losses(scores, joined, 1.0)

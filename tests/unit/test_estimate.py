@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,9 @@ def test_the_parts_of_a_gated_block_by_hand() -> None:
     again = activation_bytes(LLAMA, MEMBER, on_gpu=True, recomputed=True)
     assert again == 15 * (4 * 8 * 2 + 2 * fused) < activation_bytes(LLAMA, MEMBER, on_gpu=True)
     assert logit_bytes(LLAMA, MEMBER) == 15 * 100 * (3 * 2 + 12)
+    chunked = replace(MEMBER, logit_chunk=20)
+    assert logit_bytes(LLAMA, chunked) == 15 * 100 * (2 + 12) + 15 * 8 * 3 * 2
+    assert logit_bytes(LLAMA, chunked, members=3) == 20 * 100 * (2 + 12) + 3 * 15 * 8 * 3 * 2
 
 
 def test_a_pack_multiplies_what_members_have_and_nothing_else() -> None:
@@ -50,6 +54,7 @@ def test_an_evaluation_counts_where_its_logits_are_more_than_training_keeps() ->
     assert parts_of(LLAMA, MEMBER, 1).evaluation == 0
     read = MemberShape(has_token_logits=True, evaluated_tokens=1000)
     assert parts_of(LLAMA, read, 1).evaluation == 1000 * 100 * (2 * 2 + 8)
+    assert parts_of(LLAMA, replace(read, logit_chunk=20), 1).evaluation == 20 * 100 * (2 * 2 + 8)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])

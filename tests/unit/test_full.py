@@ -112,10 +112,10 @@ def test_at_first_it_is_the_base_and_training_does_not_write_to_it(
 ) -> None:
     before = {n: t.clone() for n, t in parts.base.model.state_dict().items()}
     member, batch = parts.member(parts.units[0]), parts.batch()
-    scores = parts.model.scores(stack([member]), batch)[1]
+    scores = parts.model.scores(stack([member]), batch)[0]
     none = registry.load("adapter", "none")
     heads = {n: t for n, t in member.items() if n.startswith("head:")}
-    base = PackedModel(parts.base, none.build(none.Spec()), parts.task).scores(stack([heads]), batch)[1]
+    base = PackedModel(parts.base, none.build(none.Spec()), parts.task).scores(stack([heads]), batch)[0]
     torch.testing.assert_close(scores, base, rtol=0, atol=0)
     trajectory(parts.trainer(parts.units[:1]))
     after = parts.base.model.state_dict()
@@ -127,7 +127,7 @@ def test_members_predict_together_as_each_alone(parts: Any) -> None:
     members, batch = [parts.member(unit, trained=0.05) for unit in parts.units], parts.batch()
 
     def scores(chosen: list[Any]) -> torch.Tensor:
-        return parts.model.scores(stack(chosen), batch)[1]
+        return parts.model.scores(stack(chosen), batch)[0]
 
     both = scores(members)
     torch.testing.assert_close(both, torch.cat([scores([m]) for m in members]), rtol=1e-6, atol=1e-6)
@@ -174,7 +174,7 @@ def test_the_reference_of_kl_is_the_base_with_its_own_weights(make_parts: Callab
         return parts.model.gradients(stack([member]), parts.pack(batch), [1], kl, heads).losses_K[0]
 
     logp, logq = (
-        F.log_softmax(parts.model.scores(stack([m]), batch)[1].double(), -1)
+        F.log_softmax(parts.model.scores(stack([m]), batch)[0].double(), -1)
         for m in (member, fresh)
     )
     expected = float((logp.exp() * (logp - logq)).sum(-1).mean())

@@ -140,7 +140,7 @@ def test_a_whole_run_its_folders_and_its_predictions_again(make_spec: Make) -> N
     found = ensemble.predict(rows)
     examples, _ = zip(*(ensemble._tokenize(row, i) for i, row in enumerate(rows)), strict=True)
     batch = ensemble.task.collate(examples, ensemble.base.tokenizer)
-    scores = ensemble.model.scores(ensemble._stacked, batch)[1]
+    scores = ensemble.model.scores(ensemble._stacked, batch)[0]
     expected = scores.view(3, 2, 2).double().softmax(-1)
     for n in range(2):
         given = [list(m.values()) for m in found[n].member_probabilities]

@@ -120,14 +120,14 @@ def test_other_architectures_and_transposed_layers_too(
     )
     unit, batch = parts.units[0], parts.batch()
     member = whole(parts, unit, trained=0.1)
-    logits = parts.model.scores(stack([member]), batch)[0]
+    scores = parts.model.scores(stack([member]), batch)[0]
     files = to_peft(own(parts, member, unit), parts.spec.adapter, parts.base.sites, parts.base.target_modules,
                     "CAUSAL_LM", "x")
     (tmp_path / "adapter_model.safetensors").write_bytes(to_bytes(files.tensors))
     (tmp_path / "adapter_config.json").write_bytes(files.config_bytes())
     with torch.no_grad():
-        expected = in_peft(parts, tmp_path, tiny_model(architecture))(**batch.model_inputs()).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+        logits = in_peft(parts, tmp_path, tiny_model(architecture))(**batch.model_inputs()).logits
+    torch.testing.assert_close(scores, parts.task.scores(logits, batch), rtol=1e-3, atol=1e-4)
 
 
 def test_a_fresh_member_is_the_base_but_for_two_methods(make_parts: Make) -> None:

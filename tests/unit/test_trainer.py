@@ -170,7 +170,7 @@ def test_a_fresh_member_predicts_what_the_base_with_its_head_predicts(
     parts = make_parts(base__source=tiny_model(kind), adapter__target_modules="all-linear", ensemble__members=3)
     members = [parts.member(unit) for unit in parts.units]
     batch = parts.batch()
-    _, scores, _ = parts.model.scores(stack(members), batch)
+    scores, _ = parts.model.scores(stack(members), batch)
     name = "classifier" if kind == "bert" else "score"
     for member, mine in zip(members, scores.view(3, len(batch), -1), strict=True):
         head = parts.base.heads[name]
@@ -209,7 +209,7 @@ def test_kl_to_the_base_equals_a_float64_reference(direction: Any, make_parts: C
         return parts.model.gradients(stack([member]), parts.pack(batch), [1], kl, heads).losses_K[0]
 
     def probabilities(tensors: Any) -> torch.Tensor:
-        scores = parts.model.scores(stack([tensors]), batch)[1]
+        scores = parts.model.scores(stack([tensors]), batch)[0]
         return scores.double().softmax(-1)
 
     p, q = probabilities(member), probabilities(fresh)  # a fresh member is the base with its adapters off

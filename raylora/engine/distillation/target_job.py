@@ -22,6 +22,7 @@ from raylora.distill import (
     MemberTargets,
     TokenTargets,
     TokenTargetsWriter,
+    concatenate,
     read_targets,
     targets_class,
 )
@@ -30,7 +31,7 @@ from raylora.engine.model.gang import GangPlace
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.finished_members import read_members
 from raylora.engine.run.session import Session, TrainingSession
-from raylora.engine.training.distillation_loss import predicting, read_outputs, task_of, taught_content
+from raylora.engine.training.distillation_loss import read_outputs, task_of, taught_content
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.predict import OnRows, predict
 from raylora.errors import Interrupted, StoreError
@@ -192,7 +193,7 @@ class TargetSession:
 
     @torch.no_grad()
     def _tokens(self, name: str, examples: Sequence[Example], report: OnRows) -> dict[str, bytes]:
-        """Return the files of a shard of a language model's targets; logits are cut to the top k row by row."""
+        """Return the files of a shard of a language model's targets; logits are cut to the top k as they are made."""
         assert self.target_job.tokens is not None
         files: dict[str, bytes] = {}
         base, task, (k, temperature) = self.session.base, self.session.task, self.target_job.tokens
@@ -205,13 +206,9 @@ class TargetSession:
         with writer:
             for number, example in enumerate(examples, 1):
                 batch = task.collate([example], base.tokenizer).to(base.device)
-                chosen_T = predicting(batch)[0]
-                # A generator: the logits of one pack at a time, which over a vocabulary are the largest thing here.
-                each = (
-                    logits_TV[:-1][chosen_T].float()
-                    for pack in self.packs for logits_TV in model.scores(pack, batch)[0]
-                )
-                writer.add(example.id, self.content_of[example.id], each)
+                # Some positions of one member at a time: over a vocabulary, logits are the largest thing here.
+                parts = [writer.cut(example.id, each) for each in model.token_logits(self.packs, batch)]
+                writer.add_topk(example.id, self.content_of[example.id], concatenate(parts))
                 report(number, len(examples))
         return files
 

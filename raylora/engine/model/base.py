@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raylora import registry
-from raylora.adapters.base import Adapter, Site
+from raylora.adapters.base import Adapter, Site, WholeModel
 from raylora.adapters.packed import Slot, attach
 from raylora.data.task import Task
 from raylora.engine.model.checkpoint import (
@@ -36,7 +36,9 @@ from raylora.engine.model.quantized_layers import Coder, all_layers, content_has
 from raylora.engine.model.recompute import recompute_blocks
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
 from raylora.engine.model.split_base import split
+from raylora.engine.model.token_head import TokenHead, WholeHead, find_token_head
 from raylora.engine.model.trunk import Trunk, find_trunk
+from raylora.ensemble.outputs import output_of
 from raylora.errors import BaseError
 from raylora.quant.base import Quantizer
 from raylora.quant.linear import QuantizedLinear
@@ -56,6 +58,8 @@ class Base:
     sites: list[Site]
     trunk: Trunk | None
     """The blocks below the first adapted one, which are the same for all members; None where there are none."""
+    token_head: TokenHead
+    """What makes the logits of a task that is scored token by token."""
     heads: dict[str, nn.Linear]
     """The task head's linears by name; members own copies, these stay as loaded."""
     fresh_heads: frozenset[str]
@@ -136,9 +140,13 @@ def load_base(
     parameters = _parameters(model)
     slot = attach(model, sites, list(heads))
     quantizer = quantizer_of(spec)
-    trunk = find_trunk(model, sites, {"use_cache": False} if is_decoder(model.config) else {}) if not is_split else None
+    options = {"use_cache": False} if is_decoder(model.config) else {}
+    trunk = find_trunk(model, sites, options) if not is_split else None
+    token_head: TokenHead = WholeHead()
+    if output_of(task.output).per_token and not isinstance(adapter, WholeModel):
+        token_head = find_token_head(model, options, device)
     if gang is not None and is_split:
-        split(model, sites, head_modules, slot, quantizer, gang, device)
+        split(model, sites, head_modules, slot, quantizer, gang, device, token_head)
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -146,6 +154,7 @@ def load_base(
         slot=slot,
         sites=sites,
         trunk=trunk,
+        token_head=token_head,
         heads=head_modules,
         fresh_heads=frozenset(name for name, fresh in heads.items() if fresh),
         device=device,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -51,6 +54,22 @@ def find_blocks(model: nn.Module) -> list[Block]:
 def base_linears(model: nn.Module) -> list[str]:
     """Return the linear layers that are prepared: all within the blocks, and none beside them."""
     return [name for block in find_blocks(model) for name in block.linears]
+
+
+@contextmanager
+def standing_in(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Have a function in the place of some modules' forward; they are themselves again afterwards."""
+    own = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, before in zip(modules, own, strict=True):
+            if before is None:
+                del module.forward
+            else:  # what accelerate or others have put there
+                module.forward = before
 
 
 def _linears(module: nn.Module) -> list[str]:

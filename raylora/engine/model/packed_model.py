@@ -6,21 +6,29 @@ T time, D width between blocks, C classes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from raylora.adapters.base import Adapter, Tensors
-from raylora.adapters.packed import Dropout, Pack, make_pack
-from raylora.data.task import Batch, Task, repeat, sum_per_example
+from raylora.adapters.packed import Dropout, make_pack
+from raylora.data.task import Batch, Task, repeat
 from raylora.engine.model.base import Base
 from raylora.engine.model.gang import Round
+from raylora.engine.model.packed_forward import inputs_of, pass_pack
+from raylora.engine.model.token_head import Forward, WholeHead
+from raylora.engine.model.token_losses import (
+    PositionLoss,
+    TokenLoss,
+    at_tokens,
+    divergence,
+    negative_log_likelihood,
+    predicting,
+    with_divergence,
+)
 from raylora.engine.model.trunk import DistinctRows, enough_tokens
 from raylora.engine.model.trunk_cache import TrunkCache
 from raylora.ensemble.outputs import output_of
@@ -82,6 +90,7 @@ class PackedModel:
     def gradients(
         self, tensors: StepTensors | Mapping[str, Tensor], batch: Batch, dropout_seeds_K: Sequence[int],
         kl: KLSpec | None = None, reference_heads: Mapping[str, Tensor] | None = None, loss: ExampleLoss | None = None,
+        token_loss: TokenLoss | None = None,
     ) -> PackLoss:
         """Run K members forward and backward once and return each one's loss and gradient.
 
@@ -94,6 +103,7 @@ class PackedModel:
             kl: adds ``beta * KL`` to the base with its adapters off (arXiv 2310.00035, section 3).
             reference_heads: the members' initial heads, which the reference predicts with.
             loss: takes the place of the task's, such as a distillation loss.
+            token_loss: the same for a task that is scored token by token.
         """
         step = tensors if isinstance(tensors, StepTensors) else self.step_tensors(tensors)
         members, tokens = len(batch.lengths_K), int(batch.attention_mask_BT.sum())
@@ -104,12 +114,13 @@ class PackedModel:
         reference = self._reference(step, reference_heads or {}, batch, hidden_BTD) if kl is not None else None
         pack = replace(step.pack, dropout=dropout)
         with self.base.round(Round.TRAIN):
-            logits = _forward(self.base, self.task, pack, batch, hidden_BTD)
-            task_loss = loss or (lambda logits, batch: self.task.loss(self.task.scores(logits, batch), batch))
-            losses_KN = task_loss(logits, batch).view(members, -1)
-            if kl is not None and reference is not None:
-                divergence = _divergence(self.task, batch, logits, reference, kl)
-                losses_KN = losses_KN + kl.beta * divergence.view(members, -1)
+            forward = partial(pass_pack, self.base, self.task, pack, batch, hidden_BTD)
+            if self.per_token:
+                of_position = self._position_loss(batch, token_loss, kl, reference)
+                losses_N = self.task.loss(-self._token_losses(forward, batch, of_position), batch)
+            else:
+                losses_N = self._example_losses(forward(), batch, loss, kl, reference)
+            losses_KN = losses_N.view(members, -1)
             if batch.weight_N is not None:
                 losses_KN = losses_KN * batch.weight_N.view(members, -1)
             losses_K = losses_KN.mean(dim=1) if batch.part is None else losses_KN.sum(dim=1) * batch.part.weight
@@ -118,21 +129,80 @@ class PackedModel:
         gradients = [{name: gradient[k] for name, gradient in of_all.items()} for k in range(members)]
         return PackLoss(losses_K.detach().tolist(), gradients, tokens)
 
+    @property
+    def per_token(self) -> bool:
+        """Whether the task is scored token by token; then no more than a chunk of its logits need exist at once."""
+        return output_of(self.task.output).per_token
+
     @torch.no_grad()
     def scores(
         self, stacked: Mapping[str, Tensor], batch: Batch, dropout_seeds_K: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor, Batch]:
-        """Return (logits, scores, repeated batch) of K members that all read the same batch, member by member."""
+    ) -> tuple[Tensor, Batch]:
+        """Return (scores, repeated batch) of K members that all read the same batch, member by member."""
+        forward, repeated = self._forward_of_all(stacked, batch, dropout_seeds_K)
+        with self.base.round(Round.FORWARD):
+            if self.per_token:
+                return -self._token_losses(forward, repeated, negative_log_likelihood(repeated)), repeated
+            return self.task.scores(forward(), repeated), repeated
+
+    @torch.no_grad()
+    def token_logits(self, packs: Sequence[Mapping[str, Tensor]], batch: Batch) -> Iterator[Iterable[Tensor]]:
+        """Yield, chunk by chunk of the positions that predict a batch's target tokens, each member's logits_CV.
+
+        The members of all packs follow each other, and one's logits are made when they are asked for.
+        """
+        head = self.base.token_head
+        states = (states_PS for stacked in packs for states_PS in self._states(stacked, batch))
+        if isinstance(head, WholeHead):  # its states are all logits: those of one pack at a time
+            yield states
+            return
+        of_members = list(states)
+        for chunk in head.chunks(len(of_members[0])):
+            yield (head.logits(states_PD[chunk]) for states_PD in of_members)
+
+    @torch.no_grad()
+    def _states(self, stacked: Mapping[str, Tensor], batch: Batch) -> Iterable[Tensor]:
+        """Return what each member's logits are made from, P x S."""
+        forward, repeated = self._forward_of_all(stacked, batch)
+        with self.base.round(Round.FORWARD):
+            states = self.base.token_head.states(forward, predicting(repeated))
+        return states.chunk(len(repeated.lengths_K))
+
+    def _forward_of_all(
+        self, stacked: Mapping[str, Tensor], batch: Batch, dropout_seeds_K: Sequence[int] | None = None
+    ) -> tuple[Forward, Batch]:
+        """Return a forward pass of K members that all read the same batch, and the batch once per member."""
         members, batch = len(next(iter(stacked.values()))), batch.to(self.base.device)
         hidden_BTD = None
         if self.base.trunk is not None and members > 1 and enough_tokens(batch.input_ids_BT.numel()):
-            hidden_BTD = self.base.trunk.run(_inputs(self.base, self.task, batch)).repeat(members, 1, 1)
+            hidden_BTD = self.base.trunk.run(inputs_of(self.base, self.task, batch)).repeat(members, 1, 1)
         repeated = repeat(batch, members)
         dropout = None if dropout_seeds_K is None else self._dropout(repeated, dropout_seeds_K)
-        with self.base.round(Round.FORWARD):
-            pack = make_pack(self.adapter, self.base.sites, stacked, dropout)
-            logits = _forward(self.base, self.task, pack, repeated, hidden_BTD)
-        return logits, self.task.scores(logits, repeated), repeated
+        pack = make_pack(self.adapter, self.base.sites, stacked, dropout)
+        return partial(pass_pack, self.base, self.task, pack, repeated, hidden_BTD), repeated
+
+    def _position_loss(
+        self, batch: Batch, loss: TokenLoss | None, kl: KLSpec | None, reference_PS: Tensor | None
+    ) -> PositionLoss:
+        """Return the loss of a position, with the divergence from the reference if there is one."""
+        of_position = (loss or negative_log_likelihood)(batch)
+        if kl is None or reference_PS is None:
+            return of_position
+        return with_divergence(of_position, lambda chunk: self.base.token_head.logits(reference_PS[chunk]), kl)
+
+    def _token_losses(self, forward: Forward, batch: Batch, loss: PositionLoss) -> Tensor:
+        """Return loss_BT of one forward pass at its target tokens, and 0 elsewhere."""
+        return at_tokens(self.base.token_head.losses(forward, predicting(batch), loss), batch)
+
+    def _example_losses(
+        self, logits: Tensor, batch: Batch, loss: ExampleLoss | None, kl: KLSpec | None, reference: Tensor | None
+    ) -> Tensor:
+        """Return loss_N, with the divergence from the reference's logits if there is one."""
+        task = self.task
+        losses_N = loss(logits, batch) if loss is not None else task.loss(task.scores(logits, batch), batch)
+        if kl is None or reference is None:
+            return losses_N
+        return losses_N + kl.beta * divergence(task.scores(logits, batch), task.scores(reference, batch), kl)
 
     def _shared(self, batch: Batch, on_device: Batch, forwards: int) -> Tensor | None:
         """Return what enters the first adapted block, each distinct row computed once; None if it saves nothing.
@@ -151,7 +221,7 @@ class PackedModel:
         saves = rows.save_work(batch.input_ids_BT.shape[1])
         if cache is None and not saves and forwards == 1:
             return None
-        inputs = _inputs(self.base, self.task, on_device)
+        inputs = inputs_of(self.base, self.task, on_device)
         if cache is None and not saves:
             return trunk.run(inputs)
         first_U, of_B = rows.first_U.to(self.base.device), rows.of_B.to(self.base.device)
@@ -173,54 +243,8 @@ class PackedModel:
     def _reference(
         self, step: StepTensors, heads: Mapping[str, Tensor], batch: Batch, hidden_BTD: Tensor | None
     ) -> Tensor:
-        """Return the logits with every adapter off; a pair that belongs to the base stays on."""
+        """Return the logits with every adapter off, or what they are made from; the base's own pair stays on."""
         off = make_pack(self.adapter, self.base.sites, {**step.leaves, **heads}, adapters_on=False)
+        forward = partial(pass_pack, self.base, self.task, off, batch, hidden_BTD)
         with self.base.round(Round.FORWARD):
-            return _forward(self.base, self.task, off, batch, hidden_BTD)
-
-
-def _inputs(base: Base, task: Task, batch: Batch) -> dict[str, Any]:
-    """Return what the model's forward is given."""
-    return {**batch.model_inputs(), **task.forward_kwargs(batch), **({"use_cache": False} if base.is_decoder else {})}
-
-
-def _forward(base: Base, task: Task, pack: Pack, batch: Batch, hidden_BTD: Tensor | None = None) -> Tensor:
-    """Return the logits; ``hidden_BTD`` is what the trunk made of the batch, if that is known."""
-    inputs = _inputs(base, task, batch)
-    if pack.weights:
-        return torch.cat([
-            _forward_own(base, own, {n: v.chunk(pack.members)[k] if isinstance(v, Tensor) else v
-                                     for n, v in inputs.items()})
-            for k, own in enumerate(pack.alone())
-        ])
-    replaced = nullcontext() if base.trunk is None or hidden_BTD is None else base.trunk.replaced(hidden_BTD)
-    with base.slot.use(pack), replaced:
-        return base.model(**inputs).logits
-
-
-def _forward_own(base: Base, pack: Pack, inputs: dict[str, Any]) -> Tensor:
-    """Return the logits of one member whose weights stand in for the base's; tied weights follow their first name."""
-    types = {name: parameter.dtype for name, parameter in base.model.named_parameters()}
-    weights = {name: weight.to(types[name]) for name, weight in pack.weights.items()}
-    with base.slot.use(pack):
-        return functional_call(base.model, weights, kwargs=inputs).logits
-
-
-def _divergence(task: Task, batch: Batch, logits: Tensor, reference: Tensor, kl: KLSpec) -> Tensor:
-    """Return KL per example, over the classes, or over the vocabulary as a mean of the target tokens."""
-    if not output_of(task.output).per_token:
-        return _kl(task.scores(logits, batch), task.scores(reference, batch), kl)
-    assert batch.target_mask_BT is not None
-    # The logits at position t predict token t + 1, so the mask moves one to the left.
-    mask_BT = batch.target_mask_BT[:, 1:].float()
-    kl_BT = _kl(logits[:, :-1].float(), reference[:, :-1].float(), kl)
-    return sum_per_example(kl_BT * mask_BT, batch) / sum_per_example(mask_BT, batch).clamp(min=1)
-
-
-def _kl(scores: Tensor, reference: Tensor, kl: KLSpec) -> Tensor:
-    logp, logq = F.log_softmax(scores, dim=-1), F.log_softmax(reference, dim=-1)
-    if kl.direction == "reverse":
-        logp, logq = logq, logp
-    return (logp.exp() * (logp - logq)).sum(dim=-1)
-
-
+            return self.base.token_head.states(forward, predicting(batch)) if self.per_token else forward()

@@ -18,6 +18,7 @@ from raylora.adapters.base import Site, is_linear
 from raylora.adapters.packed import AdaptedLinear, MemberLinear, Pack, Slot
 from raylora.engine.model.blocks import find_blocks
 from raylora.engine.model.gang import Gang, Round
+from raylora.engine.model.token_head import Forward, TokenHead, WholeHead
 from raylora.quant.base import Quantizer
 from raylora.quant.split import SplitEmbedding, SplitLinear
 
@@ -32,12 +33,15 @@ _CONFIG = {
 
 def split(
     model: nn.Module, sites: Sequence[Site], heads: Mapping[str, nn.Linear], slot: Slot, quantizer: Quantizer,
-    gang: Gang, device: torch.device,
+    gang: Gang, device: torch.device, token_head: TokenHead,
 ) -> None:
     """Split a model with attached adapters over a gang; all its ranks do this together.
 
     On rank 0 the tensors are read from where they lie, block by block, and every rank keeps its part; the other ranks
     read none. From now on the model may be passed within a round of the gang only.
+
+    Args:
+        token_head: what makes the logits of this base's task, so that idle ranks pass the output layer as others do.
     """
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
@@ -72,7 +76,7 @@ def split(
         if passed is Round.TRAIN:
             offload.release_backward_leftovers()
 
-    gang.passed_by(_IdlePass(model, sites, shapes, slot, device), after)
+    gang.passed_by(_IdlePass(model, sites, shapes, slot, device, token_head), after)
 
 
 def _replace_linears(model: nn.Module, quantizer: Quantizer) -> None:
@@ -89,7 +93,7 @@ def _replace_linears(model: nn.Module, quantizer: Quantizer) -> None:
 def _replace_tables(model: nn.Module, most_bytes: int) -> None:
     """Put a layer that looks its rows up part by part in the place of every table that is larger than a block.
 
-    A table that is the output layer, too, is needed whole there.
+    A table that is the output layer, too, is needed whole there, once in a pass where its logits are made in chunks.
     """
     holders = [p for _, p in model.named_parameters(remove_duplicate=False)]
     for parent in list(model.modules()):
@@ -113,6 +117,7 @@ class _IdlePass:
     head_shapes: Mapping[str, torch.Size]
     slot: Slot
     device: torch.device
+    token_head: TokenHead
 
     def __call__(self, agreed: Round) -> None:
         """Pass the model as the others do."""
@@ -124,9 +129,16 @@ class _IdlePass:
             at_site = {site.name: (leaf, site.out_features) for site in self.sites}
             token = torch.ones((1, 1), dtype=torch.long, device=self.device)
             with self.slot.use(Pack(_Nobody(), 1, at_site, heads)):  # type: ignore[arg-type]
-                logits = self.model(input_ids=token, attention_mask=token).logits
+                made = self._made(lambda: self.model(input_ids=token, attention_mask=token).logits)
             if agreed is Round.TRAIN:
-                torch.autograd.grad(logits.float().sum(), [leaf])
+                torch.autograd.grad(made.float().sum(), [leaf])
+
+    def _made(self, forward: Forward) -> Tensor:
+        """Return the logits or, where others pass the output layer in chunks, the losses of no position at all."""
+        if isinstance(self.token_head, WholeHead):
+            return forward()
+        nowhere_BT = torch.zeros((1, 0), dtype=torch.bool, device=self.device)
+        return self.token_head.losses(forward, nowhere_BT, lambda logits_CV, chunk: logits_CV)
 
 
 class _Nobody:

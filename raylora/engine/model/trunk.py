@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from raylora.adapters.base import Site
 from raylora.data.task import Batch
-from raylora.engine.model.blocks import Block, Enough, find_blocks
+from raylora.engine.model.blocks import Block, Enough, find_blocks, standing_in
 from raylora.errors import BaseError
 
 logger = logging.getLogger(__name__)
@@ -69,18 +69,8 @@ class Trunk:
     def replaced(self, hidden_BTD: Tensor) -> Iterator[None]:
         """Run forwards in which the trunk's blocks compute nothing and give ``hidden_BTD``."""
         output = (hidden_BTD,) if self.in_tuples else hidden_BTD
-        modules = [block.module for block in self.blocks]
-        own = [vars(module).get("forward") for module in modules]
-        for module in modules:
-            module.forward = lambda *positional, **named: output
-        try:
+        with standing_in([block.module for block in self.blocks], lambda *positional, **named: output):
             yield
-        finally:
-            for module, forward in zip(modules, own, strict=True):
-                if forward is None:
-                    del module.forward
-                else:  # what accelerate or others have put there
-                    module.forward = forward
 
 
 @dataclass(frozen=True)
@@ -139,7 +129,7 @@ def find_trunk(model: nn.Module, sites: Sequence[Site], options: Mapping[str, An
     blocks = trunk_blocks(model, sites)
     if not blocks:
         return None
-    inputs = {**_made_up(model), **options}
+    inputs = {**made_up_rows(model), **options}
     outputs: list[tuple[nn.Module, Any]] = []
     handles = [
         block.module.register_forward_hook(lambda module, arguments, output: outputs.append((module, output)))
@@ -176,7 +166,7 @@ def _warn(model: nn.Module, reason: str) -> None:
     logger.warning("%s: the blocks below the adapters are computed for every member: %s", type(model).__name__, reason)
 
 
-def _made_up(model: Any) -> dict[str, Tensor]:
+def made_up_rows(model: Any) -> dict[str, Tensor]:
     """Return four rows of eight tokens, padded differently."""
     device = model.get_input_embeddings().weight.device
     tokens_BT = torch.arange(32, device=device).view(4, 8) * 7 % int(model.config.get_text_config().vocab_size)

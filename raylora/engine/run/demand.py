@@ -22,8 +22,9 @@ from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.model.split_base import MOST_PARTS
 from raylora.engine.training.member_plan import MemberPlan, packable_groups, unpackable_reason
 from raylora.engine.training.row_packing import packing_of
+from raylora.ensemble.outputs import output_of
 from raylora.errors import BaseError
-from raylora.placement.estimate import MemberShape, ModelShape
+from raylora.placement.estimate import MemberShape, ModelShape, logit_chunk
 from raylora.placement.inventory import Inventory
 from raylora.placement.plan import Demand
 from raylora.spec import RunSpec
@@ -58,7 +59,10 @@ def demand_of(
     """Return what these units need on such machines; ``batch`` says how much text they see at once."""
     on_gpu = inventory.gpus > 0 and spec.placement.gpus_per_worker != 0
     model = _model_shape(spec, shell, on_gpu)
-    member = replace(batch, parameters=shell.member_parameters, input_widths=_input_widths(spec, shell.sites, model))
+    member = replace(
+        batch, parameters=shell.member_parameters, input_widths=_input_widths(spec, shell.sites, model),
+        logit_chunk=_logit_chunk(spec, shell, model.vocabulary, on_gpu),
+    )
     return Demand(groups_of(units), model, member, unpackable_reason(units[0]), _unsplittable_reason(spec, shell))
 
 
@@ -144,6 +148,16 @@ def _model_shape(spec: RunSpec, shell: Shell, on_gpu: bool) -> ModelShape:
         is_gated=is_gated,
         keeps_inputs=spec.base.quantization.kind == "int8",
     )
+
+
+def _logit_chunk(spec: RunSpec, shell: Shell, vocabulary: int, on_gpu: bool) -> int:
+    """Return how many tokens' logits exist at once; 0 for all, unless tokens are scored with the base's own head."""
+    task = registry.load("task", spec.task.kind).build(spec.task)
+    if not output_of(task.output).per_token or isinstance(shell.adapter, WholeModel):
+        return 0
+    head = shell.model.get_output_embeddings()
+    is_adapted = any(shell.model.get_submodule(site.name) is head for site in shell.sites)
+    return 0 if is_adapted else logit_chunk(vocabulary, on_gpu)
 
 
 def _compute_bytes(spec: RunSpec, on_gpu: bool) -> int:

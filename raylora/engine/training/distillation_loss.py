@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from raylora import registry
 from raylora.data.sets import DataSets, content_hash
 from raylora.data.task import Batch, Task, sum_per_example
 from raylora.distill import Annealed, Loss, MemberTargets, TokenTargets, merge, read_targets
+from raylora.engine.model.token_losses import PositionLoss, next_tokens, predicting
 from raylora.ensemble.outputs import output_of
 from raylora.errors import DataError, SpecError, StoreError
 from raylora.spec import KindSpec, RunSpec
@@ -105,32 +105,28 @@ class DistillationLoss:
         """Return the loss of each example, B, when this share of the training is done.
 
         Raises:
+            DataError: the teacher has not seen an example.
+        """
+        assert isinstance(self.targets, MemberTargets)
+        targets = self.targets.gather(batch.ids).to(logits.device)
+        return self._loss_at(progress).per_example(self.task.scores(logits, batch), targets, batch.labels_N)
+
+    def of_positions(self, batch: Batch, progress: float) -> PositionLoss:
+        """Return the loss of the positions that predict a batch's target tokens, of a student taught token by token.
+
+        Raises:
             DataError: the teacher has not seen an example, or not these tokens of it.
         """
-        loss = self.loss.at(progress) if isinstance(self.loss, Annealed) else self.loss
-        if isinstance(self.targets, TokenTargets):
-            return self._token_losses(loss, self.targets, logits, batch)
-        targets = self.targets.gather(batch.ids).to(logits.device)
-        return loss.per_example(self.task.scores(logits, batch), targets, batch.labels_N)
-
-    def _token_losses(self, loss: Loss, targets: TokenTargets, logits_BTV: Tensor, batch: Batch) -> Tensor:
-        """Return the mean over each block's target tokens, as the task's own loss has it.
-
-        Examples lie in the sequences in the order of their ids, so the teacher's positions come in the student's.
-        """
-        found, lengths = targets.gather(batch.ids)
+        assert isinstance(self.targets, TokenTargets)
+        found, lengths = self.targets.gather(batch.ids)
         predicting_BT = predicting(batch)
         if lengths != sum_per_example(predicting_BT.long(), batch).tolist():
             raise DataError("the teacher read other tokens than the student", "both need the same tokenizer")
-        labels_P = batch.input_ids_BT[:, 1:][predicting_BT]
-        losses_P = loss.per_example(logits_BTV[:, :-1][predicting_BT], found.to(logits_BTV.device), labels_P)
-        return torch.stack([part.mean() for part in losses_P.split(lengths)])
+        loss, targets, labels_P = self._loss_at(progress), found.to(predicting_BT.device), next_tokens(batch)
+        return lambda logits_CV, chunk: loss.per_example(logits_CV, targets[chunk], labels_P[chunk])
 
-
-def predicting(batch: Batch) -> Tensor:
-    """Return, B x (T - 1), which positions' logits predict a target token: the mask, one to the left."""
-    assert batch.target_mask_BT is not None
-    return batch.target_mask_BT[:, 1:]
+    def _loss_at(self, progress: float) -> Loss:
+        return self.loss.at(progress) if isinstance(self.loss, Annealed) else self.loss
 
 
 def taught_content(sets: DataSets, task: Task) -> dict[str, str]:

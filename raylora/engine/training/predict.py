@@ -43,7 +43,7 @@ def predict(
     for indices in _batches(examples, max(1, batch // members)):
         chosen = [examples[i] for i in indices]
         seeds = [derive_seed(s, examples[indices[0]].id) for s in dropout_seeds] if dropout_seeds else None
-        _, scores, joined = model.scores(stacked, model.task.collate(chosen, model.base.tokenizer), seeds)
+        scores, joined = model.scores(stacked, model.task.collate(chosen, model.base.tokenizer), seeds)
         scores_MN = scores.float().cpu().view(members, len(chosen), *scores.shape[1:])
         mask_BT = joined.target_mask_BT
         mask_BT = mask_BT.cpu() if output.per_token and mask_BT is not None else None

@@ -9,11 +9,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from raylora.adapters.base import Tensors
 from raylora.adapters.packed import stack
 from raylora.data.task import Batch, Example
-from raylora.engine.model.packed_model import ExampleLoss, PackedModel, StepTensors
+from raylora.engine.model.packed_model import PackedModel, StepTensors
 from raylora.engine.training.collator import Collator
 from raylora.engine.training.distillation_loss import DistillationLoss
 from raylora.engine.training.member_plan import MemberPlan
@@ -163,7 +164,7 @@ class PackTrainer:
         has_reference = kl is not None and stepping[0].initial_head
         outcome = self.model.gradients(
             step, batch, [t.plan.stream("dropout", number) for t in stepping], kl,
-            stack([t.initial_head for t in stepping]) if has_reference else None, self._student_loss(),
+            stack([t.initial_head for t in stepping]) if has_reference else None, **self._student_loss(),
         )
         rows = len(batch) // len(stepping)
         gang = self.model.base.gang
@@ -181,11 +182,14 @@ class PackTrainer:
             sums[state.plan.name] += loss / accumulation
         return outcome.tokens
 
-    def _student_loss(self) -> ExampleLoss | None:
+    def _student_loss(self) -> dict[str, Any]:
+        """Return what takes the place of the task's loss, by the name that the model knows it by."""
         if self.distillation_loss is None:
-            return None
+            return {}
         distillation_loss, progress = self.distillation_loss, self.step / self.total
-        return lambda logits, batch: distillation_loss.losses(logits, batch, progress)
+        if self.model.per_token:
+            return {"token_loss": lambda batch: distillation_loss.of_positions(batch, progress)}
+        return {"loss": lambda logits, batch: distillation_loss.losses(logits, batch, progress)}
 
     def _step_tensors(self, stepping: Sequence[MemberState], accumulation: int) -> StepTensors:
         """Return the pack's tensors for this step, made anew after an update and when a member has left."""
