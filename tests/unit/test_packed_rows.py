@@ -267,7 +267,7 @@ def test_a_teachers_targets_meet_the_tokens_they_were_made_for(make_language_par
             writer.add(name, name, 3 * torch.randn(1, length - 1, vocabulary, generator=generator))
     targets = TokenTargets(files.__getitem__)
     taught = DistillationLoss(parts.task, topk_kl.build(topk_kl.Spec(task_weight=0.3)), targets)
-    options = {"loss": lambda logits, batch: taught.losses(logits, batch, 0.5)}
+    options = {"token_loss": lambda batch: taught.of_positions(batch, 0.5)}
     expected, found = (taken(parts, pack, batch, **options)[0] for batch in (apart, packed))
     assert_same(found, expected)
     assert found.losses_K != pytest.approx(taken(parts, pack, packed)[0].losses_K, rel=1e-2)
