@@ -43,10 +43,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 TASKS: dict[str, dict[str, Any]] = {
     "tomi": {
-        "train": {"source": "pypi:tomi"}, "validation": {"source": "pypi:tomi-validation", "rows": 60},
-        "test": {"source": "pypi:tomi-test", "rows": 150}, "train_rows": 240,
+        "train": {"source": "pypi:tomi"}, "validation": {"source": "pypi:tomi-validation", "rows": 40},
+        "test": {"source": "pypi:tomi-test", "rows": 100}, "train_rows": 160,
     },
-    "soc-codes": {"train": {"source": "pypi:soc-codes"}, "train_rows": 240, "validation_rows": 60, "test_rows": 150},
+    "soc-codes": {"train": {"source": "pypi:soc-codes"}, "train_rows": 160, "validation_rows": 40, "test_rows": 100},
 }
 RATES, SEEDS = (3e-4, 1e-3, 3e-3), (0, 1, 2)
 
