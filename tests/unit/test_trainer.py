@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from raylora.adapters.packed import stack
 from raylora.data.order import Order
-from raylora.engine.model import packed_model as forward
+from raylora.data.task import Batch, mean_per_example
+from raylora.engine.model.token_losses import at_tokens, predicting, with_divergence
 from raylora.engine.training import trainer as trainer_module
 from raylora.engine.training.optimizer import MemberOptimizer
 from raylora.engine.training.schedule import learning_rate_factor, total_steps
@@ -226,10 +227,12 @@ def test_kl_over_a_vocabulary_is_a_mean_over_target_tokens() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, reference = (torch.randn(2, 4, 7, generator=generator) for _ in range(2))
     mask = torch.tensor([[False, True, True, True], [False, False, True, True]])
-    task = type("T", (), {"output": "tokens"})()
-    batch = type("B", (), {"target_mask_BT": mask})()
-    found = forward._divergence(task, batch, logits, reference, KLSpec(beta=1.0))
-    p, q = F.log_softmax(logits.double(), -1), F.log_softmax(reference.double(), -1)
+    batch = Batch(["a", "b"], torch.zeros_like(mask, dtype=torch.long), mask.long(), None, target_mask_BT=mask)
+    asked, reference = logits[:, :-1][predicting(batch)], reference[:, :-1]
+    none = torch.zeros(len(asked))
+    loss = with_divergence(lambda logits, chunk: none, lambda chunk: reference[predicting(batch)], KLSpec(beta=1.0))
+    found = mean_per_example(at_tokens(loss(asked, slice(None)), batch), batch)
+    p, q = F.log_softmax(logits[:, :-1].double(), -1), F.log_softmax(reference.double(), -1)
     kl = (p.exp() * (p - q)).sum(-1)
     expected = [kl[0, 0:3].mean(), kl[1, 1:3].mean()]  # the logits before a token predict it
     torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=1e-6)
