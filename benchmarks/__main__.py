@@ -10,10 +10,11 @@ from benchmarks import (
     sharing,
     token_distillation,
     trunk,
+    vocabulary,
 )
 
 for benchmark in (
     packing, sharing, trunk, scheduler_scale, parameter_efficiency, preparation, low_bit, distillation,
-    token_distillation,
+    token_distillation, vocabulary,
 ):
     benchmark.main()
