@@ -11,10 +11,15 @@ from benchmarks import (
     sharing,
     token_distillation,
     trunk,
+    vocabulary,
 )
 
 for benchmark in (
     packing, sharing, trunk, scheduler_scale, parameter_efficiency, preparation, low_bit, distillation,
+<<<<<<< HEAD
     token_distillation, instruction_training,
+=======
+    token_distillation, vocabulary,
+>>>>>>> wt-head
 ):
     benchmark.main()

@@ -27,7 +27,7 @@ from benchmarks import record
 from benchmarks.packing import stepper
 
 NAME = "instruction_training"
-MEMBERS, ROUNDS = 4, 7
+MEMBERS, ROUNDS = 4, 5
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BASES: dict[str, dict[str, Any]] = {
     "nf4": {"quantization": "nf4"},
@@ -43,10 +43,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 TASKS: dict[str, dict[str, Any]] = {
     "tomi": {
-        "train": {"source": "pypi:tomi"}, "validation": {"source": "pypi:tomi-validation", "rows": 40},
-        "test": {"source": "pypi:tomi-test", "rows": 100}, "train_rows": 160,
+        "train": {"source": "pypi:tomi"}, "validation": {"source": "pypi:tomi-validation", "rows": 32},
+        "test": {"source": "pypi:tomi-test", "rows": 80}, "train_rows": 120,
     },
-    "soc-codes": {"train": {"source": "pypi:soc-codes"}, "train_rows": 160, "validation_rows": 40, "test_rows": 100},
+    "soc-codes": {"train": {"source": "pypi:soc-codes"}, "train_rows": 120, "validation_rows": 32, "test_rows": 80},
 }
 RATES, SEEDS = (3e-4, 1e-3, 3e-3), (0, 1, 2)
 

@@ -141,9 +141,9 @@ def train(folder: str) -> dict[str, int]:
     store = RunStore(str(run))
     session = TrainingSession(store.spec_in_place(), store, cpus=2, gpus=0)
     session.load()
-    loaded = _peak_bytes()
+    loaded = peak_bytes()
     take_steps(session, _STEPS)
-    return {"loaded_bytes": loaded, "peak_bytes": _peak_bytes()}
+    return {"loaded_bytes": loaded, "peak_bytes": peak_bytes()}
 
 
 def take_steps(session: Any, steps: int) -> list[float]:
@@ -207,7 +207,7 @@ def on_gpu(cell: Cell, folder: str, made_up: str) -> dict[str, Any]:
     }
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,10 +66,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def in_own_process(module: str, *arguments: str) -> Any:
+def in_own_process(module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Any:
     """Return what a benchmark says, as JSON on its last line, when it is run in a process of its own."""
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **(variables or {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -17,8 +17,11 @@ GPU_RUNTIME_BYTES = 1_270_000_000
 """The context and the kernels on a device, as an H100 showed it with torch 2.11 and CUDA 13."""
 ADAPTER_BYTES, OPTIMIZER_BYTES = 12, 16
 """Per trained parameter: it, its copy stacked for the forward and what is multiplied; gradients and two moments."""
-CHUNK_BYTES, GPU_CHUNK_BYTES = 32 * 2**20, 512 * 2**20
+CHUNK_BYTES, GPU_CHUNK_BYTES = 32 * 2**20, 256 * 2**20
 """Of the logits that exist at once, in float32, where the output layer is passed in chunks of positions."""
+_GATED_HEAP, _CHUNK_HEAP = 1.4, 2
+"""What glibc's heap takes over the tensors of gated blocks, and of a chunk of logits: freed ones lie between kept ones.
+Measured, and not understood further; a GPU's allocator has no such share."""
 _GATHERED_BLOCKS = 2
 """The block that computes and the one that is fetched meanwhile."""
 
@@ -125,7 +128,7 @@ def parts_of(model: ModelShape, member: MemberShape, members: int, ranks: int = 
     trained = members * member.parameters
     block = model.block_bytes // max(1, model.layers)
     activations = members * activation_bytes(model, member, on_gpu, member.recomputed)
-    logits = logit_bytes(model, member, members)
+    logits = logit_bytes(model, member, members, on_gpu)
     read = _evaluation_bytes(model, member) if members else 0
     return Parts(
         base=math.ceil(model.block_bytes / ranks),
@@ -151,8 +154,10 @@ def activation_bytes(model: ModelShape, member: MemberShape, on_gpu: bool, recom
     working = per_token  # one block's forward or backward pass while it runs
     inputs = member.input_widths * model.compute_bytes
     if recomputed:
-        return member.tokens * (model.layers * model.hidden * model.compute_bytes + per_token + working)
-    return member.tokens * (model.layers * per_token + inputs + working)
+        kept = member.tokens * (model.layers * model.hidden * model.compute_bytes + per_token + working)
+    else:
+        kept = member.tokens * (model.layers * per_token + inputs + working)
+    return math.ceil(kept * _GATED_HEAP) if model.is_gated and not on_gpu else kept
 
 
 def _kept_per_token(model: ModelShape, member: MemberShape, on_gpu: bool) -> int:
@@ -171,7 +176,7 @@ def logit_chunk(vocabulary: int, on_gpu: bool = False) -> int:
     return max(1, (GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (4 * vocabulary))
 
 
-def logit_bytes(model: ModelShape, member: MemberShape, members: int = 1) -> int:
+def logit_bytes(model: ModelShape, member: MemberShape, members: int = 1, on_gpu: bool = False) -> int:
     """Return what a language model's logits take in training: themselves, in float32, their log-softmax, gradients.
 
     Where they are made in chunks, the hidden states at the target positions and their gradients are kept beside them.
@@ -181,7 +186,8 @@ def logit_bytes(model: ModelShape, member: MemberShape, members: int = 1) -> int
     tokens, c = members * member.tokens, model.compute_bytes
     if not member.logit_chunk:
         return tokens * model.vocabulary * (3 * c + 12)
-    return min(tokens, member.logit_chunk) * model.vocabulary * (c + 12) + tokens * model.hidden * 3 * c
+    chunk = min(tokens, member.logit_chunk) * model.vocabulary * (c + 12)
+    return (1 if on_gpu else _CHUNK_HEAP) * chunk + tokens * model.hidden * 3 * c
 
 
 def _evaluation_bytes(model: ModelShape, member: MemberShape) -> int:

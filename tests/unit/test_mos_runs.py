@@ -292,14 +292,14 @@ def test_an_exported_member_says_the_same_in_peft(
     tensors = member_tensors(RunStore.for_spec(spec).load_result("members/member-000"))
     frozen_tensors = frozen_tensors_of(parts.base, parts.adapter, unit.stream("fixed"))
     batch = parts.batch()
-    logits = parts.model.scores(stack([{**tensors, **frozen_tensors}]), batch)[0]
+    scores = parts.model.scores(stack([{**tensors, **frozen_tensors}]), batch)[0]
     base = getattr(transformers, parts.task.auto_class).from_pretrained(
         tiny_model(kind), dtype=torch.float32, attn_implementation="eager", **parts.task.model_kwargs())
     base.config.pad_token_id = parts.base.model.config.pad_token_id
     before = base.eval()(**batch.model_inputs()).logits
     with torch.no_grad():
         expected = peft.PeftModel.from_pretrained(base, written.folder).eval()(**batch.model_inputs()).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores, parts.task.scores(expected, batch), rtol=1e-5, atol=1e-5)
     assert (before - expected).abs().max() > 0.01
 
 
