@@ -16,10 +16,6 @@ from benchmarks import (
 
 for benchmark in (
     packing, sharing, trunk, scheduler_scale, parameter_efficiency, preparation, low_bit, distillation,
-<<<<<<< HEAD
-    token_distillation, instruction_training,
-=======
-    token_distillation, vocabulary,
->>>>>>> wt-head
+    token_distillation, instruction_training, vocabulary,
 ):
     benchmark.main()
