@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks import record
@@ -150,26 +151,33 @@ def speed(folder: str) -> list[dict[str, Any]]:
     tokens = cells["packed"].tokens(ROUNDS)
     rows = []
     for way, seconds in times.items():
-        peak = record.in_own_process("benchmarks.instruction_training", "--peak-of", way)
         rows.append({
             "part": "speed", "way": way, "members": MEMBERS, "micro_batch": 8, "step_s": statistics.median(seconds),
-            "step_s_all": seconds, "tokens_per_s": tokens / statistics.median(seconds), "peak_rss_bytes": peak,
+            "step_s_all": seconds, "tokens_per_s": tokens / statistics.median(seconds),
             "peft_over_this": record.ratio(times["PEFT, one by one"], seconds),
         })
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
+def measure_memory(rows: list[dict[str, Any]]) -> None:
+    """Add to each way's row what a process of its own takes."""
+    for row in rows:
+        if row["part"] == "speed":
+            row["peak_rss_bytes"] = record.in_own_process("benchmarks.instruction_training", "--peak-of", row["way"])
+            print(row["way"], row["peak_rss_bytes"], flush=True)
+
+
 def peak_of(way: str) -> int:
     """Return the peak resident bytes of this process after three steps in one way."""
-    from raylora.engine.model.machine import peak_memory_bytes
-
     with tempfile.TemporaryDirectory() as folder:
         cell = Cell(folder, **WAYS.get(way, {}))
         step = cell.step() if way in WAYS else cell.peft_step()
         for number in range(3):
             step(number)
-    return int(peak_memory_bytes())
+    # Not getrusage's: that begins with the peak of the process that started this one.
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 # --- answers --------------------------------------------------------------------------------------------
@@ -283,8 +291,10 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
                     **{key: statistics.fmean(v) for key, v in values.items()},
                     **{f"{key}_se": statistics.stdev(v) / len(v) ** 0.5 for key, v in values.items() if len(v) > 1},
                 }
-    found["speed"] = {row["way"]: {key: row[key] for key in ("step_s", "tokens_per_s", "peak_rss_bytes")}
-                      | {"peft_over_this": row["peft_over_this"]} for row in rows if row["part"] == "speed"}
+    keys = ("step_s", "tokens_per_s", "peak_rss_bytes", "peft_over_this")
+    found["speed"] = {
+        row["way"]: {key: row[key] for key in keys if key in row} for row in rows if row["part"] == "speed"
+    }
     return found
 
 
@@ -301,7 +311,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     ways = list(speeds)
     axes[0][0].barh(ways, [speeds[way]["tokens_per_s"] for way in ways], color="#4477aa")
     axes[0][0].set_xlabel("tokens of text per second")
-    axes[0][1].barh(ways, [speeds[way]["peak_rss_bytes"] / 1e9 for way in ways], color="#228833")
+    axes[0][1].barh(ways, [speeds[way].get("peak_rss_bytes", 0) / 1e9 for way in ways], color="#228833")
     axes[0][1].set_xlabel("peak memory, GB")
     axes[0][1].set_yticklabels([])
     for axis, (title, cell) in zip(axes[0][2:], cells.items(), strict=True):
@@ -319,7 +329,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["speed", "answers", "all"], default="all")
+    parser.add_argument("--part", choices=["speed", "memory", "answers", "all"], default="all")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES))
     parser.add_argument("--go-on", action="store_true", help="keep what was measured before, and measure the rest")
@@ -335,10 +345,13 @@ def main() -> None:
         record.write(NAME, rows, summary_of(rows), f"benchmarks.{NAME}")
 
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.part != "answers":
+        if arguments.part in ("speed", "all"):
             rows = [row for row in rows if row["part"] != "speed"] + speed(folder)
             keep()
-        if arguments.part != "speed":
+        if arguments.part in ("memory", "all"):
+            measure_memory(rows)
+            keep()
+        if arguments.part in ("answers", "all"):
             answers(folder, arguments.tasks, arguments.bases, rows, keep)
     keep()
     draw(rows)

@@ -475,3 +475,4 @@ class RunMetrics(Summary, total=False):
     training: dict[str, list[HistoryRow]]
     preparation: PreparationSummary
     distillation: list[DistillationRecord]
+    answers: dict[str, Any] | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from raylora.cli.app import AllowMissing, RunPath, app, command, say
+from raylora.cli.app import AllowMissing, AsJson, RunPath, app, command, say
 from raylora.display.console import err, out
 from raylora.errors import DataError, UsageError
 
@@ -58,7 +58,7 @@ def answer_prompts(
             err.print(f"{len(read.left_out):,} row(s) left out, {len(rows):,} to answer", markup=False)
     references = references_of(ensemble, rows) if metrics else []
     if output:
-        done = write_answers(ensemble, rows, output, settings, _progress())
+        done = write_answers(ensemble, rows, output, settings, _Progress())
         said = f"wrote {len(rows):,} answers to {output}" + (f", {done:,} of them from before" if done else "")
         described = describe_file(output, references, metrics, ensemble.spec.evaluation) if metrics else None
         say(as_json, {"out": output, "rows": len(rows), "from_before": done, "described": described}, said)
@@ -119,6 +119,40 @@ def chat(
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": said or " "})
+
+
+@app.command()
+@command
+def evaluate(
+    run_path: RunPath,
+    metric: Annotated[list[str] | None, typer.Option("--metric", help=(
+        "exact_match (the default), f1, contains, number, choice; may be repeated. By the first an answer is right."
+    ))] = None,
+    max_new_tokens: MaxNewTokens = 64,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Of each evaluation set, at most.")] = 200,
+    allow_missing: AllowMissing = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let a finished ensemble answer its evaluation sets, compare with the references, and write the report anew.
+
+    Answers are committed as they come: the same command goes on where it stopped.
+    """
+    from raylora.report.publish import publish_report
+    from raylora.serve.evaluation import AnswerSettings, evaluate_answers
+    from raylora.store.run_store import RunStore
+
+    settings = AnswerSettings(tuple(metric or ("exact_match",)), max_new_tokens, rows)
+    tell = _Progress()
+    found = evaluate_answers(run_path, settings, tell.of_set, allow_missing)
+    publish_report(RunStore(run_path))
+    if as_json:
+        print(json.dumps(found["sets"] | {"run": run_path}))
+        return
+    for name, one in found["sets"].items():
+        out.print(Text(f"{name}: {one['ensemble']['answers']:,} answers", style="bold"))
+        for table in _described(one["ensemble"]):
+            out.print(table)
+    out.print(f"report: {run_path}/report.html", markup=False)
 
 
 def _lines() -> Iterable[str]:
@@ -183,25 +217,28 @@ def _interval(one: dict[str, Any]) -> str:
     return "{:.3f} to {:.3f}".format(*one["interval"]) if "interval" in one else ""
 
 
-def _progress() -> Callable[[int, int], None]:
-    """Return what says how many prompts are answered and when the rest will be: on one line, or now and then."""
-    started, last, first = time.monotonic(), 0.0, -1
+class _Progress:
+    """Says how many prompts are answered and when the rest will be: on one line, or now and then."""
 
-    def tell(done: int, of: int) -> None:
-        nonlocal last, first
+    def __init__(self) -> None:
+        self._name, self._first, self._started, self._told = "", -1, 0.0, 0.0
+
+    def __call__(self, done: int, of: int) -> None:
+        self.of_set("", done, of)
+
+    def of_set(self, name: str, done: int, of: int) -> None:
+        """Tell of one of several sets."""
         now = time.monotonic()
-        if first < 0:
-            first = done
-        if done < of and now - last < (0.5 if err.is_terminal else _LINE_EVERY_S):
+        if self._first < 0 or name != self._name:
+            self._name, self._first, self._started = name, done, now
+        if done < of and now - self._told < (0.5 if err.is_terminal else _LINE_EVERY_S):
             return
-        last = now
-        left = (now - started) / (done - first) * (of - done) if done > first else None
-        rest = "" if left is None else f", about {_minutes(left)} left"
-        rest = rest if done < of else f" in {_minutes(now - started)}"
-        err.print(f"{done:,} of {of:,} prompts answered{rest}", markup=False,
+        self._told = now
+        here, spent = done - self._first, now - self._started
+        rest = f", about {_minutes(spent / here * (of - done))} left" if here and done < of else ""
+        rest = f" in {_minutes(spent)}" if done == of else rest
+        err.print(f"{name + ': ' if name else ''}{done:,} of {of:,} prompts answered{rest}", markup=False,
                   end="\r" if err.is_terminal and done < of else "\n")
-
-    return tell
 
 
 def _minutes(seconds: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from raylora.records import RunMetrics
 from raylora.report import (
+    answers,
     base_page,
     distillation,
     facts,
@@ -75,6 +76,7 @@ def render(metrics: RunMetrics, images: dict[str, list[dict[str, str]]], blocks:
         members=tables.members(metrics),
         data=tables.data(metrics),
         students=distillation.sections(metrics),
+        answers=answers.section(metrics),
         preparation=base_page.section(preparation) if preparation else None,
         facts=facts.facts(metrics),
         versions=list((metrics.get("versions") or {}).items()),
@@ -91,5 +93,6 @@ def _draw(metrics: RunMetrics) -> dict[str, Sequence[Drawn]]:
         "detection": figures_uncertainty.detection(metrics),
         "disagreement": figures_uncertainty.disagreement(metrics),
         "students": figures_distillation.retained(metrics),
+        "answers": answers.risk(metrics),
         "preparation": base_page.layer_errors(metrics["preparation"]) if metrics.get("preparation") else [],
     }

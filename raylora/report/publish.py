@@ -22,6 +22,7 @@ def publish_report(store: RunStore) -> None:
     if metrics is None:
         raise RunDirectoryError(f"{store.uri}: has no metrics yet", "let the run finish: raylora resume")
     metrics["distillation"] = distillations(store)
+    metrics["answers"] = store.read_json("answers.json")
     if store.storage.is_local:
         write_report(metrics, Path(store.storage.root))
         return

@@ -70,8 +70,3 @@ class Answer:
 def _sum_and_mean(name: str, values: Sequence[float]) -> dict[str, float]:
     total = math.fsum(values)
     return {name: total, f"mean_{name}": total / len(values) if values else 0.0}
-
-
-def normalized(text: str) -> str:
-    """Return an answer as answers are compared: without case and surplus space."""
-    return " ".join(text.casefold().split())

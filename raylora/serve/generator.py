@@ -17,8 +17,9 @@ from raylora.data.task import Asks, BadRow
 from raylora.engine.generation.decoder import Decoder, Sampling, Written
 from raylora.engine.generation.score import score
 from raylora.engine.model.packed_model import PackedModel
+from raylora.ensemble.answer_metrics import normalized
 from raylora.errors import DataError, UsageError
-from raylora.serve.answers import Answer, Finish, Token, normalized
+from raylora.serve.answers import Answer, Finish, Token
 
 BATCH = 16
 """Prompts that are answered at once, unless another number is given."""
@@ -95,9 +96,9 @@ class Generator:
         while chunk := list(islice(numbered, batch)):
             tokens = [self._tokens(prompt, number, sampling) for number, prompt in chunk]
             names = [self._name(prompt, number) for number, prompt in chunk]
-            found = self._written(tokens, names, sampling, stop)
+            found = self.written(tokens, names, sampling, stop)
             if agreement:
-                own = self._written(tokens, names, replace(sampling, each_member=True, temperature=0.0), stop)
+                own = self.written(tokens, names, replace(sampling, each_member=True, temperature=0.0), stop)
                 found = [[replace(one, agreement=_agreement(one, members)) for one in answers]
                          for answers, members in zip(found, own, strict=True)]
             yield from found
@@ -123,13 +124,16 @@ class Generator:
             tokens = tuple(Token(one, self.tokenizer.decode([one]), *rest) for one, *rest in numbers)
             whole_M = said.member_logprob_MP.double().sum(dim=1)
             sequencewise = math.log(len(whole_M)) - float(whole_M.logsumexp(0))
-            text = self.tokenizer.decode(said.token_P.tolist(), skip_special_tokens=True)
+            text = text_of(self.tokenizer, said.token_P.tolist())
             found.append(Answer(example.id, text, tokens, "given", sequencewise_nll=sequencewise))
         return found
 
-    def _written(
-        self, prompts: Sequence[list[int]], names: Sequence[str], sampling: Sampling, stop: Sequence[str]
+    def written(
+        self, prompts: Sequence[list[int]], names: Sequence[str], sampling: Sampling, stop: Sequence[str] = ()
     ) -> list[list[Answer]]:
+        """Return the answers to prompts that are tokens already, one or one per member. Raises: DataError."""
+        for name, prompt in zip(names, prompts, strict=True):
+            self._check_length(f"prompt {name}", prompt, sampling)
         drafts: dict[tuple[int, int | None], _Draft] = {}
         for _, drafts in self._steps(prompts, names, sampling, stop):  # noqa: B007
             pass
@@ -164,7 +168,7 @@ class Generator:
             draft.finish = "end"
         else:
             draft.ids.append(one.token)
-            draft.text = self.tokenizer.decode(draft.ids, skip_special_tokens=True)
+            draft.text = text_of(self.tokenizer, draft.ids)
         places = [place for text in stop if (place := draft.text.find(text)) >= 0]
         if places:
             draft.text, draft.finish = draft.text[: min(places)], "stop"
@@ -180,17 +184,25 @@ class Generator:
             raise DataError(f"prompt {number}: {error}") from None
         if not tokens:
             raise DataError(f"prompt {number} is empty", "ask something")
+        self._check_length(f"prompt {number}", tokens, sampling)
+        return tokens
+
+    def _check_length(self, what: str, tokens: Sequence[int], sampling: Sampling) -> None:
         limit = _positions(self.model.base.model.config, self.tokenizer)
         if limit is not None and len(tokens) + sampling.max_new_tokens > limit:
             raise DataError(
-                f"prompt {number} has {len(tokens)} tokens, and with {sampling.max_new_tokens} to write that is more "
-                f"than the {limit} that the model can read", "shorten it, or lower max_new_tokens",
+                f"{what} has {len(tokens)} tokens, and with {sampling.max_new_tokens} to write that is more than the "
+                f"{limit} that the model can read", "shorten it, or lower max_new_tokens",
             )
-        return tokens
 
     def _name(self, prompt: Prompt, number: int) -> str:
         given = prompt.get("id") if isinstance(prompt, Mapping) else None
         return str(number if given is None else given)
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Return tokens as people read them, those that are no text left out."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 def _row(prompt: Prompt) -> Mapping[str, Any]:

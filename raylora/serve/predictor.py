@@ -124,7 +124,7 @@ class LoadedEnsemble:
     ) -> Iterator[list[Answer]]:
         """Yield the answers to each prompt in order, as :meth:`generate` has them, reading ``batch`` prompts ahead."""
         settings = sampling(max_new_tokens, temperature, top_p, seed, each_member)
-        return self._generator().answers(prompts, settings, _texts(stop), batch, agreement)
+        return self.generator().answers(prompts, settings, _texts(stop), batch, agreement)
 
     def stream(
         self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
@@ -132,7 +132,7 @@ class LoadedEnsemble:
     ) -> Iterator[Piece]:
         """Yield an answer's pieces as they are written. Raises: DataError and UsageError, as :meth:`generate`."""
         settings = sampling(max_new_tokens, temperature, top_p, seed, each_member)
-        return self._generator().stream(prompt, settings, _texts(stop))
+        return self.generator().stream(prompt, settings, _texts(stop))
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
         """Return what the members say of given answers: rows of ``messages``, or of ``prompt`` and ``completion``.
@@ -141,9 +141,10 @@ class LoadedEnsemble:
             DataError: a row does not fit the task.
             UsageError: the run has no model that writes.
         """
-        return self._generator().score(rows)
+        return self.generator().score(rows)
 
-    def _generator(self) -> Generator:
+    def generator(self) -> Generator:
+        """Return the members as a writer. Raises: UsageError for a run that has no model that writes."""
         return Generator(self.model, self._stacked, self.spec.ensemble.aggregate)
 
     def _rows(self, ids: Sequence[str], truncated: Sequence[bool]) -> Rows:

@@ -31,7 +31,7 @@ NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?\Z")
 
 _RUN_FOLDERS = (
     "members", "baselines", "predictions", "checkpoints", "snapshots", "timing", "targets", "export", "plots",
-    "distillation", "tensorboard", "wandb", "profile", "trunk",
+    "distillation", "tensorboard", "wandb", "profile", "trunk", "answers",
 )
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

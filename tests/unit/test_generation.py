@@ -13,8 +13,10 @@ from run_helpers import run
 
 from raylora.adapters.packed import make_pack, stack
 from raylora.data.task import Example
-from raylora.engine.generation.mixture import draw, entropy, mix, uniforms
+from raylora.engine.generation.mixture import draw, mix, uniforms
 from raylora.engine.training.predict import predict
+from raylora.ensemble.answer_metrics import normalized
+from raylora.ensemble.uncertainty import entropy
 from raylora.errors import DataError, UsageError
 from raylora.serve.generator import Generator, sampling
 from raylora.serve.predictor import load_ensemble
@@ -185,7 +187,7 @@ def test_agreement_is_the_share_of_members_with_the_same_answer(make_writer: Mak
     for (answer,), own in zip(
         ask.answers(PROMPTS, settings(), agreement=True), ask.answers(PROMPTS, settings(each_member=True)), strict=True
     ):
-        assert answer.agreement == sum(one.text == answer.text for one in own) / 3
+        assert answer.agreement == sum(normalized(one.text) == normalized(answer.text) for one in own) / 3
 
 
 # --- what is drawn from ----------------------------------------------------------------------------------
@@ -201,8 +203,8 @@ def test_entropy_is_that_of_the_members_and_their_disagreement() -> None:
     by_logits = mix(logits_MNV, "mean_logits")
     torch.testing.assert_close(by_logits.logp_NV, torch.log_softmax(logits_MNV.mean(0), -1))
     torch.testing.assert_close(by_logits.mutual_information_N, mixture.mutual_information_N)
-    impossible = torch.tensor([[0.0, -math.inf, 0.0]])
-    assert float(entropy(torch.log_softmax(impossible, -1))) == pytest.approx(math.log(2))
+    impossible = mix(torch.tensor([[[0.0, -math.inf, 0.0]]] * 2))
+    assert float(impossible.entropy_N) == pytest.approx(math.log(2)) and float(impossible.mutual_information_N) < 1e-6
 
 
 def test_temperature_and_nucleus_are_the_mixtures() -> None:

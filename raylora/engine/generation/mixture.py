@@ -34,16 +34,11 @@ def mix(logits_MNV: Tensor, rule: str = "mean_probabilities") -> Mixture:
     """
     logp_MNV = torch.log_softmax(logits_MNV.float(), dim=-1)
     mean_NV = torch.logsumexp(logp_MNV, dim=0) - math.log(len(logp_MNV))
-    entropy_N, of_members_N = entropy(mean_NV), entropy(logp_MNV).mean(dim=0)
+    entropy_N, of_members_N = _entropy(mean_NV), _entropy(logp_MNV).mean(dim=0)
     if rule == "mean_probabilities":
         return Mixture(mean_NV, entropy_N, (entropy_N - of_members_N).clamp(min=0))
     drawn_NV = torch.log_softmax(logits_MNV.float().mean(dim=0), dim=-1)
-    return Mixture(drawn_NV, entropy(drawn_NV), (entropy_N - of_members_N).clamp(min=0))
-
-
-def entropy(logp_V: Tensor) -> Tensor:
-    """Return the entropy of distributions over the last axis, in nats; where a token cannot come it adds nothing."""
-    return -(logp_V.exp() * logp_V.clamp(min=torch.finfo(logp_V.dtype).min)).sum(dim=-1)
+    return Mixture(drawn_NV, _entropy(drawn_NV), (entropy_N - of_members_N).clamp(min=0))
 
 
 def draw(logp_NV: Tensor, temperature: float, top_p: float, uniform_N: Tensor) -> Tensor:
@@ -69,3 +64,8 @@ def uniforms(seed: int, rows: Sequence[str], position: int) -> Tensor:
     """Return a number of [0, 1) per row, N, that depends on the seed, the row and the position and nothing else."""
     drawn = [derive_seed("token", seed, row, position) / 2**63 for row in rows]
     return torch.tensor(drawn, dtype=torch.float64).clamp(max=1 - 2**-53)
+
+
+def _entropy(logp_V: Tensor) -> Tensor:
+    """Return the entropy over the last axis, in nats; a token that cannot come adds 0, and not 0 times infinity."""
+    return torch.special.entr(logp_V.exp()).sum(dim=-1)

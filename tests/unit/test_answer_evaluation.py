@@ -1,0 +1,115 @@
+"""A finished run answers its own evaluation sets: what is written, scored, kept and shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from raylora.cli import app
+from raylora.engine.generation.decoder import Sampling
+from raylora.engine.model.checkpoint import load_tokenizer
+from raylora.engine.training.distillation_loss import task_of
+from raylora.engine.training.inputs import sets_of
+from raylora.ensemble.answer_metrics import normalized
+from raylora.errors import UsageError
+from raylora.report.publish import publish_report
+from raylora.serve.evaluation import AnswerSettings, evaluate_answers
+from raylora.serve.generator import Generator
+from raylora.serve.predictor import load_ensemble
+from raylora.store.run_store import RunStore
+
+SPACED = "{% for m in messages %}{{ m.content }} {% endfor %}"
+SETTINGS = AnswerSettings(("exact_match", "f1"), max_new_tokens=6, rows=40)
+
+
+@pytest.fixture
+def writer(
+    make_spec: Callable[..., Any], tiny_model: Callable[[str], str], trained: Callable[[Any], str], tmp_path: Path
+) -> str:
+    """Return a finished run that has learned one answer to everything, with a foreign set beside its own."""
+    rows = [{"prompt": f"Say <b>{n}</b>", "completion": "yes" if n % 3 else f"no {n}"} for n in range(90)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return trained(make_spec(
+        base__source=tiny_model("llama"), adapter__target_modules="all-linear",
+        task={"kind": "instruction", "max_length": 128, "template": SPACED},
+        optimization={"lr": 0.1, "steps": 24, "micro_batch": 8},
+        data={"train": {"files": str(path)}, "train_rows": 40, "validation_rows": 2, "test_rows": 40},
+        evaluation={"bootstrap_samples": 20, "out_of_distribution": {"jobs": {"source": "pypi:soc-codes", "rows": 2}}},
+    ))
+
+
+def test_answers_are_scored_against_the_rows_own(writer: str) -> None:
+    found = evaluate_answers(writer, SETTINGS)
+    assert found["members"] == 2 and found["sets"].keys() == {"test", "jobs"}
+    test = found["sets"]["test"]
+    assert test["ensemble"]["answers"] == 40 and len(test["members"]) == 2
+    ensemble, store = load_ensemble(writer), RunStore(writer)
+    spec = store.spec_in_place()
+    sets = sets_of(spec, task_of(spec), load_tokenizer(spec.base, task_of(spec)), store)
+    asked = [list(e.sequences[0][: e.target_ranges[-1][0]]) for e in sets.test.examples]
+    tokenizer = ensemble.base.tokenizer
+    references = [
+        tokenizer.decode(list(e.sequences[0][slice(*e.target_ranges[-1])]), skip_special_tokens=True)
+        for e in sets.test.examples
+    ]
+    assert {normalized(one) for one in references} > {"yes"}
+    said = ensemble.generator().written(asked, [e.id for e in sets.test.examples], Sampling(6))
+    right = sum(normalized(one.text) == normalized(two) for (one,), two in zip(said, references, strict=True))
+    assert test["ensemble"]["metrics"]["exact_match"]["value"] == pytest.approx(right / 40)
+    assert test["ensemble"]["error_auroc"].keys() >= {"mean_nll", "mean_mutual_information", "disagreement"}
+    assert "disagreement" not in test["members"][0]["error_auroc"]
+    nlls = [one["answer"]["mean_nll"] for one in test["shown"]]
+    assert nlls == sorted(nlls) and store.read_json("answers.json") == json.loads(json.dumps(found))
+
+
+def test_what_is_committed_is_not_written_again(writer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = Generator.written, []
+
+    def counted(self: Generator, prompts: Any, *rest: Any) -> Any:
+        calls.append(len(prompts))
+        if len(calls) == 3:  # in the middle of the second shard
+            raise KeyboardInterrupt
+        return real(self, prompts, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "written", counted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_answers(writer, SETTINGS)
+        assert calls == [32, 32, 8] and RunStore(writer).read_json("answers.json") is None
+        told: list[tuple[str, int, int]] = []
+        first = evaluate_answers(writer, SETTINGS, lambda *what: told.append(what))
+        assert calls[3:] == [8, 8, 2, 2] and ("test", 32, 40) in told and told[-1] == ("jobs", 2, 2)
+        again = evaluate_answers(writer, SETTINGS)
+        other = evaluate_answers(writer, AnswerSettings(("contains",), max_new_tokens=6, rows=40))
+        assert len(calls) == 7 and again == first  # other metrics are read off the same answers
+    assert other["sets"]["test"]["ensemble"]["metrics"].keys() == {"contains"}
+
+
+def test_the_command_writes_numbers_and_the_report_shows_answers(writer: str) -> None:
+    metrics = ["--metric", "exact_match", "--metric", "f1"]
+    arguments = ["evaluate", writer, *metrics, "--max-new-tokens", "6", "--rows", "9"]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 0, said.output
+    assert "AUROC for wrong answers" in said.output and "9 of 9 prompts answered" in said.output
+    page = Path(writer, "report.html").read_text()
+    assert "<h2>Answers</h2>" in page and "test: the least sure" in page and "exact match" in page
+    assert "Say &lt;b&gt;" in page and "Say <b>" not in page
+    assert Path(writer, "plots", "answers-risk-test.png").stat().st_size > 5_000
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output.splitlines()[-1])
+    assert found["test"]["ensemble"]["answers"] == 9
+
+
+def test_a_run_without_answers_is_told_so(make_spec: Callable[..., Any], trained: Callable[[Any], str]) -> None:
+    uri = trained(make_spec())
+    with pytest.raises(UsageError, match="a classification run has no answers to compare with"):
+        evaluate_answers(uri, SETTINGS)
+    with pytest.raises(UsageError, match="unknown metric 'bleu'"):
+        evaluate_answers(uri, AnswerSettings(("bleu",)))
+    publish_report(RunStore(uri))
+    assert "<h2>Answers</h2>" not in Path(uri, "report.html").read_text()
