@@ -19,7 +19,7 @@ from raylora.adapters.packed import make_pack, stack
 from raylora.engine.model.base import load_base
 from raylora.engine.model.blocks import base_linears, find_blocks
 from raylora.engine.model.checkpoint import load_dense
-from raylora.engine.model.packed_model import _forward as forward
+from raylora.engine.model.packed_forward import pass_pack
 from raylora.engine.model.quantized_layers import solved_layers, weight_of
 from raylora.engine.model.sites import find_heads
 from raylora.engine.quantization import quantize_base as module
@@ -364,8 +364,8 @@ def test_with_adapters_off_the_pair_stays_on(make_spec: Make, tiny_model: Any) -
     )
     with torch.no_grad():
         plain = base.model(**batch.model_inputs()).logits
-        off = forward(base, task_of(spec), make_pack(adapter, base.sites, stack([member]), adapters_on=False), batch)
-        on = forward(base, task_of(spec), make_pack(adapter, base.sites, stack([member])), batch)
+        off = pass_pack(base, task_of(spec), make_pack(adapter, base.sites, stack([member]), adapters_on=False), batch)
+        on = pass_pack(base, task_of(spec), make_pack(adapter, base.sites, stack([member])), batch)
     assert torch.equal(plain, off) and not torch.allclose(plain, on, atol=0.1)
     assert all(isinstance(m, QuantizedLinear) and m.pair_A_RI is not None
                for name, m in base.model.named_modules() if name.endswith("_proj.base"))

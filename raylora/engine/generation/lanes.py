@@ -6,16 +6,16 @@ Shapes: M members, A rows of one member, B = M * A rows member by member, T toke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from transformers import DynamicCache
 
 from raylora.adapters.packed import Pack, make_pack
 from raylora.engine.model.base import Base
+from raylora.engine.model.packed_forward import call
 from raylora.engine.model.packed_model import PackedModel
 
 
@@ -24,8 +24,6 @@ class Lane:
     """Members that share a forward."""
 
     pack: Pack
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """What stands in for the base's own weights, where a member is a whole model."""
     cache: DynamicCache | None = None
     """The keys and values of all that its members have read; without one every pass begins at the first token."""
 
@@ -39,15 +37,8 @@ def lanes_of(model: PackedModel, stacked: Mapping[str, Tensor], remembers: bool 
     """Return the lanes of some members' tensors, stacked over M."""
     base, config = model.base, cast(Any, model.base.model.config)
     pack = make_pack(model.adapter, base.sites, stacked)
-    types = {name: parameter.dtype for name, parameter in base.model.named_parameters()} if pack.weights else {}
     packs = pack.alone() if pack.weights else [pack]
-    return [
-        Lane(
-            one, {name: weight.to(types[name]) for name, weight in one.weights.items()},
-            DynamicCache(config=config) if remembers else None,
-        )
-        for one in packs
-    ]
+    return [Lane(one, DynamicCache(config=config) if remembers else None) for one in packs]
 
 
 def pass_lanes(base: Base, lanes: Sequence[Lane], inputs: Mapping[str, Tensor], keep: int) -> Tensor:
@@ -57,7 +48,5 @@ def pass_lanes(base: Base, lanes: Sequence[Lane], inputs: Mapping[str, Tensor], 
     for number, lane in enumerate(lanes):
         own: dict[str, Any] = {name: tensor[number * each : (number + 1) * each] for name, tensor in inputs.items()}
         own |= {"past_key_values": lane.cache, "use_cache": lane.cache is not None, "logits_to_keep": keep}
-        with base.slot.use(lane.pack):
-            output = functional_call(base.model, dict(lane.weights), kwargs=own) if lane.weights else base.model(**own)
-        found.append(output.logits[:, -keep:])
+        found.append(call(base, lane.pack, own).logits[:, -keep:])
     return torch.cat(found)

@@ -5,6 +5,7 @@ Shapes: B model rows of all members, T time, D width between blocks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,18 +28,23 @@ def pass_pack(base: Base, task: Task, pack: Pack, batch: Batch, hidden_BTD: Tens
     inputs = inputs_of(base, task, batch)
     if pack.weights:
         return torch.cat([
-            _forward_own(base, own, {n: v.chunk(pack.members)[k] if isinstance(v, Tensor) else v
-                                     for n, v in inputs.items()})
+            call(base, own, {n: v.chunk(pack.members)[k] if isinstance(v, Tensor) else v
+                             for n, v in inputs.items()}).logits
             for k, own in enumerate(pack.alone())
         ])
     replaced = nullcontext() if base.trunk is None or hidden_BTD is None else base.trunk.replaced(hidden_BTD)
-    with base.slot.use(pack), replaced:
-        return base.model(**inputs).logits
+    with replaced:
+        return call(base, pack, inputs).logits
 
 
-def _forward_own(base: Base, pack: Pack, inputs: dict[str, Any]) -> Tensor:
-    """Return the logits of one member whose weights stand in for the base's; tied weights follow their first name."""
-    types = {name: parameter.dtype for name, parameter in base.model.named_parameters()}
-    weights = {name: weight.to(types[name]) for name, weight in pack.weights.items()}
+def call(base: Base, pack: Pack, inputs: Mapping[str, Any]) -> Any:
+    """Return the model's output with a pack in the slot, or with the weights of a single member in place of its own.
+
+    Tied weights follow their first name.
+    """
     with base.slot.use(pack):
-        return functional_call(base.model, weights, kwargs=inputs).logits
+        if not pack.weights:
+            return base.model(**inputs)
+        types = {name: parameter.dtype for name, parameter in base.model.named_parameters()}
+        weights = {name: weight.to(types[name]) for name, weight in pack.weights.items()}
+        return functional_call(base.model, weights, kwargs=dict(inputs))
