@@ -120,12 +120,18 @@ def _shown(records: Sequence[Mapping[str, Any]]) -> list[Shown]:
             prompt=("…" if len(one["prompt"]) > _PROMPT_END else "") + one["prompt"][-_PROMPT_END:].strip(),
             reference=one["reference"],
             tokens=[(token["text"], min(1.0, (token["mutual_information"] or 0.0) / _STRONG_NATS))
-                    for token in one["answer"]["tokens"]],
+                    for token in _read(one["answer"])],
             right=one["right"] >= 0.5,
-            nll=f"{one['answer']['nll']:.2f}",
+            nll=f"{one['answer']['mean_nll']:.3f}",
         )
         for one in records
     ]
+
+
+def _read(answer: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return the tokens that are text: the one that ended the answer is none."""
+    tokens: Sequence[Mapping[str, Any]] = answer["tokens"]
+    return tokens[:-1] if answer["finish"] == "end" else tokens
 
 
 def _label(metric: str) -> str:

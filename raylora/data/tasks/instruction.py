@@ -1,7 +1,4 @@
-"""Answers to prompts and chats by a causal language model, which learns what the assistant says.
-
-Shapes: N = B rows, T tokens, K = T kept positions, V vocabulary.
-"""
+"""Answers to prompts and chats by a causal language model, which learns what the assistant says."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.chat import Message, read_chat, read_prompt, read_reference
@@ -24,18 +20,13 @@ from raylora.data.chat_template import (
     write_chat,
 )
 from raylora.data.task import (
-    UNLABELED,
     BadRow,
-    Batch,
     Example,
     LeftOut,
-    PaddingSide,
     check_length,
-    collate,
     decode_text,
-    mean_per_example,
-    token_logprobs,
 )
+from raylora.data.tasks.tokens import TokenTask
 from raylora.spec import TaskSpec
 from raylora.spec.starting import Starter
 
@@ -81,36 +72,15 @@ STARTER = Starter(
 )
 
 
-class Instruction:
+class Instruction(TokenTask):
     """The probability of an answer's tokens, given what it answers."""
 
-    auto_class = "AutoModelForCausalLM"
-    output = "tokens"
-    num_outputs = 0
-    no_label: int | float = UNLABELED
     columns: tuple[str, ...] = ()
     optional_columns: tuple[str, ...] = ("messages", "prompt", "completion", "system")
-    label_column: str | None = None
-
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-        self.label_names: list[str] = []
 
     def columns_for(self, there: Sequence[str]) -> tuple[str, ...]:
         """Return the columns of chats, or of prompts and completions, whichever a set seems to mean."""
         return ("messages",) if "messages" in there else ("prompt", "completion")
-
-    def model_kwargs(self) -> dict[str, Any]:
-        """Return nothing: the model keeps its own head."""
-        return {}
-
-    def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
-        """Return nothing: answers may stand anywhere in a row."""
-        return {}
-
-    def padding_side(self, is_decoder: bool) -> PaddingSide:
-        """Return left, as for every causal model."""
-        return "left"
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a ``max_length`` beyond the model's, or a template that is not there. Raises: DataError."""
@@ -120,10 +90,6 @@ class Instruction:
     def content(self, row: Mapping[str, Any]) -> str:
         """Return all that comes before the last answer: rows that ask the same are duplicates. Raises: BadRow."""
         return "\n".join(f"{message['role']}: {message['content']}" for message in read_chat(row)[:-1])
-
-    def label(self, row: Mapping[str, Any]) -> int | None:
-        """Return None: the answer is a row's label."""
-        return None
 
     def weight(self, example: Example) -> float | None:
         """Return how many tokens an example has to learn, if that is what it counts for beside the others."""
@@ -168,22 +134,6 @@ class Instruction:
     def blocks(self, example: Example) -> list[Example]:
         """Return the example itself."""
         return [example]
-
-    def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Batch:
-        """Pad rows on the left; the target mask leaves out all that is not learned."""
-        return collate(examples, tokenizer)
-
-    def token_logprobs(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return logp_BT float32 of each token (0 where it is no target) and mask_BT of the targets."""
-        return token_logprobs(logits, batch)
-
-    def scores(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return logp_BT float32: the tokens' log-probabilities, not classes' logits."""
-        return token_logprobs(logits, batch)[0]
-
-    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        """Return loss_N, the mean negative log-likelihood of each row's learned tokens."""
-        return mean_per_example(-scores, batch)
 
     def _tokens(self, chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> _Tokens:
         learns_all = self.spec.train_on == "all"

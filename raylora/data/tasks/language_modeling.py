@@ -1,30 +1,21 @@
-"""Next-token prediction on plain text by a causal language model.
-
-Shapes: N = B blocks, T tokens, K = T kept positions, V vocabulary.
-"""
+"""Next-token prediction on plain text by a causal language model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.task import (
-    UNLABELED,
     BadRow,
-    Batch,
     Example,
-    PaddingSide,
     check_length,
-    collate,
     leading_ids,
-    mean_per_example,
     require_text,
-    token_logprobs,
 )
+from raylora.data.tasks.tokens import TokenTask
 from raylora.spec import TaskSpec
 from raylora.spec.starting import Starter
 
@@ -46,32 +37,11 @@ STARTER = Starter(
 )
 
 
-class LanguageModeling:
+class LanguageModeling(TokenTask):
     """The probability of each token given those before it in its block."""
 
-    auto_class = "AutoModelForCausalLM"
-    output = "tokens"
-    num_outputs = 0
-    no_label: int | float = UNLABELED
     columns: tuple[str, ...] = ("text",)
     optional_columns: tuple[str, ...] = ()
-    label_column: str | None = None
-
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-        self.label_names: list[str] = []
-
-    def model_kwargs(self) -> dict[str, Any]:
-        """Return nothing: the model keeps its own head."""
-        return {}
-
-    def forward_kwargs(self, batch: Batch) -> dict[str, Any]:
-        """Return nothing: every position's logits are needed."""
-        return {}
-
-    def padding_side(self, is_decoder: bool) -> PaddingSide:
-        """Return left, as for every causal model."""
-        return "left"
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a ``max_length`` beyond the model's. Raises: DataError."""
@@ -80,10 +50,6 @@ class LanguageModeling:
     def content(self, row: Mapping[str, Any]) -> str:
         """Return the text. Raises: BadRow."""
         return require_text(row, "text")
-
-    def label(self, row: Mapping[str, Any]) -> int | None:
-        """Return None: the text is its own label."""
-        return None
 
     def tokenize(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
         """Return the whole row as one sequence, to be cut by :meth:`blocks`. Raises: BadRow."""
@@ -116,22 +82,6 @@ class LanguageModeling:
     def document(self, example_id: str) -> str:
         """Return the row that a block was cut from."""
         return example_id.rpartition("#")[0]
-
-    def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Batch:
-        """Pad blocks on the left; the target mask leaves out padding and each first token."""
-        return collate(examples, tokenizer)
-
-    def token_logprobs(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return logp_BT float32 of each token (0 where it is no target) and mask_BT of the targets."""
-        return token_logprobs(logits, batch)
-
-    def scores(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return logp_BT float32: here the scores are tokens' log-probabilities, not classes' logits."""
-        return token_logprobs(logits, batch)[0]
-
-    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        """Return loss_N, the mean negative log-likelihood of each block's targets."""
-        return mean_per_example(-scores, batch)
 
 
 def build(spec: Spec) -> LanguageModeling:
