@@ -54,28 +54,26 @@ def chats(folder: Path, rows: int = 24) -> str:
 
 
 @pytest.fixture
-def chat_spec(make_spec: Make, tiny_model: Callable[[str], str], tmp_path: Path) -> Make:
-    """Return a function from changes to a spec of a tiny Llama on chats."""
-    def make(**changes: Any) -> Any:
-        return make_spec(**{
-            "base__source": tiny_model("llama"), "adapter__target_modules": "auto",
-            "task": {"kind": "instruction", "max_length": 96}, "evaluation__out_of_distribution": {},
-            "data": {"train": {"files": chats(tmp_path)}, "validation_rows": 4, "test_rows": 6},
-            "optimization": {"lr": 0.01, "steps": 4, "micro_batch": 4, "warmup": 0.0}, **changes,
-        })
-
-    return make
+def on_chats(tiny_model: Callable[[str], str], tmp_path: Path) -> dict[str, Any]:
+    """Return what makes the small spec one of a tiny Llama on chats."""
+    return {
+        "base__source": tiny_model("llama"), "adapter__target_modules": "auto",
+        "task": {"kind": "instruction", "max_length": 96}, "evaluation__out_of_distribution": {},
+        "data": {"train": {"files": chats(tmp_path)}, "validation_rows": 4, "test_rows": 6},
+        "optimization": {"lr": 0.01, "steps": 4, "micro_batch": 4, "warmup": 0.0},
+    }
 
 
 @pytest.fixture
-def chat_parts(chat_spec: Make, make_parts: Make) -> Make:
+def chat_spec(make_spec: Make, on_chats: dict[str, Any]) -> Make:
+    """Return a function from changes to such a spec."""
+    return lambda **changes: make_spec(**{**on_chats, **changes})
+
+
+@pytest.fixture
+def chat_parts(make_parts: Make, on_chats: dict[str, Any]) -> Make:
     """Return a function from changes to the loaded parts of such a spec."""
-    def make(**changes: Any) -> Any:
-        from conftest import Parts
-
-        return Parts(chat_spec(**changes))
-
-    return make
+    return lambda **changes: make_parts(**{**on_chats, **changes})
 
 
 def tokenize(tokenizer: Any, row: dict[str, Any], **settings: Any) -> Any:

@@ -52,8 +52,8 @@ def misfits(value: Any, promised: Any, where: str = "") -> list[str]:
 
 
 def test_the_check_finds_what_does_not_fit() -> None:
-    good: Any = {"name": "a", "role": "test", "origin": "b", "rows": 1, "truncated": 0, "skipped": 0, "duplicates": 0,
-                 "content_hash": "c"}
+    good: Any = {"name": "a", "role": "test", "origin": "b", "rows": 1, "truncated": 0, "skipped": 0,
+                 "left_out": 0, "duplicates": 0, "content_hash": "c"}
     assert misfits([good], list[records.DataSet]) == []
     assert misfits([good | {"more": 1}], list[records.DataSet]) == ["[].more: unknown"]
     assert misfits([good | {"rows": "1"}], list[records.DataSet]) == ["[].rows: '1'"]

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from raylora.data.task import CutsRows
+from raylora.data.tasks import language_modeling
 from raylora.engine.model import serialization
 from raylora.engine.training import predict
 from raylora.ensemble.outputs.classes import ClassPredictions
@@ -58,5 +60,7 @@ def test_members_evaluated_on_different_rows_are_not_joined() -> None:
 
 def test_tokens_bear_their_documents_id_even_where_it_holds_a_hash() -> None:
     scores, mask = torch.zeros(2, 4), torch.tensor([[True, False, True, True]])
-    values, ids = predict._row(scores, mask, 0, "issue#12#0")
+    task = language_modeling.build(language_modeling.Spec())
+    assert isinstance(task, CutsRows)
+    values, ids = predict._row(scores, mask, 0, task.document("issue#12#0"))
     assert ids == ["issue#12"] * 2 and values.shape == (2, 2)
