@@ -160,12 +160,13 @@ def speed(folder: str) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_memory(rows: list[dict[str, Any]]) -> None:
+def measure_memory(rows: list[dict[str, Any]], keep: Callable[[], None]) -> None:
     """Add to each way's row what a process of its own takes."""
     for row in rows:
         if row["part"] == "speed":
             row["peak_rss_bytes"] = record.in_own_process("benchmarks.instruction_training", "--peak-of", row["way"])
             print(row["way"], row["peak_rss_bytes"], flush=True)
+            keep()
 
 
 def peak_of(way: str) -> int:
@@ -349,8 +350,7 @@ def main() -> None:
             rows = [row for row in rows if row["part"] != "speed"] + speed(folder)
             keep()
         if arguments.part in ("memory", "all"):
-            measure_memory(rows)
-            keep()
+            measure_memory(rows, keep)
         if arguments.part in ("answers", "all"):
             answers(folder, arguments.tasks, arguments.bases, rows, keep)
     keep()
