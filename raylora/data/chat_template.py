@@ -13,7 +13,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.chat import Message
-from raylora.data.task import BadRow
+from raylora.data.task import BadRow, encode_text
 from raylora.errors import DataError
 
 PLAIN = "none"
@@ -41,8 +41,8 @@ def tokens_to_answer(chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase
     """Return the tokens of a chat up to where the assistant's answer begins. Raises: BadRow."""
     _check_borders(chat, special_tokens(tokenizer))
     if template == PLAIN:
-        return _encode(tokenizer, _plain_prompt(chat, tokenizer))
-    return _encode(tokenizer, _render(chat, tokenizer, template, asks=True))
+        return encode_text(tokenizer, _plain_prompt(chat, tokenizer))
+    return encode_text(tokenizer, _render(chat, tokenizer, template, asks=True))
 
 
 def write_chat(
@@ -95,19 +95,19 @@ def tokens_of(written: Written, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
         BadRow: the tokenizer cannot put a border there, or the text begins with two start tokens.
     """
     text = written.text
-    whole, borders, there = _encode(tokenizer, text), [0], ""
+    whole, borders, there = encode_text(tokenizer, text), [0], ""
     is_clean = True
     for piece, _ in written.pieces:
         there += piece
-        before = _encode(tokenizer, there)
+        before = encode_text(tokenizer, there)
         borders.append(len(before))
         is_clean = is_clean and whole[: len(before)] == before
     if not is_clean:  # a merge across a border: put together from pieces, if that is the same text
-        parts = [_encode(tokenizer, piece) for piece, _ in written.pieces]
+        parts = [encode_text(tokenizer, piece) for piece, _ in written.pieces]
         whole, borders = [token for part in parts for token in part], [0]
         for part in parts:
             borders.append(borders[-1] + len(part))
-        if tokenizer.decode(whole) != tokenizer.decode(_encode(tokenizer, text)):
+        if tokenizer.decode(whole) != tokenizer.decode(encode_text(tokenizer, text)):
             raise BadRow("the tokenizer runs a prompt and its answer together: end the prompt with a line break")
     start = tokenizer.bos_token_id
     if start is not None and whole[:2] == [start, start]:
@@ -205,10 +205,6 @@ def _ended(
     if any(text.endswith(token) for token in special) or tokenizer.eos_token is None:
         return tuple(pieces)
     return (*pieces[:-1], (text + str(tokenizer.eos_token), True))
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _short(text: str) -> str:

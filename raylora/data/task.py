@@ -245,6 +245,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise DataError("the tokenizer has neither a padding nor an end token", "set its pad_token and save it again")
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return a text's tokens and none that the tokenizer would add."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Return the text of one sequence of tokens, special ones included."""
     text: Any = tokenizer.decode(list(tokens))

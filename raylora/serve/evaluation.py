@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -23,10 +22,9 @@ from raylora.data.task import Asks, Example
 from raylora.engine.generation.decoder import Sampling
 from raylora.engine.run.evaluation import evaluated_sets
 from raylora.engine.training.inputs import sets_of
-from raylora.ensemble.answer_metrics import Doubts, check_metrics, describe_answers, normalized, score_answers
+from raylora.ensemble.answer_metrics import Doubts, check_metrics, describe_answers, score_answers
 from raylora.errors import UsageError
-from raylora.serve.answers import Answer
-from raylora.serve.generator import Generator, text_of
+from raylora.serve.generator import Generator, agreement_of, text_of
 from raylora.serve.predictor import LoadedEnsemble, load_ensemble
 from raylora.store.run_store import RunStore
 
@@ -111,7 +109,7 @@ def _write(writer: Generator, examples: Sequence[Example], settings: AnswerSetti
     return [
         {
             "id": example.id, "prompt": text_of(writer.tokenizer, prompt), "reference": _reference(writer, example),
-            "answer": {**answer.record(), "disagreement": 1 - _agreeing(answer, own)},
+            "answer": {**answer.record(), "disagreement": 1 - agreement_of(answer, own)},
             "members": [{key: value for key, value in one.record().items() if key != "tokens"} for one in own],
         }
         for example, prompt, (answer,), own in zip(examples, asked, *voices, strict=True)
@@ -121,10 +119,6 @@ def _write(writer: Generator, examples: Sequence[Example], settings: AnswerSetti
 def _reference(writer: Generator, example: Example) -> str:
     first, last = example.target_ranges[-1]
     return text_of(writer.tokenizer, example.sequences[0][first:last])
-
-
-def _agreeing(answer: Answer, members: Sequence[Answer]) -> float:
-    return statistics.fmean(normalized(one.text) == normalized(answer.text) for one in members)
 
 
 def _described(

@@ -99,7 +99,7 @@ class Generator:
             found = self.written(tokens, names, sampling, stop)
             if agreement:
                 own = self.written(tokens, names, replace(sampling, each_member=True, temperature=0.0), stop)
-                found = [[replace(one, agreement=_agreement(one, members)) for one in answers]
+                found = [[replace(one, agreement=agreement_of(one, members)) for one in answers]
                          for answers, members in zip(found, own, strict=True)]
             yield from found
 
@@ -215,7 +215,8 @@ def _answer(draft: _Draft) -> Answer:
     return Answer(draft.id, draft.text, tuple(draft.tokens), draft.finish, draft.member)
 
 
-def _agreement(answer: Answer, members: Sequence[Answer]) -> float:
+def agreement_of(answer: Answer, members: Sequence[Answer]) -> float:
+    """Return the share of members whose own answer is this one, once normalized."""
     return statistics.fmean(normalized(one.text) == normalized(answer.text) for one in members)
 
 

@@ -25,6 +25,7 @@ from raylora.data.task import (
     LeftOut,
     check_length,
     decode_text,
+    encode_text,
 )
 from raylora.data.tasks.tokens import TokenTask
 from raylora.spec import TaskSpec
@@ -152,7 +153,7 @@ class Instruction(TokenTask):
         for _ in range(_CUTS):
             if tokens.count <= limit:
                 return tokens
-            asked = list(tokenizer(turns[0]["content"], add_special_tokens=False, verbose=False)["input_ids"])
+            asked = encode_text(tokenizer, turns[0]["content"])
             kept = decode_text(tokenizer, asked[tokens.count - limit :])
             if not kept.strip():
                 break

@@ -12,6 +12,7 @@ from raylora.data.task import (
     BadRow,
     Example,
     check_length,
+    encode_text,
     leading_ids,
     require_text,
 )
@@ -53,8 +54,7 @@ class LanguageModeling(TokenTask):
 
     def tokenize(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
         """Return the whole row as one sequence, to be cut by :meth:`blocks`. Raises: BadRow."""
-        text_ids = tokenizer(require_text(row, "text"), add_special_tokens=False, verbose=False)["input_ids"]
-        sequence = (*leading_ids(tokenizer), *text_ids)
+        sequence = tuple(self.prompt(row, tokenizer))
         if len(sequence) < 2:
             raise BadRow("'text' is a single token: there is nothing to predict")
         return Example(row_id, (sequence,), None, (1,)), False
@@ -68,8 +68,7 @@ class LanguageModeling(TokenTask):
 
     def prompt(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the text's tokens, to be gone on with. Raises: BadRow."""
-        text_ids = tokenizer(require_text(row, "text"), add_special_tokens=False, verbose=False)["input_ids"]
-        return [*leading_ids(tokenizer), *text_ids]
+        return [*leading_ids(tokenizer), *encode_text(tokenizer, require_text(row, "text"))]
 
     def reference(self, row: Mapping[str, Any]) -> str | None:
         """Return None: a text has no answer."""

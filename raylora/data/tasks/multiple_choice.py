@@ -25,6 +25,7 @@ from raylora.data.task import (
     PaddingSide,
     check_length,
     collate,
+    encode_text,
     leading_ids,
     require_labels,
     require_text,
@@ -136,16 +137,16 @@ class MultipleChoice:
         choices = self._choices(row)
         head, prompt = self._fill(require_text(row, "question"), choices)
         start = leading_ids(tokenizer)
-        prompt_ids = start + _encode(tokenizer, prompt)
+        prompt_ids = start + encode_text(tokenizer, prompt)
         sequences = [prompt_ids]
         spans: tuple[int, ...] = ()
         if self.spec.scoring == "option_text":
-            sequences = [start + _encode(tokenizer, prompt + self._gap() + choice.strip()) for choice in choices]
+            sequences = [start + encode_text(tokenizer, prompt + self._gap() + choice.strip()) for choice in choices]
             spans = tuple(_common(prompt_ids, sequence) for sequence in sequences)
         excess = max(map(len, sequences)) - self.spec.max_length
         if excess > 0:
-            first = len(start) + len(_encode(tokenizer, head))
-            tail = len(_encode(tokenizer, prompt[len(head) + len(row["question"]) :]))
+            first = len(start) + len(encode_text(tokenizer, head))
+            tail = len(encode_text(tokenizer, prompt[len(head) + len(row["question"]) :]))
             if first + excess + tail >= len(prompt_ids):
                 raise BadRow(f"needs {excess} tokens more than max_length {self.spec.max_length}, without its question")
             sequences = [sequence[:first] + sequence[first + excess :] for sequence in sequences]
@@ -199,10 +200,10 @@ class MultipleChoice:
 
     def _answer_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         stem = re.split(r"[{}]", self.spec.prompt)[-1] or "Answer:"
-        before = _encode(tokenizer, stem)
+        before = encode_text(tokenizer, stem)
         found = []
         for letter in self.label_names:
-            after = _encode(tokenizer, stem + self._gap() + letter)
+            after = encode_text(tokenizer, stem + self._gap() + letter)
             if len(after) != len(before) + 1 or after[:-1] != before:
                 raise DataError(
                     f"the tokenizer does not write the answer {self._gap() + letter!r} as one token after {stem!r}",
@@ -217,10 +218,6 @@ class MultipleChoice:
 def build(spec: Spec) -> MultipleChoice:
     """Return the task that a spec describes."""
     return MultipleChoice(spec)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _common(prompt: list[int], whole: list[int]) -> int:
