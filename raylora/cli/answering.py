@@ -17,7 +17,7 @@ from raylora.display.console import err, out
 from raylora.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from raylora.serve.answers import Answer, Token
+    from raylora.engine.generation.answers import Answer, Token
     from raylora.serve.inputs import OnBadRow
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Of an answer, at most.")]

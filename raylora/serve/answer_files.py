@@ -18,10 +18,10 @@ import torch
 
 from raylora.data.sources import Table, load_rows, renamed
 from raylora.data.task import Asks, BadRow
+from raylora.engine.generation.answers import Answer
+from raylora.engine.generation.generator import BATCH
 from raylora.ensemble.answer_metrics import Doubts, describe_answers, score_answers
 from raylora.errors import DataError, UsageError
-from raylora.serve.answers import Answer
-from raylora.serve.generator import BATCH
 from raylora.serve.inputs import OnBadRow
 from raylora.serve.predictor import LoadedEnsemble
 from raylora.spec import EvaluationSpec, SetSpec

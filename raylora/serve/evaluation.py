@@ -20,11 +20,11 @@ from torch import Tensor
 from raylora.data.sets import LoadedSet
 from raylora.data.task import Asks, Example
 from raylora.engine.generation.decoder import Sampling
+from raylora.engine.generation.generator import Generator, agreement_of, text_of
 from raylora.engine.run.evaluation import evaluated_sets
 from raylora.engine.training.inputs import sets_of
 from raylora.ensemble.answer_metrics import Doubts, check_metrics, describe_answers, score_answers
 from raylora.errors import UsageError
-from raylora.serve.generator import Generator, agreement_of, text_of
 from raylora.serve.predictor import LoadedEnsemble, load_ensemble
 from raylora.store.run_store import RunStore
 

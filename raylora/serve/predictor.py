@@ -11,6 +11,8 @@ from typing import Any
 from raylora import registry
 from raylora.adapters.base import Tensors
 from raylora.data.task import Asks, BadRow, Example, Task
+from raylora.engine.generation.answers import Answer
+from raylora.engine.generation.generator import BATCH, Generator, Piece, Prompt, sampling
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.machine import compute_device
 from raylora.engine.model.packed_model import PackedModel
@@ -23,8 +25,6 @@ from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import Contributors, Rows
 from raylora.errors import DataError, UsageError
 from raylora.records import GroupMetrics
-from raylora.serve.answers import Answer
-from raylora.serve.generator import BATCH, Generator, Piece, Prompt, sampling
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 

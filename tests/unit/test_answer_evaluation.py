@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from raylora.cli import app
 from raylora.engine.generation.decoder import Sampling
+from raylora.engine.generation.generator import Generator
 from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
@@ -19,7 +20,6 @@ from raylora.ensemble.answer_metrics import normalized
 from raylora.errors import UsageError
 from raylora.report.publish import publish_report
 from raylora.serve.evaluation import AnswerSettings, evaluate_answers
-from raylora.serve.generator import Generator
 from raylora.serve.predictor import load_ensemble
 from raylora.store.run_store import RunStore
 

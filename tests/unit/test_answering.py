@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from raylora.cli import app
 from raylora.cli.answering import shade
+from raylora.engine.generation.answers import Token
 from raylora.errors import UsageError
 from raylora.serve.answer_files import read_prompts, write_answers
-from raylora.serve.answers import Token
 from raylora.serve.predictor import LoadedEnsemble, load_ensemble
 from raylora.store.run_store import RunStore
 

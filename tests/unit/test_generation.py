@@ -13,12 +13,12 @@ from run_helpers import run
 
 from raylora.adapters.packed import make_pack, stack
 from raylora.data.task import Example
+from raylora.engine.generation.generator import Generator, sampling
 from raylora.engine.generation.mixture import draw, mix, uniforms
 from raylora.engine.training.predict import predict
 from raylora.ensemble.answer_metrics import normalized
 from raylora.ensemble.uncertainty import entropy
 from raylora.errors import DataError, UsageError
-from raylora.serve.generator import Generator, sampling
 from raylora.serve.predictor import load_ensemble
 from raylora.store.run_store import RunStore
 

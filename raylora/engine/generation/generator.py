@@ -14,12 +14,12 @@ from typing import Any
 
 from raylora.adapters.base import Tensors
 from raylora.data.task import Asks, BadRow
+from raylora.engine.generation.answers import Answer, Finish, Token
 from raylora.engine.generation.decoder import Decoder, Sampling, Written
 from raylora.engine.generation.score import score
 from raylora.engine.model.packed_model import PackedModel
 from raylora.ensemble.answer_metrics import normalized
 from raylora.errors import DataError, UsageError
-from raylora.serve.answers import Answer, Finish, Token
 
 BATCH = 16
 """Prompts that are answered at once, unless another number is given."""
