@@ -11,20 +11,22 @@ import pytest
 from typer.testing import CliRunner
 
 from raylora.cli import app
+from raylora.client import evaluate_run
 from raylora.engine.generation.decoder import Sampling
 from raylora.engine.generation.generator import Generator
 from raylora.engine.model.checkpoint import load_tokenizer
+from raylora.engine.run.run_status import RunStatus
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.ensemble.answer_metrics import normalized
 from raylora.errors import UsageError
 from raylora.report.publish import publish_report
-from raylora.serve.evaluation import AnswerSettings, evaluate_answers
 from raylora.serve.predictor import load_ensemble
+from raylora.spec import GenerationSpec
 from raylora.store.run_store import RunStore
 
 SPACED = "{% for m in messages %}{{ m.content }} {% endfor %}"
-SETTINGS = AnswerSettings(("exact_match", "f1"), max_new_tokens=6, rows=40)
+SETTINGS = GenerationSpec(metrics=["exact_match", "f1"], max_new_tokens=6, rows=40)
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def writer(
 
 
 def test_answers_are_scored_against_the_rows_own(writer: str) -> None:
-    found = evaluate_answers(writer, SETTINGS)
+    found = evaluate_run(writer, SETTINGS, local=True)
     assert found["members"] == 2 and found["sets"].keys() == {"test", "jobs"}
     test = found["sets"]["test"]
     assert test["ensemble"]["answers"] == 40 and len(test["members"]) == 2
@@ -80,36 +82,63 @@ def test_what_is_committed_is_not_written_again(writer: str, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(Generator, "written", counted)
         with pytest.raises(KeyboardInterrupt):
-            evaluate_answers(writer, SETTINGS)
+            evaluate_run(writer, SETTINGS, local=True)
         assert calls == [32, 32, 8] and RunStore(writer).read_json("answers.json") is None
-        told: list[tuple[str, int, int]] = []
-        first = evaluate_answers(writer, SETTINGS, lambda *what: told.append(what))
-        assert calls[3:] == [8, 8, 2, 2] and ("test", 32, 40) in told and told[-1] == ("jobs", 2, 2)
-        again = evaluate_answers(writer, SETTINGS)
-        other = evaluate_answers(writer, AnswerSettings(("contains",), max_new_tokens=6, rows=40))
+        seen: list[tuple[str, int, int]] = []
+
+        def on_status(status: RunStatus) -> None:
+            told = [job.progress for job in status.jobs.values() if job.progress is not None]
+            seen.extend((one.activity.value, one.done, one.total) for one in told)
+
+        first = evaluate_run(writer, SETTINGS, True, on_status)
+        assert calls[3:] == [8, 8, 2, 2] and {("answering", 8, 8), ("answering", 2, 2)} <= set(seen)
+        again = evaluate_run(writer, SETTINGS, local=True)
+        other = evaluate_run(writer, SETTINGS.model_copy(update={"metrics": ["contains"]}), local=True)
+        fewer = evaluate_run(writer, SETTINGS.model_copy(update={"rows": 32}), local=True)
         assert len(calls) == 7 and again == first  # other metrics are read off the same answers
     assert other["sets"]["test"]["ensemble"]["metrics"].keys() == {"contains"}
+    assert fewer["sets"]["test"]["ensemble"]["answers"] == 32
+
+
+def test_what_is_alike_is_said_by_the_settings(writer: str) -> None:
+    found = {
+        how: evaluate_run(writer, SETTINGS.model_copy(update={"normalize": how}), local=True)["sets"]["test"]
+        for how in ("squad", "space", "none")
+    }
+    store, right = RunStore(writer), {}
+    (folder,) = store.storage.list("answers")
+    answers = RunStore(f"{writer}/answers/{folder}")
+    shards = [name for name in answers.storage.list("shards") if name.startswith("test-")]
+    records = [json.loads(line) for name in shards
+               for line in answers.load_result(f"shards/{name}")["answers.jsonl"].splitlines()]
+    assert len(records) == 40
+    right["none"] = [one["answer"]["text"] == one["reference"] for one in records]
+    right["space"] = [one["answer"]["text"].split() == one["reference"].split() for one in records]
+    right["squad"] = [normalized(one["answer"]["text"]) == normalized(one["reference"]) for one in records]
+    for how, rights in right.items():
+        assert found[how]["ensemble"]["metrics"]["exact_match"]["value"] == pytest.approx(sum(rights) / 40)
 
 
 def test_the_command_writes_numbers_and_the_report_shows_answers(writer: str) -> None:
     metrics = ["--metric", "exact_match", "--metric", "f1"]
-    arguments = ["evaluate", writer, *metrics, "--max-new-tokens", "6", "--rows", "9"]
+    arguments = ["evaluate", writer, *metrics, "--max-new-tokens", "6", "--rows", "9", "--local"]
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code == 0, said.output
-    assert "AUROC for wrong answers" in said.output and "9 of 9 prompts answered" in said.output
+    assert "AUROC for wrong answers" in said.output and "test: 9 answers" in said.output
     page = Path(writer, "report.html").read_text()
     assert "<h2>Answers</h2>" in page and "test: the least sure" in page and "exact match" in page
     assert "Say &lt;b&gt;" in page and "Say <b>" not in page
     assert Path(writer, "plots", "answers-risk-test.png").stat().st_size > 5_000
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output.splitlines()[-1])
     assert found["test"]["ensemble"]["answers"] == 9
+    for wrong, what in (("--metric", "unknown metric 'bleu'"), ("--normalize", "unknown --normalize 'bleu'")):
+        refused = CliRunner().invoke(app, ["evaluate", writer, wrong, "bleu"])
+        assert refused.exit_code == 2 and what in refused.output
 
 
 def test_a_run_without_answers_is_told_so(make_spec: Callable[..., Any], trained: Callable[[Any], str]) -> None:
     uri = trained(make_spec())
     with pytest.raises(UsageError, match="a classification run has no answers to compare with"):
-        evaluate_answers(uri, SETTINGS)
-    with pytest.raises(UsageError, match="unknown metric 'bleu'"):
-        evaluate_answers(uri, AnswerSettings(("bleu",)))
+        evaluate_run(uri, SETTINGS, local=True)
     publish_report(RunStore(uri))
     assert "<h2>Answers</h2>" not in Path(uri, "report.html").read_text()

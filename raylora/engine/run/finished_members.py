@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,6 +47,23 @@ def read_members(spec: RunSpec, store: RunStore, base: Base, names: Sequence[str
         spec, base, {name: member_tensors(found) for name, found in files.items()},
         {name: member_facts(found).get("layout") for name, found in files.items()},
     )
+
+
+def weight_digests(store: RunStore, names: Sequence[str]) -> list[list[str]]:
+    """Return each finished member's name with the SHA-256 of its weights. Raises: StoreError for a damaged one."""
+    files = ((name, store.load_result(f"members/{name}")) for name in names)
+    return [[name, hashlib.sha256(found["adapter_model.safetensors"]).hexdigest()] for name, found in files]
+
+
+def members_digest(spec: RunSpec, store: RunStore, names: Sequence[str]) -> str:
+    """Return the SHA-256 of what finished members say together: weights, base, adapter, task and aggregation.
+
+    Raises:
+        StoreError: a member is damaged.
+    """
+    parts = [part.model_dump(mode="json") for part in (spec.base, spec.adapter, spec.task)]
+    content = [*parts, spec.ensemble.aggregate, weight_digests(store, names)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def member_tensors(files: Mapping[str, bytes]) -> Tensors:

@@ -25,6 +25,7 @@ from raylora.engine.run.roster import Damage, clear, damages_of, read_state
 from raylora.engine.run.session import TrainingSession
 from raylora.engine.run.shared_trunk import check_trunk
 from raylora.engine.run.tracking import check_trackers
+from raylora.engine.run.work import TrainingAssignment
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import (
@@ -122,6 +123,11 @@ class Prepared:
         if self.growth is not None and (self.growth.trains_on or self.growth.other_sets):
             return [name for units in self.kept.values() for name in units]
         return list(dict.fromkeys(damage.unit for damage in self.damages))
+
+    @property
+    def assignment(self) -> TrainingAssignment:
+        """What its workers are told."""
+        return TrainingAssignment()
 
     def make_session(self, cpus: int, gpus: int) -> TrainingSession:
         """Return what a worker trains its packs on."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 
@@ -30,6 +29,7 @@ from raylora.engine.run.profiling import StepProfiler
 from raylora.engine.run.run_metrics import aggregate
 from raylora.engine.run.shared_trunk import discard_trunk_cache, open_trunk_cache
 from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
+from raylora.engine.run.work import StopSignal
 from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import MemberPlan, PlanRole, member_plans_of
@@ -47,31 +47,6 @@ logger = logging.getLogger(__name__)
 
 _FORWARD_OF_STEP = 1 / 3
 """Of a step's time, its forward: the backward pass takes about twice as long."""
-
-StopSignal = Callable[[], int]
-
-
-class Session(Protocol):
-    """What a worker does its jobs on."""
-
-    span: Span
-    """Marks what takes time, such as steps and checkpoints, on a timeline."""
-
-    @property
-    def base_bytes(self) -> int:
-        """How much of the base is held, once it is loaded."""
-
-    def load(self) -> None:
-        """Load what all jobs need. Raises: UsageError for bad input."""
-
-    def run_job(
-        self, job: str, unit_names: Sequence[str], report: OnProgress, should_stop: StopSignal
-    ) -> dict[str, str]:
-        """Do and commit the units of a job; return those that failed. Raises: Interrupted."""
-
-    def aggregate(self, units: Sequence[str], started_at: float) -> Mapping[str, Any]:
-        """Put the finished units together. Raises: StoreError for a damaged one."""
-
 
 class TrainingSession:
     """Trains, evaluates and commits packs of units over one base."""
