@@ -28,11 +28,20 @@ class Question:
     """None where the row holds none."""
 
 
+def answers_obstacle(task: Task) -> str:
+    """Return why a task's rows hold no answer to compare with, or nothing where they do."""
+    learns = getattr(task.spec, "train_on", "")
+    if isinstance(task, Asks) and learns == "completion":
+        return ""
+    which = f"{task.spec.kind} with train_on: {learns}" if learns else task.spec.kind
+    return f"rows of {which} hold no answers to compare with"
+
+
 def check_answers(task: Task) -> None:
     """Refuse a task whose rows hold no answer of their own. Raises: UsageError."""
-    if not isinstance(task, Asks) or getattr(task.spec, "train_on", "") != "completion":
-        raise UsageError(f"a {task.spec.kind} run has no answers to compare with",
-                         "task.kind instruction with train_on: completion has")
+    obstacle = answers_obstacle(task)
+    if obstacle:
+        raise UsageError(obstacle, "task.kind instruction with train_on: completion has")
 
 
 def question_of(example: Example) -> Question:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from raylora.engine.model.gang import GangPlace
 
 SHARD_ROWS = 32
+SHARDS = "shards"
 ANSWERS = "answers"
 """The folder of a run directory in which a folder per :meth:`AnswerJob.key` holds the shards."""
 

@@ -18,7 +18,7 @@ from raylora import control
 from raylora.data.sets import DataSets
 from raylora.engine.generation.questions import check_answers, check_lengths
 from raylora.engine.model.checkpoint import load_config, load_tokenizer
-from raylora.engine.run.answer_job import ANSWERS, AnswerJob
+from raylora.engine.run.answer_job import ANSWERS, SHARDS, AnswerJob
 from raylora.engine.run.answer_summary import FACTS as ANSWERS_FACTS
 from raylora.engine.run.answer_summary import describe, evaluation_job
 from raylora.engine.run.answering import Shard, ShardShelf, make_shards, shards_of, writer_of
@@ -34,7 +34,6 @@ from raylora.spec import GenerationSpec, RunSpec
 from raylora.store.run_store import RunStore
 
 FACTS = "answered.json"
-SHARDS = "shards"
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def plan_answers(prepared: Prepared, job: AnswerJob) -> AnswerPlan:
     spec, task = prepared.spec, task_of(prepared.spec)
     tokenizer, run = load_tokenizer(spec.base, task), RunStore(job.run_uri)
     sets = prepared.sets if job.transfer is None else sets_of(spec, task, tokenizer, run, job.transfer)
-    shards = shards_of(sets, job)
+    shards = shards_of(sets, job.sets, job.rows, job.shard_rows)
     config = load_config(spec.base)
     for shard in shards.values():
         check_lengths(config, tokenizer, shard.set_name, shard.examples, job.max_new_tokens)
@@ -169,7 +168,7 @@ class AnswerSession:
         sets = session.sets
         if job.transfer is not None:
             sets = sets_of(self.spec, session.task, session.base.tokenizer, session.store, job.transfer)
-        self.shelf = ShardShelf(self.store, SHARDS, shards_of(sets, job))
+        self.shelf = ShardShelf(self.store, SHARDS, shards_of(sets, job.sets, job.rows, job.shard_rows))
         self.writer = writer_of(self.spec, session.store, session.base, session.task, job.members)
 
     def run_job(

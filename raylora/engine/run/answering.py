@@ -19,7 +19,7 @@ from raylora.engine.generation.generator import Generator
 from raylora.engine.generation.questions import answer_records
 from raylora.engine.model.base import Base
 from raylora.engine.model.packed_model import PackedModel
-from raylora.engine.run.answer_job import AnswerJob
+from raylora.engine.run.answer_job import SHARD_ROWS, AnswerJob
 from raylora.engine.run.finished_members import read_members
 from raylora.errors import Interrupted, StoreError
 from raylora.progress import Activity, OnProgress, RowCounter, Span
@@ -45,14 +45,16 @@ class Shard:
     examples: Sequence[Example]
 
 
-def shards_of(sets: DataSets, job: AnswerJob) -> dict[str, Shard]:
-    """Return the shards of a job by name, set by set; ``sets`` are those of its run, with its transfer rows."""
+def shards_of(
+    sets: DataSets, names: Sequence[str], most_rows: int | None, shard_rows: int = SHARD_ROWS
+) -> dict[str, Shard]:
+    """Return the shards of named sets by name, set by set; of each set its first rows, at most so many."""
     of_name = {loaded.name: loaded.examples for loaded in sets.all()}
     found = {}
-    for set_name in job.sets:
-        chosen = of_name[set_name][: job.rows]
-        for first in range(0, len(chosen), job.shard_rows):
-            examples = chosen[first : first + job.shard_rows]
+    for set_name in names:
+        chosen = of_name[set_name][:most_rows]
+        for first in range(0, len(chosen), shard_rows):
+            examples = chosen[first : first + shard_rows]
             rows = json.dumps([[one.id, one.sequences, one.target_ranges] for one in examples])
             content = hashlib.sha256(rows.encode()).hexdigest()[:12]
             name = f"{set_name}-{first:07d}-{first + len(examples) - 1:07d}-{content}"
