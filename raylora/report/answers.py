@@ -44,7 +44,7 @@ class AnswerSection:
     errors: Table
     lists: list[tuple[str, list[Shown]]]
     first: str
-    """The metric by which an answer is right."""
+    """What a sentence calls the metric by which an answer is right."""
 
 
 def section(metrics: RunMetrics) -> AnswerSection | None:
@@ -58,7 +58,8 @@ def section(metrics: RunMetrics) -> AnswerSection | None:
         half = len(one["shown"]) // 2
         lists += [(f"{name}: the surest", _shown(one["shown"][:half])),
                   (f"{name}: the least sure", _shown(one["shown"][half:]))]
-    return AnswerSection(_right(sets, asked), _errors(sets), [(t, rows) for t, rows in lists if rows], _label(asked[0]))
+    return AnswerSection(_right(sets, asked), _errors(sets), [(t, rows) for t, rows in lists if rows],
+                         METRICS[asked[0]].in_words)
 
 
 def risk(metrics: RunMetrics) -> list[Drawn]:
@@ -135,7 +136,7 @@ def _read(answer: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _label(metric: str) -> str:
-    return {"exact_match": "exact match", "f1": "F1", "ece": METRICS["ece"].label}.get(metric, metric)
+    return METRICS[metric].label
 
 
 def _number(value: float, metric: str) -> str:
