@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gangs import Case, run_gang
 from run_helpers import assert_bit_equal, members, run, stop_at
 
 from raylora.adapters.packed import make_pack, stack
@@ -26,7 +28,7 @@ GENERATION = {"max_new_tokens": 4, "rows": 10, "normalize": "space"}
 @pytest.fixture
 def changes(tiny_model: Callable[[str], str], tmp_path: Path) -> dict[str, Any]:
     """Return what makes the small spec one whose members soon answer in turns right and wrong."""
-    rows = [{"prompt": f"Say {n}", "completion": "yes" if n % 3 else f"no {n}"} for n in range(60)]
+    rows = [{"prompt": f"Say {n}", "completion": "yes" if n % 3 else f"no {n}"} for n in range(64)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
@@ -102,6 +104,41 @@ def test_a_resume_stops_where_the_whole_run_stops(make_spec: Callable[..., Any],
         again = RunStore.for_spec(broken)
         assert [json.loads(again.load_result(f"members/{name}")["member.json"])["history"]
                 for name in members(broken)] == [fact["history"] for fact in facts]
+
+
+@pytest.mark.parametrize("partners", [1, 2])
+def test_ranks_that_share_a_split_base_answer_as_workers_of_their_own(
+    make_spec: Callable[..., Any], content: dict[str, Any], changes: dict[str, Any], partners: int
+) -> None:
+    """Answers end at different tokens, so that the ranks pass the base unequally often."""
+    alone = make_spec(name="alone", **{
+        **changes, "ensemble__members": 2, "evaluation__generation": {**GENERATION, "max_new_tokens": 9},
+        "placement__members_per_worker": 1, "data__train_rows": 16, "data__test_rows": 34,
+        "evaluation__generation__rows": 34,
+    })
+    run(alone)
+    together = make_spec(name="together")
+    one, two = prepare(together).answers
+    pairs = [["member-000"], ["member-001"]] if partners == 1 else [["member-000"]] * 2
+    jobs: list[dict[str, list[str]]] = [{"job-00": pair} for pair in pairs]
+    if partners == 2:
+        for own in jobs:
+            own["job-01"] = ["member-001"]
+    shards = [[one], [two]] if partners == 1 else [[one, two]] * 2
+    for own, names in zip(jobs, shards, strict=True):
+        own["answers-000"] = names
+    run_gang([Case(copy.deepcopy(content), jobs)], 2, partners=partners)
+    found, expected = (
+        {file.parent.name: [json.loads(line) for line in file.read_text().splitlines()]
+         for file in Path(RunStore.for_spec(spec).uri).glob("answers/*/shards/*/answers.jsonl")}
+        for spec in (together, alone)
+    )
+    assert found.keys() == expected.keys() == {one, two}
+    if partners == 1:
+        assert_bit_equal(members(alone), members(together))
+        assert found == expected
+    else:  # shares of a batch are added up in another order
+        assert sum(map(len, found.values())) == 34
 
 
 def test_how_answers_were_judged_stays_as_members_were_stopped_by_it(
