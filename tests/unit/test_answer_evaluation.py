@@ -83,6 +83,16 @@ def test_answers_are_scored_against_the_rows_own(writer: str) -> None:
     assert test["ensemble"]["metrics"]["exact_match"]["value"] == pytest.approx(right / 40)
     assert test["ensemble"]["error_auroc"].keys() >= {"mean_nll", "mean_mutual_information", "disagreement"}
     assert "disagreement" not in test["members"][0]["error_auroc"]
+    jobs, other = found["sets"]["jobs"]["ensemble"], ensemble.generator().written(
+        [list(e.sequences[0][: e.target_ranges[-1][0]]) for e in sets.out_of_distribution["jobs"].examples],
+        [e.id for e in sets.out_of_distribution["jobs"].examples], Sampling(6),
+    )
+    for name in ("mean_nll", "mean_entropy"):
+        usual, foreign = ([one.sums()[name] for (one,) in answers] for answers in (said, other))
+        above = [(one > two) + 0.5 * (one == two) for one in foreign for two in usual]
+        assert jobs["ood_auroc"][name]["value"] == pytest.approx(sum(above) / len(above))
+        assert jobs["uncertainty"][name] == pytest.approx(sum(foreign) / len(foreign))
+    assert "ood_auroc" not in test["ensemble"] and "mean_nll" in found["sets"]["jobs"]["members"][1]["ood_auroc"]
     nlls = [one["answer"]["mean_nll"] for one in test["shown"]]
     assert nlls == sorted(nlls) and store.read_json("answers.json") == json.loads(json.dumps(found))
 
@@ -141,9 +151,11 @@ def test_the_command_writes_numbers_and_the_report_shows_answers(writer: str) ->
     arguments = ["evaluate", writer, *metrics, "--max-new-tokens", "6", "--rows", "9", "--local"]
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code == 0, said.output
+    assert "AUROC for foreign prompts" in said.output
     assert "AUROC for wrong answers" in said.output and "test: 9 answers" in said.output
     page = Path(writer, "report.html").read_text()
-    assert "<h2>Answers</h2>" in page and "test: the least sure" in page and "exact match" in page
+    assert "<h2>Answers</h2>" in page and "test: the least sure" in page and "Exact match" in page
+    assert "Do doubts tell foreign prompts from familiar ones?" in page
     assert "Say &lt;b&gt;" in page and "Say <b>" not in page
     assert Path(writer, "plots", "answers-risk-test.png").stat().st_size > 5_000
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output.splitlines()[-1])
