@@ -9,6 +9,7 @@ Shapes: M members, N prompts, A of them unfinished, B = M * A rows, T tokens, V 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,6 +78,20 @@ class Decoder:
         self._ids_BT = torch.tensor(ids, device=device).repeat(self.members, 1)
         self._mask_BT = torch.tensor(mask, device=device).repeat(self.members, 1)
         self._lanes = lanes_of(model, stacked, remembers=True)
+        self._after_prompts_BV: Tensor | None = None
+
+    @torch.no_grad()
+    def fork(self, sampling: Sampling) -> Decoder:
+        """Return answers to the same prompts that are chosen otherwise; the prompts are passed once for both.
+
+        Both hold what the members remember of the prompts. To be called before :meth:`steps` begins.
+        """
+        if self._after_prompts_BV is None:
+            self._after_prompts_BV = self._forward()
+        twin = copy.copy(self)
+        twin.sampling, twin.unfinished, twin._done_MA = sampling, list(self.unfinished), self._done_MA.clone()
+        twin._lanes = [lane.copied() for lane in self._lanes]
+        return twin
 
     @torch.no_grad()
     def steps(self) -> Iterator[list[Written]]:
@@ -85,7 +100,9 @@ class Decoder:
             if not self.unfinished:
                 return
             self.position = position
-            logits_MAV = self._forward().view(self.members, len(self.unfinished), -1)
+            logits_BV, self._after_prompts_BV = self._after_prompts_BV, None
+            logits_BV = self._forward() if logits_BV is None else logits_BV
+            logits_MAV = logits_BV.view(self.members, len(self.unfinished), -1)
             written, token_B = self._each(logits_MAV) if self.sampling.each_member else self._together(logits_MAV)
             yield written
             self._ids_BT = token_B[:, None].to(self._ids_BT.device)
