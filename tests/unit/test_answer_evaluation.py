@@ -233,6 +233,38 @@ def test_members_that_are_added_are_asked_with_the_others(spec_of: Callable[...,
     assert len(list(Path(RunStore.for_spec(spec).uri).glob("answers/*"))) == 2
 
 
+def test_prompts_without_answers_are_answered_and_told_from_the_familiar_ones(
+    spec_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    asks = tmp_path / "asks.jsonl"
+    asks.write_text("".join(json.dumps({"prompt": f"<i>Why</i> is {n} odd?"}) + "\n" for n in range(1, 12, 2)))
+    foreign = {"asks": {"files": str(asks)}}
+    spec = spec_of(
+        name="asked", evaluation__out_of_distribution=foreign,
+        evaluation__generation={"max_new_tokens": 6, "rows": 40, "metrics": ["exact_match", "f1"]},
+    )
+    metrics = run_local(spec, lambda status: None)
+    assert metrics["sets"].keys() == {"validation", "test"} and metrics["ensemble"]["eval"].keys() == {"test"}
+    store = RunStore.for_spec(spec)
+    found = store.read_json("answers.json")["sets"]
+    asked = found["asks"]["ensemble"]
+    assert asked["answers"] == 6 and asked["ood_auroc"].keys() == asked["uncertainty"].keys()
+    assert asked["uncertainty"].keys() >= {"mean_nll", "mean_mutual_information", "disagreement"}
+    assert "metrics" not in asked and found["test"]["ensemble"]["metrics"].keys() == {"exact_match", "f1"}
+    assert found["asks"]["shown"][0]["reference"] is None and found["asks"]["shown"][0]["right"] is None
+    assert [one["rows"] for one in metrics["data"] if one["name"] == "asks"] == [6]
+    page = Path(store.uri, "report.html").read_text()
+    assert "asks: the surest" in page and "&lt;i&gt;Why" in page and "<i>Why" not in page
+    assert not Path(store.uri, "plots", "answers-risk-asks.png").exists()
+    said = CliRunner().invoke(app, ["evaluate", store.uri, "--max-new-tokens", "6", "--rows", "40", "--local"])
+    assert said.exit_code == 0 and "asks: 6 answers" in said.output
+    without = spec.model_copy(update={
+        "name": "without", "evaluation": spec.evaluation.model_copy(update={"generation": None}),
+    })
+    with pytest.raises(SpecError, match="out_of_distribution.asks: its rows hold no answers"):
+        prepare(without)
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"task__train_on": "all"}, "evaluation.generation: rows of instruction with train_on: all"),
     ({"evaluation__generation": {"max_new_tokens": 5_000}}, "with 5000 to write that is more than the 2048"),
