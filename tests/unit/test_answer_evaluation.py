@@ -28,6 +28,7 @@ from raylora.report.publish import publish_report
 from raylora.serve.predictor import load_ensemble
 from raylora.spec import GenerationSpec
 from raylora.store.run_store import RunStore
+from raylora.web.snapshot import RunReader
 
 SPACED = "{% for m in messages %}{{ m.content }} {% endfor %}"
 SETTINGS = GenerationSpec(metrics=["exact_match", "f1"], max_new_tokens=6, rows=40)
@@ -191,6 +192,10 @@ def test_a_run_answers_as_a_part_of_it_what_the_command_would(
     numbers = metrics["answers"]["sets"]["test"]
     assert numbers["ensemble"] == found["sets"]["test"]["ensemble"] and "shown" not in numbers
     assert RunStore(uri).read_json("metrics.json")["answers"] == metrics["answers"]
+    shown = {one["set"]: one["values"] for one in RunReader(RunStore(uri), 0.0).read()["scores"]}
+    assert shown["test"]["Exact match"] == f"{100 * numbers['ensemble']['metrics']['exact_match']['value']:.1f} %"
+    said = CliRunner().invoke(app, ["report", uri])
+    assert said.exit_code == 0 and "test: 40 answers" in said.output and "exact_match" in said.output
     monkeypatch.setattr(Generator, "voices", lambda *_: pytest.fail("something was answered again"))
     assert run_local(spec, lambda status: None)["answers"] == metrics["answers"]
     assert evaluate_run(uri, SETTINGS, local=True) == afterwards  # both know where answers lie
