@@ -491,12 +491,14 @@ class DistillSpec(Frozen):
 
 
 class DistillFromSpec(Frozen):
-    """What makes a run a student's: which targets it learns from, and how. Written by ``raylora distill``."""
+    """What makes a run a student's: whom and what it learns from, and how. Written by ``raylora distill``."""
 
-    targets: str
-    """The targets' folder below ``targets`` of the run that the student lies in."""
+    targets: str | None = None
+    """The targets' folder below ``targets`` of the run that the student lies in; none where the teacher is asked."""
     teacher: str
     """Digest of the teacher: its spec and its members' weights."""
+    members: list[str] | None = None
+    """The teacher's members that are asked while the student learns; none where there are targets."""
     loss: AnyLoss
     """The loss that the student learns by."""
     transfer: SetSpec | None = None
@@ -585,6 +587,8 @@ class RunSpec(Frozen):
         if self.distill_from is None:  # runs from before there were students keep their digest
             left_out.add("distill_from")
         found = self.model_dump(mode="json", exclude=left_out)
+        if self.distill_from is not None and self.distill_from.members is None:  # nor those from before one was asked
+            del found["distill_from"]["members"]
         if not self.optimization.cache_trunk:  # nor do runs from before there was a cache have another
             del found["optimization"]["cache_trunk"], found["optimization"]["cache_trunk_gb"]
         if not self.optimization.pack_rows:  # nor those from before rows were packed

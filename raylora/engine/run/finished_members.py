@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,3 +58,16 @@ def member_tensors(files: Mapping[str, bytes]) -> Tensors:
 def member_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the plain facts that a member's folder holds: its seed, adapter, base and history."""
     return json.loads(files["member.json"])
+
+
+def teacher_digest(spec: RunSpec, store: RunStore, members: Sequence[str]) -> str:
+    """Return the SHA-256 of a teacher: its spec and the weights of those members who teach.
+
+    Raises:
+        StoreError: a member is damaged.
+    """
+    weights = [
+        [name, hashlib.sha256(store.load_result(f"members/{name}")["adapter_model.safetensors"]).hexdigest()]
+        for name in members
+    ]
+    return hashlib.sha256(json.dumps([spec.digest(), weights]).encode()).hexdigest()
