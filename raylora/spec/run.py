@@ -35,6 +35,8 @@ _RUN_FOLDERS = (
 )
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+AnswerMetric = Literal["exact_match", "f1", "contains", "number", "choice"]
+Normalization = Literal["squad", "space", "none"]
 
 
 class SetSpec(Located):
@@ -325,6 +327,28 @@ class OptimizationSpec(Frozen):
         return self
 
 
+class GenerationSpec(Frozen):
+    """Let the ensemble and each member answer the evaluation sets, greedily, when the members are finished."""
+
+    metrics: list[AnswerMetric] = Field(default=["exact_match"], min_length=1)
+    """What answers are scored by against the rows' own; by the first one an answer is right or wrong."""
+    normalize: Normalization = "squad"
+    """What is alike before answers are compared: ``squad`` takes case, punctuation, articles and surplus space out
+    (arXiv 1606.05250), ``space`` surplus space alone, ``none`` nothing; ``number`` and ``choice`` read answers as they
+    are."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Of an answer, at most."""
+    rows: int = Field(default=200, ge=1)
+    """Of each set, at most; its first ones."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _each_metric_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError("a metric is given twice: give each at most once")
+        return value
+
+
 class EvaluationSpec(Frozen):
     """What is measured after training; the test split is always evaluated under the name ``test``."""
 
@@ -342,6 +366,8 @@ class EvaluationSpec(Frozen):
     """Fit one temperature on the validation rows; results with it stand beside those without."""
     batch: int = Field(default=64, ge=1)
     """Rows per forward pass of an evaluation."""
+    generation: GenerationSpec | None = None
+    """Answers written to the sets' prompts, for tasks whose rows hold an answer; null is off."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> EvaluationSpec:
@@ -593,6 +619,8 @@ class RunSpec(Frozen):
             del found["optimization"]["cache_trunk"], found["optimization"]["cache_trunk_gb"]
         if not self.optimization.pack_rows:  # nor those from before rows were packed
             del found["optimization"]["pack_rows"]
+        if self.evaluation.generation is None:  # nor those from before answers were part of a run
+            del found["evaluation"]["generation"]
         return found
 
     def digest(self) -> str:

@@ -28,7 +28,7 @@ from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.model.gang import GangPlace
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.finished_members import read_members
-from raylora.engine.run.session import Session, TrainingSession
+from raylora.engine.run.session import TrainingSession
 from raylora.engine.training.distillation_loss import read_outputs, task_of, taught_content
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.predict import OnRows, predict
@@ -61,6 +61,12 @@ class TargetJob:
     def members(self) -> list[str]:
         """The members' names, in order."""
         return sorted(name for pack in self.packs for name in pack)
+
+    def make_session(
+        self, spec: RunSpec, store: RunStore, cpus: int, gpus: int, place: GangPlace | None = None
+    ) -> TargetSession:
+        """Return what a worker makes the targets on; each has a whole base."""
+        return TargetSession(spec, store, cpus, gpus, self)
 
 
 @dataclass(frozen=True)
@@ -98,19 +104,10 @@ class TargetPlan:
             min_members=len(self.shards), max_failures=self.spec.checkpointing.max_failures,
         )
 
-    def make_session(self, cpus: int, gpus: int) -> TargetSession:
-        """Return what a worker makes the targets on."""
-        return TargetSession(self.spec, self.store, cpus, gpus, self.target_job)
-
-
-def make_session(
-    spec: RunSpec, store: RunStore, cpus: int, gpus: int, target_job: TargetJob | None = None,
-    place: GangPlace | None = None,
-) -> Session:
-    """Return the session of a worker that trains, as one of a gang if it has a place in one, or of one that teaches."""
-    if target_job is None:
-        return TrainingSession(spec, store, cpus, gpus, place)
-    return TargetSession(spec, store, cpus, gpus, target_job)
+    @property
+    def assignment(self) -> TargetJob:
+        """What its workers are told."""
+        return self.target_job
 
 
 class TargetSession:

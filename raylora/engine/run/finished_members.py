@@ -49,6 +49,23 @@ def read_members(spec: RunSpec, store: RunStore, base: Base, names: Sequence[str
     )
 
 
+def weight_digests(store: RunStore, names: Sequence[str]) -> list[list[str]]:
+    """Return each finished member's name with the SHA-256 of its weights. Raises: StoreError for a damaged one."""
+    files = ((name, store.load_result(f"members/{name}")) for name in names)
+    return [[name, hashlib.sha256(found["adapter_model.safetensors"]).hexdigest()] for name, found in files]
+
+
+def members_digest(spec: RunSpec, store: RunStore, names: Sequence[str]) -> str:
+    """Return the SHA-256 of what finished members say together: weights, base, adapter, task and aggregation.
+
+    Raises:
+        StoreError: a member is damaged.
+    """
+    parts = [part.model_dump(mode="json") for part in (spec.base, spec.adapter, spec.task)]
+    content = [*parts, spec.ensemble.aggregate, weight_digests(store, names)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def member_tensors(files: Mapping[str, bytes]) -> Tensors:
     """Return what a member's folder holds, under raylora's names."""
     config = files.get("adapter_config.json")
@@ -66,8 +83,4 @@ def teacher_digest(spec: RunSpec, store: RunStore, members: Sequence[str]) -> st
     Raises:
         StoreError: a member is damaged.
     """
-    weights = [
-        [name, hashlib.sha256(store.load_result(f"members/{name}")["adapter_model.safetensors"]).hexdigest()]
-        for name in members
-    ]
-    return hashlib.sha256(json.dumps([spec.digest(), weights]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([spec.digest(), weight_digests(store, members)]).encode()).hexdigest()
