@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from raylora.client import Repaired, attach, distill_run, launch, repair_run, resume, run_local
+    from raylora.client import Repaired, attach, distill_run, evaluate_run, launch, repair_run, resume, run_local
     from raylora.engine.model.parameter_count import parameter_count
     from raylora.engine.run.run_status import RunStatus
     from raylora.engine.run.verify import verify_run
@@ -35,6 +35,7 @@ _HOMES = {
     "RunStatus": "raylora.engine.run.run_status",
     "attach": "raylora.client",
     "distill_run": "raylora.client",
+    "evaluate_run": "raylora.client",
     "Repaired": "raylora.client",
     "repair_run": "raylora.client",
     "verify_run": "raylora.engine.run.verify",

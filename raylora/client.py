@@ -19,21 +19,22 @@ from raylora.actors.preparer import solve_on_cluster
 from raylora.connection import clear_name, connect, find_run, inventory_of_cluster
 from raylora.engine.distillation.compare import compare, made_before
 from raylora.engine.distillation.plan import check_ahead, is_finished, prepare_distillation
-from raylora.engine.distillation.target_job import TargetPlan
 from raylora.engine.model.machine import compute_device
 from raylora.engine.quantization.layer_solver import Solve, solve_here
 from raylora.engine.quantization.quantize_base import ensure_prepared
+from raylora.engine.run.answer_plan import plan_evaluation
 from raylora.engine.run.local_driver import run_in_process, signals_handled_by
 from raylora.engine.run.plan_run import Prepared, local_inventory, prepare
 from raylora.engine.run.roster import read_state, sound_seal
 from raylora.engine.run.run_status import OnStatus
+from raylora.engine.run.work import Work
 from raylora.engine.training.distillation_loss import task_of
 from raylora.errors import Interrupted, SpecError
 from raylora.handle import RunHandle, shown
 from raylora.progress import OnBlock
 from raylora.records import DistillationRecord, PreparationSummary, RunMetrics
 from raylora.report.publish import publish_report
-from raylora.spec import DistillSpec, RunSpec
+from raylora.spec import DistillSpec, GenerationSpec, RunSpec
 from raylora.store.commit import MANIFEST
 from raylora.store.probe import leave_probe
 from raylora.store.run_store import RunStore
@@ -188,14 +189,15 @@ def distill_run(
         on_stage(f"{work.settings.name} is distilled already, and nothing has changed")
         return before
     try:
-        if not work.targets.is_done:
+        if work.targets is not None and not work.targets.is_done:
             shards, where = len(work.targets.shards), work.targets.store.uri
             on_stage(f"making targets of {work.targets.rows:,} rows in {shards} shard(s), in {where}")
             _carry_out(work.targets, local, on_status)
         for student in work.students():
             store = RunStore.for_spec(student)
             if not is_finished(store):
-                on_stage(f"training {student.run_name()} in {store.uri}")
+                beside = " beside its teacher" if student.distill_from is not None and work.targets is None else ""
+                on_stage(f"training {student.run_name()}{beside} in {store.uri}")
                 _carry_out(prepare(student, inventory), local, on_status)
                 publish_report(store)
     except Interrupted as error:
@@ -209,7 +211,41 @@ def distill_run(
     return record
 
 
-def _carry_out(prepared: Prepared | TargetPlan, local: bool, on_status: OnStatus) -> None:
+def evaluate_run(
+    run: str, settings: GenerationSpec, local: bool | None = None, on_status: OnStatus = lambda status: None,
+    allow_missing: bool = False,
+) -> dict[str, Any]:
+    """Let a finished ensemble and each member answer the run's evaluation sets, and return what it is worth.
+
+    Answers that are committed are not written again, so what was interrupted continues when this is called again, and
+    other metrics are read off the same answers. The numbers go to ``answers.json``, and into a new report.
+
+    Args:
+        local: do it in this process; by default only where no cluster is connected to or named by ``RAY_ADDRESS``.
+        allow_missing: go on without members that are damaged, missing or not finished.
+
+    Raises:
+        UsageError: the run's rows have no answers, or bad input; nothing was written.
+        Interrupted: a signal came; call again to continue.
+        TrainingError: the answers could not be written.
+    """
+    inventory = None if local else inventory_of_cluster()
+    in_process = bool(local) or (local is None and inventory is None)
+    work = plan_evaluation(run, settings, local_inventory(in_process=True) if in_process else inventory, allow_missing)
+    if not work.answers.is_done:
+        try:
+            _carry_out(work.answers, in_process, on_status)
+        except Interrupted as error:
+            raise Interrupted(
+                f"stopped by signal {error.args[2]} while answering; what is answered is committed",
+                "run the same command again: it continues", error.args[2],
+            ) from error
+    found = work.conclude()
+    publish_report(work.store)
+    return found
+
+
+def _carry_out(prepared: Work, local: bool, on_status: OnStatus) -> None:
     if local:
         run_in_process(prepared, on_status)
         return
@@ -282,12 +318,11 @@ def repair_run(run: str, local: bool = False, on_status: OnStatus = lambda statu
     })
 
 
-def _start(prepared: Prepared | TargetPlan, detach: bool = False) -> RunHandle:
+def _start(prepared: Work, detach: bool = False) -> RunHandle:
     name = coordinator_name(prepared.store.uri)
     clear_name(name, prepared.spec.run_name())
     with prepared.store.held():  # of two that begin one run at the same moment the second is refused, not mixed in
         prepared.begin()
-    target_job = prepared.target_job if isinstance(prepared, TargetPlan) else None
     options: dict[str, Any] = {"runtime_env": {"env_vars": logs.environment()}} if logs.environment() else {}
     options |= {"lifetime": "detached"} if detach else {}
     start = prepared.start_event([f"worker-{index}" for index in range(prepared.plan.workers)])
@@ -296,6 +331,7 @@ def _start(prepared: Prepared | TargetPlan, detach: bool = False) -> RunHandle:
     coordinator = Coordinator.options(  # type: ignore[attr-defined]
         name=name, namespace=NAMESPACE, scheduling_strategy=here, **options
     ).remote(
-        prepared.spec, prepared.store.uri, prepared.plan, start, target_job, detach, leave_probe(prepared.store.storage)
+        prepared.spec, prepared.store.uri, prepared.plan, start, prepared.assignment, detach,
+        leave_probe(prepared.store.storage),
     )
     return RunHandle(coordinator, prepared.store, [ray.put(prepared.base)])

@@ -18,6 +18,7 @@ class Activity(str, Enum):
     TRAINING = "training"
     EVALUATING = "evaluating"
     MAKING_TARGETS = "making targets"
+    ANSWERING = "answering"
 
 
 @dataclass(frozen=True)

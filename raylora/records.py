@@ -430,7 +430,10 @@ class MeasuredOn(TypedDict):
 
 
 class TargetFacts(TypedDict, total=False):
-    """Who taught on what, and what the targets took; of tokens k and how many positions have targets."""
+    """Who taught on what, and what the targets took; of tokens k and how many positions have targets.
+
+    A teacher that was asked has none, but the share of steps in which the student learned from what it wrote.
+    """
 
     rows: int
     members: list[str]
@@ -439,6 +442,7 @@ class TargetFacts(TypedDict, total=False):
     size_bytes: int
     rounding_error: float
     made_s: float
+    on_policy: float
 
 
 Contenders = dict[Literal["teacher", "single", "student", "alone"], ContenderMetrics]

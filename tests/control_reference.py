@@ -42,6 +42,7 @@ class Job:
     attempt: int = 0
     failures: int = 0
     worker: str = ""
+    later: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def _start(state: State, event: RunStarted) -> tuple[State, list[Command]]:
         done = old is not None and old.status is JobState.FINISHED and old.units == tuple(units)
         done = done and not any(unit in state.failed_units or unit in event.reopened for unit in units)
         attempt = old.attempt if old else 0
-        jobs[name] = Job(tuple(units), JobState.FINISHED if done else JobState.PENDING, attempt)
+        status = JobState.FINISHED if done else JobState.PENDING
+        jobs[name] = Job(tuple(units), status, attempt, later=name in event.later)
     fresh = State(
         phase=Phase.TRAINING,
         jobs=jobs,
@@ -136,11 +138,16 @@ def _assign(state: State) -> tuple[State, list[Command]]:
         return _settle_interrupt(state)
     jobs, workers = dict(state.jobs), dict(state.workers)
     commands: list[Command] = []
+    first_ended = not any(job.status.open for job in jobs.values() if not job.later)
+    if first_ended and any(job.status.open for job in jobs.values()):
+        alive = [u for u in state.required if u in state.finished_units()]
+        if len(alive) < state.min_members:
+            return _too_few(state, len(alive))
     for name, job in state.jobs.items():
         idle = next((w for w, found in workers.items() if found is WorkerState.IDLE), None)
         if idle is None:
             break
-        if job.status is JobState.PENDING:
+        if job.status is JobState.PENDING and (first_ended or not job.later):
             jobs[name] = replace(job, status=JobState.RUNNING, attempt=job.attempt + 1, worker=idle)
             workers[idle] = WorkerState.BUSY
             commands.append(RunJob(name, jobs[name].attempt, idle, job.units))

@@ -24,6 +24,7 @@ from raylora.actors.preparer import Preparer
 from raylora.actors.reporter import Reporter, dashboard_fact
 from raylora.actors.worker import Worker, this_node
 from raylora.engine.run.run_status import RunStatus, StatusBoard
+from raylora.engine.run.work import Assignment
 from raylora.errors import Interrupted, PlacementError, RayloraError
 from raylora.placement.plan import Plan
 from raylora.progress import BlockDone, Progress
@@ -58,16 +59,16 @@ class Coordinator:
     """
 
     def __init__(
-        self, spec: RunSpec, store_uri: str, plan: Plan, start: control.RunStarted, target_job: Any = None,
+        self, spec: RunSpec, store_uri: str, plan: Plan, start: control.RunStarted, assignment: Assignment,
         detached: bool = False, nonce: str = "",
     ) -> None:
         """Begin nothing yet.
 
-        Given a target_job, the jobs are shards of targets; of them too it sees the names and nothing else. The nonce is
-        what the driver left in the run directory: here and at every worker it has to be found.
+        The assignment goes to the workers: of jobs and units the coordinator sees the names and nothing else. The nonce
+        is what the driver left in the run directory: here and at every worker it has to be found.
         """
         self.spec, self.store, self.plan, self.base = spec, RunStore(store_uri), plan, list[Any]()
-        self.start, self.target_job, self.detached, self.nonce = start, target_job, detached, nonce
+        self.start, self.assignment, self.detached, self.nonce = start, assignment, detached, nonce
         self._outcome: Future[control.State] | None = None
         self._running = threading.Lock()
         self.preparer: Any = None
@@ -225,7 +226,7 @@ class Coordinator:
         self._let_preparer_go()
         plan = self.plan
         worker = self.placing.start(command.worker, (
-            self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.target_job, self.store.epoch,
+            self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.assignment, self.store.epoch,
             self.nonce,
         ))
         self.workers[command.worker] = worker

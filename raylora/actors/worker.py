@@ -18,6 +18,7 @@ from raylora.store.probe import opened_where_seen
 
 if TYPE_CHECKING:
     from raylora.engine.model.gang import GangPlace
+    from raylora.engine.run.work import Assignment
 
 
 def this_node() -> str:
@@ -33,16 +34,16 @@ class Worker:
     """
 
     def __init__(
-        self, spec: RunSpec, store_uri: str, cpus: int, gpus: int, target_job: Any = None, epoch: int | None = None,
+        self, spec: RunSpec, store_uri: str, cpus: int, gpus: int, assignment: Assignment, epoch: int | None = None,
         nonce: str = "",
     ) -> None:
-        """Train the run of a spec or, given a target_job, make targets with its members.
+        """Take what is to be done: to train the run of a spec, or what else its members are asked for.
 
         Args:
             epoch: of the coordinator that this worker commits for.
             nonce: what it has to find in the run directory.
         """
-        self.spec, self.store_uri, self.target_job = spec, store_uri, target_job
+        self.spec, self.store_uri, self.assignment = spec, store_uri, assignment
         self.epoch, self.nonce = epoch, nonce
         self.cpus, self.gpus = cpus, gpus
         self.signal_number = 0
@@ -74,13 +75,11 @@ class Worker:
             PlacementError: this node does not see the run directory.
         """
         store = opened_where_seen(self.store_uri, self.epoch, self.nonce, this_node())
-        from raylora.engine.distillation.target_job import make_session
-
         logs.configure()
         self.telemetry = Telemetry(self.spec.run_name())
         if first is not None and rank:
             self.place = replace(first, rank=rank)
-        self.session = make_session(self.spec, store, self.cpus, self.gpus, self.target_job, self.place)
+        self.session = self.assignment.make_session(self.spec, store, self.cpus, self.gpus, self.place)
         self.session.span = self.telemetry.span
         self.session.load()
         self.telemetry.loaded(self.session.base_bytes)

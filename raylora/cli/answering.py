@@ -14,6 +14,7 @@ from rich.text import Text
 
 from raylora.cli.app import AllowMissing, AsJson, RunPath, app, command, say
 from raylora.display.console import err, out
+from raylora.display.progress import ShownStatus
 from raylora.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -128,23 +129,35 @@ def evaluate(
     metric: Annotated[list[str] | None, typer.Option("--metric", help=(
         "exact_match (the default), f1, contains, number, choice; may be repeated. By the first an answer is right."
     ))] = None,
-    max_new_tokens: MaxNewTokens = 64,
+    normalize: Annotated[str, typer.Option("--normalize", help=(
+        "What is alike before answers are compared: squad (no case, punctuation, articles), space, or none."
+    ))] = "squad",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer, at most.")] = 64,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Of each evaluation set, at most.")] = 200,
+    local: Annotated[bool | None, typer.Option("--local/--ray", help=(
+        "In this process or on Ray; by default on the cluster that RAY_ADDRESS names, if any."
+    ))] = None,
     allow_missing: AllowMissing = False,
     as_json: AsJson = False,
 ) -> None:
     """Let a finished ensemble answer its evaluation sets, compare with the references, and write the report anew.
 
-    Answers are committed as they come: the same command goes on where it stopped.
+    Answers are committed as they come: the same command goes on where it stopped. A spec with evaluation.generation
+    has this done as a part of its run.
     """
-    from raylora.report.publish import publish_report
-    from raylora.serve.evaluation import AnswerSettings, evaluate_answers
-    from raylora.store.run_store import RunStore
+    from raylora.client import evaluate_run
+    from raylora.ensemble.answer_metrics import NORMALIZATIONS, check_metrics
+    from raylora.spec import GenerationSpec
 
-    settings = AnswerSettings(tuple(metric or ("exact_match",)), max_new_tokens, rows)
-    tell = _Progress()
-    found = evaluate_answers(run_path, settings, tell.of_set, allow_missing)
-    publish_report(RunStore(run_path))
+    metrics = metric or ["exact_match"]
+    check_metrics(metrics)
+    if normalize not in NORMALIZATIONS:
+        raise UsageError(f"unknown --normalize {normalize!r}", f"use {', '.join(NORMALIZATIONS)}")
+    settings = GenerationSpec.model_validate({
+        "metrics": list(dict.fromkeys(metrics)), "normalize": normalize, "max_new_tokens": max_new_tokens, "rows": rows,
+    })
+    with ShownStatus() as show:
+        found = evaluate_run(run_path, settings, local, show, allow_missing)
     if as_json:
         print(json.dumps(found["sets"] | {"run": run_path}))
         return
@@ -221,23 +234,19 @@ class _Progress:
     """Says how many prompts are answered and when the rest will be: on one line, or now and then."""
 
     def __init__(self) -> None:
-        self._name, self._first, self._started, self._told = "", -1, 0.0, 0.0
+        self._first, self._started, self._told = -1, 0.0, 0.0
 
     def __call__(self, done: int, of: int) -> None:
-        self.of_set("", done, of)
-
-    def of_set(self, name: str, done: int, of: int) -> None:
-        """Tell of one of several sets."""
         now = time.monotonic()
-        if self._first < 0 or name != self._name:
-            self._name, self._first, self._started = name, done, now
+        if self._first < 0:
+            self._first, self._started = done, now
         if done < of and now - self._told < (0.5 if err.is_terminal else _LINE_EVERY_S):
             return
         self._told = now
         here, spent = done - self._first, now - self._started
         rest = f", about {_minutes(spent / here * (of - done))} left" if here and done < of else ""
         rest = f" in {_minutes(spent)}" if done == of else rest
-        err.print(f"{name + ': ' if name else ''}{done:,} of {of:,} prompts answered{rest}", markup=False,
+        err.print(f"{done:,} of {of:,} prompts answered{rest}", markup=False,
                   end="\r" if err.is_terminal and done < of else "\n")
 
 

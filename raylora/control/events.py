@@ -31,6 +31,8 @@ class RunStarted:
     """Job -> how long it is expected to take, in any unit: the longest goes first, equal ones in the order of jobs."""
     may_split: list[str] = field(default_factory=list)
     """Jobs that may be cut into smaller packs if they are among the last and have not begun."""
+    later: list[str] = field(default_factory=list)
+    """Jobs that begin when all others have ended, and with enough members."""
     release_idle: bool = False
     """Workers for whom nothing is left are let go before the last jobs end, and their machines with them."""
 

@@ -73,7 +73,7 @@ def replay(events: Iterable[Event]) -> State:
 
 def _start(state: State, event: RunStarted) -> tuple[State, list[Command]]:
     """Begin, or begin again: what is finished stays finished, all else is pending, failed units too."""
-    reopened, may_split = set(event.reopened), set(event.may_split)
+    reopened, may_split, later = set(event.reopened), set(event.may_split), set(event.later)
     jobs = {}
     for name, units in event.jobs.items():
         old = state.jobs.get(name)
@@ -81,7 +81,7 @@ def _start(state: State, event: RunStarted) -> tuple[State, list[Command]]:
         done = done and not any(unit in state.failed_units or unit in reopened for unit in units)
         jobs[name] = Job(
             tuple(units), JobState.FINISHED if done else JobState.PENDING, old.attempt if old else 0,
-            cost=event.costs.get(name, 0.0), may_split=name in may_split,
+            cost=event.costs.get(name, 0.0), may_split=name in may_split, later=name in later,
         )
     waiting = event.prepare_base
     fresh = State.starting(
@@ -114,6 +114,10 @@ def _assign(state: State) -> tuple[State, list[Command]]:
     if state.signal_number:
         return _settle_interrupt(state)
     commands: list[Command] = []
+    if state.held and not state.has_open_jobs:
+        if (alive := _alive(state)) < state.min_members:
+            return _too_few(state, alive)
+        state = state.with_later()
     while state.pending and state.idle:
         state = split_last(state)
         name, worker = state.next_job(), state.next_worker()
@@ -122,19 +126,22 @@ def _assign(state: State) -> tuple[State, list[Command]]:
         state = state.with_job(name, job).with_worker(worker, WorkerState.BUSY)
         commands.append(RunJob(name, job.attempt, worker, job.units))
     if state.phase is Phase.TRAINING and state.idle and not state.has_open_jobs:
-        finished = state.finished_units()
-        alive = len(set(state.required) & set(finished))
-        if alive < state.min_members:
+        if (alive := _alive(state)) < state.min_members:
             return _too_few(state, alive)
         worker = state.next_worker()
-        commands.append(Aggregate(worker, finished))
+        commands.append(Aggregate(worker, state.finished_units()))
         state = replace(state.with_worker(worker, WorkerState.BUSY), phase=Phase.AGGREGATING)
     return _release(state, commands) if state.release_idle else (state, commands)
 
 
+def _alive(state: State) -> int:
+    """Return how many required units are finished."""
+    return len(set(state.required) & set(state.finished_units()))
+
+
 def _release(state: State, commands: list[Command]) -> tuple[State, list[Command]]:
     """Let go of every worker that has nothing to do, or not begun, while others do the last jobs or aggregate."""
-    if state.pending or not (state.at_work or state.phase is Phase.AGGREGATING):
+    if state.pending or state.held or not (state.at_work or state.phase is Phase.AGGREGATING):
         return state, commands
     if state.in_service > len(state.at_work) + (state.phase is Phase.AGGREGATING):
         for worker, found in state.workers.items():

@@ -74,6 +74,8 @@ class Job:
     """How long it is expected to take, in any unit."""
     may_split: bool = False
     """Whether it may be cut into smaller packs before it has begun."""
+    later: bool = False
+    """Whether it begins when all others have ended."""
 
     @property
     def can_split(self) -> bool:
@@ -119,10 +121,14 @@ class State:
     """How often a worker died without a job; deaths with a job count against the job."""
     signal_number: int = 0
     reason: str = ""
+    later_begun: bool = False
+    """Whether all others have ended, and the later jobs may begin."""
     # What follows from the above, kept so that nothing has to be looked for.
     order: Order = field(default_factory=Order, repr=False)
     pending: IntSet = IntSet()
-    """Jobs that wait, by rank."""
+    """Jobs that wait for a worker, by rank."""
+    held: int = 0
+    """How many jobs wait for all others to end."""
     can_split: IntSet = IntSet()
     """Those of them that can be split."""
     pending_units: int = 0
@@ -156,7 +162,7 @@ class State:
 
     @property
     def has_open_jobs(self) -> bool:
-        """Whether a job still has to end."""
+        """Whether a job still has to end, those apart that wait for all others."""
         return bool(self.pending or self.at_work)
 
     def next_job(self) -> str:
@@ -174,8 +180,8 @@ class State:
         at_work = self.at_work.remove(before.worker) if before.status is JobState.RUNNING else self.at_work
         if job.status is JobState.RUNNING:
             at_work = at_work.set(job.worker, name)
-        waits = job.status is JobState.PENDING
-        more = waits - (before.status is JobState.PENDING)
+        waits = self._waits(job)
+        more = waits - self._waits(before)
         return replace(
             self,
             jobs=self.jobs.set(name, job),
@@ -189,15 +195,25 @@ class State:
         """Return the state with other jobs, of which those that run are the same; O(n log n)."""
         order = Order.of(jobs, list(self.workers), self.required)
         by_rank = [jobs[name] for name in order.jobs]
-        waiting = [job.status is JobState.PENDING for job in by_rank]
+        waiting = [self._waits(job) for job in by_rank]
+        pending = sum(job.status is JobState.PENDING for job in by_rank)
         return replace(
             self,
             jobs=PersistentMap(jobs),
             order=order,
             pending=IntSet.where(waiting),
+            held=pending - sum(waiting),
             can_split=IntSet.where([job.can_split for job in by_rank]),
             pending_units=sum(len(job.units) for job, waits in zip(by_rank, waiting, strict=True) if waits),
         )
+
+    def with_later(self) -> State:
+        """Return the state in which the later jobs wait for a worker, too; O(n log n)."""
+        return replace(self, later_begun=True).with_jobs(dict(self.jobs.items()))
+
+    def _waits(self, job: Job) -> bool:
+        """Return whether a job waits for a worker and for nothing else."""
+        return job.status is JobState.PENDING and (self.later_begun or not job.later)
 
     def with_worker(self, name: str, worker: WorkerState) -> State:
         """Return the state in which a worker of the run stands as given."""

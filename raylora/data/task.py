@@ -83,6 +83,8 @@ class Batch:
     """Where several members' rows lie below each other: the length that each one's own rows need without padding."""
     part: Part | None = None
     """None for whole batches."""
+    own_K: tuple[bool, ...] = ()
+    """Whose rows hold answers that the member has just written itself: they are nobody's labels. Empty: no one's."""
     segments_BT: Tensor | None = None
     """Where a sequence holds several examples: which one a token is of, by its place in ``ids``; -1 for padding."""
 
@@ -219,6 +221,17 @@ class Asks(Protocol):
 
     def ends(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the tokens that end what it writes."""
+
+
+@runtime_checkable
+class MarksAnswers(Protocol):
+    """A task whose examples are a prompt and its answer, so that another answer can take its place."""
+
+    def unmarked_reason(self) -> str:
+        """Return why the settings do not let it be seen where an answer begins, or nothing if it can be."""
+
+    def answer_begins(self, example: Example) -> int:
+        """Return the place of the first token of an example's last answer."""
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 Plain tensors and bytes; nothing here knows Ray, a model or a tokenizer.
 """
 
-from raylora.distill.base import Annealed, Loss, LossSpec, TemperedSpec
+from raylora.distill.base import Annealed, AsksTeacher, Loss, LossSpec, TemperedSpec, Writing
 from raylora.distill.keys import Keys, content_hash
 from raylora.distill.targets import (
     ClassificationTargets,
@@ -19,6 +19,7 @@ from raylora.distill.topk import TopK
 
 __all__ = [
     "Annealed",
+    "AsksTeacher",
     "ClassificationTargets",
     "Keys",
     "Loss",
@@ -29,6 +30,7 @@ __all__ = [
     "TokenTargets",
     "TokenTargetsWriter",
     "TopK",
+    "Writing",
     "concatenate",
     "content_hash",
     "merge",

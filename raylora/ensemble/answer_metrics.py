@@ -33,38 +33,51 @@ def normalized(text: str) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
-def exact_match(answer: str, reference: str) -> float:
+def _as_written(text: str) -> str:
+    return text
+
+
+def _spaced_alike(text: str) -> str:
+    return " ".join(text.split())
+
+
+Normalize = Callable[[str], str]
+NORMALIZATIONS: dict[str, Normalize] = {"squad": normalized, "space": _spaced_alike, "none": _as_written}
+"""What is alike before answers are compared, by its name in a spec."""
+
+
+def exact_match(answer: str, reference: str, normalize: Normalize = normalized) -> float:
     """Return 1 where both are the same once normalized."""
-    return float(normalized(answer) == normalized(reference))
+    return float(normalize(answer) == normalize(reference))
 
 
-def f1(answer: str, reference: str) -> float:
+def f1(answer: str, reference: str, normalize: Normalize = normalized) -> float:
     """Return the harmonic mean of precision and recall of the words."""
-    one, two = Counter(normalized(answer).split()), Counter(normalized(reference).split())
+    one, two = Counter(normalize(answer).split()), Counter(normalize(reference).split())
     shared = sum((one & two).values())
     if not one or not two:
         return float(one == two)
     return 2 * shared / (sum(one.values()) + sum(two.values()))
 
 
-def contains(answer: str, reference: str) -> float:
+def contains(answer: str, reference: str, normalize: Normalize = normalized) -> float:
     """Return 1 where the reference's words stand in the answer, one behind the other."""
-    return float(f" {normalized(reference)} " in f" {normalized(answer)} ")
+    return float(f" {normalize(reference)} " in f" {normalize(answer)} ")
 
 
-def number(answer: str, reference: str) -> float:
-    """Return 1 where the last number of both is the same; a fraction is its value."""
+def number(answer: str, reference: str, normalize: Normalize = normalized) -> float:
+    """Return 1 where the last number of both is the same, read as it is written; a fraction is its value."""
     one, two = _last_number(answer), _last_number(reference)
     return float(one is not None and two is not None and abs(one - two) <= 1e-9 * max(1.0, abs(two)))
 
 
-def choice(answer: str, reference: str) -> float:
-    """Return 1 where the first letter that stands alone is the same."""
+def choice(answer: str, reference: str, normalize: Normalize = normalized) -> float:
+    """Return 1 where the first letter that stands alone is the same, read as it is written."""
     found = [match.group(1).upper() if (match := _CHOICE.search(text)) else None for text in (answer, reference)]
     return float(found[0] is not None and found[0] == found[1])
 
 
-ANSWER_METRICS: dict[str, Callable[[str, str], float]] = {
+ANSWER_METRICS: dict[str, Callable[[str, str, Normalize], float]] = {
     "exact_match": exact_match, "f1": f1, "contains": contains, "number": number, "choice": choice,
 }
 
@@ -85,13 +98,14 @@ def check_metrics(names: Sequence[str]) -> None:
             raise UsageError(f"unknown metric {name!r} of answers", suggest(name, ANSWER_METRICS))
 
 
-def score_answers(answers: Sequence[str], references: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
+def score_answers(
+    answers: Sequence[str], references: Sequence[str], names: Sequence[str], normalize: Normalize = normalized
+) -> dict[str, Tensor]:
     """Return each metric of each answer, N float64. Raises: UsageError for an unknown metric."""
     check_metrics(names)
+    pairs = list(zip(answers, references, strict=True))
     return {
-        name: torch.tensor(
-            [ANSWER_METRICS[name](one, two) for one, two in zip(answers, references, strict=True)], dtype=torch.float64
-        )
+        name: torch.tensor([ANSWER_METRICS[name](one, two, normalize) for one, two in pairs], dtype=torch.float64)
         for name in names
     }
 

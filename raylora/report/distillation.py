@@ -111,6 +111,11 @@ def _overlap(one: Cell, other: Cell) -> bool:
 def _targets(taught: TargetFacts, rows: str) -> str:
     """Return who taught on what, and what the targets took."""
     members = len(taught["members"])
+    if "on_policy" in taught:
+        return (
+            f"Taught by {members} member{'s' if members > 1 else ''} that stayed loaded, on {taught['rows']:,} {rows}; "
+            f"in {100 * taught['on_policy']:.0f} % of the steps on answers that the student wrote itself."
+        )
     text = (
         f"Taught by {members} member{'s' if members > 1 else ''} on {taught['rows']:,} {rows}; the targets take "
         f"{size(taught['size_bytes'])}"

@@ -35,6 +35,8 @@ _RUN_FOLDERS = (
 )
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+AnswerMetric = Literal["exact_match", "f1", "contains", "number", "choice"]
+Normalization = Literal["squad", "space", "none"]
 
 
 class SetSpec(Located):
@@ -325,6 +327,28 @@ class OptimizationSpec(Frozen):
         return self
 
 
+class GenerationSpec(Frozen):
+    """Let the ensemble and each member answer the evaluation sets, greedily, when the members are finished."""
+
+    metrics: list[AnswerMetric] = Field(default=["exact_match"], min_length=1)
+    """What answers are scored by against the rows' own; by the first one an answer is right or wrong."""
+    normalize: Normalization = "squad"
+    """What is alike before answers are compared: ``squad`` takes case, punctuation, articles and surplus space out
+    (arXiv 1606.05250), ``space`` surplus space alone, ``none`` nothing; ``number`` and ``choice`` read answers as they
+    are."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Of an answer, at most."""
+    rows: int = Field(default=200, ge=1)
+    """Of each set, at most; its first ones."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _each_metric_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError("a metric is given twice: give each at most once")
+        return value
+
+
 class EvaluationSpec(Frozen):
     """What is measured after training; the test split is always evaluated under the name ``test``."""
 
@@ -342,6 +366,8 @@ class EvaluationSpec(Frozen):
     """Fit one temperature on the validation rows; results with it stand beside those without."""
     batch: int = Field(default=64, ge=1)
     """Rows per forward pass of an evaluation."""
+    generation: GenerationSpec | None = None
+    """Answers written to the sets' prompts, for tasks whose rows hold an answer; null is off."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> EvaluationSpec:
@@ -491,12 +517,14 @@ class DistillSpec(Frozen):
 
 
 class DistillFromSpec(Frozen):
-    """What makes a run a student's: which targets it learns from, and how. Written by ``raylora distill``."""
+    """What makes a run a student's: whom and what it learns from, and how. Written by ``raylora distill``."""
 
-    targets: str
-    """The targets' folder below ``targets`` of the run that the student lies in."""
+    targets: str | None = None
+    """The targets' folder below ``targets`` of the run that the student lies in; none where the teacher is asked."""
     teacher: str
     """Digest of the teacher: its spec and its members' weights."""
+    members: list[str] | None = None
+    """The teacher's members that are asked while the student learns; none where there are targets."""
     loss: AnyLoss
     """The loss that the student learns by."""
     transfer: SetSpec | None = None
@@ -585,10 +613,14 @@ class RunSpec(Frozen):
         if self.distill_from is None:  # runs from before there were students keep their digest
             left_out.add("distill_from")
         found = self.model_dump(mode="json", exclude=left_out)
+        if self.distill_from is not None and self.distill_from.members is None:  # nor those from before one was asked
+            del found["distill_from"]["members"]
         if not self.optimization.cache_trunk:  # nor do runs from before there was a cache have another
             del found["optimization"]["cache_trunk"], found["optimization"]["cache_trunk_gb"]
         if not self.optimization.pack_rows:  # nor those from before rows were packed
             del found["optimization"]["pack_rows"]
+        if self.evaluation.generation is None:  # nor those from before answers were part of a run
+            del found["evaluation"]["generation"]
         return found
 
     def digest(self) -> str:

@@ -64,7 +64,9 @@ class RunReader:
         last_at = events[-1].get("at", 0.0) if events else 0.0
         status = status_of(self.store, state, last_at)
         jobs = self._jobs(state, status)
-        members = [row for name, job in jobs.items() for row in _members(name, job, state)]
+        trained = {name: job for name, job in jobs.items() if not job.later}  # what comes later is nobody's training
+        members = [row for name, job in trained.items() for row in _members(name, job, state)]
+        finished = set(state.finished_units())
         members.sort(key=lambda row: row["name"])
         shown = members if len(members) <= _MOST_ROWS else _busiest(members)[:_MOST_ROWS]
         curves = [row["name"] for row in (shown if len(shown) <= _MOST_CURVES else _busiest(shown)[:_MOST_CURVES])]
@@ -85,7 +87,7 @@ class RunReader:
             "share_done": _share_done(state, jobs),
             "preparation": vars(status.preparation) if status.preparation is not None else None,
             "member_count": len(members),
-            "members_done": len(state.finished_units()),
+            "members_done": sum(unit in finished for job in trained.values() for unit in job.units),
             "members": shown,
             "workers": self._workers(state),
             "queue": [{"job": name, "units": jobs[name].units} for name in state.order.jobs
@@ -107,7 +109,9 @@ class RunReader:
         for name, job in state.jobs.items():
             told = status.jobs.get(name)
             progress = told.progress if told is not None and told.attempt == job.attempt else None
-            jobs[name] = JobStatus(list(job.units), job.status, job.attempt, job.failures, progress)
+            jobs[name] = JobStatus(
+                list(job.units), job.status, job.attempt, job.failures, progress, job.later
+            )
             if progress is not None and progress.activity is Activity.TRAINING:
                 for unit, loss in progress.losses.items():
                     self.curves.see(unit, progress.done, {LOSS: loss})

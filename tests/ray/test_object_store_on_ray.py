@@ -15,6 +15,7 @@ from raylora import control
 from raylora.actors.calls import _failure
 from raylora.actors.worker import Worker
 from raylora.client import launch, resume, run_local
+from raylora.engine.run.work import TrainingAssignment
 from raylora.errors import Interrupted, PlacementError, StoreError, UnreachableError
 from raylora.serve.predictor import load_ensemble
 from raylora.spec import RunSpec
@@ -82,7 +83,7 @@ def test_a_worker_on_a_node_that_does_not_see_the_run_ends_it_too(make_spec: Mak
 
 def test_a_worker_looks_for_the_run_before_it_loads_anything(make_spec: MakeSpec) -> None:
     spec = make_spec()
-    worker = Worker.remote(spec, RunStore.for_spec(spec).uri, 1, 0, None, 1, "elsewhere")  # type: ignore[attr-defined]
+    worker = Worker.remote(spec, RunStore.for_spec(spec).uri, 1, 0, TrainingAssignment(), 1, "elsewhere")  # type: ignore[attr-defined]
     with pytest.raises(PlacementError, match="does not see"):
         ray.get(worker.load.remote())
     ray.kill(worker)

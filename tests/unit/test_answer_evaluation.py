@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,41 +14,57 @@ import pytest
 from typer.testing import CliRunner
 
 from raylora.cli import app
+from raylora.client import evaluate_run, run_local
 from raylora.engine.generation.decoder import Sampling
 from raylora.engine.generation.generator import Generator
 from raylora.engine.model.checkpoint import load_tokenizer
+from raylora.engine.run.plan_run import prepare
+from raylora.engine.run.run_status import RunStatus
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.ensemble.answer_metrics import normalized
-from raylora.errors import UsageError
+from raylora.errors import Interrupted, SpecError, UsageError
 from raylora.report.publish import publish_report
-from raylora.serve.evaluation import AnswerSettings, evaluate_answers
 from raylora.serve.predictor import load_ensemble
+from raylora.spec import GenerationSpec
 from raylora.store.run_store import RunStore
 
 SPACED = "{% for m in messages %}{{ m.content }} {% endfor %}"
-SETTINGS = AnswerSettings(("exact_match", "f1"), max_new_tokens=6, rows=40)
+SETTINGS = GenerationSpec(metrics=["exact_match", "f1"], max_new_tokens=6, rows=40)
 
 
 @pytest.fixture
-def writer(
-    make_spec: Callable[..., Any], tiny_model: Callable[[str], str], trained: Callable[[Any], str], tmp_path: Path
-) -> str:
-    """Return a finished run that has learned one answer to everything, with a foreign set beside its own."""
+def spec_of(
+    make_spec: Callable[..., Any], tiny_model: Callable[[str], str], tmp_path: Path
+) -> Callable[..., Any]:
+    """Return a function to the spec of a run that learns one answer to everything, with a set beside its own."""
     rows = [{"prompt": f"Say <b>{n}</b>", "completion": "yes" if n % 3 else f"no {n}"} for n in range(90)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return trained(make_spec(
-        base__source=tiny_model("llama"), adapter__target_modules="all-linear",
-        task={"kind": "instruction", "max_length": 128, "template": SPACED},
-        optimization={"lr": 0.1, "steps": 24, "micro_batch": 8},
-        data={"train": {"files": str(path)}, "train_rows": 40, "validation_rows": 2, "test_rows": 40},
-        evaluation={"bootstrap_samples": 20, "out_of_distribution": {"jobs": {"source": "pypi:soc-codes", "rows": 2}}},
-    ))
+
+    def make(**changes: Any) -> Any:
+        return make_spec(**{
+            "base__source": tiny_model("llama"), "adapter__target_modules": "all-linear",
+            "task": {"kind": "instruction", "max_length": 128, "template": SPACED},
+            "optimization": {"lr": 0.1, "steps": 24, "micro_batch": 8},
+            "data": {"train": {"files": str(path)}, "train_rows": 40, "validation_rows": 2, "test_rows": 40},
+            "evaluation": {
+                "bootstrap_samples": 20, "out_of_distribution": {"jobs": {"source": "pypi:soc-codes", "rows": 2}},
+            },
+            **changes,
+        })
+
+    return make
+
+
+@pytest.fixture
+def writer(spec_of: Callable[..., Any], trained: Callable[[Any], str]) -> str:
+    """Return a finished run that has learned one answer to everything."""
+    return trained(spec_of())
 
 
 def test_answers_are_scored_against_the_rows_own(writer: str) -> None:
-    found = evaluate_answers(writer, SETTINGS)
+    found = evaluate_run(writer, SETTINGS, local=True)
     assert found["members"] == 2 and found["sets"].keys() == {"test", "jobs"}
     test = found["sets"]["test"]
     assert test["ensemble"]["answers"] == 40 and len(test["members"]) == 2
@@ -80,36 +99,146 @@ def test_what_is_committed_is_not_written_again(writer: str, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(Generator, "written", counted)
         with pytest.raises(KeyboardInterrupt):
-            evaluate_answers(writer, SETTINGS)
+            evaluate_run(writer, SETTINGS, local=True)
         assert calls == [32, 32, 8] and RunStore(writer).read_json("answers.json") is None
-        told: list[tuple[str, int, int]] = []
-        first = evaluate_answers(writer, SETTINGS, lambda *what: told.append(what))
-        assert calls[3:] == [8, 8, 2, 2] and ("test", 32, 40) in told and told[-1] == ("jobs", 2, 2)
-        again = evaluate_answers(writer, SETTINGS)
-        other = evaluate_answers(writer, AnswerSettings(("contains",), max_new_tokens=6, rows=40))
+        seen: list[tuple[str, int, int]] = []
+
+        def on_status(status: RunStatus) -> None:
+            told = [job.progress for job in status.jobs.values() if job.progress is not None]
+            seen.extend((one.activity.value, one.done, one.total) for one in told)
+
+        first = evaluate_run(writer, SETTINGS, True, on_status)
+        assert calls[3:] == [8, 8, 2, 2] and {("answering", 8, 8), ("answering", 2, 2)} <= set(seen)
+        again = evaluate_run(writer, SETTINGS, local=True)
+        other = evaluate_run(writer, SETTINGS.model_copy(update={"metrics": ["contains"]}), local=True)
+        fewer = evaluate_run(writer, SETTINGS.model_copy(update={"rows": 32}), local=True)
         assert len(calls) == 7 and again == first  # other metrics are read off the same answers
     assert other["sets"]["test"]["ensemble"]["metrics"].keys() == {"contains"}
+    assert fewer["sets"]["test"]["ensemble"]["answers"] == 32
+
+
+def test_what_is_alike_is_said_by_the_settings(writer: str) -> None:
+    found = {
+        how: evaluate_run(writer, SETTINGS.model_copy(update={"normalize": how}), local=True)["sets"]["test"]
+        for how in ("squad", "space", "none")
+    }
+    store, right = RunStore(writer), {}
+    (folder,) = store.storage.list("answers")
+    answers = RunStore(f"{writer}/answers/{folder}")
+    shards = [name for name in answers.storage.list("shards") if name.startswith("test-")]
+    records = [json.loads(line) for name in shards
+               for line in answers.load_result(f"shards/{name}")["answers.jsonl"].splitlines()]
+    assert len(records) == 40
+    right["none"] = [one["answer"]["text"] == one["reference"] for one in records]
+    right["space"] = [one["answer"]["text"].split() == one["reference"].split() for one in records]
+    right["squad"] = [normalized(one["answer"]["text"]) == normalized(one["reference"]) for one in records]
+    for how, rights in right.items():
+        assert found[how]["ensemble"]["metrics"]["exact_match"]["value"] == pytest.approx(sum(rights) / 40)
 
 
 def test_the_command_writes_numbers_and_the_report_shows_answers(writer: str) -> None:
     metrics = ["--metric", "exact_match", "--metric", "f1"]
-    arguments = ["evaluate", writer, *metrics, "--max-new-tokens", "6", "--rows", "9"]
+    arguments = ["evaluate", writer, *metrics, "--max-new-tokens", "6", "--rows", "9", "--local"]
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code == 0, said.output
-    assert "AUROC for wrong answers" in said.output and "9 of 9 prompts answered" in said.output
+    assert "AUROC for wrong answers" in said.output and "test: 9 answers" in said.output
     page = Path(writer, "report.html").read_text()
     assert "<h2>Answers</h2>" in page and "test: the least sure" in page and "exact match" in page
     assert "Say &lt;b&gt;" in page and "Say <b>" not in page
     assert Path(writer, "plots", "answers-risk-test.png").stat().st_size > 5_000
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output.splitlines()[-1])
     assert found["test"]["ensemble"]["answers"] == 9
+    for wrong, what in (("--metric", "unknown metric 'bleu'"), ("--normalize", "unknown --normalize 'bleu'")):
+        refused = CliRunner().invoke(app, ["evaluate", writer, wrong, "bleu"])
+        assert refused.exit_code == 2 and what in refused.output
 
 
 def test_a_run_without_answers_is_told_so(make_spec: Callable[..., Any], trained: Callable[[Any], str]) -> None:
     uri = trained(make_spec())
-    with pytest.raises(UsageError, match="a classification run has no answers to compare with"):
-        evaluate_answers(uri, SETTINGS)
-    with pytest.raises(UsageError, match="unknown metric 'bleu'"):
-        evaluate_answers(uri, AnswerSettings(("bleu",)))
+    with pytest.raises(UsageError, match="rows of classification hold no answers to compare with"):
+        evaluate_run(uri, SETTINGS, local=True)
     publish_report(RunStore(uri))
     assert "<h2>Answers</h2>" not in Path(uri, "report.html").read_text()
+
+
+def answers_of(uri: str) -> dict[str, bytes]:
+    """Return what is committed of a run's answers, by file."""
+    return {file.parent.name: file.read_bytes() for file in Path(uri).glob("answers/*/shards/*/answers.jsonl")}
+
+
+def test_a_run_answers_as_a_part_of_it_what_the_command_would(
+    spec_of: Callable[..., Any], writer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(name="whole", evaluation__generation=SETTINGS.model_dump())
+    metrics = run_local(spec, lambda status: None)
+    uri = RunStore.for_spec(spec).uri
+    afterwards = evaluate_run(writer, SETTINGS, local=True)
+    found = RunStore(uri).read_json("answers.json")
+    assert found == json.loads(json.dumps(afterwards)) and answers_of(uri) == answers_of(writer)
+    assert "<h2>Answers</h2>" in Path(uri, "report.html").read_text()
+    numbers = metrics["answers"]["sets"]["test"]
+    assert numbers["ensemble"] == found["sets"]["test"]["ensemble"] and "shown" not in numbers
+    assert RunStore(uri).read_json("metrics.json")["answers"] == metrics["answers"]
+    monkeypatch.setattr(Generator, "written", lambda *_: pytest.fail("something was answered again"))
+    assert run_local(spec, lambda status: None)["answers"] == metrics["answers"]
+    assert evaluate_run(uri, SETTINGS, local=True) == afterwards  # both know where answers lie
+    more = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={
+        "generation": SETTINGS.model_copy(update={"metrics": ["contains"]}),
+    })})
+    assert run_local(more, lambda status: None)["answers"]["sets"]["test"]["ensemble"]["metrics"].keys() == {"contains"}
+
+
+def test_a_run_that_is_stopped_while_it_answers_goes_on_there(
+    spec_of: Callable[..., Any], writer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(name="whole", evaluation__generation=SETTINGS.model_dump())
+    uri, real, calls = RunStore.for_spec(spec).uri, Generator.written, []
+
+    def counted(self: Generator, prompts: Any, *rest: Any) -> Any:
+        calls.append(len(prompts))
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, prompts, *rest)
+
+    monkeypatch.setattr(Generator, "written", counted)
+    with pytest.raises(Interrupted):
+        run_local(spec, lambda status: None)
+    store = RunStore(uri)
+    assert len(answers_of(uri)) == 1 and not store.storage.exists("metrics.json")
+    members = {name: store.load_result(f"members/{name}") for name in store.storage.list("members")}
+    resumed = run_local(store.spec_in_place(), lambda status: None)
+    assert calls == [32, 32, 8, 8, 2, 2] and resumed["run"]["phase"] == "succeeded"
+    assert {name: store.load_result(f"members/{name}") for name in members} == members and len(members) == 2
+    evaluate_run(writer, SETTINGS, local=True)
+    assert answers_of(uri) == answers_of(writer) and len(answers_of(uri)) == 3
+
+
+def test_members_that_are_added_are_asked_with_the_others(spec_of: Callable[..., Any]) -> None:
+    spec = spec_of(optimization__steps=4, evaluation__generation={"max_new_tokens": 2, "rows": 3})
+    run_local(spec, lambda status: None)
+    grown = run_local(spec.model_copy(update={"ensemble": spec.ensemble.model_copy(update={"members": 3})}))
+    assert grown["answers"]["members"] == 3 and len(grown["answers"]["sets"]["test"]["members"]) == 3
+    assert len(list(Path(RunStore.for_spec(spec).uri).glob("answers/*"))) == 2
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"task__train_on": "all"}, "evaluation.generation: rows of instruction with train_on: all"),
+    ({"evaluation__generation": {"max_new_tokens": 5_000}}, "with 5000 to write that is more than the 2048"),
+    ({"evaluation__generation": {"metrics": ["bleu"]}}, "evaluation.generation.metrics"),
+    ({"evaluation__generation": {"metrics": ["f1", "f1"]}}, "a metric is given twice"),
+])
+def test_answers_that_cannot_be_are_refused_before_anything_is_written(
+    spec_of: Callable[..., Any], tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        run_local(spec_of(**{"evaluation__generation": {}, **changes}))
+    assert not (tmp_path / "runs" / "demo").exists()
+
+
+def test_a_spec_without_answers_is_the_run_that_it_was(make_spec: Callable[..., Any]) -> None:
+    spec = make_spec()
+    assert "generation" not in spec.identity()["evaluation"]
+    with_it = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"generation": SETTINGS})})
+    assert with_it.digest() != spec.digest()
+    with pytest.raises(SpecError, match="evaluation.generation: rows of classification hold no answers"):
+        prepare(with_it)

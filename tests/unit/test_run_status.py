@@ -66,6 +66,23 @@ def test_the_time_left_counts_the_jobs_that_have_not_begun() -> None:
     assert status.jobs["job-00"].left_s == pytest.approx(9.0)
 
 
+def test_jobs_that_come_later_have_a_pace_of_their_own() -> None:
+    board, state = StatusBoard("films"), control.State()
+    first = control.RunStarted(
+        {"job-00": ["member-000"], "answers-000": ["a"], "answers-001": ["b"]}, ["w0"], ["member-000"], 1, 0,
+        later=["answers-000", "answers-001"],
+    )
+    for event in (first, control.WorkerReady("w0")):
+        state, _ = control.transition(state, event)
+    board.report("job-00", training(4))
+    assert board.status(state).eta_s == pytest.approx(6 * 2.0)
+    state, _ = control.transition(state, control.JobFinished("job-00", 1))
+    board.report("answers-000", Progress(Activity.ANSWERING, 10, 32, 10, 5.0))
+    status = board.status(state)
+    assert status.eta_s == pytest.approx((22 + 32) * 0.5) and status.jobs["answers-001"].later
+    assert RunStatus.from_record(json.loads(json.dumps(status.record()))) == status
+
+
 def test_rows_are_counted_over_sets_and_reports_are_added_up() -> None:
     seen: list[Progress] = []
     counter = RowCounter(Activity.EVALUATING, 7, seen.append)

@@ -46,7 +46,8 @@ def started(sizes: list[int], workers: int = 1, **options: Any) -> RunStarted:
     """Return the start of a run with packs of these sizes; of every member one is needed."""
     names = iter(f"member-{m}" for m in range(sum(sizes)))
     jobs = {f"job-{j}": [next(names) for _ in range(size)] for j, size in enumerate(sizes)}
-    required = [unit for units in jobs.values() for unit in units]
+    later = options.get("later", [])
+    required = [unit for name, units in jobs.items() if name not in later for unit in units]
     return RunStarted(jobs, [f"w{n}" for n in range(workers)], required, 1, options.pop("max_failures", 2), **options)
 
 
@@ -76,7 +77,11 @@ def random_event(draw: random.Random, state: State, first: RunStarted) -> Event:
 def check_bookkeeping(state: State) -> None:
     """What is kept in queues and counts is what a look at every job and worker finds."""
     jobs, workers = dict(state.jobs), dict(state.workers)
-    waiting = {name for name, job in jobs.items() if job.status is JobState.PENDING}
+    pending = {name for name, job in jobs.items() if job.status is JobState.PENDING}
+    waiting = {name for name in pending if state.later_begun or not jobs[name].later}
+    assert state.held == len(pending) - len(waiting)
+    if any(job.later and job.status is JobState.RUNNING for job in jobs.values()):
+        assert not any(job.status.open for job in jobs.values() if not job.later)
     assert {state.order.jobs[rank] for rank in state.pending} == waiting
     assert {state.order.jobs[rank] for rank in state.can_split} == {name for name in waiting if jobs[name].can_split}
     assert state.pending_units == sum(len(jobs[name].units) for name in waiting)
@@ -99,10 +104,13 @@ def as_plain(state: Any) -> dict[str, Any]:
     return {**shown, "finished": state.finished_units()}
 
 
-@given(seeds, st.lists(st.integers(1, 3), min_size=1, max_size=6), st.integers(1, 4))
+@given(seeds, st.lists(st.integers(1, 3), min_size=1, max_size=6), st.integers(1, 4), st.integers(0, 4))
 @settings(max_examples=300, deadline=None)
-def test_without_costs_and_splits_it_is_the_plain_machine(seed: int, sizes: list[int], workers: int) -> None:
-    draw, first = random.Random(seed), started(sizes, workers)
+def test_without_costs_and_splits_it_is_the_plain_machine(
+    seed: int, sizes: list[int], workers: int, later: int
+) -> None:
+    last = [f"job-{j}" for j in range(max(1, len(sizes) - later), len(sizes))]
+    draw, first = random.Random(seed), started(sizes, workers, later=last)
     state, plain, event = State(), reference.State(), first
     for _ in range(60):
         state, commands = transition(state, event)
@@ -146,6 +154,41 @@ def ready(workers: int) -> list[Event]:
     return [WorkerReady(f"w{n}") for n in range(workers)]
 
 
+# --- what comes later ---------------------------------------------------------------------------------------
+def test_later_jobs_begin_when_all_others_have_ended_and_the_results_come_last() -> None:
+    first = started([1, 1, 1, 1], workers=2, later=["job-2", "job-3"], costs={"job-0": 1.0, "job-3": 9.0},
+                    release_idle=True)
+    state, given = fold(first, *ready(2), JobFinished("job-1", 1))
+    assert [command.job for command in given] == ["job-0", "job-1"] and state.held == 2  # nobody is let go
+    state, given = fold(first, *ready(2), JobFinished("job-1", 1), JobFinished("job-0", 1))
+    assert [command.job for command in given[2:]] == ["job-3", "job-2"] and state.held == 0
+    for event in (JobFailed("job-3", 1, "out of memory"), JobFinished("job-2", 1), JobFinished("job-3", 2)):
+        state, commands = transition(state, event)
+    assert isinstance(commands[0], Aggregate)
+    assert commands[0].units == ("member-0", "member-1", "member-2", "member-3")
+    state, _ = transition(state, Aggregated())
+    assert state.phase is Phase.SUCCEEDED
+
+
+def test_nothing_comes_later_where_too_few_members_are_left() -> None:
+    first = replace(started([1, 1, 1], later=["job-2"]), min_members=2)
+    state, given = fold(first, WorkerReady("w0"), JobFinished("job-0", 1, {"member-0": "loss is nan"}))
+    assert state.phase is Phase.FAILED and "1 members can finish, 2 are needed" in state.reason
+    first = replace(first, min_members=1)
+    state, given = fold(first, WorkerReady("w0"), JobFinished("job-0", 1, {"member-0": "nan"}), JobFinished("job-1", 1))
+    assert [command.job for command in given if isinstance(command, RunJob)] == ["job-0", "job-1", "job-2"]
+
+
+def test_a_later_job_that_fails_for_good_leaves_the_members_what_they_are() -> None:
+    first = started([1, 1], later=["job-1"])
+    state, given = fold(first, WorkerReady("w0"), JobFinished("job-0", 1), JobFailed("job-1", 1, "too long", True))
+    assert isinstance(given[-1], Aggregate) and given[-1].units == ("member-0",)
+    state, _ = transition(state, AggregationFailed("a shard is missing"))
+    assert state.phase is Phase.FAILED
+    state, _ = transition(state, first)
+    assert state.jobs["job-0"].status is JobState.FINISHED and state.jobs["job-1"].status is JobState.PENDING
+
+
 # --- the longest first -------------------------------------------------------------------------------------
 def test_the_longest_job_goes_first_and_equal_ones_in_their_order() -> None:
     first = started([1, 1, 1, 1], workers=4, costs={"job-0": 2.0, "job-1": 5.0, "job-2": 2.0, "job-3": 9.0})
@@ -167,7 +210,7 @@ def test_a_job_of_unknown_length_goes_last() -> None:
 
 def test_a_log_without_the_newer_fields_is_read() -> None:
     record = control.to_record(started([2, 1], workers=1))
-    old = {key: value for key, value in record.items() if key not in ("costs", "may_split")}
+    old = {key: value for key, value in record.items() if key not in ("costs", "may_split", "later")}
     state = control.replay([control.from_record(old), WorkerReady("w0")])
     assert state == control.replay([control.from_record(record), WorkerReady("w0")])
     assert state.jobs["job-0"].status is JobState.RUNNING

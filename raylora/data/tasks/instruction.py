@@ -132,6 +132,15 @@ class Instruction(TokenTask):
         own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         return list(dict.fromkeys([ids[-1], *own]))
 
+    def unmarked_reason(self) -> str:
+        """Return that every turn is learned, if so: then no range is the answer's own."""
+        chosen = self.spec.train_on
+        return "" if chosen == "completion" else f"task.train_on: {chosen} learns every turn alike"
+
+    def answer_begins(self, example: Example) -> int:
+        """Return where the last range that is learned begins."""
+        return example.target_ranges[-1][0]
+
     def blocks(self, example: Example) -> list[Example]:
         """Return the example itself."""
         return [example]

@@ -7,11 +7,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
+from raylora.distill import AsksTeacher
 from raylora.engine.distillation.costs import Contender, measure
 from raylora.engine.distillation.plan import Distillation, is_finished
 from raylora.engine.distillation.target_job import FACTS
 from raylora.engine.run.roster import check_whole, read_roster
-from raylora.engine.training.distillation_loss import task_of
+from raylora.engine.training.distillation_loss import loss_of, task_of
 from raylora.ensemble.outputs import output_of
 from raylora.records import (
     ContenderMetrics,
@@ -66,13 +67,14 @@ def compare(work: Distillation) -> DistillationRecord:
 def key_of(work: Distillation) -> str:
     """Return by what a comparison is known again: the targets, the students' specs and what is measured."""
     digests = [student.digest() for student in work.students()]
-    return hashlib.sha256(json.dumps([work.targets.store.uri.rpartition("/")[2], digests, work.settings.costs]).encode()
+    return hashlib.sha256(json.dumps([work.key, digests, work.settings.costs]).encode()
                           ).hexdigest()[:16]
 
 
 def made_before(work: Distillation) -> DistillationRecord | None:
     """Return the comparison of just this distillation, if all of it is there and whole."""
-    if not work.targets.is_done or not all(is_finished(RunStore.for_spec(student)) for student in work.students()):
+    has_taught = work.targets is None or work.targets.is_done
+    if not has_taught or not all(is_finished(RunStore.for_spec(student)) for student in work.students()):
         return None
     record: DistillationRecord | None = work.store.read_json(f"{FOLDER}/{work.settings.name}.json")
     if record is None or record.get("key") != key_of(work):
@@ -125,6 +127,14 @@ def _in_use(counts: Parameters, members: int) -> int:
 
 
 def _targets(work: Distillation) -> TargetFacts:
+    if work.targets is None:
+        return _asked(work)
     facts = work.targets.store.read_json(FACTS)
     shown = ("rows", "members", "tokens", "positions", "size_bytes", "rounding_error", "made_s")
     return cast(TargetFacts, {key: facts[key] for key in shown if facts.get(key) is not None})
+
+
+def _asked(work: Distillation) -> TargetFacts:
+    """Return who was asked about what, where the teacher stayed loaded."""
+    writing = cast(AsksTeacher, loss_of(work.student)).writing
+    return {"rows": work.rows, "members": work.members, "on_policy": writing.share}

@@ -9,15 +9,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from raylora import control, registry
 from raylora.data.task import Task
-from raylora.distill import Keys, Loss, targets_class
-from raylora.engine.distillation.target_job import SHARD_ROWS, TargetJob, TargetPlan, shard_names, teacher_digest
+from raylora.distill import AsksTeacher, Keys, Loss, targets_class
+from raylora.engine.distillation.target_job import SHARD_ROWS, TargetJob, TargetPlan, shard_names
 from raylora.engine.model.checkpoint import load_config, load_tokenizer
+from raylora.engine.run.finished_members import teacher_digest
 from raylora.engine.run.plan_run import Prepared, prepare
 from raylora.engine.run.roster import read_roster, read_state
 from raylora.engine.training.distillation_loss import (
@@ -27,6 +27,8 @@ from raylora.engine.training.distillation_loss import (
     taught_content,
 )
 from raylora.engine.training.inputs import sets_of
+from raylora.engine.training.member_plan import PlanRole, member_plans_of
+from raylora.engine.training.own_answers import check_writes
 from raylora.ensemble.outputs import output_of
 from raylora.errors import DataError, RunDirectoryError, SpecError
 from raylora.placement.inventory import Inventory
@@ -39,13 +41,19 @@ _PROBE = "Déjà vu: 12,345 tokens -- isn't   that\n\tnaïve? 语言 🙂 <|endo
 
 @dataclass(frozen=True)
 class Distillation:
-    """A teacher, its targets and who learns from them."""
+    """A teacher, what it teaches and who learns from it."""
 
     settings: DistillSpec
     store: RunStore
     """Of the teacher."""
     teacher: RunSpec
-    targets: TargetPlan
+    members: list[str]
+    """Who of the teacher's members teach."""
+    key: str
+    """By what targets are known: the teacher, the rows and what is kept of them."""
+    rows: int
+    targets: TargetPlan | None
+    """None where the teacher is asked while the student learns."""
     student: RunSpec
     alone: RunSpec | None
     """The same student without a teacher."""
@@ -67,32 +75,39 @@ def prepare_distillation(
     spec = store.spec_in_place()
     check_finished(store)
     task = task_of(spec)
-    _check_task(settings, task)
+    loss = _check_task(settings, task)
     prepared = prepare(spec, inventory)
     members = read_roster(store).members()[: 1 if settings.teacher == "single" else None]
-    _try_loss(settings, task, len(members))
+    _try_loss(loss, task, len(members))
     content_of = _content_of(spec, task, settings, prepared)
-    tokens = _tokens(settings)
+    tokens = _tokens(loss)
     digest = teacher_digest(spec, store, members)
     key = targets_key(digest, content_of, tokens)
-    target_job = TargetJob(store.uri, digest, _packs(prepared, members), settings.transfer, tokens, shard_rows)
-    shards = shard_names(len(content_of), shard_rows)
-    processes = prepared.plan.workers * prepared.plan.ranks
-    plan = replace(prepared.plan, workers=min(processes, len(shards)), ranks=1, partners=1)
-    distill_from = DistillFromSpec(targets=key, teacher=digest, loss=settings.loss, transfer=settings.transfer)
+    is_live = isinstance(loss, AsksTeacher)
+    distill_from = DistillFromSpec(
+        targets=None if is_live else key, teacher=digest, members=members if is_live else None, loss=settings.loss,
+        transfer=settings.transfer,
+    )
     student = student_spec(spec, settings, store.uri, settings.name, distill_from)
     alone = student_spec(spec, settings, store.uri, f"{settings.name}-alone", None) if settings.alone else None
-    if tokens is not None:
+    if output_of(task.output).per_token:
         check_tokenizers(spec, student, task)
     taught = prepare(student, inventory)
     Keys(list(content_of), list(content_of.values())).check(taught_content(taught.sets, task))
     if alone is not None:
         RunStore.for_spec(alone).check_spec(alone)
-    return Distillation(
-        settings, store, spec,
-        TargetPlan(spec, RunStore(targets_uri(store.uri, key)), plan, target_job, shards, len(content_of)),
-        student, alone,
-    )
+    targets = None
+    if not is_live:
+        job = TargetJob(store.uri, digest, _packs(prepared, members), settings.transfer, tokens, shard_rows)
+        targets = _target_plan(prepared, key, job, len(content_of))
+    return Distillation(settings, store, spec, members, key, len(content_of), targets, student, alone)
+
+
+def _target_plan(prepared: Prepared, key: str, job: TargetJob, rows: int) -> TargetPlan:
+    shards = shard_names(rows, job.shard_rows)
+    processes = prepared.plan.workers * prepared.plan.ranks
+    plan = replace(prepared.plan, workers=min(processes, len(shards)), ranks=1, partners=1)
+    return TargetPlan(prepared.spec, RunStore(targets_uri(job.run_uri, key)), plan, job, shards, rows)
 
 
 def check_ahead(spec: RunSpec, inventory: Inventory | None = None) -> None:
@@ -104,12 +119,18 @@ def check_ahead(spec: RunSpec, inventory: Inventory | None = None) -> None:
     if spec.distill is None:
         return
     settings, task = spec.distill, task_of(spec)
-    _check_task(settings, task)
-    _try_loss(settings, task, 1 if settings.teacher == "single" else spec.ensemble.members)
-    distill_from = DistillFromSpec(targets="ahead", teacher="ahead", loss=settings.loss, transfer=settings.transfer)
+    loss = _check_task(settings, task)
+    members = [plan.name for plan in member_plans_of(spec) if plan.role is PlanRole.MEMBER]
+    members = members[: 1 if settings.teacher == "single" else None]
+    _try_loss(loss, task, len(members))
+    is_live = isinstance(loss, AsksTeacher)
+    distill_from = DistillFromSpec(
+        targets=None if is_live else "ahead", teacher="ahead", members=members if is_live else None,
+        loss=settings.loss, transfer=settings.transfer,
+    )
     # A name of its own: what is in the student's directory is looked at when the targets are known.
     student = student_spec(spec, settings, RunStore.for_spec(spec).uri, f"{settings.name}-ahead", distill_from)
-    if _tokens(settings) is not None:
+    if output_of(task.output).per_token:
         check_tokenizers(spec, student, task)
     prepare(student, inventory)
 
@@ -136,6 +157,8 @@ def student_spec(
     Without ``distill_from`` it is the same student alone.
     """
     student, placement = settings.student, teacher.placement
+    if distill_from is not None and distill_from.members is not None:  # a teacher beside it is whole in every worker
+        placement = placement.model_copy(update={"strategy": "replicate", "ranks": "auto", "data_parallel": 1})
     if isinstance(placement.workers, int):  # as many as the teacher's members would find nothing to do
         placement = placement.model_copy(update={"workers": min(placement.workers, student.members)})
     # The student's own adapter decides whether it has blocks that could be cached: it asks for that itself.
@@ -179,23 +202,24 @@ def check_tokenizers(teacher: RunSpec, student: RunSpec, task: Task) -> None:
         raise DataError(f"the teacher has logits over {sizes[0]} tokens, the student over {sizes[1]}", hint)
 
 
-def _try_loss(settings: DistillSpec, task: Task, members: int) -> None:
+def _try_loss(loss: Loss, task: Task, members: int) -> None:
     """Ask the loss about nothing, which is soon done. Raises: SpecError if it cannot learn from so many members."""
     if output_of(task.output).per_token:
         return
-    loss: Loss = registry.load("loss", settings.loss.kind).build(settings.loss)
     outputs_BO = torch.zeros(1, loss.outputs(task.num_outputs))
     targets = torch.zeros((1, members, task.num_outputs)[: targets_class(task.output).dimensions])
     loss.per_example(outputs_BO, targets, None)
 
 
-def _tokens(settings: DistillSpec) -> tuple[int, float] | None:
-    spec: Any = settings.loss
-    loss: Loss = registry.load("loss", spec.kind).build(spec)
-    return (spec.top_k, spec.temperature) if output_of(loss.teaches).per_token else None
+def _tokens(loss: Loss) -> tuple[int, float] | None:
+    """Return how many tokens of a position targets keep, and at what temperature; None where they are no tokens."""
+    if isinstance(loss, AsksTeacher) or not output_of(loss.teaches).per_token:
+        return None
+    return loss.spec.top_k, loss.spec.temperature
 
 
-def _check_task(settings: DistillSpec, task: Task) -> None:
+def _check_task(settings: DistillSpec, task: Task) -> Loss:
+    """Return the loss. Raises: SpecError if it, or the student's task, does not go with the teacher's."""
     if settings.student.task is not None:
         given = settings.student.task
         own: Task = registry.load("task", given.kind).build(given)
@@ -206,6 +230,21 @@ def _check_task(settings: DistillSpec, task: Task) -> None:
                 "teacher and student need the same labels in the same order; leave task out to take the teacher's",
             )
     student_task(task, settings.loss)
+    loss: Loss = registry.load("loss", settings.loss.kind).build(settings.loss)
+    if isinstance(loss, AsksTeacher) and loss.writing.share:
+        _check_writing(settings, task)
+    return loss
+
+
+def _check_writing(settings: DistillSpec, task: Task) -> None:
+    """Refuse a student that cannot learn from what it writes. Raises: SpecError."""
+    given, optimization = settings.student.task, settings.student.optimization
+    check_writes(task if given is None else registry.load("task", given.kind).build(given))
+    if optimization is not None and optimization.cache_trunk:
+        raise SpecError(
+            "distill.student.optimization.cache_trunk: what a student writes itself is read once and not cached",
+            "use cache_trunk: false, or distill.loss.on_policy: 0",
+        )
 
 
 def _content_of(spec: RunSpec, task: Task, settings: DistillSpec, prepared: Prepared) -> Mapping[str, str]:

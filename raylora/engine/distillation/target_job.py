@@ -6,8 +6,6 @@ their loss and is taken up again like any other. Shapes: M members, N rows of a 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.model.gang import GangPlace
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.finished_members import read_members
-from raylora.engine.run.session import Session, TrainingSession
+from raylora.engine.run.session import TrainingSession
 from raylora.engine.training.distillation_loss import read_outputs, task_of, taught_content
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.predict import OnRows, predict
@@ -51,7 +49,7 @@ class TargetJob:
 
     run_uri: str
     digest: str
-    """Of the teacher: see :func:`teacher_digest`."""
+    """Of the teacher: see :func:`raylora.engine.run.finished_members.teacher_digest`."""
     packs: tuple[tuple[str, ...], ...]
     """Its members, by what shares a forward."""
     transfer: SetSpec | None
@@ -63,6 +61,12 @@ class TargetJob:
     def members(self) -> list[str]:
         """The members' names, in order."""
         return sorted(name for pack in self.packs for name in pack)
+
+    def make_session(
+        self, spec: RunSpec, store: RunStore, cpus: int, gpus: int, place: GangPlace | None = None
+    ) -> TargetSession:
+        """Return what a worker makes the targets on; each has a whole base."""
+        return TargetSession(spec, store, cpus, gpus, self)
 
 
 @dataclass(frozen=True)
@@ -100,19 +104,10 @@ class TargetPlan:
             min_members=len(self.shards), max_failures=self.spec.checkpointing.max_failures,
         )
 
-    def make_session(self, cpus: int, gpus: int) -> TargetSession:
-        """Return what a worker makes the targets on."""
-        return TargetSession(self.spec, self.store, cpus, gpus, self.target_job)
-
-
-def make_session(
-    spec: RunSpec, store: RunStore, cpus: int, gpus: int, target_job: TargetJob | None = None,
-    place: GangPlace | None = None,
-) -> Session:
-    """Return the session of a worker that trains, as one of a gang if it has a place in one, or of one that teaches."""
-    if target_job is None:
-        return TrainingSession(spec, store, cpus, gpus, place)
-    return TargetSession(spec, store, cpus, gpus, target_job)
+    @property
+    def assignment(self) -> TargetJob:
+        """What its workers are told."""
+        return self.target_job
 
 
 class TargetSession:
@@ -238,19 +233,6 @@ def shard_names(rows: int, shard_rows: int) -> tuple[str, ...]:
     """Return the shards by their first and last row, so that no other division is mistaken for this one."""
     starts = range(0, rows, shard_rows)
     return tuple(f"rows-{first:07d}-{min(first + shard_rows, rows) - 1:07d}" for first in starts)
-
-
-def teacher_digest(spec: RunSpec, store: RunStore, members: Sequence[str]) -> str:
-    """Return the SHA-256 of a teacher: its spec and the weights of those members who teach.
-
-    Raises:
-        StoreError: a member is damaged.
-    """
-    weights = [
-        [name, hashlib.sha256(store.load_result(f"members/{name}")["adapter_model.safetensors"]).hexdigest()]
-        for name in members
-    ]
-    return hashlib.sha256(json.dumps([spec.digest(), weights]).encode()).hexdigest()
 
 
 def number_of(member: str) -> int:

@@ -188,16 +188,21 @@ class Generator:
         return tokens
 
     def _check_length(self, what: str, tokens: Sequence[int], sampling: Sampling) -> None:
-        limit = _positions(self.model.base.model.config, self.tokenizer)
-        if limit is not None and len(tokens) + sampling.max_new_tokens > limit:
-            raise DataError(
-                f"{what} has {len(tokens)} tokens, and with {sampling.max_new_tokens} to write that is more than the "
-                f"{limit} that the model can read", "shorten it, or lower max_new_tokens",
-            )
+        check_length(self.model.base.model.config, self.tokenizer, what, tokens, sampling.max_new_tokens)
 
     def _name(self, prompt: Prompt, number: int) -> str:
         given = prompt.get("id") if isinstance(prompt, Mapping) else None
         return str(number if given is None else given)
+
+
+def check_length(config: Any, tokenizer: Any, what: str, tokens: Sequence[int], max_new_tokens: int) -> None:
+    """Refuse a prompt that with its answer is longer than a model of this config reads. Raises: DataError."""
+    limit = _positions(config, tokenizer)
+    if limit is not None and len(tokens) + max_new_tokens > limit:
+        raise DataError(
+            f"{what} has {len(tokens)} tokens, and with {max_new_tokens} to write that is more than the {limit} that "
+            "the model can read", "shorten it, or lower max_new_tokens",
+        )
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:

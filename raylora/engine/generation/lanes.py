@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from raylora.adapters.packed import Pack, make_pack
 from raylora.engine.model.base import Base
+from raylora.engine.model.gang import Round
 from raylora.engine.model.packed_forward import call
 from raylora.engine.model.packed_model import PackedModel
 
@@ -48,5 +49,6 @@ def pass_lanes(base: Base, lanes: Sequence[Lane], inputs: Mapping[str, Tensor], 
     for number, lane in enumerate(lanes):
         own: dict[str, Any] = {name: tensor[number * each : (number + 1) * each] for name, tensor in inputs.items()}
         own |= {"past_key_values": lane.cache, "use_cache": lane.cache is not None, "logits_to_keep": keep}
-        found.append(call(base, lane.pack, own).logits[:, -keep:])
+        with base.round(Round.FORWARD):  # a base that is split over a gang is passed by all of it together
+            found.append(call(base, lane.pack, own).logits[:, -keep:])
     return torch.cat(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,6 +49,23 @@ def read_members(spec: RunSpec, store: RunStore, base: Base, names: Sequence[str
     )
 
 
+def weight_digests(store: RunStore, names: Sequence[str]) -> list[list[str]]:
+    """Return each finished member's name with the SHA-256 of its weights. Raises: StoreError for a damaged one."""
+    files = ((name, store.load_result(f"members/{name}")) for name in names)
+    return [[name, hashlib.sha256(found["adapter_model.safetensors"]).hexdigest()] for name, found in files]
+
+
+def members_digest(spec: RunSpec, store: RunStore, names: Sequence[str]) -> str:
+    """Return the SHA-256 of what finished members say together: weights, base, adapter, task and aggregation.
+
+    Raises:
+        StoreError: a member is damaged.
+    """
+    parts = [part.model_dump(mode="json") for part in (spec.base, spec.adapter, spec.task)]
+    content = [*parts, spec.ensemble.aggregate, weight_digests(store, names)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def member_tensors(files: Mapping[str, bytes]) -> Tensors:
     """Return what a member's folder holds, under raylora's names."""
     config = files.get("adapter_config.json")
@@ -57,3 +75,12 @@ def member_tensors(files: Mapping[str, bytes]) -> Tensors:
 def member_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the plain facts that a member's folder holds: its seed, adapter, base and history."""
     return json.loads(files["member.json"])
+
+
+def teacher_digest(spec: RunSpec, store: RunStore, members: Sequence[str]) -> str:
+    """Return the SHA-256 of a teacher: its spec and the weights of those members who teach.
+
+    Raises:
+        StoreError: a member is damaged.
+    """
+    return hashlib.sha256(json.dumps([spec.digest(), weight_digests(store, members)]).encode()).hexdigest()

@@ -7,52 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from raylora import control
 from raylora.engine.model.machine import compute_device
-from raylora.engine.quantization.quantize_base import PreparedBase, ensure_prepared
+from raylora.engine.quantization.quantize_base import ensure_prepared
 from raylora.engine.run.run_status import OnStatus, StatusBoard
-from raylora.engine.run.session import Session
+from raylora.engine.run.work import Session, Work
 from raylora.engine.training.distillation_loss import task_of
 from raylora.errors import Interrupted, PlacementError, RayloraError, TrainingError, UsageError
-from raylora.placement.plan import Plan
 from raylora.progress import BlockDone, Progress
-from raylora.spec.run import RunSpec
-from raylora.store.run_store import RunStore
 
 Metrics = TypeVar("Metrics", bound=Mapping[str, Any])
-
-
-class Work(Protocol):
-    """What can be driven: a planned run, or a teacher's targets that are to be made."""
-
-    @property
-    def spec(self) -> RunSpec:
-        """The spec of the run, or of the teacher."""
-
-    @property
-    def store(self) -> RunStore:
-        """Where the results are committed."""
-
-    @property
-    def plan(self) -> Plan:
-        """Who does what."""
-
-    @property
-    def base(self) -> PreparedBase | None:
-        """The base that has to be prepared first, if any."""
-
-    def begin(self) -> None:
-        """Write what the work begins with; the first thing that touches the disk."""
-
-    def start_event(self, workers: list[str]) -> control.RunStarted:
-        """Return the event that begins the work, or takes it up again."""
-
-    def make_session(self, cpus: int, gpus: int) -> Session:
-        """Return what a worker of this work does its jobs on."""
 
 
 def run_in_process(
@@ -141,8 +109,10 @@ class _Driver:
         return [*stop, control.BasePrepared()]
 
     def _start_worker(self, worker: str) -> control.Event:
-        plan = self.prepared.plan
-        self.session = self.prepared.make_session(plan.cpus_per_worker, plan.gpus_per_worker)
+        prepared, plan = self.prepared, self.prepared.plan
+        self.session = prepared.assignment.make_session(
+            prepared.spec, prepared.store, plan.cpus_per_worker, plan.gpus_per_worker
+        )
         try:
             self.session.load()
         except RayloraError as error:

@@ -22,9 +22,11 @@ from raylora.engine.quantization.quantize_base import PreparedBase, open_base
 from raylora.engine.run.demand import Shell, batch_of, demand_of, groups_of, shell_of
 from raylora.engine.run.growth import Growth, check_data, check_final_states, clear_outgrown, growth_of
 from raylora.engine.run.roster import Damage, clear, damages_of, read_state
+from raylora.engine.run.run_answers import check_generation, run_shards
 from raylora.engine.run.session import TrainingSession
 from raylora.engine.run.shared_trunk import check_trunk
 from raylora.engine.run.tracking import check_trackers
+from raylora.engine.run.work import TrainingAssignment
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import (
@@ -74,6 +76,8 @@ class Prepared:
     """What this spec changes in a run that was begun with another."""
     kept: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Jobs that were finished, and pieces of split ones that were begun, with their units; a unit stays in its pack."""
+    answers: Sequence[str] = ()
+    """Shards of answers that are written when the members are finished."""
 
     @property
     def jobs(self) -> dict[str, list[str]]:
@@ -95,20 +99,28 @@ class Prepared:
 
     def start_event(self, workers: list[str]) -> control.RunStarted:
         """Return the event that begins the run, or takes it up again."""
-        ensemble, jobs = self.spec.ensemble, self.jobs
+        ensemble, jobs, later = self.spec.ensemble, self.jobs, self._later()
         return control.RunStarted(
-            jobs=jobs,
+            jobs={**jobs, **later},
             workers=workers,
             required=[unit.name for unit in self.units if unit.role is PlanRole.MEMBER],
             min_members=ensemble.min_members or ensemble.members,
             max_failures=self.spec.checkpointing.max_failures,
             prepare_base=self.base is not None and not self.base.is_ready,
-            reopened=self._reopened(),
+            # Of shards the worker knows which are committed of just these members.
+            reopened=[*self._reopened(), *self.answers],
+            later=list(later),
             changes=list(self.growth.changes) if self.growth is not None else [],
             costs={name: float(len(units) * self.total_steps) for name, units in jobs.items()},
             may_split=self._may_split(jobs),
             release_idle=self.plan.workers > 1,
         )
+
+    def _later(self) -> dict[str, list[str]]:
+        """Return the jobs of answers with their shards: as many as a worker's ranks can do side by side."""
+        size = self.plan.ranks // self.plan.partners
+        starts = range(0, len(self.answers), size)
+        return {f"answers-{n:03d}": list(self.answers[start : start + size]) for n, start in enumerate(starts)}
 
     def _may_split(self, jobs: Mapping[str, Sequence[str]]) -> list[str]:
         """Return the jobs of several units none of which has begun, if the run lets them be split."""
@@ -122,6 +134,11 @@ class Prepared:
         if self.growth is not None and (self.growth.trains_on or self.growth.other_sets):
             return [name for units in self.kept.values() for name in units]
         return list(dict.fromkeys(damage.unit for damage in self.damages))
+
+    @property
+    def assignment(self) -> TrainingAssignment:
+        """What its workers are told."""
+        return TrainingAssignment()
 
     def make_session(self, cpus: int, gpus: int) -> TrainingSession:
         """Return what a worker trains its packs on."""
@@ -174,6 +191,7 @@ def prepare(
     notes = (*own, *check_trunk(spec, shell.model, shell.sites))
     tokenizer = load_tokenizer(spec.base, task)
     sets = sets_of(spec, task, tokenizer, store)
+    check_generation(spec, task, shell.model.config, tokenizer, sets)
     found, obstacle = _Begun(), ""
     try:
         found = _begun(store, spec, sets, repair)
@@ -203,7 +221,7 @@ def prepare(
     return Prepared(
         spec, store, units, plan, demand, sets, total_steps(len(sets.train.examples), spec.optimization),
         found.is_resume, shell.member_parameters, (*notes, obstacle) if obstacle else notes, base, found.damages,
-        found.growth, found.kept,
+        found.growth, found.kept, tuple(run_shards(spec, sets)),
     )
 
 
@@ -238,7 +256,9 @@ def _begun(store: RunStore, spec: RunSpec, sets: DataSets, repair: bool) -> _Beg
         check_final_states(store, spec, state.finished_units())
     kept = {
         name: job.units for name, job in state.jobs.items()
-        if job.status is JobState.FINISHED or (job.attempt and control.is_piece(name))  # a piece fits wherever packs do
+        if not job.later  # what is committed of answers is known by the members who gave them
+        # A piece fits wherever packs do.
+        and (job.status is JobState.FINISHED or (job.attempt and control.is_piece(name)))
     }
     return _Begun(True, growth, damages, kept)
 

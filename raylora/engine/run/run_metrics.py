@@ -28,12 +28,14 @@ _PACKAGES = (
 
 
 def aggregate(
-    spec: RunSpec, store: RunStore, finished: Sequence[str], started_at: float, names: Names
+    spec: RunSpec, store: RunStore, finished: Sequence[str], started_at: float, names: Names,
+    answers: dict[str, Any] | None = None,
 ) -> RunMetrics:
     """Combine the finished units' predictions, write ``metrics.json`` and return it.
 
     Args:
         names: what the classes are called, and what stands in single rows.
+        answers: what the answers are worth that were written, if any were.
 
     Raises:
         StoreError: a prediction is missing or damaged.
@@ -58,6 +60,8 @@ def aggregate(
     metrics: RunMetrics = {
         **summary, "label_names": list(names.labels), "errors": errors, **_facts(spec, store, members, started_at)
     }
+    if answers is not None:
+        metrics["answers"] = answers
     store.write_json("metrics.json", metrics)
     return metrics
 

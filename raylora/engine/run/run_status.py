@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ _NEWS = 200
 
 @dataclass(frozen=True)
 class JobStatus:
-    """One job of a run: whom it trains, or which rows it makes targets of."""
+    """One job of a run: whom it trains, or which rows it makes targets of or answers."""
 
     units: list[str]
     status: control.JobState
@@ -26,6 +26,8 @@ class JobStatus:
     failures: int
     progress: Progress | None = None
     """The latest report of the attempt that is running or has ended."""
+    later: bool = False
+    """Whether it begins when all others have ended: such jobs have a pace of their own."""
 
     @property
     def share_done(self) -> float:
@@ -137,10 +139,12 @@ class StatusBoard:
             if state is not self._state:  # between two events only reports change anything
                 self._state = state
                 self._jobs = {
-                    name: JobStatus(list(job.units), job.status, job.attempt, job.failures, self._progress.get(name))
+                    name: JobStatus(
+                        list(job.units), job.status, job.attempt, job.failures, self._progress.get(name), job.later
+                    )
                     for name, job in state.jobs.items()
                 }
-            jobs, main = dict(self._jobs), list(self._main.values())
+            jobs, main = dict(self._jobs), dict(self._main)
             news, news_count = list(self._news), self._news_count
         return RunStatus(
             self.run, state.phase, state.reason, self.started_at, time.time(), dict(state.workers.items()),
@@ -158,15 +162,23 @@ def _job_of(record: Mapping[str, Any]) -> JobStatus:
 
 
 def _eta_s(
-    jobs: Mapping[str, JobStatus], seen: Sequence[Progress], workers: Mapping[str, control.WorkerState]
+    jobs: Mapping[str, JobStatus], main: Mapping[str, Progress], workers: Mapping[str, control.WorkerState]
 ) -> float | None:
-    """Estimate what is left of all jobs, at the pace that was seen in their main part, over the busy workers."""
-    if not seen:
-        return None
-    pace_s = sum(p.seconds for p in seen) / sum(p.new for p in seen)
-    total, after_s = max(p.total for p in seen), sum(p.after_s for p in seen) / len(seen)
-    left_s = sum(_left_s(job, total, pace_s, after_s) for job in jobs.values() if job.status.open)
-    return left_s / max(1, sum(state is control.WorkerState.BUSY for state in workers.values()))
+    """Estimate what is left of all jobs, at the pace that was seen in their main part, over the busy workers.
+
+    Of jobs that begin when all others have ended nothing is known before.
+    """
+    left_s, known = 0.0, False
+    for later in (False, True):
+        alike = {name: job for name, job in jobs.items() if job.later is later}
+        seen = [progress for name, progress in main.items() if name in alike]
+        if not seen:
+            continue
+        known = True
+        pace_s = sum(p.seconds for p in seen) / sum(p.new for p in seen)
+        total, after_s = max(p.total for p in seen), sum(p.after_s for p in seen) / len(seen)
+        left_s += sum(_left_s(job, total, pace_s, after_s) for job in alike.values() if job.status.open)
+    return left_s / max(1, sum(state is control.WorkerState.BUSY for state in workers.values())) if known else None
 
 
 def _left_s(job: JobStatus, total: int, pace_s: float, after_s: float) -> float:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 
@@ -27,11 +26,15 @@ from raylora.engine.model.shared_sequences import check_shared_sequences
 from raylora.engine.model.trunk_cache import TrunkCache
 from raylora.engine.run.evaluation import Evaluator, Trained, read_trained
 from raylora.engine.run.profiling import StepProfiler
+from raylora.engine.run.run_answers import RunAnswers
 from raylora.engine.run.run_metrics import aggregate
 from raylora.engine.run.shared_trunk import discard_trunk_cache, open_trunk_cache
+from raylora.engine.run.teaching import teaching_of
 from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
-from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, task_of
+from raylora.engine.run.work import StopSignal
+from raylora.engine.training.distillation_loss import DistillationLoss, task_of
 from raylora.engine.training.inputs import sets_of
+from raylora.engine.training.live_teacher import LiveDistillationLoss
 from raylora.engine.training.member_plan import MemberPlan, PlanRole, member_plans_of
 from raylora.engine.training.member_state import SavedState
 from raylora.engine.training.optimizer import start_deepspeed
@@ -47,31 +50,6 @@ logger = logging.getLogger(__name__)
 
 _FORWARD_OF_STEP = 1 / 3
 """Of a step's time, its forward: the backward pass takes about twice as long."""
-
-StopSignal = Callable[[], int]
-
-
-class Session(Protocol):
-    """What a worker does its jobs on."""
-
-    span: Span
-    """Marks what takes time, such as steps and checkpoints, on a timeline."""
-
-    @property
-    def base_bytes(self) -> int:
-        """How much of the base is held, once it is loaded."""
-
-    def load(self) -> None:
-        """Load what all jobs need. Raises: UsageError for bad input."""
-
-    def run_job(
-        self, job: str, unit_names: Sequence[str], report: OnProgress, should_stop: StopSignal
-    ) -> dict[str, str]:
-        """Do and commit the units of a job; return those that failed. Raises: Interrupted."""
-
-    def aggregate(self, units: Sequence[str], started_at: float) -> Mapping[str, Any]:
-        """Put the finished units together. Raises: StoreError for a damaged one."""
-
 
 class TrainingSession:
     """Trains, evaluates and commits packs of units over one base."""
@@ -93,7 +71,8 @@ class TrainingSession:
         self.base: Base
         self.sets: DataSets
         self.evaluator: Evaluator
-        self.distillation_loss: DistillationLoss | None
+        self.answers: RunAnswers
+        self.distillation_loss: DistillationLoss | LiveDistillationLoss | None
         self.trunk_cache: TrunkCache | None
         self.span: Span = unmarked
 
@@ -130,8 +109,9 @@ class TrainingSession:
                 f"{self.store.uri}: the data has changed since the run was begun", "restore it, or start a new run"
             )
         logger.info("base and data loaded in %.1f s", time.perf_counter() - started)
-        self.distillation_loss = read_distillation_loss(self.spec, self.store, self.task, self.sets)
+        self.distillation_loss = teaching_of(self.spec, self.store, self.base, self.sets)
         self.evaluator = Evaluator(self.spec, self.store, self.task, self.base, self.sets)
+        self.answers = RunAnswers(self.spec, self.store, self.task, self.base, self.sets)
         self.trunk_cache = open_trunk_cache(self.spec, self.store, self.base, self.sets.train.examples)
 
     # --- a job --------------------------------------------------------------------------------------
@@ -139,6 +119,8 @@ class TrainingSession:
         self, job: str, unit_names: Sequence[str], report: OnProgress, should_stop: StopSignal
     ) -> dict[str, str]:
         """Train and evaluate units in one pack, commit each, and return those that failed with the reason.
+
+        Units that are no members and no baselines are shards of answers, which finished members give.
 
         In a gang all ranks do this together, each with its own units, if any, and return together.
 
@@ -158,8 +140,12 @@ class TrainingSession:
     def _do(
         self, job: str, unit_names: Sequence[str], report: OnProgress, should_stop: StopSignal
     ) -> dict[str, str]:
-        plans = [self.plans[name] for name in unit_names]
         failed: dict[str, str] = {}
+        if unit_names[0] not in self.plans:
+            if self._is_first:
+                self.answers.make(unit_names, report, should_stop, self.span)
+            return failed
+        plans = [self.plans[name] for name in unit_names]
         with logs.about(self.spec.run_name(), list(unit_names)):
             to_train = self._to_train(plans)
             if to_train:
@@ -266,10 +252,13 @@ class TrainingSession:
             self.store.write_json(f"timing/{job}.json", {**timing, "evaluate_s": evaluate_s})
 
     def aggregate(self, units: Sequence[str], started_at: float) -> RunMetrics:
-        """Combine the finished units' predictions into the run's metrics. Raises: StoreError for a damaged one."""
+        """Combine the finished units' predictions and answers into the run's metrics. Raises: StoreError."""
         names = Names(self.task.label_names, text_finder(self.sets, self.base.tokenizer))
-        metrics = aggregate(self.spec, self.store, units, started_at, names)
-        self.store.seal([name for name in units if self.plans[name].role is PlanRole.MEMBER])
+        trained = [name for name in units if name in self.plans]
+        members = [name for name in trained if self.plans[name].role is PlanRole.MEMBER]
+        answers = self.answers.conclude(members)
+        metrics = aggregate(self.spec, self.store, trained, started_at, names, answers)
+        self.store.seal(members)
         track_results(self.spec, self.store, metrics)
         discard_trunk_cache(self.store)
         return metrics

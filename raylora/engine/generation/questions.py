@@ -1,0 +1,103 @@
+"""Rows as questions: what the members are asked of a row, what it says itself, and what is kept of their answers.
+
+Shapes: M members, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raylora.data.task import Asks, Example, Task
+from raylora.engine.generation.decoder import Sampling
+from raylora.engine.generation.generator import Generator, check_length, text_of
+from raylora.errors import DataError, UsageError
+
+BATCH_ROWS = 32
+"""Rows that are answered at once, by all members."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row's prompt, token by token as in training, and the answer that the row holds."""
+
+    id: str
+    prompt: tuple[int, ...]
+    reference: tuple[int, ...] | None
+    """None where the row holds none."""
+
+
+def answers_obstacle(task: Task) -> str:
+    """Return why a task's rows hold no answer to compare with, or nothing where they do."""
+    learns = getattr(task.spec, "train_on", "")
+    if isinstance(task, Asks) and learns == "completion":
+        return ""
+    which = f"{task.spec.kind} with train_on: {learns}" if learns else task.spec.kind
+    return f"rows of {which} hold no answers to compare with"
+
+
+def check_answers(task: Task) -> None:
+    """Refuse a task whose rows hold no answer of their own. Raises: UsageError."""
+    obstacle = answers_obstacle(task)
+    if obstacle:
+        raise UsageError(obstacle, "task.kind instruction with train_on: completion has")
+
+
+def question_of(example: Example) -> Question:
+    """Return what stands before an example's last answer, and that answer; all of it where there is none."""
+    tokens = example.sequences[0]
+    if not example.target_ranges:
+        return Question(example.id, tokens, None)
+    first, last = example.target_ranges[-1]
+    return Question(example.id, tokens[:first], tokens[first:last])
+
+
+def check_lengths(config: Any, tokenizer: Any, set_name: str, examples: Sequence[Example], max_new_tokens: int) -> None:
+    """Refuse a row that with its answer is longer than the model reads. Raises: DataError, naming it."""
+    for example in examples:
+        check_length(config, tokenizer, f"{set_name}: row {example.id}", question_of(example).prompt, max_new_tokens)
+
+
+def answer_records(
+    writer: Generator, examples: Sequence[Example], sampling: Sampling, each_member: bool,
+    report: Callable[[int, int], None] = lambda done, of: None, batch: int = BATCH_ROWS,
+) -> list[dict[str, Any]]:
+    """Return a JSON-able record per row: id, prompt, reference, the mixture's answer and, if asked, the members' own.
+
+    The answer is :meth:`~raylora.engine.generation.answers.Answer.record`; members' answers, which are greedy, go
+    without their tokens.
+
+    Args:
+        report: told after each batch how many rows are answered, and of how many.
+
+    Raises:
+        DataError: a prompt with its answer is longer than the model reads.
+    """
+    found: list[dict[str, Any]] = []
+    for start in range(0, len(examples), batch):
+        found += _batch([question_of(one) for one in examples[start : start + batch]], writer, sampling, each_member)
+        report(len(found), len(examples))
+    return found
+
+
+def _batch(
+    questions: Sequence[Question], writer: Generator, sampling: Sampling, each_member: bool
+) -> list[dict[str, Any]]:
+    asked, names = [list(one.prompt) for one in questions], [one.id for one in questions]
+    if not all(asked):
+        raise DataError(f"row {names[asked.index([])]}: nothing stands before its answer", "give rows with a prompt")
+    together = writer.written(asked, names, replace(sampling, each_member=False))
+    own = writer.written(asked, names, replace(sampling, each_member=True, temperature=0.0)) if each_member else []
+    records: list[dict[str, Any]] = []
+    for number, (question, (answer,)) in enumerate(zip(questions, together, strict=True)):
+        reference = None if question.reference is None else text_of(writer.tokenizer, question.reference)
+        record: dict[str, Any] = {
+            "id": question.id, "prompt": text_of(writer.tokenizer, question.prompt), "reference": reference,
+            "answer": answer.record(),
+        }
+        if each_member:
+            members = [{key: value for key, value in one.record().items() if key != "tokens"} for one in own[number]]
+            record["members"] = members
+        records.append(record)
+    return records
