@@ -58,6 +58,10 @@ def spec_of(
         "task": {"kind": "instruction", "max_length": 256, "on_too_long": "truncate_prompt"},
         "ensemble": {"members": MEMBERS, "seed": 100 * seed},
         "optimization": {"lr": lr, "epochs": 1, "micro_batch": 4, "group_by_length": True},
-        "evaluation": {"bootstrap_samples": 200, "batch": 32},
+        "evaluation": {
+            "bootstrap_samples": 200, "batch": 32,
+            "generation": {"metrics": [TASKS[task]["metric"]], "max_new_tokens": TASKS[task]["max_new_tokens"],
+                           "rows": sizes["test"]},
+        },
         "placement": {"workers": 1, "gpus_per_worker": int(on_gpu), **({"cpus_per_worker": 1} if on_gpu else {})},
     }

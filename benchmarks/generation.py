@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.chat_runs import ADAPTERS, BASES, TASKS
-from benchmarks.generation_cells import SEEDS, measure_cell, prepare_bases
+from benchmarks.generation_cells import SEEDS, STUDENTS, measure_cell, prepare_bases
 
 NAME = "generation"
 DOUBTS = ("mean_nll", "mean_entropy", "mean_mutual_information", "disagreement")
@@ -35,9 +35,12 @@ Row = dict[str, Any]
 
 
 def cells(tasks: Sequence[str], bases: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Return every task, base and adapter, those first that take longest."""
-    # LoRA over nf4 has the students behind it.
-    return sorted(product(tasks, bases, ADAPTERS), key=lambda cell: cell[1:] != ("nf4", "LoRA"))
+    """Return every task, base and adapter, those first that others wait for."""
+    return sorted(product(tasks, bases, ADAPTERS), key=lambda cell: not _teaches(cell))
+
+
+def _teaches(cell: tuple[str, str, str]) -> bool:
+    return cell[1:] == ("nf4", "LoRA")
 
 
 def in_processes(
@@ -46,8 +49,7 @@ def in_processes(
     """Measure cells, so many at once, each in a process of its own; return what the failed ones said."""
 
     def one(cell: tuple[str, str, str]) -> str:
-        command = [sys.executable, "-m", f"benchmarks.{NAME}", "--cell", *cell, "--sizes", sizes,
-                   "--folder", folder]
+        command = [sys.executable, "-m", f"benchmarks.{NAME}", "--cell", *cell, "--sizes", sizes, "--folder", folder]
         with tempfile.TemporaryFile("w+") as said:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
             assert process.stdout is not None
@@ -59,8 +61,14 @@ def in_processes(
                 return f"{', '.join(cell)}:\n" + "".join(said.readlines()[-20:])
         return ""
 
+    failures = []
     with ThreadPoolExecutor(processes) as pool:
-        return [failure for failure in pool.map(one, chosen) if failure]
+        waiting = [(cell, pool.submit(one, cell)) for cell in chosen]
+        for cell, done in waiting:  # teachers are first, and their students are put behind all others
+            failures.append(done.result())
+            if _teaches(cell) and not failures[-1]:
+                waiting += [(own, pool.submit(one, own)) for own in ((*cell[:2], student) for student in STUDENTS)]
+    return [failure for failure in failures if failure]
 
 
 def contenders(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, str, list[Row]]]:
@@ -166,8 +174,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="that each contender for speed goes on from at once")
     parser.add_argument("--new-tokens", type=int, default=32, help="that each contender for speed writes to a prompt")
     parser.add_argument("--go-on", action="store_true", help="keep the cells and parts that are not measured now")
-    parser.add_argument("--cell", nargs=3, metavar=("TASK", "BASE", "ADAPTER"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--cell", nargs=3, metavar=("TASK", "BASE", "WHO"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help="where runs are kept; those that are finished there are not done again")
     arguments = parser.parse_args()
     sizes = dict(zip(("train", "validation", "test"), map(int, arguments.sizes.split(",")), strict=True))
     if arguments.cell:
@@ -192,7 +200,8 @@ def main() -> None:
         rows = [row for row in rows if (row["part"], row.get("device")) != ("speed", measured[0]["device"])]
         for row in measured:
             keep(row)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or temporary
         if chosen:
             prepare_bases(folder, arguments.bases, sizes)
         failures = in_processes(chosen, folder, arguments.sizes, arguments.processes, keep)

@@ -8,7 +8,6 @@ students of a cell have its base and its adapter, one member, and the same three
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,11 @@ import torch
 from benchmarks.chat_runs import TASKS, spec_of
 
 RATES, SEEDS = (3e-4, 1e-3, 3e-3), (0, 1, 2)
-STUDENTS: dict[str, dict[str, Any]] = {"topk_kl": {"kind": "topk_kl", "top_k": 32}}
-"""By name, what a student learns from its ensemble by."""
+STUDENTS: dict[str, dict[str, Any]] = {
+    "topk_kl": {"kind": "topk_kl", "top_k": 32},
+    "gkd": {"kind": "gkd", "on_policy": 0.5},
+}
+"""By name, what a student learns from its ensemble by: on the reference answers, and on what it writes itself."""
 Row = dict[str, Any]
 
 
@@ -47,80 +49,90 @@ def _with_base(content: Row) -> Any:
 
 
 def measure_cell(
-    folder: str, task: str, base: str, adapter: str, sizes: Mapping[str, int], keep: Callable[[Row], None]
+    folder: str, task: str, base: str, who: str, sizes: Mapping[str, int], keep: Callable[[Row], None]
 ) -> None:
-    """Measure a cell's contenders, each row given to ``keep`` as it comes; with LoRA the untuned base, and over nf4
-    the students too."""
-    key = {"task": task, "base": base}
-    if adapter == "LoRA":
-        keep({**key, "who": "untuned", "lr": None, "seed": None, **untuned(folder, task, base, sizes)})
-    teachers: dict[tuple[float, int], str] = {}
+    """Measure one adapter, or one of the students of a cell whose LoRA ensembles are trained.
 
-    def trained(lr: float, seed: int) -> Row:
-        run, row = train(spec_of(folder_of(folder, base), task, base, adapter, lr, seed, sizes), task)
-        teachers[lr, seed] = run
-        keep({**key, "who": adapter, **row})
+    Each row is given to ``keep`` as it comes. What is finished in the folder is read and not trained again.
+    """
+    key, runs = {"task": task, "base": base}, folder_of(folder, base)
+    if who not in STUDENTS:
+        if who == "LoRA":
+            keep({**key, "who": "untuned", "lr": None, "seed": None, **untuned(folder, task, base, sizes)})
+        _try_rates(lambda lr, seed: train(spec_of(runs, task, base, who, lr, seed, sizes)), {**key, "who": who}, keep)
+        return
+    teachers = _teachers(runs, task, base, sizes)
+    _try_rates(lambda lr, seed: _taught(teachers[seed], who, lr, seed), {**key, "who": f"student, {who}"}, keep)
+
+
+def _try_rates(trained: Callable[[float, int], Row], key: Row, keep: Callable[[Row], None]) -> None:
+    """Train every rate with the first seed, and the one that validation picks with the others."""
+
+    def kept(lr: float, seed: int) -> Row:
+        row = trained(lr, seed)
+        keep({**key, **row})
         return row
 
-    best = _try_rates(trained)
-    if adapter == "LoRA" and base == "nf4":
-        for name in STUDENTS:
-            _try_rates(lambda lr, seed, name=name: _taught(teachers[best, seed], task, name, lr, seed, key, keep))
-
-
-def _try_rates(trained: Callable[[float, int], Row]) -> float:
-    """Train every rate with the first seed and the picked one with the others; return it."""
-    rows = [trained(lr, SEEDS[0]) for lr in RATES]
+    rows = [kept(lr, SEEDS[0]) for lr in RATES]
     best = float(min(rows, key=lambda row: row["validation_nll"])["lr"])
     for seed in SEEDS[1:]:
-        trained(best, seed)
-    return best
+        kept(best, seed)
 
 
-def _taught(
-    teacher: str, task: str, name: str, lr: float, seed: int, key: Row, keep: Callable[[Row], None]
-) -> Row:
+def _teachers(runs: str, task: str, base: str, sizes: Mapping[str, int]) -> list[str]:
+    """Return the run of each seed's LoRA ensemble at the picked rate."""
+    from raylora.spec import build_spec
+    from raylora.store.run_store import RunStore
+
+    rows = [train(spec_of(runs, task, base, "LoRA", lr, SEEDS[0], sizes)) for lr in RATES]  # they are finished
+    best = float(min(rows, key=lambda row: row["validation_nll"])["lr"])
+    specs = [build_spec(spec_of(runs, task, base, "LoRA", best, seed, sizes)) for seed in SEEDS]
+    return [RunStore.for_spec(spec).uri for spec in specs]
+
+
+def _taught(teacher: str, who: str, lr: float, seed: int) -> Row:
     from raylora.engine.distillation.plan import prepare_distillation
     from raylora.engine.run.local_driver import run_in_process
     from raylora.spec import DistillSpec
     from raylora.store.run_store import RunStore
 
-    spec = RunStore(teacher).read_spec().model_dump(mode="json")
+    spec = RunStore(teacher).read_spec()
+    loss = dict(STUDENTS[who])
+    if who == "gkd":
+        assert spec.evaluation.generation is not None
+        loss["max_new_tokens"] = spec.evaluation.generation.max_new_tokens
+    content = spec.model_dump(mode="json")
     work = prepare_distillation(teacher, DistillSpec.model_validate({
-        "name": f"{name.replace('_', '-')}-{lr:.0e}", "loss": STUDENTS[name], "alone": False, "costs": False,
-        "student": {"base": spec["base"], "adapter": spec["adapter"], "seed": 100 * seed + 50,
-                    "optimization": {**spec["optimization"], "lr": lr}},
+        "name": f"{who.replace('_', '-')}-{lr:.0e}", "loss": loss, "alone": False, "costs": False,
+        "student": {"base": content["base"], "adapter": content["adapter"], "seed": 100 * seed,
+                    "optimization": {**content["optimization"], "lr": lr}},
     }))
-    if not work.targets.is_done:
+    if work.targets is not None and not work.targets.is_done:
         run_in_process(work.targets)
-    _, row = train(work.student.model_dump(mode="json"), task)
-    keep({**key, "who": f"student, {name}", **row})
-    return row
+    return train(work.student.model_dump(mode="json"))
 
 
-def train(content: Row, task: str) -> tuple[str, Row]:
-    """Train, evaluate and ask one run; return where it lies, and its row."""
+def train(content: Row) -> Row:
+    """Train, evaluate and ask one run, unless that was done, and return its row."""
+    from raylora.engine.distillation.plan import is_finished
     from raylora.engine.run.local_driver import run_in_process
     from raylora.engine.run.plan_run import prepare
-    from raylora.serve.evaluation import AnswerSettings, evaluate_answers
     from raylora.spec import build_spec
+    from raylora.store.run_store import RunStore
 
-    started = time.perf_counter()
-    prepared = prepare(build_spec(content))
-    metrics = run_in_process(prepared)
-    trained_s, run = time.perf_counter() - started, prepared.store.uri
-    settings = AnswerSettings((TASKS[task]["metric"],), TASKS[task]["max_new_tokens"], rows=10_000)
-    answers = evaluate_answers(run, settings)["sets"]["test"]
+    spec = build_spec(content)
+    store = RunStore.for_spec(spec)
+    metrics = store.read_json("metrics.json") if is_finished(store) else run_in_process(prepare(spec))
+    answers = store.read_json("answers.json")["sets"]["test"]
     members = range(len(answers["members"]))
     last = [
         [row["validation_nll"] for row in metrics["training"][f"member-{m:03d}"] if "validation_nll" in row][-1]
         for m in members
     ]
     nlls = ("nll", "tokenwise_nll", "sequencewise_nll")
-    return run, {
-        "lr": content["optimization"]["lr"], "seed": content["ensemble"]["seed"] // 100,
-        "validation_nll": statistics.fmean(last), "train_s": trained_s,
-        "answer_s": time.perf_counter() - started - trained_s,
+    return {
+        "lr": spec.optimization.lr, "seed": spec.ensemble.seed // 100, "validation_nll": statistics.fmean(last),
+        "train_s": metrics["timing"]["train_s"], "total_s": metrics["timing"]["total_s"],
         "trainable": metrics["parameters"]["per_member_trainable"],
         "ensemble": {**{key: metrics["ensemble"]["eval"]["test"][key] for key in nlls}, **_worth(answers["ensemble"])},
         "single": {

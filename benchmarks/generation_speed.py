@@ -12,7 +12,7 @@ import torch
 from benchmarks import record
 from benchmarks.chat_runs import ADAPTERS, MEMBERS, spec_of
 
-ROUNDS = 3
+ROUNDS = 2
 BOUND, PEFT = "the base alone, 4 x the rows", "PEFT, four calls"
 
 
