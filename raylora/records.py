@@ -432,7 +432,8 @@ class MeasuredOn(TypedDict):
 class TargetFacts(TypedDict, total=False):
     """Who taught on what, and what the targets took; of tokens k and how many positions have targets.
 
-    A teacher that was asked has none, but the share of steps in which the student learned from what it wrote.
+    A teacher that was asked has none, but the share of steps in which the student learned from what it wrote; one that
+    answered says how many of its answers were learned, and why others were not.
     """
 
     rows: int
@@ -443,6 +444,8 @@ class TargetFacts(TypedDict, total=False):
     rounding_error: float
     made_s: float
     on_policy: float
+    answers: int
+    left_out: dict[str, int]
 
 
 Contenders = dict[Literal["teacher", "single", "student", "alone"], ContenderMetrics]

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.splits import Pool, divide, fresh, judge, read_pool
-from raylora.data.task import UNLABELED, BadRow, Example, LeftOut, Task, decode_text
+from raylora.data.task import UNLABELED, BadRow, Example, HasQuestions, LeftOut, Task, decode_text
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec
 
@@ -112,10 +112,12 @@ def load_sets(
     tokenizer: PreTrainedTokenizerBase,
     base_dir: Path | None = None,
     transfer: SetSpec | None = None,
+    asks: bool = False,
 ) -> DataSets:
     """Read, check, split and tokenize every set of a run; relative file paths start at ``base_dir``.
 
-    Rows of ``transfer`` join the training set without labels, but for texts that are in any other set.
+    Rows of ``transfer`` join the training set without labels, but for texts that are in any other set; with ``asks``
+    nothing but what they ask is read of them.
 
     ``validation_rows`` and ``test_rows`` size the sets that are split off the training set; sets of their own
     are used whole, or as far as their ``rows`` say.
@@ -151,9 +153,10 @@ def load_sets(
     if transfer is None:
         return sets
     seen = set(loaded.text_keys) | sets.evaluated_keys()
-    extra = fresh(read_pool("transfer", transfer, data, task, False, base_dir), seen)
+    reads = task.questions() if asks and isinstance(task, HasQuestions) else task
+    extra = fresh(read_pool("transfer", transfer, data, reads, False, base_dir), seen)
     return replace(sets, train=_with_transfer(
-        loaded, _tokenized(extra, data, task, tokenizer), task.no_label
+        loaded, _tokenized(extra, data, reads, tokenizer), task.no_label
     ))
 
 
@@ -178,7 +181,7 @@ def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
     if not examples:
         said = f": {left_out:,} are too long" if left_out else ""
         raise DataError(f"{pool.name}: {pool.origin} has no usable row{said}", "check its columns and its text")
-    skipped, digest = pool.skipped + len(bad), _digest(examples)
+    skipped, digest = pool.skipped + len(bad), digest_of(examples)
     return LoadedSet(
         pool.name, pool.origin, examples, pool.labeled, truncated, skipped, pool.duplicates, digest, left_out,
         frozenset(pool.keys()), content_of,
@@ -195,7 +198,7 @@ def _with_transfer(train: LoadedSet, extra: LoadedSet, no_label: int | float) ->
         train, origin=f"{train.origin} and {extra.origin}", examples=examples, labeled=False,
         truncated=train.truncated + extra.truncated, skipped=train.skipped + extra.skipped,
         duplicates=train.duplicates + extra.duplicates, left_out=train.left_out + extra.left_out,
-        content_hash=_digest(examples),
+        content_hash=digest_of(examples),
         text_keys=train.text_keys | extra.text_keys,
         content_of={**train.content_of, **{f"transfer:{i}": content for i, content in extra.content_of.items()}},
     )
@@ -233,7 +236,8 @@ def _check_classes(train: LoadedSet, task: Task) -> None:
         )
 
 
-def _digest(examples: Sequence[Example]) -> str:
+def digest_of(examples: Sequence[Example]) -> str:
+    """Return the SHA-256 of ids, tokens and labels."""
     digest = hashlib.sha256()
     for example in examples:
         facts = [example.id, example.sequences, example.label, *example.target_ranges]

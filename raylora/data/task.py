@@ -224,14 +224,11 @@ class Asks(Protocol):
 
 
 @runtime_checkable
-class MarksAnswers(Protocol):
-    """A task whose examples are a prompt and its answer, so that another answer can take its place."""
+class HasQuestions(Protocol):
+    """A task whose rows may ask without holding an answer."""
 
-    def unmarked_reason(self) -> str:
-        """Return why the settings do not let it be seen where an answer begins, or nothing if it can be."""
-
-    def answer_begins(self, example: Example) -> int:
-        """Return the place of the first token of an example's last answer."""
+    def questions(self) -> Task:
+        """Return the task as it reads such rows: their examples are prompts, with nothing to learn."""
 
 
 @runtime_checkable

@@ -78,6 +78,13 @@ class Writing:
 
 
 @runtime_checkable
+class LearnsAnswers(Protocol):
+    """Optional: what is learned are the teacher's answers, token by token as it wrote them; there are no targets."""
+
+    learns_answers: bool
+
+
+@runtime_checkable
 class AsksTeacher(Protocol):
     """Optional: the teacher stays loaded beside the student and says what it thinks of all that this one reads.
 

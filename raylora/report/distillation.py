@@ -111,11 +111,8 @@ def _overlap(one: Cell, other: Cell) -> bool:
 def _targets(taught: TargetFacts, rows: str) -> str:
     """Return who taught on what, and what the targets took."""
     members = len(taught["members"])
-    if "on_policy" in taught:
-        return (
-            f"Taught by {members} member{'s' if members > 1 else ''} that stayed loaded, on {taught['rows']:,} {rows}; "
-            f"in {100 * taught['on_policy']:.0f} % of the steps on answers that the student wrote itself."
-        )
+    if "size_bytes" not in taught:
+        return _without_targets(taught, rows)
     text = (
         f"Taught by {members} member{'s' if members > 1 else ''} on {taught['rows']:,} {rows}; the targets take "
         f"{size(taught['size_bytes'])}"
@@ -127,6 +124,24 @@ def _targets(taught: TargetFacts, rows: str) -> str:
             "next tokens and the mass of all others),"
         )
     return f"{text} and took {duration(taught['made_s'])} to make, once."
+
+
+def _without_targets(taught: TargetFacts, rows: str) -> str:
+    """Return who taught by answering or by being asked, and what the student learned from."""
+    members, kept = len(taught["members"]), taught.get("answers")
+    who = f"Taught by {members} member{'s' if members > 1 else ''}"
+    sentences = [f"{who} on {taught['rows']:,} {rows}."]
+    if kept is not None:
+        why = {"unfinished": "cut off", "too_long": "too long", "unsure": "not sure enough"}
+        left_out = [f"{count:,} {why[reason]}" for reason, count in taught["left_out"].items()]
+        took = f", which took {duration(taught['made_s'])}" if "made_s" in taught else ""
+        sentences = [f"{who}, whose mixture answered {taught['rows']:,} rows{took}; {kept:,} answers are learned"
+                     + (f" ({', '.join(left_out)})." if left_out else ".")]
+    if "on_policy" in taught:
+        share = f"{100 * taught['on_policy']:.0f} %"
+        sentences.append("The teacher stayed loaded and judged every token; "
+                         f"in {share} of the steps the student learned from what it had written.")
+    return " ".join(sentences)
 
 
 def _measured(where: MeasuredOn | None) -> str:

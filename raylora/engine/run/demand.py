@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raylora import registry
 from raylora.adapters.base import Adapter, NeedsBaseWeights, Site, WholeModel, is_linear, site_of
+from raylora.data.answered import prompt_length
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
 from raylora.distill import AsksTeacher
@@ -101,7 +102,7 @@ def batch_of(spec: RunSpec, sets: DataSets) -> MemberShape:
     packing = packing_of(spec, examples)
     loss = loss_of(spec)
     if isinstance(loss, AsksTeacher) and loss.writing.share:  # nobody knows yet how long the student's answers are
-        longest = max(example.target_ranges[-1][0] for example in examples) + loss.writing.max_new_tokens
+        longest = max(map(prompt_length, examples)) + loss.writing.max_new_tokens
         packing, time = None, min(spec.task.max_length, max(time, longest))
     evaluated = max((len(loaded.examples) for loaded in sets.all() if loaded is not sets.train), default=0)
     read = min(spec.evaluation.batch, spec.ensemble.members * evaluated)

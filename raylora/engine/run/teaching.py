@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raylora import registry
 from raylora.data.sets import DataSets
-from raylora.distill import AsksTeacher
+from raylora.distill import AsksTeacher, LearnsAnswers
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import content_hash, prepared_store
@@ -34,6 +34,8 @@ def teaching_of(
     loss = loss_of(spec)
     if isinstance(loss, AsksTeacher):
         return LiveDistillationLoss(loss, load_teacher(spec, store, base), loss.writing)
+    if isinstance(loss, LearnsAnswers):  # its rows hold what is learned
+        return None
     return read_distillation_loss(spec, store, task_of(spec), sets)
 
 

@@ -9,13 +9,14 @@ Shapes: K members.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
 from raylora.adapters.packed import stack
-from raylora.data.task import Asks, Example, MarksAnswers, Task
+from raylora.data.answered import answered, prompt_length
+from raylora.data.task import Asks, Example, Task
 from raylora.distill import Writing
 from raylora.engine.generation.own_answers import OwnPrompt, write_own
+from raylora.engine.generation.questions import answers_obstacle
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.training.collator import Collator
 from raylora.engine.training.member_state import MemberState
@@ -29,7 +30,6 @@ class OwnAnswers:
         """Take the students' model. Raises: SpecError if its task's rows are no prompts with answers."""
         check_writes(model.task)
         self.model, self.writing = model, writing
-        self.task = cast(MarksAnswers, model.task)
         self.ends = cast(Asks, model.task).ends(model.base.tokenizer)
         self.longest: int = model.task.spec.max_length
 
@@ -52,10 +52,7 @@ class OwnAnswers:
                 [state.plan.stream("answers") for state in due], self.writing.temperature, self.ends,
             )
             for state, rows, answers in zip(due, rows_K, answers_K, strict=True):
-                found[number, state.plan.name] = [
-                    answered(row, self.task.answer_begins(row), answer)
-                    for row, answer in zip(rows, answers, strict=True)
-                ]
+                found[number, state.plan.name] = [answered(*pair) for pair in zip(rows, answers, strict=True)]
         return found
 
     def is_due(self, state: MemberState, step: int) -> bool:
@@ -63,23 +60,15 @@ class OwnAnswers:
         return state.plan.stream("on-policy", step) / 2**63 < self.writing.share
 
     def _prompt(self, number: int, row: Example) -> OwnPrompt:
-        tokens = row.sequences[0][: self.task.answer_begins(row)]
+        tokens = row.sequences[0][: prompt_length(row)]
         return OwnPrompt(f"{number}/{row.id}", tokens, min(self.writing.max_new_tokens, self.longest - len(tokens)))
 
 
 def check_writes(task: Task) -> None:
-    """Refuse a task whose rows do not show what is asked and where the answer begins. Raises: SpecError."""
-    if not isinstance(task, Asks) or not isinstance(task, MarksAnswers):
+    """Refuse a task whose rows do not show where an answer begins. Raises: SpecError."""
+    obstacle = answers_obstacle(task)
+    if obstacle:
         raise SpecError(
-            f"distill.loss.on_policy: rows of {task.spec.kind} are no prompts that a student could answer",
-            "use task.kind: instruction, or on_policy: 0",
+            f"distill.loss.on_policy: {obstacle}",
+            "use task.kind instruction with train_on: completion, or on_policy: 0",
         )
-    reason = task.unmarked_reason()
-    if reason:
-        raise SpecError(f"distill.loss.on_policy: {reason}", "use task.train_on: completion, or on_policy: 0")
-
-
-def answered(example: Example, first: int, answer: Sequence[int]) -> Example:
-    """Return a row with another answer from its token ``first`` on, and nothing else to learn."""
-    tokens = (*example.sequences[0][:first], *answer)
-    return replace(example, sequences=(tokens,), target_ranges=((first, len(tokens)),))
