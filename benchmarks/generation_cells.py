@@ -18,9 +18,11 @@ from benchmarks.chat_runs import TASKS, spec_of
 RATES, SEEDS = (3e-4, 1e-3, 3e-3), (0, 1, 2)
 STUDENTS: dict[str, dict[str, Any]] = {
     "topk_kl": {"kind": "topk_kl", "top_k": 32},
+    "answers": {"kind": "answers"},
     "gkd": {"kind": "gkd", "on_policy": 0.5},
 }
-"""By name, what a student learns from its ensemble by: on the reference answers, and on what it writes itself."""
+"""What a student learns from its ensemble by: its distributions over the references, its own answers, and its
+distributions over what the student writes in every second step."""
 Row = dict[str, Any]
 
 
@@ -97,18 +99,22 @@ def _taught(teacher: str, who: str, lr: float, seed: int) -> Row:
     from raylora.store.run_store import RunStore
 
     spec = RunStore(teacher).read_spec()
-    loss = dict(STUDENTS[who])
+    loss, answers = dict(STUDENTS[who]), {}
+    assert spec.evaluation.generation is not None
+    limit = {"max_new_tokens": spec.evaluation.generation.max_new_tokens}
     if who == "gkd":
-        assert spec.evaluation.generation is not None
-        loss["max_new_tokens"] = spec.evaluation.generation.max_new_tokens
+        loss |= limit
+    if who == "answers":
+        answers = {"answers": limit}
     content = spec.model_dump(mode="json")
     work = prepare_distillation(teacher, DistillSpec.model_validate({
-        "name": f"{who.replace('_', '-')}-{lr:.0e}", "loss": loss, "alone": False, "costs": False,
+        "name": f"{who.replace('_', '-')}-{lr:.0e}", "loss": loss, **answers, "alone": False, "costs": False,
         "student": {"base": content["base"], "adapter": content["adapter"], "seed": 100 * seed,
                     "optimization": {**content["optimization"], "lr": lr}},
     }))
-    if work.targets is not None and not work.targets.is_done:
-        run_in_process(work.targets)
+    for needed in (work.targets, work.answers):
+        if needed is not None and not needed.is_done:
+            run_in_process(needed)
     return train(work.student.model_dump(mode="json"))
 
 
