@@ -122,6 +122,11 @@ def summary_of(rows: Sequence[Row]) -> Row:
     return found
 
 
+def _label(who: str, base: str, one: Row) -> str:
+    seeds = one["right"]["seeds"]
+    return f"{who}, {base}" + (f" ({seeds} seed{'s' * (seeds > 1)})" if who != "untuned" and seeds < len(SEEDS) else "")
+
+
 def draw(rows: Sequence[Row]) -> None:
     """Draw right answers, NLL and the AUROC of doubts for each task, and tokens per second."""
     import matplotlib
@@ -138,7 +143,7 @@ def draw(rows: Sequence[Row]) -> None:
     }
     for number, task in enumerate(tasks):
         of_task = {base: summary["answers"].get(f"{task}, {base}", {}) for base in BASES}
-        own = {f"{who}, {base}": one for base, cell in of_task.items() for who, one in cell.items()}
+        own = {_label(who, base, one): one for base, cell in of_task.items() for who, one in cell.items()}
         for axis, (title, of) in zip(axes[number], columns.items(), strict=False):
             shown = {name: of(one) for name, one in own.items() if of(one) and not (
                 title.startswith("NLL") and name.startswith("untuned"))}  # far off: it would leave no room

@@ -43,7 +43,7 @@ class Cell:
         content["placement"]["recompute"] = recompute
         prepared = prepare(build_spec(content))
         self.spec = prepared.spec
-        self.session = TrainingSession(self.spec, prepared.store, cpus=2, gpus=self.spec.placement.gpus_per_worker)
+        self.session = TrainingSession(self.spec, prepared.store, cpus=2, gpus=prepared.plan.gpus_per_worker)
         self.session.load()
 
     def trainer(self) -> Any:
