@@ -415,6 +415,8 @@ class ContenderMetrics(Costs, total=False):
     label: str
     eval: dict[str, SetMetrics]
     ood: dict[str, OodMetrics]
+    answers: dict[str, dict[str, Any]]
+    """By set, what its written answers score, where teacher and students were asked alike."""
     parameters: int
     trainable_parameters: int
     retained_score: float | None

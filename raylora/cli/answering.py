@@ -217,13 +217,19 @@ def _print_answer(prompt: str, answer: Answer) -> None:
 
 def _described(described: dict[str, Any]) -> list[Table]:
     """Return tables of how right answers are, and of what the members' doubts tell."""
-    right = Table("metric", "value", "interval")
-    for name, one in [*described["metrics"].items(), ("ece of the answers' probabilities", described["ece"])]:
-        right.add_row(name, f"{one['value']:.3f}", _interval(one))
-    told = Table("doubt", "AUROC for wrong answers", "interval")
-    for name, one in described["error_auroc"].items():
-        told.add_row(name, *(("-", "") if one is None else (f"{one['value']:.3f}", _interval(one))))
-    return [right, told]
+    tables = []
+    if "metrics" in described:
+        right = Table("metric", "value", "interval")
+        for name, one in [*described["metrics"].items(), ("ece of the answers' probabilities", described["ece"])]:
+            right.add_row(name, f"{one['value']:.3f}", _interval(one))
+        tables.append(right)
+    for key, what in (("error_auroc", "wrong answers"), ("ood_auroc", "foreign prompts")):
+        if key in described:
+            told = Table("doubt", f"AUROC for {what}", "interval")
+            for name, one in described[key].items():
+                told.add_row(name, *(("-", "") if one is None else (f"{one['value']:.3f}", _interval(one))))
+            tables.append(told)
+    return tables
 
 
 def _interval(one: dict[str, Any]) -> str:

@@ -148,16 +148,39 @@ def describe_answers(
     return found
 
 
+def describe_doubts(
+    doubts: Mapping[str, Tensor], familiar: Mapping[str, Tensor] | None = None, samples: int = 200,
+    confidence: float = 0.95, seed: int = 0,
+) -> dict[str, Any]:
+    """Return the mean of every doubt and, with those of a familiar set, how well each tells the two sets apart.
+
+    ``ood_auroc`` is the probability that an answer to a foreign prompt is doubted more than one to a familiar prompt.
+    """
+    found: dict[str, Any] = {"uncertainty": {name: float(values_K.mean()) for name, values_K in doubts.items()}}
+    if familiar is not None:
+        both = [name for name in doubts if name in familiar]
+        found["ood_auroc"] = {
+            name: _between(familiar[name], doubts[name], samples, confidence, seed) for name in both
+        }
+    return found
+
+
 def _ends(values_S: Tensor, samples: int, confidence: float) -> dict[str, list[float]]:
     return {"interval": interval(values_S, confidence)} if samples else {}
 
 
 def _auroc(right_N: Tensor, doubt_N: Tensor, samples: int, confidence: float, seed: int) -> dict[str, Any] | None:
-    trusted, wrong = doubt_N[right_N == 1].double(), doubt_N[right_N == 0].double()
+    trusted, wrong = doubt_N[right_N == 1], doubt_N[right_N == 0]
     if not len(trusted) or not len(wrong):
         return None
-    ends = _ends(bootstrap_auroc(trusted, wrong, samples, seed), samples, confidence) if samples else {}
-    return {"value": auroc(trusted, wrong), **ends}
+    return _between(trusted, wrong, samples, confidence, seed)
+
+
+def _between(lower_N: Tensor, higher_K: Tensor, samples: int, confidence: float, seed: int) -> dict[str, Any]:
+    # Twelve digits: the order in which numbers are summed must not break ties.
+    lower_N, higher_K = (values.double().round(decimals=12) for values in (lower_N, higher_K))
+    ends = _ends(bootstrap_auroc(lower_N, higher_K, samples, seed), samples, confidence) if samples else {}
+    return {"value": auroc(lower_N, higher_K), **ends}
 
 
 def _last_number(text: str) -> float | None:

@@ -54,6 +54,12 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("perplexity", "Perplexity", digits=2),
     Metric("tokenwise_nll", "NLL of a text, token by token"),
     Metric("sequencewise_nll", "NLL of a text, as a whole"),
+    # written answers
+    Metric("exact_match", "Exact match", "higher", percent=True, phrase="exact match"),
+    Metric("f1", "F1", "higher", percent=True),
+    Metric("contains", "Contains", "higher", percent=True, phrase="share of answers that contain the reference"),
+    Metric("number", "Number", "higher", percent=True, phrase="share of right numbers"),
+    Metric("choice", "Choice", "higher", percent=True, phrase="share of right choices"),
     # values
     Metric("rmse", "RMSE", phrase="root mean squared error (RMSE, lower is better)"),
     Metric("mae", "MAE"),

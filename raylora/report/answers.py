@@ -32,7 +32,8 @@ class Shown:
     reference: str
     tokens: list[tuple[str, float]]
     """Text, and how strong its shade is, 0 to 1."""
-    right: bool
+    right: bool | None
+    """None where nobody says what is right."""
     nll: str
 
 
@@ -42,9 +43,11 @@ class AnswerSection:
 
     right: Table
     errors: Table
+    foreign: Table | None
+    """How well doubts tell prompts of another kind; None where there are none."""
     lists: list[tuple[str, list[Shown]]]
     first: str
-    """The metric by which an answer is right."""
+    """What a sentence calls the metric by which an answer is right."""
 
 
 def section(metrics: RunMetrics) -> AnswerSection | None:
@@ -58,13 +61,19 @@ def section(metrics: RunMetrics) -> AnswerSection | None:
         half = len(one["shown"]) // 2
         lists += [(f"{name}: the surest", _shown(one["shown"][:half])),
                   (f"{name}: the least sure", _shown(one["shown"][half:]))]
-    return AnswerSection(_right(sets, asked), _errors(sets), [(t, rows) for t, rows in lists if rows], _label(asked[0]))
+    scored = {name: one for name, one in sets.items() if "metrics" in one["ensemble"]}
+    foreign = {name: one for name, one in sets.items() if "ood_auroc" in one["ensemble"]}
+    return AnswerSection(_right(scored, asked), _told(scored, "error_auroc"),
+                         _told(foreign, "ood_auroc") if foreign else None, [(t, rows) for t, rows in lists if rows],
+                         METRICS[asked[0]].in_words)
 
 
 def risk(metrics: RunMetrics) -> list[Drawn]:
     """Per set: the share of wrong answers among those that are doubted least, of the ensemble and of one member."""
     drawn = []
     for name, one in ((metrics.get("answers") or {}).get("sets") or {}).items():
+        if "risk_coverage" not in one["ensemble"]:
+            continue
         figure = Figure(figsize=(5.4, 4.2), layout="constrained")
         axes = figure.subplots()
         contenders = (("ensemble", "ensemble", one["ensemble"]), ("single", "one member", one["members"][0]))
@@ -101,15 +110,16 @@ def _right(sets: Mapping[str, Any], asked: Sequence[str]) -> Table:
     return Table(groups, [_label(metric) for _ in sets for metric in (*asked, "ece")], rows)
 
 
-def _errors(sets: Mapping[str, Any]) -> Table:
+def _told(sets: Mapping[str, Any], key: str) -> Table:
+    """Return the AUROC of every doubt, of the ensemble and of one member: for wrong answers, or for foreign prompts."""
     rows = []
     for who, label in (("ensemble", "Ensemble"), ("single", "One member")):
+        described = [one["ensemble"] if who == "ensemble" else one["members"][0] for one in sets.values()]
         for name, words in _DOUBTS.items():
-            described = [one["ensemble"] if who == "ensemble" else one["members"][0] for one in sets.values()]
-            found = [one["error_auroc"].get(name) for one in described]
-            if any(name in one["error_auroc"] for one in described):
+            if any(name in one[key] for one in described):
                 rows.append((f"{label}: {words}", [
-                    Text(MISSING) if one is None else Text(f"{one['value']:.3f}", _ends(one, "")) for one in found
+                    Text(MISSING) if (one := of[key].get(name)) is None else Text(f"{one['value']:.3f}", _ends(one, ""))
+                    for of in described
                 ]))
     return Table([], list(sets), rows)
 
@@ -118,10 +128,10 @@ def _shown(records: Sequence[Mapping[str, Any]]) -> list[Shown]:
     return [
         Shown(
             prompt=("…" if len(one["prompt"]) > _PROMPT_END else "") + one["prompt"][-_PROMPT_END:].strip(),
-            reference=one["reference"],
+            reference=one["reference"] or "",
             tokens=[(token["text"], min(1.0, (token["mutual_information"] or 0.0) / _STRONG_NATS))
                     for token in _read(one["answer"])],
-            right=one["right"] >= 0.5,
+            right=None if one["right"] is None else one["right"] >= 0.5,
             nll=f"{one['answer']['mean_nll']:.3f}",
         )
         for one in records
@@ -135,7 +145,7 @@ def _read(answer: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _label(metric: str) -> str:
-    return {"exact_match": "exact match", "f1": "F1", "ece": METRICS["ece"].label}.get(metric, metric)
+    return METRICS[metric].label
 
 
 def _number(value: float, metric: str) -> str:

@@ -161,25 +161,25 @@ def _entries(record: DistillationRecord) -> list[Entry]:
 
 
 def _quality(record: DistillationRecord) -> Table:
-    rows = _entries(record)
-    sets, foreign = list(rows[0].content["eval"]), list(rows[0].content["ood"])
-    show = section_of(record)
-    keys = [(name, metric) for name in sets for metric in show.compared]
+    rows, show = _entries(record), section_of(record)
+    content = rows[0].content
+    # By what stands above them: where the numbers are, of which set, and which.
+    shown: dict[str, tuple[str, str, Sequence[str]]] = {name: ("eval", name, show.compared) for name in content["eval"]}
+    for name, scores in content.get("answers", {}).items():
+        shown[f"{name}, answers"] = ("answers", name, [metric for metric in scores if metric != "intervals"])
     # A student that keeps its teacher's disagreement can be asked for it; the score is the AUROC of that.
-    keys += [(name, score) for name in foreign for score in show.retained]
-    part = dict.fromkeys(sets, "eval") | dict.fromkeys(foreign, "ood")
-    cells = columns(rows, keys, lambda row, name, metric: row.cell(part[name], name, metric))
+    shown |= {name: ("ood", name, show.retained) for name in content["ood"]}
+    keys = [(group, metric) for group, (_, _, metrics) in shown.items() for metric in metrics]
+    cells = columns(rows, keys, lambda row, group, metric: row.cell(*shown[group][:2], metric))
     lines = [
         (row.label, [text_of(cell, metric) for cell, (_, metric) in zip(line, keys, strict=True)])
         for row, line in zip(rows, cells, strict=True)
     ]
-    labels = [METRICS[metric].label for _, metric in keys]
     heads = [
-        f"AUROC of {label.lower()}" if part[name] == "ood" else label
-        for (name, _), label in zip(keys, labels, strict=True)
+        f"AUROC of {METRICS[metric].label.lower()}" if shown[group][0] == "ood" else METRICS[metric].label
+        for group, metric in keys
     ]
-    groups = [(name, len(show.compared)) for name in sets] + [(name, len(show.retained)) for name in foreign]
-    return Table(groups, heads, lines)
+    return Table([(group, len(metrics)) for group, (_, _, metrics) in shown.items()], heads, lines)
 
 
 def _costs(record: DistillationRecord) -> Table:

@@ -178,7 +178,9 @@ class EarlyStoppingSpec(Frozen):
     """Stop a member when its validation metric has not improved for ``patience`` epochs, and keep its best state."""
 
     metric: str = "nll"
-    """``nll`` serves every task; ``accuracy``, ``brier`` and ``ece`` need classes, ``rmse`` a regression."""
+    """``nll`` serves every task; ``accuracy``, ``brier`` and ``ece`` need classes, ``rmse`` a regression. With
+    ``evaluation.generation`` an instruction task has ``exact_match``, ``f1``, ``contains``, ``number`` and ``choice``,
+    of each member's own answers to the validation rows."""
     patience: int = Field(default=1, ge=1)
     """How many epochs in a row may be no better than the best before a member stops."""
 

@@ -83,24 +83,34 @@ def test_answers_are_scored_against_the_rows_own(writer: str) -> None:
     assert test["ensemble"]["metrics"]["exact_match"]["value"] == pytest.approx(right / 40)
     assert test["ensemble"]["error_auroc"].keys() >= {"mean_nll", "mean_mutual_information", "disagreement"}
     assert "disagreement" not in test["members"][0]["error_auroc"]
+    jobs, other = found["sets"]["jobs"]["ensemble"], ensemble.generator().written(
+        [list(e.sequences[0][: e.target_ranges[-1][0]]) for e in sets.out_of_distribution["jobs"].examples],
+        [e.id for e in sets.out_of_distribution["jobs"].examples], Sampling(6),
+    )
+    for name in ("mean_nll", "mean_entropy"):
+        usual, foreign = ([one.sums()[name] for (one,) in answers] for answers in (said, other))
+        above = [(one > two) + 0.5 * (one == two) for one in foreign for two in usual]
+        assert jobs["ood_auroc"][name]["value"] == pytest.approx(sum(above) / len(above))
+        assert jobs["uncertainty"][name] == pytest.approx(sum(foreign) / len(foreign))
+    assert "ood_auroc" not in test["ensemble"] and "mean_nll" in found["sets"]["jobs"]["members"][1]["ood_auroc"]
     nlls = [one["answer"]["mean_nll"] for one in test["shown"]]
     assert nlls == sorted(nlls) and store.read_json("answers.json") == json.loads(json.dumps(found))
 
 
 def test_what_is_committed_is_not_written_again(writer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = Generator.written, []
+    real, calls = Generator.voices, []
 
     def counted(self: Generator, prompts: Any, *rest: Any) -> Any:
         calls.append(len(prompts))
-        if len(calls) == 3:  # in the middle of the second shard
+        if len(calls) == 2:  # in the second shard
             raise KeyboardInterrupt
         return real(self, prompts, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Generator, "written", counted)
+        patch.setattr(Generator, "voices", counted)
         with pytest.raises(KeyboardInterrupt):
             evaluate_run(writer, SETTINGS, local=True)
-        assert calls == [32, 32, 8] and RunStore(writer).read_json("answers.json") is None
+        assert calls == [32, 8] and RunStore(writer).read_json("answers.json") is None
         seen: list[tuple[str, int, int]] = []
 
         def on_status(status: RunStatus) -> None:
@@ -108,11 +118,11 @@ def test_what_is_committed_is_not_written_again(writer: str, monkeypatch: pytest
             seen.extend((one.activity.value, one.done, one.total) for one in told)
 
         first = evaluate_run(writer, SETTINGS, True, on_status)
-        assert calls[3:] == [8, 8, 2, 2] and {("answering", 8, 8), ("answering", 2, 2)} <= set(seen)
+        assert calls[2:] == [8, 2] and {("answering", 8, 8), ("answering", 2, 2)} <= set(seen)
         again = evaluate_run(writer, SETTINGS, local=True)
         other = evaluate_run(writer, SETTINGS.model_copy(update={"metrics": ["contains"]}), local=True)
         fewer = evaluate_run(writer, SETTINGS.model_copy(update={"rows": 32}), local=True)
-        assert len(calls) == 7 and again == first  # other metrics are read off the same answers
+        assert len(calls) == 4 and again == first  # other metrics are read off the same answers
     assert other["sets"]["test"]["ensemble"]["metrics"].keys() == {"contains"}
     assert fewer["sets"]["test"]["ensemble"]["answers"] == 32
 
@@ -141,9 +151,11 @@ def test_the_command_writes_numbers_and_the_report_shows_answers(writer: str) ->
     arguments = ["evaluate", writer, *metrics, "--max-new-tokens", "6", "--rows", "9", "--local"]
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code == 0, said.output
+    assert "AUROC for foreign prompts" in said.output
     assert "AUROC for wrong answers" in said.output and "test: 9 answers" in said.output
     page = Path(writer, "report.html").read_text()
-    assert "<h2>Answers</h2>" in page and "test: the least sure" in page and "exact match" in page
+    assert "<h2>Answers</h2>" in page and "test: the least sure" in page and "Exact match" in page
+    assert "Do doubts tell foreign prompts from familiar ones?" in page
     assert "Say &lt;b&gt;" in page and "Say <b>" not in page
     assert Path(writer, "plots", "answers-risk-test.png").stat().st_size > 5_000
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output.splitlines()[-1])
@@ -179,7 +191,7 @@ def test_a_run_answers_as_a_part_of_it_what_the_command_would(
     numbers = metrics["answers"]["sets"]["test"]
     assert numbers["ensemble"] == found["sets"]["test"]["ensemble"] and "shown" not in numbers
     assert RunStore(uri).read_json("metrics.json")["answers"] == metrics["answers"]
-    monkeypatch.setattr(Generator, "written", lambda *_: pytest.fail("something was answered again"))
+    monkeypatch.setattr(Generator, "voices", lambda *_: pytest.fail("something was answered again"))
     assert run_local(spec, lambda status: None)["answers"] == metrics["answers"]
     assert evaluate_run(uri, SETTINGS, local=True) == afterwards  # both know where answers lie
     more = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={
@@ -192,7 +204,7 @@ def test_a_run_that_is_stopped_while_it_answers_goes_on_there(
     spec_of: Callable[..., Any], writer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of(name="whole", evaluation__generation=SETTINGS.model_dump())
-    uri, real, calls = RunStore.for_spec(spec).uri, Generator.written, []
+    uri, real, calls = RunStore.for_spec(spec).uri, Generator.voices, []
 
     def counted(self: Generator, prompts: Any, *rest: Any) -> Any:
         calls.append(len(prompts))
@@ -200,14 +212,14 @@ def test_a_run_that_is_stopped_while_it_answers_goes_on_there(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, prompts, *rest)
 
-    monkeypatch.setattr(Generator, "written", counted)
+    monkeypatch.setattr(Generator, "voices", counted)
     with pytest.raises(Interrupted):
         run_local(spec, lambda status: None)
     store = RunStore(uri)
     assert len(answers_of(uri)) == 1 and not store.storage.exists("metrics.json")
     members = {name: store.load_result(f"members/{name}") for name in store.storage.list("members")}
     resumed = run_local(store.spec_in_place(), lambda status: None)
-    assert calls == [32, 32, 8, 8, 2, 2] and resumed["run"]["phase"] == "succeeded"
+    assert calls == [32, 8, 2] and resumed["run"]["phase"] == "succeeded"
     assert {name: store.load_result(f"members/{name}") for name in members} == members and len(members) == 2
     evaluate_run(writer, SETTINGS, local=True)
     assert answers_of(uri) == answers_of(writer) and len(answers_of(uri)) == 3

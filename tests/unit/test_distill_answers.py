@@ -58,15 +58,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def teacher(make_spec: Make, tiny_model: Callable[[str], str], files: dict[str, str], trained: Make) -> str:
-    """Return the directory of three members that have learned to answer and to stop."""
-    return trained(make_spec(**{
+def make_teacher(make_spec: Make, tiny_model: Callable[[str], str], files: dict[str, str], trained: Make) -> Make:
+    """Return a function from changes to the directory of three members that have learned to answer and to stop."""
+    return lambda **changes: trained(make_spec(**{
         "base__source": tiny_model("llama"), "adapter": {"kind": "lora", "rank": 8, "target_modules": "all-linear"},
         "ensemble__members": 3, "task": {"kind": "instruction", "max_length": 80},
         "evaluation__out_of_distribution": {}, "evaluation__bootstrap_samples": 0,
         "data": {"train": {"files": files["chats"]}, "validation_rows": 4, "test_rows": 6},
-        "optimization": {"lr": 0.02, "steps": 60, "micro_batch": 6, "warmup": 0.0},
+        "optimization": {"lr": 0.02, "steps": 60, "micro_batch": 6, "warmup": 0.0}, **changes,
     }))
+
+
+@pytest.fixture
+def teacher(make_teacher: Make) -> str:
+    """Return such a directory."""
+    return make_teacher()
 
 
 def settings(source: str, answers: dict[str, Any] | None = None, **changes: Any) -> DistillSpec:
@@ -164,8 +170,9 @@ def sets_of_student(student: RunSpec) -> Any:
 
 
 def test_the_student_learns_what_the_ensemble_writes(
-    teacher: str, tiny_model: Callable[[str], str], files: dict[str, str]
+    make_teacher: Make, tiny_model: Callable[[str], str], files: dict[str, str]
 ) -> None:
+    teacher = make_teacher(evaluation__generation={"rows": 6, "max_new_tokens": 6, "metrics": ["exact_match", "f1"]})
     wanted = settings(tiny_model("gpt2"), transfer={"files": files["asks"]}, alone=True)
     said: list[str] = []
     result = distill_run(teacher, wanted, local=True, on_stage=said.append)
@@ -191,6 +198,13 @@ def test_the_student_learns_what_the_ensemble_writes(
     (section,) = sections({"distillation": [result]})
     assert "Taught by 3 members, whose mixture answered 39 rows" in section["sentence"]
     assert f"{len(ended)} answers are learned" in section["sentence"]
+    assert section["quality"].groups[-1] == ("test, answers", 2)
+    assert section["quality"].heads[-2:] == ["Exact match", "F1"]
+    for name, one in result["contenders"].items():
+        assert one["answers"]["test"].keys() == {"exact_match", "f1", "intervals"}, name
+        assert 0 <= one["answers"]["test"]["exact_match"] <= one["answers"]["test"]["f1"] <= 1
+    said_of_teacher = RunStore(teacher).read_json("answers.json")["sets"]["test"]["ensemble"]["metrics"]
+    assert result["contenders"]["teacher"]["answers"]["test"]["f1"] == said_of_teacher["f1"]["value"]
     assert [what.split(" in ")[0] for what in said] == [
         "having 39 rows answered,", "training student", "training student-alone", "comparing teacher and student",
     ]

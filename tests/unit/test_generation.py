@@ -13,6 +13,7 @@ from run_helpers import run
 
 from raylora.adapters.packed import make_pack, stack
 from raylora.data.task import Example
+from raylora.engine.generation import reading
 from raylora.engine.generation.generator import Generator, sampling
 from raylora.engine.generation.mixture import draw, mix, uniforms
 from raylora.engine.training.predict import predict
@@ -131,6 +132,27 @@ def test_members_that_are_whole_models_write_too(make_writer: Make, make_parts: 
     for row in range(2):
         first = [own[row][0].tokens[0] for own in each]
         assert found[row][0].tokens[0].entropy >= sum(token.entropy for token in first) / len(first) - 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ways_to_answer_share_the_prompts_and_nothing_else(
+    kind: str, make_writer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, members = make_writer(kind)
+    ask, task = generator(parts, members), parts.task
+    asked = [task.prompt({"prompt": prompt}, parts.base.tokenizer) for prompt in PROMPTS]
+    ways = [settings(), settings(each_member=True, max_new_tokens=5), settings(temperature=1.3, seed=4)]
+    apart = [ask.written(asked, PROMPTS, way) for way in ways]
+    read: list[int] = []
+    real = reading.pass_lanes
+
+    def counted(base: Any, lanes: Any, inputs: Any, keep: int) -> torch.Tensor:
+        read.append(inputs["input_ids"].shape[1])
+        return real(base, lanes, inputs, keep)
+
+    monkeypatch.setattr(reading, "pass_lanes", counted)
+    assert ask.voices(asked, PROMPTS, ways) == apart  # to the last bit
+    assert sum(length > 1 for length in read) == 1 and len(read) > 20
 
 
 # --- against itself --------------------------------------------------------------------------------------

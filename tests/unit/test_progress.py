@@ -74,12 +74,12 @@ def test_the_time_left_counts_all_jobs_and_their_evaluation() -> None:
     running = JobStatus(["a"], JobState.RUNNING, 0, 0, Progress(Activity.TRAINING, 5, 20, 1, 2.0, after_s=7.0))
     waiting = JobStatus(["b"], JobState.PENDING, 0, 0)
     assert running.progress is not None
-    assert _eta_s({"0": running, "1": waiting}, [running.progress], busy) == 15 * 2.0 + 7.0 + 20 * 2.0 + 7.0
+    assert _eta_s({"0": running, "1": waiting}, {"0": running.progress}, busy) == 15 * 2.0 + 7.0 + 20 * 2.0 + 7.0
     evaluating = replace(running, progress=Progress(Activity.EVALUATING, 30, 90, 10, 1.0))
-    assert _eta_s({"0": evaluating}, [running.progress], busy) == pytest.approx(6.0)
+    assert _eta_s({"0": evaluating}, {"0": running.progress}, busy) == pytest.approx(6.0)
     two = {"w": WorkerState.BUSY, "v": WorkerState.BUSY}
-    assert _eta_s({"0": running, "1": running}, [running.progress], two) == 37.0
-    assert _eta_s({"0": waiting}, [], busy) is None
+    assert _eta_s({"0": running, "1": running}, {"0": running.progress}, two) == 37.0
+    assert _eta_s({"0": waiting}, {}, busy) is None
 
 
 def test_a_worker_estimates_its_evaluation_from_the_pace_of_its_steps(make_spec: Make) -> None:

@@ -9,6 +9,7 @@ Shapes: M members, N prompts, A of them unfinished, B = M * A rows, T tokens, V 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,17 @@ class Decoder:
         self.unfinished = list(range(len(prompts)))
         self._done_MA = torch.zeros((self.members, len(prompts)), dtype=torch.bool)
         self._reading = Reading(model, stacked, list(prompts) * self.members)
+
+    @torch.no_grad()
+    def fork(self, sampling: Sampling) -> Decoder:
+        """Return answers to the same prompts that are chosen otherwise; the prompts are passed once for both.
+
+        Both hold what the members remember of the prompts. To be called before :meth:`steps` begins.
+        """
+        twin = copy.copy(self)
+        twin.sampling, twin.unfinished, twin._done_MA = sampling, list(self.unfinished), self._done_MA.clone()
+        twin._reading = self._reading.fork()
+        return twin
 
     @torch.no_grad()
     def steps(self) -> Iterator[list[Written]]:

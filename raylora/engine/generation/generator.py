@@ -96,9 +96,9 @@ class Generator:
         while chunk := list(islice(numbered, batch)):
             tokens = [self._tokens(prompt, number, sampling) for number, prompt in chunk]
             names = [self._name(prompt, number) for number, prompt in chunk]
-            found = self.written(tokens, names, sampling, stop)
-            if agreement:
-                own = self.written(tokens, names, replace(sampling, each_member=True, temperature=0.0), stop)
+            ways = [sampling, *([replace(sampling, each_member=True, temperature=0.0)] if agreement else [])]
+            found, *own_too = self.voices(tokens, names, ways, stop)
+            for own in own_too:
                 found = [[replace(one, agreement=agreement_of(one, members)) for one in answers]
                          for answers, members in zip(found, own, strict=True)]
             yield from found
@@ -106,7 +106,7 @@ class Generator:
     def stream(self, prompt: Prompt, sampling: Sampling, stop: Sequence[str] = ()) -> Iterator[Piece]:
         """Yield an answer's pieces as they are written. Raises: DataError, as for :meth:`answers`."""
         tokens, name = self._tokens(prompt, 0, sampling), self._name(prompt, 0)
-        for pieces, _ in self._steps([tokens], [name], sampling, stop):
+        for pieces, _ in self._steps(self._decoder([tokens], [name], sampling), stop):
             yield from pieces
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
@@ -132,20 +132,36 @@ class Generator:
         self, prompts: Sequence[list[int]], names: Sequence[str], sampling: Sampling, stop: Sequence[str] = ()
     ) -> list[list[Answer]]:
         """Return the answers to prompts that are tokens already, one or one per member. Raises: DataError."""
+        return self.voices(prompts, names, [sampling], stop)[0]
+
+    def voices(
+        self, prompts: Sequence[list[int]], names: Sequence[str], ways: Sequence[Sampling], stop: Sequence[str] = ()
+    ) -> list[list[list[Answer]]]:
+        """Return :meth:`written` of each of several ways; the members read the prompts once. Raises: DataError."""
         for name, prompt in zip(names, prompts, strict=True):
-            self._check_length(f"prompt {name}", prompt, sampling)
+            self._check_length(f"prompt {name}", prompt, max(ways, key=lambda way: way.max_new_tokens))
+        first = self._decoder(prompts, names, ways[0])
+        decoders = [first.fork(replace(way, rule=self.rule)) for way in ways[1:]]
+        decoders.insert(0, first)
+        found: list[list[list[Answer]]] = []
+        while decoders:  # the last goes first, and what it remembers with it
+            found.insert(0, self._answers_of(decoders.pop(), len(prompts), stop))
+        return found
+
+    def _answers_of(self, decoder: Decoder, prompts: int, stop: Sequence[str]) -> list[list[Answer]]:
         drafts: dict[tuple[int, int | None], _Draft] = {}
-        for _, drafts in self._steps(prompts, names, sampling, stop):  # noqa: B007
+        for _, drafts in self._steps(decoder, stop):  # noqa: B007
             pass
-        voices: list[int | None] = list(range(self.members)) if sampling.each_member else [None]
-        return [
-            [_answer(drafts[row, voice]) for voice in voices] for row in range(len(prompts))
-        ]
+        speakers: list[int | None] = list(range(self.members)) if decoder.sampling.each_member else [None]
+        return [[_answer(drafts[row, speaker]) for speaker in speakers] for row in range(prompts)]
+
+    def _decoder(self, prompts: Sequence[list[int]], names: Sequence[str], sampling: Sampling) -> Decoder:
+        return Decoder(self.model, self.stacked, prompts, names, replace(sampling, rule=self.rule), self.ends)
 
     def _steps(
-        self, prompts: Sequence[list[int]], names: Sequence[str], sampling: Sampling, stop: Sequence[str]
+        self, decoder: Decoder, stop: Sequence[str]
     ) -> Iterator[tuple[list[Piece], dict[tuple[int, int | None], _Draft]]]:
-        decoder = Decoder(self.model, self.stacked, prompts, names, replace(sampling, rule=self.rule), self.ends)
+        names = decoder.names
         drafts: dict[tuple[int, int | None], _Draft] = {}
         for written in decoder.steps():
             pieces = []

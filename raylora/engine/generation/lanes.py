@@ -5,6 +5,7 @@ Shapes: M members, A rows of one member, B = M * A rows member by member, T toke
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,6 +28,10 @@ class Lane:
     pack: Pack
     cache: DynamicCache | None = None
     """The keys and values of all that its members have read; without one every pass begins at the first token."""
+
+    def copied(self) -> Lane:
+        """Return a lane that remembers the same and from now on goes its own way."""
+        return Lane(self.pack, copy.deepcopy(self.cache))
 
     def keep(self, row_B: Tensor) -> None:
         """Forget all rows but these, by their places among the lane's own."""

@@ -87,8 +87,8 @@ def _batch(
     asked, names = [list(one.prompt) for one in questions], [one.id for one in questions]
     if not all(asked):
         raise DataError(f"row {names[asked.index([])]}: nothing stands before its answer", "give rows with a prompt")
-    together = writer.written(asked, names, replace(sampling, each_member=False))
-    own = writer.written(asked, names, replace(sampling, each_member=True, temperature=0.0)) if each_member else []
+    ways = [replace(sampling, each_member=False), replace(sampling, each_member=True, temperature=0.0)]
+    together, *own = writer.voices(asked, names, ways if each_member else ways[:1])
     records: list[dict[str, Any]] = []
     for number, (question, (answer,)) in enumerate(zip(questions, together, strict=True)):
         reference = None if question.reference is None else text_of(writer.tokenizer, question.reference)
@@ -96,8 +96,9 @@ def _batch(
             "id": question.id, "prompt": text_of(writer.tokenizer, question.prompt), "reference": reference,
             "answer": answer.record(),
         }
-        if each_member:
-            members = [{key: value for key, value in one.record().items() if key != "tokens"} for one in own[number]]
-            record["members"] = members
+        for members in own:
+            record["members"] = [
+                {key: value for key, value in one.record().items() if key != "tokens"} for one in members[number]
+            ]
         records.append(record)
     return records

@@ -8,6 +8,7 @@ Shapes: M members, A rows of one member, B = M * A rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,9 +33,22 @@ class Reading:
         self._ids_BT = torch.tensor(ids, device=self.base.device)
         self._mask_BT = torch.tensor(mask, device=self.base.device)
         self._lanes = lanes_of(model, stacked, remembers=True)
+        self._ahead_BV: Tensor | None = None
+
+    def fork(self) -> Reading:
+        """Return a second reading, which goes on by itself; what there is so far is read once for both."""
+        if self._ahead_BV is None:
+            self._ahead_BV = self._read()
+        twin = copy.copy(self)
+        twin._lanes = [lane.copied() for lane in self._lanes]
+        return twin
 
     def logits(self) -> Tensor:
         """Read each row's last tokens and return the logits of what follows them, B x V."""
+        logits_BV, self._ahead_BV = self._ahead_BV, None
+        return self._read() if logits_BV is None else logits_BV
+
+    def _read(self) -> Tensor:
         position_BT = (self._mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -self._ids_BT.shape[1] :]
         inputs = {"input_ids": self._ids_BT, "attention_mask": self._mask_BT, "position_ids": position_BT}
         return pass_lanes(self.base, self._lanes, inputs, keep=1)[:, -1]

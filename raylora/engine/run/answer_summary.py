@@ -17,7 +17,7 @@ from raylora.engine.run.answer_job import AnswerJob
 from raylora.engine.run.answering import ShardShelf
 from raylora.engine.run.evaluation import evaluated_sets
 from raylora.engine.run.finished_members import members_digest
-from raylora.ensemble.answer_metrics import NORMALIZATIONS, Doubts, describe_answers, score_answers
+from raylora.ensemble.answer_metrics import NORMALIZATIONS, Doubts, describe_answers, describe_doubts, score_answers
 from raylora.spec import EvaluationSpec, GenerationSpec, RunSpec
 from raylora.store.run_store import RunStore
 
@@ -52,9 +52,13 @@ def describe(
         of_set.setdefault(name, []).append(record)
     worth = _Worth(evaluation, settings, seed, members)
     roles = asked_sets(sets)
+    test = of_set[sets.test.name]
     return {
         "settings": settings.model_dump(mode="json"), "members": members,
-        "sets": {name: {"role": roles[name], **worth.of(records)} for name, records in of_set.items()},
+        "sets": {
+            name: {"role": roles[name], **worth.of(records, test if roles[name] == "out_of_distribution" else None)}
+            for name, records in of_set.items()
+        },
     }
 
 
@@ -71,33 +75,62 @@ class _Worth:
         self.evaluation, self.settings, self.seed, self.members = evaluation, settings, seed, members
         self.normalize = NORMALIZATIONS[settings.normalize]
 
-    def of(self, records: Records) -> dict[str, Any]:
-        """Return the ensemble's and its members' numbers on one set, and the answers that are shown to people."""
+    def of(self, records: Records, familiar: Records | None = None) -> dict[str, Any]:
+        """Return the ensemble's and its members' numbers on one set, and the answers that are shown to people.
+
+        Args:
+            familiar: of the test set, from which a foreign set is to be told.
+        """
+        voices = [self._voice(records, m) for m in range(-1, self.members)]
+        usual = None if familiar is None else [self._voice(familiar, m) for m in range(-1, self.members)]
         references = [record["reference"] for record in records]
-        answers = [{**record["answer"], "disagreement": self._disagreement(record)} for record in records]
-        members = [self._described([record["members"][m] for record in records], references)
-                   for m in range(self.members)]
-        first = self.settings.metrics[0]
-        right_N = score_answers([one["text"] for one in answers], references, [first], self.normalize)[first]
+        described = [
+            self._described(said, references, None if usual is None else usual[n]) for n, said in enumerate(voices)
+        ]
+        answers = voices[0]
+        right_N = self._right(answers, references)
         order = _column(answers, "mean_nll").argsort(stable=True).tolist()
         shown = [*order[:_SHOWN], *order[max(_SHOWN, len(order) - _SHOWN) :]]
         return {
-            "ensemble": self._described(answers, references), "members": members,
-            "shown": [{**records[n], "answer": answers[n], "members": None, "right": float(right_N[n])} for n in shown],
+            "ensemble": described[0], "members": described[1:],
+            "shown": [{**records[n], "answer": answers[n], "members": None, "right": right_N[n]} for n in shown],
         }
+
+    def _voice(self, records: Records, member: int) -> list[dict[str, Any]]:
+        """Return what one member says, or, for -1, the ensemble with the members' disagreement."""
+        if member >= 0:
+            return [record["members"][member] for record in records]
+        return [{**record["answer"], "disagreement": self._disagreement(record)} for record in records]
 
     def _disagreement(self, record: Mapping[str, Any]) -> float:
         """Return the share of members whose own answer is another than the ensemble's, once normalized."""
         text = self.normalize(record["answer"]["text"])
         return statistics.fmean(self.normalize(one["text"]) != text for one in record["members"])
 
-    def _described(self, said: Records, references: Sequence[str]) -> dict[str, Any]:
-        scores = score_answers([one["text"] for one in said], references, self.settings.metrics, self.normalize)
+    def _right(self, answers: Records, references: Sequence[str | None]) -> list[float | None]:
+        """Return the first metric of each answer; of one without a reference None."""
+        first = self.settings.metrics[0]
+        return [
+            None if known is None else float(score_answers([one["text"]], [known], [first], self.normalize)[first][0])
+            for one, known in zip(answers, references, strict=True)
+        ]
+
+    def _described(
+        self, said: Records, references: Sequence[str | None], familiar: Records | None
+    ) -> dict[str, Any]:
+        doubts, known = _doubts(said), [text for text in references if text is not None]
+        usual = None if familiar is None else _doubts(familiar)
+        asked = (self.evaluation.bootstrap_samples, self.evaluation.confidence, self.seed)
+        found = {"answers": len(said), **describe_doubts(doubts, usual, *asked)}
+        if len(known) < len(references):
+            return found
+        scores = score_answers([one["text"] for one in said], known, self.settings.metrics, self.normalize)
         sure_N = _column(said, "nll").neg().exp()
-        doubts = {name: _column(said, name) for name in DOUBTS if all(name in one for one in said)}
-        evaluation = self.evaluation
-        return describe_answers(scores, Doubts(doubts, sure_N), evaluation.bins, evaluation.bootstrap_samples,
-                                evaluation.confidence, self.seed)
+        return found | describe_answers(scores, Doubts(doubts, sure_N), self.evaluation.bins, *asked)
+
+
+def _doubts(said: Records) -> dict[str, Tensor]:
+    return {name: _column(said, name) for name in DOUBTS if all(name in one for one in said)}
 
 
 def _column(records: Records, name: str) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from raylora.engine.training.answer_validation import watched_by_answers
 from raylora.engine.training.member_plan import MemberPlan, member_plans_of
 from raylora.engine.training.schedule import DEFAULT_EPOCHS, learning_rate_factor, restart_steps, total_steps
 from raylora.errors import RunDirectoryError
@@ -27,6 +28,8 @@ _WHY = {
 }
 _FREE = ("evaluation.", "ensemble.min_members", "ensemble.aggregate", "baselines.single")
 """Only the evaluation depends on these."""
+_STOPPED_BY = tuple(f"evaluation.generation.{key}" for key in ("max_new_tokens", "normalize", "rows"))
+"""But for members that are stopped early by their answers."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ def clear_outgrown(store: RunStore, units: Sequence[MemberPlan], growth: Growth)
 def _obstacle(change: str, begun: RunSpec, wanted: RunSpec, rows: int) -> str:
     """Return why a run cannot change in this way, or nothing if it can."""
     key = change.partition(": ")[0]
+    if key in _STOPPED_BY and watched_by_answers(begun.ensemble):
+        return "members were stopped early by what they answered under it"
     if key.startswith(_FREE):
         return ""
     if key.startswith(("ensemble.members", "ensemble.seed")):

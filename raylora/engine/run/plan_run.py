@@ -14,6 +14,7 @@ from raylora.adapters.base import Noted, WholeModel
 from raylora.control import JobState
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
+from raylora.engine.generation.questions import answers_obstacle
 from raylora.engine.model.blocks import base_linears, find_blocks
 from raylora.engine.model.checkpoint import load_tokenizer, source_folder
 from raylora.engine.model.machine import compute_dtype
@@ -38,6 +39,7 @@ from raylora.engine.training.member_plan import (
 )
 from raylora.engine.training.row_packing import check_packing, packing_of
 from raylora.engine.training.schedule import total_steps
+from raylora.ensemble.answer_metrics import ANSWER_METRICS
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import check_rule
 from raylora.errors import BaseError, RunDirectoryError, SpecError, StoreError
@@ -367,11 +369,17 @@ def _check_placement(spec: RunSpec, shell: Shell) -> None:
 def _check_task(spec: RunSpec, task: Task) -> None:
     """Refuse what an ensemble is asked to do that means nothing for its task. Raises: SpecError."""
     regularizers, kind, output = spec.ensemble.regularizers, spec.task.kind, output_of(task.output)
-    rule = regularizers.early_stopping
-    if rule is not None and rule.metric not in output.validation:
+    rule, answers = regularizers.early_stopping, () if answers_obstacle(task) else tuple(ANSWER_METRICS)
+    if rule is not None and rule.metric not in (*output.validation, *answers):
         raise SpecError(
             f"ensemble.regularizers.early_stopping.metric: {kind} has no {rule.metric}",
-            f"use {' or '.join(output.validation)}",
+            f"use {' or '.join((*output.validation, *answers))}",
+        )
+    if rule is not None and rule.metric in answers and spec.evaluation.generation is None:
+        raise SpecError(
+            f"ensemble.regularizers.early_stopping.metric: {rule.metric} is of written answers, and "
+            "evaluation.generation, which says how they are written, is missing",
+            "add evaluation.generation: {max_new_tokens: 64}, or use nll",
         )
     if regularizers.kl is not None and not output.is_distribution:
         raise SpecError(

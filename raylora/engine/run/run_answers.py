@@ -15,6 +15,7 @@ from raylora.engine.run.answer_job import ANSWERS, SHARDS, AnswerJob
 from raylora.engine.run.answer_summary import FACTS, asked_sets, describe, evaluation_job, numbers_of
 from raylora.engine.run.answering import Shard, ShardShelf, make_shards, shards_of, writer_of
 from raylora.engine.run.roster import read_state
+from raylora.engine.training.answer_validation import watched_by_answers
 from raylora.engine.training.member_plan import PlanRole, member_plans_of
 from raylora.errors import SpecError, StoreError
 from raylora.progress import OnProgress, Span
@@ -42,8 +43,10 @@ def check_generation(spec: RunSpec, task: Task, config: Any, tokenizer: Any, set
     if obstacle:
         raise SpecError(f"evaluation.generation: {obstacle}", "leave it out, or use task.kind instruction with "
                         "train_on: completion")
-    for shard in run_shards(spec, sets).values():
-        check_lengths(config, tokenizer, shard.set_name, shard.examples, settings.max_new_tokens)
+    asked = [(shard.set_name, shard.examples) for shard in run_shards(spec, sets).values()]
+    asked += [("validation", sets.validation.examples[: settings.rows])] if watched_by_answers(spec.ensemble) else []
+    for name, examples in asked:
+        check_lengths(config, tokenizer, name, examples, settings.max_new_tokens)
 
 
 @dataclass(frozen=True)

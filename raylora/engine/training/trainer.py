@@ -15,6 +15,7 @@ from raylora.adapters.base import Tensors
 from raylora.adapters.packed import stack
 from raylora.data.task import Batch, Example
 from raylora.engine.model.packed_model import PackedModel, StepTensors
+from raylora.engine.training.answer_validation import answer_metrics, watched_by_answers
 from raylora.engine.training.collator import Collator
 from raylora.engine.training.distillation_loss import DistillationLoss
 from raylora.engine.training.live_teacher import LiveDistillationLoss
@@ -226,11 +227,7 @@ class PackTrainer:
         if not active:
             return []
         told = []
-        metrics = validation_metrics(
-            self.model, stack([t.whole() for t in active]),
-            self.validation, self.settings.evaluation,
-        )
-        for state, values in zip(active, metrics, strict=True):
+        for state, values in zip(active, self._scored(stack([t.whole() for t in active])), strict=True):
             state.history.append(
                 {"step": self.step, **{f"{VALIDATION}{name}": value for name, value in values.items()}}
             )
@@ -238,6 +235,16 @@ class PackTrainer:
                 state.judge(values[rule.metric], self.step, rule.patience, METRICS[rule.metric].sign < 0)
             told += self._news(state, values)
         return told
+
+    def _scored(self, stacked: Tensors) -> list[dict[str, float]]:
+        """Return each member's validation metrics, with that of its own answers where early stopping watches one."""
+        evaluation = self.settings.evaluation
+        scores = validation_metrics(self.model, stacked, self.validation, evaluation)
+        watched = watched_by_answers(self.settings.ensemble)
+        if watched is None:
+            return scores
+        answered = answer_metrics(self.model, stacked, self.validation, evaluation, watched)
+        return [{**values, **of_answers} for values, of_answers in zip(scores, answered, strict=True)]
 
     def _validations(self) -> dict[str, dict[str, float]]:
         """Return what the members scored in the validation after this step, by metric, as far as it is a number."""
