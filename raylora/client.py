@@ -189,14 +189,20 @@ def distill_run(
         on_stage(f"{work.settings.name} is distilled already, and nothing has changed")
         return before
     try:
-        if not work.targets.is_done:
+        if work.targets is not None and not work.targets.is_done:
             shards, where = len(work.targets.shards), work.targets.store.uri
             on_stage(f"making targets of {work.targets.rows:,} rows in {shards} shard(s), in {where}")
             _carry_out(work.targets, local, on_status)
+        if work.answers is not None and not work.answers.is_done:
+            if not work.answers.plan.is_done:
+                on_stage(f"having {work.rows:,} rows answered, in {work.answers.plan.store.uri}")
+                _carry_out(work.answers.plan, local, on_status)
+            work.answers.conclude()
         for student in work.students():
             store = RunStore.for_spec(student)
             if not is_finished(store):
-                on_stage(f"training {student.run_name()} in {store.uri}")
+                beside = " beside its teacher" if student.distill_from and student.distill_from.members else ""
+                on_stage(f"training {student.run_name()}{beside} in {store.uri}")
                 _carry_out(prepare(student, inventory), local, on_status)
                 publish_report(store)
     except Interrupted as error:

@@ -415,6 +415,8 @@ class ContenderMetrics(Costs, total=False):
     label: str
     eval: dict[str, SetMetrics]
     ood: dict[str, OodMetrics]
+    answers: dict[str, dict[str, Any]]
+    """By set, what its written answers score, where teacher and students were asked alike."""
     parameters: int
     trainable_parameters: int
     retained_score: float | None
@@ -430,7 +432,11 @@ class MeasuredOn(TypedDict):
 
 
 class TargetFacts(TypedDict, total=False):
-    """Who taught on what, and what the targets took; of tokens k and how many positions have targets."""
+    """Who taught on what, and what the targets took; of tokens k and how many positions have targets.
+
+    A teacher that was asked has none, but the share of steps in which the student learned from what it wrote; one that
+    answered says how many of its answers were learned, and why others were not.
+    """
 
     rows: int
     members: list[str]
@@ -439,6 +445,9 @@ class TargetFacts(TypedDict, total=False):
     size_bytes: int
     rounding_error: float
     made_s: float
+    on_policy: float
+    answers: int
+    left_out: dict[str, int]
 
 
 Contenders = dict[Literal["teacher", "single", "student", "alone"], ContenderMetrics]

@@ -46,6 +46,8 @@ REGISTRY: dict[str, dict[str, str]] = {
         "dirichlet": "raylora.distill.losses.dirichlet",
         "multi_head": "raylora.distill.losses.multi_head",
         "topk_kl": "raylora.distill.losses.topk_kl",
+        "gkd": "raylora.distill.losses.gkd",
+        "answers": "raylora.distill.losses.answers",
     },
     "task": {
         "classification": "raylora.data.tasks.classification",

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.splits import Pool, divide, fresh, judge, read_pool
-from raylora.data.task import UNLABELED, BadRow, Example, LeftOut, ReadsQuestions, Task, decode_text
+from raylora.data.task import UNLABELED, BadRow, Example, HasQuestions, LeftOut, Task, decode_text
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec
 
@@ -115,10 +115,12 @@ def load_sets(
     tokenizer: PreTrainedTokenizerBase,
     base_dir: Path | None = None,
     transfer: SetSpec | None = None,
+    asks: bool = False,
 ) -> DataSets:
     """Read, check, split and tokenize every set of a run; relative file paths start at ``base_dir``.
 
-    Rows of ``transfer`` join the training set without labels, but for texts that are in any other set.
+    Rows of ``transfer`` join the training set without labels, but for texts that are in any other set; with ``asks``
+    nothing but what they ask is read of them.
 
     ``validation_rows`` and ``test_rows`` size the sets that are split off the training set; sets of their own
     are used whole, or as far as their ``rows`` say.
@@ -137,12 +139,17 @@ def load_sets(
         used |= parts[name].keys()
     known = train.keys() | parts["validation"].keys()
 
-    def named(specs: Mapping[str, SetSpec], labeled: bool) -> dict[str, LoadedSet]:
-        pools = {
-            name: read_pool(name, spec, data, task, labeled, base_dir, may_ask=not labeled)
-            for name, spec in specs.items()
-        }
-        return {name: _tokenized(fresh(pool, known), data, task, tokenizer) for name, pool in pools.items()}
+    def foreign(name: str, spec: SetSpec) -> LoadedSet:
+        if isinstance(task, HasQuestions):
+            asking = task.questions()
+            pool = read_pool(name, spec, data, asking, False, base_dir)
+            if any(task.reference(good.row.values) is None for good in pool.rows):
+                return replace(_tokenized(fresh(pool, known), data, asking, tokenizer), only_asks=True)
+        pool = read_pool(name, spec, data, task, False, base_dir)
+        return _tokenized(fresh(pool, known), data, task, tokenizer)
+
+    def familiar(name: str, spec: SetSpec) -> LoadedSet:
+        return _tokenized(fresh(read_pool(name, spec, data, task, True, base_dir), known), data, task, tokenizer)
 
     loaded = _tokenized(train, data, task, tokenizer)
     _check_classes(loaded, task)
@@ -150,16 +157,17 @@ def load_sets(
         train=loaded,
         validation=_tokenized(parts["validation"], data, task, tokenizer),
         test=_tokenized(parts["test"], data, task, tokenizer),
-        in_distribution=named(evaluation.in_distribution, labeled=True),
-        out_of_distribution=named(evaluation.out_of_distribution, labeled=False),
+        in_distribution={name: familiar(name, spec) for name, spec in evaluation.in_distribution.items()},
+        out_of_distribution={name: foreign(name, spec) for name, spec in evaluation.out_of_distribution.items()},
         label_names=list(task.label_names),
     )
     if transfer is None:
         return sets
     seen = set(loaded.text_keys) | sets.evaluated_keys()
-    extra = fresh(read_pool("transfer", transfer, data, task, False, base_dir), seen)
+    reads = task.questions() if asks and isinstance(task, HasQuestions) else task
+    extra = fresh(read_pool("transfer", transfer, data, reads, False, base_dir), seen)
     return replace(sets, train=_with_transfer(
-        loaded, _tokenized(extra, data, task, tokenizer), task.no_label
+        loaded, _tokenized(extra, data, reads, tokenizer), task.no_label
     ))
 
 
@@ -168,13 +176,10 @@ def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
     content_of: dict[str, str] = {}
     bad: list[str] = []
     truncated = left_out = 0
-    tokenize, content = task.tokenize, task.content
-    if pool.only_asks and isinstance(task, ReadsQuestions):
-        tokenize, content = task.question, task.asked
     for good in pool.rows:
         try:
-            example, cut = tokenize(good.row.values, good.id, tokenizer)
-            content_of[good.id] = content_hash(content(good.row.values))
+            example, cut = task.tokenize(good.row.values, good.id, tokenizer)
+            content_of[good.id] = content_hash(task.content(good.row.values))
         except LeftOut:
             left_out += 1
             continue
@@ -187,10 +192,10 @@ def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
     if not examples:
         said = f": {left_out:,} are too long" if left_out else ""
         raise DataError(f"{pool.name}: {pool.origin} has no usable row{said}", "check its columns and its text")
-    skipped, digest = pool.skipped + len(bad), _digest(examples)
+    skipped, digest = pool.skipped + len(bad), digest_of(examples)
     return LoadedSet(
         pool.name, pool.origin, examples, pool.labeled, truncated, skipped, pool.duplicates, digest, left_out,
-        frozenset(pool.keys()), pool.only_asks, content_of,
+        frozenset(pool.keys()), content_of=content_of,
     )
 
 
@@ -204,7 +209,7 @@ def _with_transfer(train: LoadedSet, extra: LoadedSet, no_label: int | float) ->
         train, origin=f"{train.origin} and {extra.origin}", examples=examples, labeled=False,
         truncated=train.truncated + extra.truncated, skipped=train.skipped + extra.skipped,
         duplicates=train.duplicates + extra.duplicates, left_out=train.left_out + extra.left_out,
-        content_hash=_digest(examples),
+        content_hash=digest_of(examples),
         text_keys=train.text_keys | extra.text_keys,
         content_of={**train.content_of, **{f"transfer:{i}": content for i, content in extra.content_of.items()}},
     )
@@ -243,7 +248,8 @@ def _check_classes(train: LoadedSet, task: Task) -> None:
         )
 
 
-def _digest(examples: Sequence[Example]) -> str:
+def digest_of(examples: Sequence[Example]) -> str:
+    """Return the SHA-256 of ids, tokens and labels."""
     digest = hashlib.sha256()
     for example in examples:
         facts = [example.id, example.sequences, example.label, *example.target_ranges]

@@ -83,6 +83,8 @@ class Batch:
     """Where several members' rows lie below each other: the length that each one's own rows need without padding."""
     part: Part | None = None
     """None for whole batches."""
+    own_K: tuple[bool, ...] = ()
+    """Whose rows hold answers that the member has just written itself: they are nobody's labels. Empty: no one's."""
     segments_BT: Tensor | None = None
     """Where a sequence holds several examples: which one a token is of, by its place in ``ids``; -1 for padding."""
 
@@ -203,12 +205,8 @@ class AnswersInWords(Protocol):
 class ReadsEither(Protocol):
     """A task that knows rows of more than one shape."""
 
-    def columns_for(self, there: Sequence[str], may_ask: bool = False) -> tuple[str, ...]:
-        """Return the columns that a set with these columns must have.
-
-        Args:
-            may_ask: rows that only ask are fine, too.
-        """
+    def columns_for(self, there: Sequence[str]) -> tuple[str, ...]:
+        """Return the columns that a set with these columns must have."""
 
 
 @runtime_checkable
@@ -226,14 +224,14 @@ class Asks(Protocol):
 
 
 @runtime_checkable
-class ReadsQuestions(Asks, Protocol):
-    """A task that learns answers, and to which a set may be put whose rows only ask."""
+class HasQuestions(Protocol):
+    """A task whose rows may ask without holding an answer."""
 
-    def asked(self, row: Mapping[str, Any]) -> str:
-        """Return all that a row asks, with or without an answer: by it duplicates are found. Raises: BadRow."""
+    def reference(self, row: Mapping[str, Any]) -> str | None:
+        """Return the answer that a row holds, or None where it only asks. Raises: BadRow."""
 
-    def question(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
-        """Return what a row asks, without targets, and whether it was cut. Raises: BadRow, LeftOut."""
+    def questions(self) -> Task:
+        """Return the task as it reads such rows: their examples are prompts, with nothing to learn."""
 
 
 @runtime_checkable

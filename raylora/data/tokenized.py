@@ -27,7 +27,7 @@ _ROWS = pa.list_(pa.list_(pa.int32()))
 
 def sets_key(
     data: DataSpec, evaluation: EvaluationSpec, task: TaskSpec, tokenizer: PreTrainedTokenizerBase,
-    transfer: SetSpec | None = None, base_dir: Path | None = None,
+    transfer: SetSpec | None = None, base_dir: Path | None = None, asks: bool = False,
 ) -> str | None:
     """Return a hash of all that decides what a run's sets are: the files' bytes, the specs and the tokenizer.
 
@@ -43,6 +43,7 @@ def sets_key(
     facts = [
         _FORMAT, contents, [section and section.model_dump(mode="json") for section in sections],
         list(evaluation.in_distribution), list(evaluation.out_of_distribution), _of_tokenizer(tokenizer),
+        *(["asks"] if asks and transfer is not None else []),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
 

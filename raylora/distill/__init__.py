@@ -3,7 +3,8 @@
 Plain tensors and bytes; nothing here knows Ray, a model or a tokenizer.
 """
 
-from raylora.distill.base import Annealed, Loss, LossSpec, TemperedSpec
+from raylora.distill.answers import AnsweredRows
+from raylora.distill.base import Annealed, AsksTeacher, LearnsAnswers, Loss, LossSpec, TemperedSpec, Writing
 from raylora.distill.keys import Keys, content_hash
 from raylora.distill.targets import (
     ClassificationTargets,
@@ -19,8 +20,11 @@ from raylora.distill.topk import TopK
 
 __all__ = [
     "Annealed",
+    "AnsweredRows",
+    "AsksTeacher",
     "ClassificationTargets",
     "Keys",
+    "LearnsAnswers",
     "Loss",
     "LossSpec",
     "MemberTargets",
@@ -29,6 +33,7 @@ __all__ = [
     "TokenTargets",
     "TokenTargetsWriter",
     "TopK",
+    "Writing",
     "concatenate",
     "content_hash",
     "merge",

@@ -5,6 +5,7 @@ Shapes: B examples (positions for language models), M teacher members, C classes
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from pydantic import Field
@@ -64,3 +65,31 @@ class Annealed(Protocol):
 
     def at(self, progress: float) -> Loss:
         """Return the loss to use when this share of the training, 0 to 1, is done."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a student writes the answers that it is taught on."""
+
+    share: float
+    """Of its steps, those in which it learns from what it writes itself."""
+    max_new_tokens: int
+    temperature: float
+
+
+@runtime_checkable
+class LearnsAnswers(Protocol):
+    """Optional: what is learned are the teacher's answers, token by token as it wrote them; there are no targets."""
+
+    learns_answers: bool
+
+
+@runtime_checkable
+class AsksTeacher(Protocol):
+    """Optional: the teacher stays loaded beside the student and says what it thinks of all that this one reads.
+
+    The targets of :meth:`Loss.per_example` are then the log-probabilities of the teacher's mixture, over the whole
+    vocabulary and at the temperature of the loss.
+    """
+
+    writing: Writing

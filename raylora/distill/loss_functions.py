@@ -77,6 +77,23 @@ def jensen_shannon(teacher_logp_BC: Tensor, student_logp_BC: Tensor) -> Tensor:
     return 0.5 * (forward_kl(teacher_logp_BC, middle_BC) + forward_kl(student_logp_BC, middle_BC))
 
 
+def generalized_jensen_shannon(teacher_logp_BC: Tensor, student_logp_BC: Tensor, beta: float) -> Tensor:
+    """Return ``b KL(p || m) + (1 - b) KL(q || m)`` with ``m = b p + (1 - b) q``, B (arXiv 2306.13649, equation 1).
+
+    Divided by b it tends to KL(p || q) as b goes to 0; divided by 1 - b, to KL(q || p) as b goes to 1. At 0 and at 1,
+    where it is 0 itself, those divergences take its place.
+
+    Raises:
+        SpecError: beta is not in [0, 1].
+    """
+    if not 0 <= beta <= 1:
+        raise SpecError(f"beta {beta} is not in [0, 1]", "0 is KL(teacher || student), 1 is KL(student || teacher)")
+    if beta in (0, 1):
+        return (reverse_kl if beta else forward_kl)(teacher_logp_BC, student_logp_BC)
+    middle_BC = torch.logaddexp(teacher_logp_BC + math.log(beta), student_logp_BC + math.log1p(-beta))
+    return beta * forward_kl(teacher_logp_BC, middle_BC) + (1 - beta) * forward_kl(student_logp_BC, middle_BC)
+
+
 def kd_loss(
     student_BC: Tensor,
     teacher_logp_BC: Tensor,

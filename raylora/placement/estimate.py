@@ -50,6 +50,8 @@ class ModelShape:
     """Of a number in the compute type."""
     is_gated: bool = False
     """The feed-forward part has a gate; norms and softmax then compute in float32, as in Llama."""
+    beside_bytes: int = 0
+    """What a process holds beside the base, whatever it trains: a teacher that is asked."""
     keeps_inputs: bool = False
     """The frozen layers keep their inputs for the backward pass, as int8's do."""
 
@@ -71,6 +73,9 @@ class MemberShape:
     """Tokens of one evaluation forward, whatever the pack."""
     logit_chunk: int = 0
     """How many tokens' logits exist at once, whatever the pack; 0 where it is all of them."""
+
+    asked_bytes: int = 0
+    """What a teacher that is asked about a token takes for it, its members together."""
 
     recomputed: bool = False
     """Blocks are run again in the backward pass, and only their inputs are kept."""
@@ -97,6 +102,8 @@ class Parts:
     logits: int = 0
     evaluation: int = 0
     """What the logits of an evaluation take beyond all that training keeps."""
+    teacher: int = 0
+    """One that stays loaded, and what it takes to ask it."""
     runtime: int = 0
 
     @property
@@ -140,6 +147,7 @@ def parts_of(model: ModelShape, member: MemberShape, members: int, ranks: int = 
         activations=activations,
         logits=logits,
         evaluation=max(0, read - activations - logits),
+        teacher=model.beside_bytes + members * member.tokens * member.asked_bytes,
         runtime=GPU_RUNTIME_BYTES if on_gpu else RUNTIME_BYTES,
     )
 
@@ -158,6 +166,15 @@ def activation_bytes(model: ModelShape, member: MemberShape, on_gpu: bool, recom
     else:
         kept = member.tokens * (model.layers * per_token + inputs + working)
     return math.ceil(kept * _GATED_HEAP) if model.is_gated and not on_gpu else kept
+
+
+def asked_bytes(model: ModelShape, members: int, time: int, on_gpu: bool) -> int:
+    """Return what so many members of a teacher take for a token that they read: one block at work, and the last states.
+
+    Args:
+        time: tokens of the longest row.
+    """
+    return members * (_kept_per_token(model, MemberShape(time=time), on_gpu) + model.hidden * model.compute_bytes)
 
 
 def _kept_per_token(model: ModelShape, member: MemberShape, on_gpu: bool) -> int:

@@ -111,6 +111,8 @@ def _overlap(one: Cell, other: Cell) -> bool:
 def _targets(taught: TargetFacts, rows: str) -> str:
     """Return who taught on what, and what the targets took."""
     members = len(taught["members"])
+    if "size_bytes" not in taught:
+        return _without_targets(taught, rows)
     text = (
         f"Taught by {members} member{'s' if members > 1 else ''} on {taught['rows']:,} {rows}; the targets take "
         f"{size(taught['size_bytes'])}"
@@ -122,6 +124,24 @@ def _targets(taught: TargetFacts, rows: str) -> str:
             "next tokens and the mass of all others),"
         )
     return f"{text} and took {duration(taught['made_s'])} to make, once."
+
+
+def _without_targets(taught: TargetFacts, rows: str) -> str:
+    """Return who taught by answering or by being asked, and what the student learned from."""
+    members, kept = len(taught["members"]), taught.get("answers")
+    who = f"Taught by {members} member{'s' if members > 1 else ''}"
+    sentences = [f"{who} on {taught['rows']:,} {rows}."]
+    if kept is not None:
+        why = {"unfinished": "cut off", "too_long": "too long", "unsure": "not sure enough"}
+        left_out = [f"{count:,} {why[reason]}" for reason, count in taught["left_out"].items()]
+        took = f", which took {duration(taught['made_s'])}" if "made_s" in taught else ""
+        sentences = [f"{who}, whose mixture answered {taught['rows']:,} rows{took}; {kept:,} answers are learned"
+                     + (f" ({', '.join(left_out)})." if left_out else ".")]
+    if "on_policy" in taught:
+        share = f"{100 * taught['on_policy']:.0f} %"
+        sentences.append("The teacher stayed loaded and judged every token; "
+                         f"in {share} of the steps the student learned from what it had written.")
+    return " ".join(sentences)
 
 
 def _measured(where: MeasuredOn | None) -> str:
@@ -141,25 +161,25 @@ def _entries(record: DistillationRecord) -> list[Entry]:
 
 
 def _quality(record: DistillationRecord) -> Table:
-    rows = _entries(record)
-    sets, foreign = list(rows[0].content["eval"]), list(rows[0].content["ood"])
-    show = section_of(record)
-    keys = [(name, metric) for name in sets for metric in show.compared]
+    rows, show = _entries(record), section_of(record)
+    content = rows[0].content
+    # By what stands above them: where the numbers are, of which set, and which.
+    shown: dict[str, tuple[str, str, Sequence[str]]] = {name: ("eval", name, show.compared) for name in content["eval"]}
+    for name, scores in content.get("answers", {}).items():
+        shown[f"{name}, answers"] = ("answers", name, [metric for metric in scores if metric != "intervals"])
     # A student that keeps its teacher's disagreement can be asked for it; the score is the AUROC of that.
-    keys += [(name, score) for name in foreign for score in show.retained]
-    part = dict.fromkeys(sets, "eval") | dict.fromkeys(foreign, "ood")
-    cells = columns(rows, keys, lambda row, name, metric: row.cell(part[name], name, metric))
+    shown |= {name: ("ood", name, show.retained) for name in content["ood"]}
+    keys = [(group, metric) for group, (_, _, metrics) in shown.items() for metric in metrics]
+    cells = columns(rows, keys, lambda row, group, metric: row.cell(*shown[group][:2], metric))
     lines = [
         (row.label, [text_of(cell, metric) for cell, (_, metric) in zip(line, keys, strict=True)])
         for row, line in zip(rows, cells, strict=True)
     ]
-    labels = [METRICS[metric].label for _, metric in keys]
     heads = [
-        f"AUROC of {label.lower()}" if part[name] == "ood" else label
-        for (name, _), label in zip(keys, labels, strict=True)
+        f"AUROC of {METRICS[metric].label.lower()}" if shown[group][0] == "ood" else METRICS[metric].label
+        for group, metric in keys
     ]
-    groups = [(name, len(show.compared)) for name in sets] + [(name, len(show.retained)) for name in foreign]
-    return Table(groups, heads, lines)
+    return Table([(group, len(metrics)) for group, (_, _, metrics) in shown.items()], heads, lines)
 
 
 def _costs(record: DistillationRecord) -> Table:

@@ -21,6 +21,7 @@ from raylora.spec.reading import (
     read_spec,
 )
 from raylora.spec.run import (
+    AnswersSpec,
     BaselinesSpec,
     BaseSpec,
     CalibrationSpec,
@@ -42,6 +43,7 @@ from raylora.spec.run import (
 
 __all__ = [
     "AdapterSpec",
+    "AnswersSpec",
     "BaseSpec",
     "BaselinesSpec",
     "CalibrationSpec",

@@ -490,6 +490,28 @@ class StudentSpec(Frozen):
     """How the student is trained; by default as the teacher was."""
 
 
+class AnswersSpec(Frozen):
+    """The ensemble's own answers, in place of the rows' (sequence-level distillation, arXiv 1606.07947).
+
+    They are written by the mixture of the members. One that ``max_new_tokens`` cuts off, or that does not fit into
+    ``task.max_length``, is left out and counted.
+    """
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Of an answer, at most."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Of the mixture; 0 takes the most probable token each time."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the fewest most probable tokens that have this probability together."""
+    seed: int = 0
+    """Of what is drawn."""
+    surest: float = Field(default=1.0, gt=0, le=1)
+    """Keep this share of the answers: those whose tokens the mixture holds most probable, by the mean NLL of one."""
+    min_agreement: float = Field(default=0.0, ge=0, le=1)
+    """Keep answers that at least this share of the members would give by itself, greedily and once normalized; above 0
+    every member answers every row, too."""
+
+
 class DistillSpec(Frozen):
     """A finished ensemble teaches a student (arXiv 2410.20777); no part of the ensemble's identity."""
 
@@ -499,10 +521,13 @@ class DistillSpec(Frozen):
     """Who is taught."""
     loss: AnyLoss = Field(default_factory=lambda: cast(Any, {"kind": "kl"}))
     """What the student learns from the teacher's predictions by."""
+    answers: AnswersSpec | None = None
+    """Have the teacher answer every row, and the student learn those answers; for losses ``answers`` and ``gkd``."""
     teacher: Literal["ensemble", "single"] = "ensemble"
     """``single``: member 0 alone teaches."""
     transfer: SetSpec | None = None
-    """Further text to be taught on, beside the training rows; its labels, if it has any, are not looked at."""
+    """Further text to be taught on, beside the training rows; its labels, if it has any, are not looked at. With
+    ``answers`` its rows need only ask."""
     alone: bool = True
     """Train the same student without a teacher too, which shows what the teacher is worth."""
     costs: bool = True
@@ -519,12 +544,16 @@ class DistillSpec(Frozen):
 
 
 class DistillFromSpec(Frozen):
-    """What makes a run a student's: which targets it learns from, and how. Written by ``raylora distill``."""
+    """What makes a run a student's: whom and what it learns from, and how. Written by ``raylora distill``."""
 
-    targets: str
-    """The targets' folder below ``targets`` of the run that the student lies in."""
+    targets: str | None = None
+    """The targets' folder below ``targets`` of the run that the student lies in; none where the teacher is asked."""
     teacher: str
     """Digest of the teacher: its spec and its members' weights."""
+    members: list[str] | None = None
+    """The teacher's members that are asked while the student learns; none where there are targets."""
+    answers: str | None = None
+    """The folder of the teacher's answers, beside targets; none where the student learns the rows' own."""
     loss: AnyLoss
     """The loss that the student learns by."""
     transfer: SetSpec | None = None
@@ -613,6 +642,9 @@ class RunSpec(Frozen):
         if self.distill_from is None:  # runs from before there were students keep their digest
             left_out.add("distill_from")
         found = self.model_dump(mode="json", exclude=left_out)
+        if self.distill_from is not None:  # nor those from before a teacher was asked, or had answered
+            given = found["distill_from"]
+            found["distill_from"] = {k: v for k, v in given.items() if k not in ("members", "answers") or v is not None}
         if not self.optimization.cache_trunk:  # nor do runs from before there was a cache have another
             del found["optimization"]["cache_trunk"], found["optimization"]["cache_trunk_gb"]
         if not self.optimization.pack_rows:  # nor those from before rows were packed

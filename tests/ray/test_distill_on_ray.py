@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,30 @@ def test_a_language_model_taught_on_ray_equals_one_taught_in_process(
 
     monkeypatch.setattr(client, "_carry_out", lambda *work: pytest.fail("something was done again"))
     assert distill_run(uris[1], settings) == record
+
+
+def test_answers_made_on_ray_and_a_teacher_beside_its_student_give_the_student_of_one_process(
+    make_spec: Callable[..., RunSpec], tiny_model: Callable[[str], str], trained: Trained, tmp_path: Path
+) -> None:
+    lines = [{"prompt": f"Is {n} odd?", "completion": "yes" if n % 2 else "no"} for n in range(40)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "asks.jsonl").write_text("".join(json.dumps({"prompt": f"Is {n} odd?"}) + "\n" for n in range(40, 60)))
+    spec = make_spec(
+        base__source=tiny_model("llama"), adapter={"kind": "lora", "rank": 8, "target_modules": "all-linear"},
+        task={"kind": "instruction", "max_length": 64}, evaluation__bootstrap_samples=0,
+        data={"train": {"files": str(tmp_path / "chats.jsonl")}, "validation_rows": 4, "test_rows": 6},
+        optimization={"lr": 0.02, "steps": 60, "micro_batch": 6, "warmup": 0.0}, placement__workers=2,
+    )
+    settings = DistillSpec.model_validate({
+        "student": {
+            "base": {"source": tiny_model("llama"), "dtype": "float32", "quantization": "none"}, "members": 2,
+            "adapter": {"rank": 4, "target_modules": "all-linear"},
+            "optimization": {"lr": 0.01, "steps": 5, "micro_batch": 3},
+        },
+        "loss": {"kind": "gkd", "on_policy": 0.5, "max_new_tokens": 5}, "answers": {"max_new_tokens": 6},
+        "transfer": {"files": str(tmp_path / "asks.jsonl")}, "alone": False, "costs": False,
+    })
+    uris = [trained(spec.model_copy(update={"storage_path": str(tmp_path / where)})) for where in ("local", "ray")]
+    in_process, on_ray = distill_run(uris[0], settings, local=True), distill_run(uris[1], settings)
+    assert on_ray["targets"]["answers"] == in_process["targets"]["answers"] > 30 and on_ray["targets"]["rows"] == 50
+    assert_bit_equal(*(members(f"{uri}/student") for uri in uris))

@@ -13,7 +13,7 @@ from run_helpers import run
 
 from raylora.adapters.packed import make_pack, stack
 from raylora.data.task import Example
-from raylora.engine.generation import decoder
+from raylora.engine.generation import reading
 from raylora.engine.generation.generator import Generator, sampling
 from raylora.engine.generation.mixture import draw, mix, uniforms
 from raylora.engine.training.predict import predict
@@ -144,13 +144,13 @@ def test_two_ways_to_answer_share_the_prompts_and_nothing_else(
     ways = [settings(), settings(each_member=True, max_new_tokens=5), settings(temperature=1.3, seed=4)]
     apart = [ask.written(asked, PROMPTS, way) for way in ways]
     read: list[int] = []
-    real = decoder.pass_lanes
+    real = reading.pass_lanes
 
     def counted(base: Any, lanes: Any, inputs: Any, keep: int) -> torch.Tensor:
         read.append(inputs["input_ids"].shape[1])
         return real(base, lanes, inputs, keep)
 
-    monkeypatch.setattr(decoder, "pass_lanes", counted)
+    monkeypatch.setattr(reading, "pass_lanes", counted)
     assert ask.voices(asked, PROMPTS, ways) == apart  # to the last bit
     assert sum(length > 1 for length in read) == 1 and len(read) > 20
 

@@ -7,11 +7,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
+from raylora.distill import AsksTeacher
 from raylora.engine.distillation.costs import Contender, measure
 from raylora.engine.distillation.plan import Distillation, is_finished
 from raylora.engine.distillation.target_job import FACTS
+from raylora.engine.run.answer_summary import FACTS as ANSWERS_FACTS
 from raylora.engine.run.roster import check_whole, read_roster
-from raylora.engine.training.distillation_loss import task_of
+from raylora.engine.training.distillation_loss import loss_of, task_of
 from raylora.ensemble.outputs import output_of
 from raylora.records import (
     ContenderMetrics,
@@ -36,13 +38,16 @@ def compare(work: Distillation) -> DistillationRecord:
     student, output = RunStore.for_spec(work.student), output_of(task_of(work.teacher).output)
     members = read_roster(work.store).members()
     rows: Contenders = {
-        "teacher": _row(f"Teacher: ensemble of {len(members)}", work.store, "ensemble", len(members)),
-        "single": _row("Teacher's member 0", work.store, "single", 1),
-        "student": _row(f"Student ({work.settings.loss.kind})", student, "ensemble", work.settings.student.members),
+        "teacher": _row(f"Teacher: ensemble of {len(members)}", work.store, work.store, "ensemble", len(members)),
+        "single": _row("Teacher's member 0", work.store, work.store, "single", 1),
+        "student": _row(
+            f"Student ({work.settings.loss.kind})", student, work.store, "ensemble", work.settings.student.members
+        ),
     }
     if work.alone is not None:
         rows["alone"] = _row(
-            "Student without a teacher", RunStore.for_spec(work.alone), "ensemble", work.settings.student.members
+            "Student without a teacher", RunStore.for_spec(work.alone), work.store, "ensemble",
+            work.settings.student.members,
         )
     record: DistillationRecord = {
         "key": key_of(work),
@@ -66,13 +71,14 @@ def compare(work: Distillation) -> DistillationRecord:
 def key_of(work: Distillation) -> str:
     """Return by what a comparison is known again: the targets, the students' specs and what is measured."""
     digests = [student.digest() for student in work.students()]
-    return hashlib.sha256(json.dumps([work.targets.store.uri.rpartition("/")[2], digests, work.settings.costs]).encode()
+    return hashlib.sha256(json.dumps([work.key, digests, work.settings.costs]).encode()
                           ).hexdigest()[:16]
 
 
 def made_before(work: Distillation) -> DistillationRecord | None:
     """Return the comparison of just this distillation, if all of it is there and whole."""
-    if not work.targets.is_done or not all(is_finished(RunStore.for_spec(student)) for student in work.students()):
+    has_taught = all(part.is_done for part in (work.targets, work.answers) if part is not None)
+    if not has_taught or not all(is_finished(RunStore.for_spec(student)) for student in work.students()):
         return None
     record: DistillationRecord | None = work.store.read_json(f"{FOLDER}/{work.settings.name}.json")
     if record is None or record.get("key") != key_of(work):
@@ -99,9 +105,10 @@ def distillations(store: RunStore) -> list[DistillationRecord]:
     return [store.read_json(f"{FOLDER}/{name}") for name in names]
 
 
-def _row(label: str, store: RunStore, group: str, members: int) -> ContenderMetrics:
-    """Return one contender: its metrics on the run's sets, and its parameters."""
+def _row(label: str, store: RunStore, teacher: RunStore, group: str, members: int) -> ContenderMetrics:
+    """Return one contender: its metrics on the run's sets, what its answers score, and its parameters."""
     metrics: RunMetrics = store.read_json("metrics.json")
+    answers = _answers(store, teacher, group)
     # As a baseline member 0 has intervals; baselines may be off in the spec, but it is measured in any case.
     single: Description = metrics.get("baselines", {}).get("single") or metrics["members"][0]
     found = metrics["ensemble"] if group == "ensemble" else single
@@ -110,8 +117,24 @@ def _row(label: str, store: RunStore, group: str, members: int) -> ContenderMetr
         "label": label,
         "eval": found["eval"],
         "ood": found.get("ood", {}),
+        **({"answers": answers} if answers else {}),
         "parameters": _in_use(counts, members),
         "trainable_parameters": members * counts["per_member_trainable"],
+    }
+
+
+def _answers(store: RunStore, teacher: RunStore, group: str) -> dict[str, dict[str, Any]]:
+    """Return by set the scores of written answers and their intervals, if they were asked for as the teacher's were."""
+    found, asked = store.read_json(ANSWERS_FACTS), teacher.read_json(ANSWERS_FACTS)
+    if found is None or asked is None or found["settings"] != asked["settings"]:
+        return {}
+    said = {name: one["ensemble"] if group == "ensemble" else one["members"][0] for name, one in found["sets"].items()}
+    return {
+        name: {
+            **{metric: score["value"] for metric, score in one["metrics"].items()},
+            "intervals": {metric: score["interval"] for metric, score in one["metrics"].items() if "interval" in score},
+        }
+        for name, one in said.items() if "metrics" in one
     }
 
 
@@ -125,6 +148,15 @@ def _in_use(counts: Parameters, members: int) -> int:
 
 
 def _targets(work: Distillation) -> TargetFacts:
+    if work.targets is None:
+        answered: TargetFacts = work.answers.facts() if work.answers is not None else {}
+        return {**_asked(work), **answered}
     facts = work.targets.store.read_json(FACTS)
     shown = ("rows", "members", "tokens", "positions", "size_bytes", "rounding_error", "made_s")
     return cast(TargetFacts, {key: facts[key] for key in shown if facts.get(key) is not None})
+
+
+def _asked(work: Distillation) -> TargetFacts:
+    """Return who was asked about what, where the teacher stayed loaded."""
+    loss, facts = loss_of(work.student), TargetFacts(rows=work.rows, members=work.members)
+    return {**facts, "on_policy": loss.writing.share} if isinstance(loss, AsksTeacher) else facts

@@ -9,43 +9,48 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-
-from raylora import control, registry
+from raylora import control
 from raylora.data.task import Task
-from raylora.distill import Keys, Loss, targets_class
-from raylora.engine.distillation.target_job import SHARD_ROWS, TargetJob, TargetPlan, shard_names, teacher_digest
-from raylora.engine.model.checkpoint import load_config, load_tokenizer
+from raylora.distill import AsksTeacher, Keys, LearnsAnswers, Loss
+from raylora.engine.distillation.answers import TaughtAnswers, taught_answers
+from raylora.engine.distillation.checks import check_task, check_tokenizers, try_loss
+from raylora.engine.distillation.target_job import SHARD_ROWS, TargetJob, TargetPlan, shard_names
+from raylora.engine.model.checkpoint import load_tokenizer
+from raylora.engine.run.finished_members import teacher_digest
 from raylora.engine.run.plan_run import Prepared, prepare
 from raylora.engine.run.roster import read_roster, read_state
 from raylora.engine.training.distillation_loss import (
-    student_task,
     targets_uri,
     task_of,
     taught_content,
 )
-from raylora.engine.training.inputs import sets_of
+from raylora.engine.training.inputs import AHEAD, sets_of
+from raylora.engine.training.member_plan import PlanRole, member_plans_of
 from raylora.ensemble.outputs import output_of
-from raylora.errors import DataError, RunDirectoryError, SpecError
+from raylora.errors import RunDirectoryError
 from raylora.placement.inventory import Inventory
 from raylora.spec import BaselinesSpec, DistillFromSpec, DistillSpec, EnsembleSpec, RunSpec
 from raylora.store.run_store import RunStore
 
-_PROBE = "Déjà vu: 12,345 tokens -- isn't   that\n\tnaïve? 语言 🙂 <|endoftext|>"
-"""A text on which tokenizers of one vocabulary but other rules come apart."""
-
 
 @dataclass(frozen=True)
 class Distillation:
-    """A teacher, its targets and who learns from them."""
+    """A teacher, what it teaches and who learns from it."""
 
     settings: DistillSpec
     store: RunStore
     """Of the teacher."""
     teacher: RunSpec
-    targets: TargetPlan
+    members: list[str]
+    """Who of the teacher's members teach."""
+    key: str
+    """By what targets are known: the teacher, the rows and what is kept of them."""
+    rows: int
+    targets: TargetPlan | None
+    """None where the teacher is asked while the student learns, or has answered."""
+    answers: TaughtAnswers | None
+    """What the teacher writes, if the student is to learn it."""
     student: RunSpec
     alone: RunSpec | None
     """The same student without a teacher."""
@@ -67,32 +72,53 @@ def prepare_distillation(
     spec = store.spec_in_place()
     check_finished(store)
     task = task_of(spec)
-    _check_task(settings, task)
+    loss = check_task(settings, task)
     prepared = prepare(spec, inventory)
     members = read_roster(store).members()[: 1 if settings.teacher == "single" else None]
-    _try_loss(settings, task, len(members))
+    try_loss(loss, task, len(members))
     content_of = _content_of(spec, task, settings, prepared)
-    tokens = _tokens(settings)
+    tokens = _tokens(loss)
     digest = teacher_digest(spec, store, members)
     key = targets_key(digest, content_of, tokens)
-    target_job = TargetJob(store.uri, digest, _packs(prepared, members), settings.transfer, tokens, shard_rows)
-    shards = shard_names(len(content_of), shard_rows)
-    processes = prepared.plan.workers * prepared.plan.ranks
-    plan = replace(prepared.plan, workers=min(processes, len(shards)), ranks=1, partners=1)
-    distill_from = DistillFromSpec(targets=key, teacher=digest, loss=settings.loss, transfer=settings.transfer)
-    student = student_spec(spec, settings, store.uri, settings.name, distill_from)
+    answers = taught_answers(prepared, settings, members, digest, content_of)
+    source = _source(settings, loss, digest, members, key, answers.key if answers is not None else None)
+    student = student_spec(spec, settings, store.uri, settings.name, source)
     alone = student_spec(spec, settings, store.uri, f"{settings.name}-alone", None) if settings.alone else None
-    if tokens is not None:
+    if output_of(task.output).per_token:
         check_tokenizers(spec, student, task)
-    taught = prepare(student, inventory)
-    Keys(list(content_of), list(content_of.values())).check(taught_content(taught.sets, task))
+    if answers is not None and not answers.is_done:  # then one is looked at whose rows are as they were
+        unanswered = source.model_copy(update={"answers": AHEAD})
+        taught = prepare(student_spec(spec, settings, store.uri, f"{settings.name}-ahead", unanswered), inventory)
+        RunStore.for_spec(student).check_spec(student)
+    else:
+        taught = prepare(student, inventory)
+    if answers is None or not answers.is_done:
+        Keys(list(content_of), list(content_of.values())).check(taught_content(taught.sets, task))
     if alone is not None:
         RunStore.for_spec(alone).check_spec(alone)
-    return Distillation(
-        settings, store, spec,
-        TargetPlan(spec, RunStore(targets_uri(store.uri, key)), plan, target_job, shards, len(content_of)),
-        student, alone,
+    targets = None
+    if source.targets is not None:
+        job = TargetJob(store.uri, digest, _packs(prepared, members), settings.transfer, tokens, shard_rows)
+        targets = _target_plan(prepared, key, job, len(content_of))
+    return Distillation(settings, store, spec, members, key, len(content_of), targets, answers, student, alone)
+
+
+def _source(
+    settings: DistillSpec, loss: Loss, teacher: str, members: list[str], targets: str, answers: str | None
+) -> DistillFromSpec:
+    """Return what makes a run this student's: targets, a teacher that is asked, or answers, as its loss needs."""
+    is_asked = isinstance(loss, AsksTeacher)
+    return DistillFromSpec(
+        targets=None if is_asked or isinstance(loss, LearnsAnswers) else targets, teacher=teacher,
+        members=members if is_asked else None, answers=answers, loss=settings.loss, transfer=settings.transfer,
     )
+
+
+def _target_plan(prepared: Prepared, key: str, job: TargetJob, rows: int) -> TargetPlan:
+    shards = shard_names(rows, job.shard_rows)
+    processes = prepared.plan.workers * prepared.plan.ranks
+    plan = replace(prepared.plan, workers=min(processes, len(shards)), ranks=1, partners=1)
+    return TargetPlan(prepared.spec, RunStore(targets_uri(job.run_uri, key)), plan, job, shards, rows)
 
 
 def check_ahead(spec: RunSpec, inventory: Inventory | None = None) -> None:
@@ -104,12 +130,14 @@ def check_ahead(spec: RunSpec, inventory: Inventory | None = None) -> None:
     if spec.distill is None:
         return
     settings, task = spec.distill, task_of(spec)
-    _check_task(settings, task)
-    _try_loss(settings, task, 1 if settings.teacher == "single" else spec.ensemble.members)
-    distill_from = DistillFromSpec(targets="ahead", teacher="ahead", loss=settings.loss, transfer=settings.transfer)
+    loss = check_task(settings, task)
+    members = [plan.name for plan in member_plans_of(spec) if plan.role is PlanRole.MEMBER]
+    members = members[: 1 if settings.teacher == "single" else None]
+    try_loss(loss, task, len(members))
+    source = _source(settings, loss, AHEAD, members, AHEAD, None if settings.answers is None else AHEAD)
     # A name of its own: what is in the student's directory is looked at when the targets are known.
-    student = student_spec(spec, settings, RunStore.for_spec(spec).uri, f"{settings.name}-ahead", distill_from)
-    if _tokens(settings) is not None:
+    student = student_spec(spec, settings, RunStore.for_spec(spec).uri, f"{settings.name}-ahead", source)
+    if output_of(task.output).per_token:
         check_tokenizers(spec, student, task)
     prepare(student, inventory)
 
@@ -136,6 +164,8 @@ def student_spec(
     Without ``distill_from`` it is the same student alone.
     """
     student, placement = settings.student, teacher.placement
+    if distill_from is not None and distill_from.members is not None:  # a teacher beside it is whole in every worker
+        placement = placement.model_copy(update={"strategy": "replicate", "ranks": "auto", "data_parallel": 1})
     if isinstance(placement.workers, int):  # as many as the teacher's members would find nothing to do
         placement = placement.model_copy(update={"workers": min(placement.workers, student.members)})
     # The student's own adapter decides whether it has blocks that could be cached: it asks for that itself.
@@ -157,55 +187,11 @@ def targets_key(teacher: str, content_of: Mapping[str, str], tokens: tuple[int, 
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def check_tokenizers(teacher: RunSpec, student: RunSpec, task: Task) -> None:
-    """Refuse models that read a text as different tokens, or number their tokens differently.
-
-    Raises:
-        DataError: with the first difference.
-    """
-    ours, theirs = (load_tokenizer(spec.base, task) for spec in (teacher, student))
-    hint = "a token-level loss needs two models of one tokenizer, such as two sizes of one family"
-    one, two = ours.get_vocab(), theirs.get_vocab()
-    if one != two:
-        different = sorted(token for token in one.keys() | two.keys() if one.get(token) != two.get(token))
-        raise DataError(
-            f"teacher and student have different tokenizers, of {len(one):,} and {len(two):,} tokens: "
-            f"{len(different):,} differ, such as {different[0]!r}", hint,
-        )
-    if ours(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"]:
-        raise DataError(f"teacher and student have one vocabulary, but read {_PROBE!r} as different tokens", hint)
-    sizes = [int(load_config(spec.base).get_text_config().vocab_size) for spec in (teacher, student)]
-    if sizes[0] != sizes[1]:
-        raise DataError(f"the teacher has logits over {sizes[0]} tokens, the student over {sizes[1]}", hint)
-
-
-def _try_loss(settings: DistillSpec, task: Task, members: int) -> None:
-    """Ask the loss about nothing, which is soon done. Raises: SpecError if it cannot learn from so many members."""
-    if output_of(task.output).per_token:
-        return
-    loss: Loss = registry.load("loss", settings.loss.kind).build(settings.loss)
-    outputs_BO = torch.zeros(1, loss.outputs(task.num_outputs))
-    targets = torch.zeros((1, members, task.num_outputs)[: targets_class(task.output).dimensions])
-    loss.per_example(outputs_BO, targets, None)
-
-
-def _tokens(settings: DistillSpec) -> tuple[int, float] | None:
-    spec: Any = settings.loss
-    loss: Loss = registry.load("loss", spec.kind).build(spec)
-    return (spec.top_k, spec.temperature) if output_of(loss.teaches).per_token else None
-
-
-def _check_task(settings: DistillSpec, task: Task) -> None:
-    if settings.student.task is not None:
-        given = settings.student.task
-        own: Task = registry.load("task", given.kind).build(given)
-        if given.kind != task.spec.kind or own.label_names != task.label_names:
-            raise SpecError(
-                f"distill.student.task: {given.kind} of labels {own.label_names} is not the teacher's "
-                f"{task.spec.kind} of {task.label_names}",
-                "teacher and student need the same labels in the same order; leave task out to take the teacher's",
-            )
-    student_task(task, settings.loss)
+def _tokens(loss: Loss) -> tuple[int, float] | None:
+    """Return how many tokens of a position targets keep, and at what temperature; None where they are no tokens."""
+    if isinstance(loss, AsksTeacher | LearnsAnswers) or not output_of(loss.teaches).per_token:
+        return None
+    return loss.spec.top_k, loss.spec.temperature
 
 
 def _content_of(spec: RunSpec, task: Task, settings: DistillSpec, prepared: Prepared) -> Mapping[str, str]:
@@ -217,9 +203,8 @@ def _content_of(spec: RunSpec, task: Task, settings: DistillSpec, prepared: Prep
         )
     if settings.transfer is None:
         return taught_content(prepared.sets, task)
-    return taught_content(
-        sets_of(spec, task, load_tokenizer(spec.base, task), prepared.store, settings.transfer), task
-    )
+    tokenizer, asks = load_tokenizer(spec.base, task), settings.answers is not None
+    return taught_content(sets_of(spec, task, tokenizer, prepared.store, settings.transfer, asks=asks), task)
 
 
 def _packs(prepared: Prepared, members: list[str]) -> tuple[tuple[str, ...], ...]:

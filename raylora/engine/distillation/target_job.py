@@ -6,8 +6,6 @@ their loss and is taken up again like any other. Shapes: M members, N rows of a 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ from raylora.distill import (
 from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.model.gang import GangPlace
 from raylora.engine.model.packed_model import PackedModel
-from raylora.engine.run.finished_members import read_members, weight_digests
+from raylora.engine.run.finished_members import read_members
 from raylora.engine.run.session import TrainingSession
 from raylora.engine.training.distillation_loss import read_outputs, task_of, taught_content
 from raylora.engine.training.inputs import sets_of
@@ -51,7 +49,7 @@ class TargetJob:
 
     run_uri: str
     digest: str
-    """Of the teacher: see :func:`teacher_digest`."""
+    """Of the teacher: see :func:`raylora.engine.run.finished_members.teacher_digest`."""
     packs: tuple[tuple[str, ...], ...]
     """Its members, by what shares a forward."""
     transfer: SetSpec | None
@@ -235,15 +233,6 @@ def shard_names(rows: int, shard_rows: int) -> tuple[str, ...]:
     """Return the shards by their first and last row, so that no other division is mistaken for this one."""
     starts = range(0, rows, shard_rows)
     return tuple(f"rows-{first:07d}-{min(first + shard_rows, rows) - 1:07d}" for first in starts)
-
-
-def teacher_digest(spec: RunSpec, store: RunStore, members: Sequence[str]) -> str:
-    """Return the SHA-256 of a teacher: its spec and the weights of those members who teach.
-
-    Raises:
-        StoreError: a member is damaged.
-    """
-    return hashlib.sha256(json.dumps([spec.digest(), weight_digests(store, members)]).encode()).hexdigest()
 
 
 def number_of(member: str) -> int:

@@ -2,7 +2,7 @@
 
 The rows of a forward are member by member, as in training: rows m * A .. (m + 1) * A - 1 are member m's, for the A
 prompts that are not finished. All members read the same prefix, the one that their mixture chose, unless each goes its
-own way. Prompts are padded on the left, positions count from the first real token.
+own way.
 
 Shapes: M members, N prompts, A of them unfinished, B = M * A rows, T tokens, V vocabulary.
 """
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raylora.data.task import pad_id
-from raylora.engine.generation.lanes import lanes_of, pass_lanes
 from raylora.engine.generation.mixture import Mixture, draw, mix, uniforms
+from raylora.engine.generation.reading import Reading
 from raylora.engine.model.packed_model import PackedModel
 
 
@@ -65,20 +64,12 @@ class Decoder:
             names: of the prompts; what is drawn depends on them and not on what else is in the batch.
             ends: tokens that end an answer.
         """
-        self.model, self.sampling, self.ends = model, sampling, set(ends)
+        self.sampling, self.ends = sampling, set(ends)
         self.members = len(next(iter(stacked.values())))
         self.names, self.position = list(names), 0
-        device = model.base.device
         self.unfinished = list(range(len(prompts)))
         self._done_MA = torch.zeros((self.members, len(prompts)), dtype=torch.bool)
-        longest = max(map(len, prompts))
-        pad = pad_id(model.base.tokenizer)
-        ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        self._ids_BT = torch.tensor(ids, device=device).repeat(self.members, 1)
-        self._mask_BT = torch.tensor(mask, device=device).repeat(self.members, 1)
-        self._lanes = lanes_of(model, stacked, remembers=True)
-        self._after_prompts_BV: Tensor | None = None
+        self._reading = Reading(model, stacked, list(prompts) * self.members)
 
     @torch.no_grad()
     def fork(self, sampling: Sampling) -> Decoder:
@@ -86,11 +77,9 @@ class Decoder:
 
         Both hold what the members remember of the prompts. To be called before :meth:`steps` begins.
         """
-        if self._after_prompts_BV is None:
-            self._after_prompts_BV = self._forward()
         twin = copy.copy(self)
         twin.sampling, twin.unfinished, twin._done_MA = sampling, list(self.unfinished), self._done_MA.clone()
-        twin._lanes = [lane.copied() for lane in self._lanes]
+        twin._reading = self._reading.fork()
         return twin
 
     @torch.no_grad()
@@ -100,13 +89,10 @@ class Decoder:
             if not self.unfinished:
                 return
             self.position = position
-            logits_BV, self._after_prompts_BV = self._after_prompts_BV, None
-            logits_BV = self._forward() if logits_BV is None else logits_BV
-            logits_MAV = logits_BV.view(self.members, len(self.unfinished), -1)
+            logits_MAV = self._reading.logits().view(self.members, len(self.unfinished), -1)
             written, token_B = self._each(logits_MAV) if self.sampling.each_member else self._together(logits_MAV)
             yield written
-            self._ids_BT = token_B[:, None].to(self._ids_BT.device)
-            self._mask_BT = torch.cat([self._mask_BT, torch.ones_like(self._mask_BT[:, :1])], dim=1)
+            self._reading.go_on(token_B)
             self._leave()
 
     def finish(self, row: int, member: int | None = None) -> None:
@@ -153,13 +139,6 @@ class Decoder:
                 self.finish(row, member)
         return found
 
-    def _forward(self) -> Tensor:
-        """Return the logits after the last tokens, B x V; the caches know what came before."""
-        base = self.model.base
-        position_BT = (self._mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -self._ids_BT.shape[1] :]
-        inputs = {"input_ids": self._ids_BT, "attention_mask": self._mask_BT, "position_ids": position_BT}
-        return pass_lanes(base, self._lanes, inputs, keep=1)[:, -1]
-
     def _leave(self) -> None:
         """Take the prompts out of the batch whose answers are all finished, with what their members remember."""
         done_A = self._done_MA.all(dim=0)
@@ -168,11 +147,5 @@ class Decoder:
         kept_A = (~done_A).nonzero()[:, 0]
         self.unfinished = [self.unfinished[at] for at in kept_A.tolist()]
         old = len(done_A)
-        row_B = torch.cat([member * old + kept_A for member in range(self.members)])
         self._done_MA = self._done_MA[:, kept_A]
-        on_device = row_B.to(self._ids_BT.device)
-        self._ids_BT, self._mask_BT = self._ids_BT[on_device], self._mask_BT[on_device]
-        each = self.members // len(self._lanes)
-        of_lane = torch.cat([member * old + kept_A for member in range(each)]).to(self._ids_BT.device)
-        for lane in self._lanes:
-            lane.keep(of_lane)
+        self._reading.keep(torch.cat([member * old + kept_A for member in range(self.members)]))

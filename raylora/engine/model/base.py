@@ -38,6 +38,7 @@ from raylora.engine.model.sites import adapter_sites, find_heads, target_names
 from raylora.engine.model.split_base import split
 from raylora.engine.model.token_head import TokenHead, WholeHead, find_token_head
 from raylora.engine.model.trunk import Trunk, find_trunk
+from raylora.engine.model.twin import twin_of
 from raylora.ensemble.outputs import output_of
 from raylora.errors import BaseError
 from raylora.quant.base import Quantizer
@@ -106,7 +107,7 @@ class Base:
 
 def load_base(
     spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: torch.device, prepared: RunStore | None = None,
-    gang: Gang | None = None, recompute: bool = False,
+    gang: Gang | None = None, recompute: bool = False, sharing: Base | None = None,
 ) -> Base:
     """Load, quantize, freeze and attach.
 
@@ -114,6 +115,7 @@ def load_base(
         prepared: where the quantized layers lie, for the kinds that are prepared beforehand.
         gang: the ranks to split the base over, if its place says so; they all load it together.
         recompute: run blocks again in the backward pass instead of keeping their activations.
+        sharing: a loaded base of the same spec, not split, whose weights this one reads, too.
 
     Raises:
         BaseError: the base is not there or not prepared, or the adapter does not fit it.
@@ -123,7 +125,10 @@ def load_base(
     # Where it is split, a rank sends its device what it holds, and the whole stays where it is mapped.
     is_split = gang is not None and gang.place.is_split
     place = torch.device("cpu") if is_split else device
-    model, missing = frozen_model(spec, task, place, dtype, prepared)
+    if sharing is None:
+        model, missing = frozen_model(spec, task, place, dtype, prepared)
+    else:
+        model, missing = twin_of(sharing.model), [f"{name}.weight" for name in sharing.fresh_heads]
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     heads = find_heads(model, missing)

@@ -152,7 +152,7 @@ class PackedModel:
         The members of all packs follow each other, and one's logits are made when they are asked for.
         """
         head = self.base.token_head
-        states = (states_PS for stacked in packs for states_PS in self._states(stacked, batch))
+        states = (states_PS for stacked in packs for states_PS in self.token_states(stacked, batch))
         if isinstance(head, WholeHead):  # its states are all logits: those of one pack at a time
             yield states
             return
@@ -161,8 +161,8 @@ class PackedModel:
             yield (head.logits(states_PD[chunk]) for states_PD in of_members)
 
     @torch.no_grad()
-    def _states(self, stacked: Mapping[str, Tensor], batch: Batch) -> Iterable[Tensor]:
-        """Return what each member's logits are made from, P x S."""
+    def token_states(self, stacked: Mapping[str, Tensor], batch: Batch) -> Sequence[Tensor]:
+        """Return what each member's logits are made from at the positions that predict a batch's targets, P x S."""
         forward, repeated = self._forward_of_all(stacked, batch)
         with self.base.round(Round.FORWARD):
             states = self.base.token_head.states(forward, predicting(repeated))

@@ -38,7 +38,7 @@ class AnswerJob:
     rows: int | None = None
     """Of each set, at most: its first ones. None is all."""
     transfer: SetSpec | None = None
-    """Further rows behind those of ``train``, as a distillation has them."""
+    """Further rows behind those of ``train``, as a distillation has them; they need only ask."""
     max_new_tokens: int = 64
     temperature: float = 0.0
     """Of the mixture; 0 takes the most probable token each time."""

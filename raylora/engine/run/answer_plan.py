@@ -71,7 +71,7 @@ class AnswerPlan:
         """Write what will be answered, and how; the first thing that touches the disk."""
         self.store.write_json(FACTS, _facts(self.job, self.rows) | {"done": False})
         task, run = task_of(self.spec), RunStore(self.job.run_uri)
-        sets_of(self.spec, task, load_tokenizer(self.spec.base, task), run, self.job.transfer, keep=True)
+        sets_of(self.spec, task, load_tokenizer(self.spec.base, task), run, self.job.transfer, keep=True, asks=True)
 
     def start_event(self, workers: list[str]) -> control.RunStarted:
         """Return the event that begins the work or takes it up again; every shard is needed."""
@@ -91,7 +91,7 @@ def plan_answers(prepared: Prepared, job: AnswerJob) -> AnswerPlan:
     """
     spec, task = prepared.spec, task_of(prepared.spec)
     tokenizer, run = load_tokenizer(spec.base, task), RunStore(job.run_uri)
-    sets = prepared.sets if job.transfer is None else sets_of(spec, task, tokenizer, run, job.transfer)
+    sets = prepared.sets if job.transfer is None else sets_of(spec, task, tokenizer, run, job.transfer, asks=True)
     shards = shards_of(sets, job.sets, job.rows, job.shard_rows)
     config = load_config(spec.base)
     for shard in shards.values():
@@ -167,7 +167,7 @@ class AnswerSession:
         session.load()
         sets = session.sets
         if job.transfer is not None:
-            sets = sets_of(self.spec, session.task, session.base.tokenizer, session.store, job.transfer)
+            sets = sets_of(self.spec, session.task, session.base.tokenizer, session.store, job.transfer, asks=True)
         self.shelf = ShardShelf(self.store, SHARDS, shards_of(sets, job.sets, job.rows, job.shard_rows))
         self.writer = writer_of(self.spec, session.store, session.base, session.task, job.members)
 

@@ -12,22 +12,26 @@ from torch import Tensor, nn
 
 from raylora import registry
 from raylora.adapters.base import Adapter, NeedsBaseWeights, Site, WholeModel, is_linear, site_of
+from raylora.data.answered import prompt_length
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
+from raylora.distill import AsksTeacher
 from raylora.engine.model.blocks import find_blocks
 from raylora.engine.model.checkpoint import quantizer_of, shell_model
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.parameter_count import adapter_parameters
 from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.model.split_base import MOST_PARTS
+from raylora.engine.training.distillation_loss import loss_of, task_of
 from raylora.engine.training.member_plan import MemberPlan, packable_groups, unpackable_reason
 from raylora.engine.training.row_packing import packing_of
 from raylora.ensemble.outputs import output_of
 from raylora.errors import BaseError
-from raylora.placement.estimate import MemberShape, ModelShape, logit_chunk
+from raylora.placement.estimate import ADAPTER_BYTES, MemberShape, ModelShape, asked_bytes, logit_chunk
 from raylora.placement.inventory import Inventory
 from raylora.placement.plan import Demand
 from raylora.spec import RunSpec
+from raylora.store.run_store import RunStore
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,28 @@ def demand_of(
 ) -> Demand:
     """Return what these units need on such machines; ``batch`` says how much text they see at once."""
     on_gpu = inventory.gpus > 0 and spec.placement.gpus_per_worker != 0
-    model = _model_shape(spec, shell, on_gpu)
+    beside_bytes, asked = _teacher_bytes(spec, batch.time, on_gpu)
+    model = replace(_model_shape(spec, shell, on_gpu), beside_bytes=beside_bytes)
     member = replace(
         batch, parameters=shell.member_parameters, input_widths=_input_widths(spec, shell.sites, model),
-        logit_chunk=_logit_chunk(spec, shell, model.vocabulary, on_gpu),
+        logit_chunk=_logit_chunk(spec, shell, model.vocabulary, on_gpu), asked_bytes=asked,
     )
     return Demand(groups_of(units), model, member, unpackable_reason(units[0]), _unsplittable_reason(spec, shell))
+
+
+def _teacher_bytes(spec: RunSpec, time: int, on_gpu: bool) -> tuple[int, int]:
+    """Return what a teacher that is asked takes in every process, and for every token; nothing where none is.
+
+    Before the teacher's run has begun, nothing is known of it.
+    """
+    run = RunStore(RunStore.for_spec(spec).uri.rpartition("/")[0])
+    if spec.distill_from is None or spec.distill_from.members is None or not run.is_begun():
+        return 0, 0
+    teacher, members = run.read_spec(), len(spec.distill_from.members)
+    shell = shell_of(teacher, task_of(teacher))
+    shape = _model_shape(teacher, shell, on_gpu)
+    base = 0 if teacher.base == spec.base else shape.block_bytes + shape.embedding_bytes + shape.workspace_bytes
+    return base + ADAPTER_BYTES * members * shell.member_parameters, asked_bytes(shape, members, time, on_gpu)
 
 
 def groups_of(units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:
@@ -80,6 +100,10 @@ def batch_of(spec: RunSpec, sets: DataSets) -> MemberShape:
     time = min(spec.task.max_length, max(len(s) for e in examples for s in e.sequences))
     rows = spec.optimization.micro_batch * max(len(e.sequences) for e in examples)
     packing = packing_of(spec, examples)
+    loss = loss_of(spec)
+    if isinstance(loss, AsksTeacher) and loss.writing.share:  # nobody knows yet how long the student's answers are
+        longest = max(map(prompt_length, examples)) + loss.writing.max_new_tokens
+        packing, time = None, min(spec.task.max_length, max(time, longest))
     evaluated = max((len(loaded.examples) for loaded in sets.all() if loaded is not sets.train), default=0)
     read = min(spec.evaluation.batch, spec.ensemble.members * evaluated)
     has_token_logits = bool(examples[0].spans or examples[0].target_ranges)
@@ -188,6 +212,8 @@ class _Asked(Exception):
 
 def _unsplittable_reason(spec: RunSpec, shell: Shell) -> str:
     """Return why no rank may be without the whole base, or nothing if each can."""
+    if spec.distill_from is not None and spec.distill_from.members is not None:
+        return "a teacher that is asked while its student learns is whole in every worker"
     adapter, sites = shell.adapter, shell.sites
     if isinstance(adapter, WholeModel):
         return f"members of adapter.kind {adapter.spec.kind} are whole models themselves"

@@ -75,3 +75,12 @@ def member_tensors(files: Mapping[str, bytes]) -> Tensors:
 def member_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the plain facts that a member's folder holds: its seed, adapter, base and history."""
     return json.loads(files["member.json"])
+
+
+def teacher_digest(spec: RunSpec, store: RunStore, members: Sequence[str]) -> str:
+    """Return the SHA-256 of a teacher: its spec and the weights of those members who teach.
+
+    Raises:
+        StoreError: a member is damaged.
+    """
+    return hashlib.sha256(json.dumps([spec.digest(), weight_digests(store, members)]).encode()).hexdigest()

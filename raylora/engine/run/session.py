@@ -29,10 +29,12 @@ from raylora.engine.run.profiling import StepProfiler
 from raylora.engine.run.run_answers import RunAnswers
 from raylora.engine.run.run_metrics import aggregate
 from raylora.engine.run.shared_trunk import discard_trunk_cache, open_trunk_cache
+from raylora.engine.run.teaching import teaching_of
 from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
 from raylora.engine.run.work import StopSignal
-from raylora.engine.training.distillation_loss import DistillationLoss, read_distillation_loss, task_of
+from raylora.engine.training.distillation_loss import DistillationLoss, task_of
 from raylora.engine.training.inputs import sets_of
+from raylora.engine.training.live_teacher import LiveDistillationLoss
 from raylora.engine.training.member_plan import MemberPlan, PlanRole, member_plans_of
 from raylora.engine.training.member_state import SavedState
 from raylora.engine.training.optimizer import start_deepspeed
@@ -70,7 +72,7 @@ class TrainingSession:
         self.sets: DataSets
         self.evaluator: Evaluator
         self.answers: RunAnswers
-        self.distillation_loss: DistillationLoss | None
+        self.distillation_loss: DistillationLoss | LiveDistillationLoss | None
         self.trunk_cache: TrunkCache | None
         self.span: Span = unmarked
 
@@ -107,7 +109,7 @@ class TrainingSession:
                 f"{self.store.uri}: the data has changed since the run was begun", "restore it, or start a new run"
             )
         logger.info("base and data loaded in %.1f s", time.perf_counter() - started)
-        self.distillation_loss = read_distillation_loss(self.spec, self.store, self.task, self.sets)
+        self.distillation_loss = teaching_of(self.spec, self.store, self.base, self.sets)
         self.evaluator = Evaluator(self.spec, self.store, self.task, self.base, self.sets)
         self.answers = RunAnswers(self.spec, self.store, self.task, self.base, self.sets)
         self.trunk_cache = open_trunk_cache(self.spec, self.store, self.base, self.sets.train.examples)

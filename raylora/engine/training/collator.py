@@ -17,7 +17,9 @@ from raylora.data.packed_rows import pack_rows
 from raylora.data.task import Batch, Example, WeighsExamples, collate_pack, take_part
 from raylora.engine.model.packed_model import PackedModel
 
-_Key = tuple[int, tuple[str, ...]]
+OwnRows = Mapping[tuple[int, str], Sequence[Example]]
+"""By micro-batch and member: rows that take the place of those which the member's order says."""
+_Key = tuple[int, tuple[str, ...], bool]
 
 
 class Collator:
@@ -47,24 +49,44 @@ class Collator:
     def __exit__(self, *details: Any) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def batch(self, number: int, orders_K: Mapping[str, Order]) -> Batch:
-        """Return micro-batch ``number`` (from 0) of members by name, in that order, padded once to the longest."""
-        key = number, tuple(orders_K)
+    def batch(self, number: int, orders_K: Mapping[str, Order], own: OwnRows | None = None) -> Batch:
+        """Return micro-batch ``number`` (from 0) of members by name, in that order, padded once to the longest.
+
+        Args:
+            own: what members wrote for this optimizer step, for all of its micro-batches.
+        """
+        own = own or {}
+        key = self._key(number, orders_K, own)
         ahead, self._ahead = self._ahead, None
-        wanted = ahead[1] if ahead is not None and ahead[0] == key else self._submit(number, orders_K)
+        wanted = ahead[1] if ahead is not None and ahead[0] == key else self._submit(number, orders_K, own)
         if number + 1 < self._micro_batches:
-            self._ahead = (number + 1, key[1]), self._submit(number + 1, orders_K)
+            self._ahead = self._key(number + 1, orders_K, own), self._submit(number + 1, orders_K, own)
         return wanted.result()
 
-    def _submit(self, number: int, orders_K: Mapping[str, Order]) -> Future[Batch]:
-        return self._thread.submit(self._collate, number, list(orders_K.values()))
+    def _key(self, number: int, orders_K: Mapping[str, Order], own: OwnRows) -> _Key:
+        return number, tuple(orders_K), any((number, name) in own for name in orders_K)
 
-    def _collate(self, number: int, orders_K: Sequence[Order]) -> Batch:
-        examples_K = [[self._examples[i] for i in order.indices(number)] for order in orders_K]
+    def _submit(self, number: int, orders_K: Mapping[str, Order], own: OwnRows) -> Future[Batch]:
+        return self._thread.submit(self._collate, number, orders_K, own)
+
+    def rows(self, number: int, orders_K: Mapping[str, Order]) -> list[Sequence[Example]]:
+        """Return each member's examples of a micro-batch, as its order says."""
+        return self._thread.submit(
+            lambda: [self._rows(number, name, order, {}) for name, order in orders_K.items()]
+        ).result()
+
+    def _rows(self, number: int, name: str, order: Order, own: OwnRows) -> Sequence[Example]:
+        found = own.get((number, name))
+        return found if found is not None else [self._examples[i] for i in order.indices(number)]
+
+    def _collate(self, number: int, orders_K: Mapping[str, Order], own: OwnRows) -> Batch:
+        examples_K = [self._rows(number, name, order, own) for name, order in orders_K.items()]
         batch = collate_pack(self._model.task, examples_K, self._model.base.tokenizer)
-        weights = [weight for order in orders_K for weight in self._weights(number, order)]
+        weights = [weight for name, order in orders_K.items() for weight in self._weights(number, name, order, own)]
         if weights:
             batch = replace(batch, weight_N=torch.tensor(weights))
+        if own:
+            batch = replace(batch, own_K=tuple((number, name) in own for name in orders_K))
         gang = self._model.base.gang
         if gang is not None and gang.partners.size > 1:
             batch = take_part(batch, gang.partners.index, gang.partners.size)
@@ -72,7 +94,7 @@ class Collator:
             batch = pack_rows(batch, self._model.task.spec.max_length)
         return batch.pin_memory() if self._model.base.device.type == "cuda" else batch
 
-    def _weights(self, number: int, order: Order) -> list[float]:
+    def _weights(self, number: int, name: str, order: Order, own: OwnRows) -> list[float]:
         """Return what one member's examples count for, so that a step's loss is the mean over all that they weigh.
 
         Nothing where all count the same. A step averages its micro-batches, and each of those its examples.
@@ -82,7 +104,8 @@ class Collator:
             return []
         begin = number - number % self._accumulation
         step = [
-            [task.weight(self._examples[i]) for i in order.indices(begin + n)] for n in range(self._accumulation)
+            [task.weight(example) for example in self._rows(begin + n, name, order, own)]
+            for n in range(self._accumulation)
         ]
         known = [[weight for weight in micro if weight is not None] for micro in step]
         total, here = sum(map(sum, known)), known[number - begin]

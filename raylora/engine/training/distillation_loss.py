@@ -26,6 +26,14 @@ def task_of(spec: RunSpec) -> Task:
     return task if spec.distill_from is None else student_task(task, spec.distill_from.loss)
 
 
+def loss_of(spec: RunSpec) -> Loss | None:
+    """Return what a student learns by, or None for a run that has no teacher."""
+    if spec.distill_from is None:
+        return None
+    loss: Loss = registry.load("loss", spec.distill_from.loss.kind).build(spec.distill_from.loss)
+    return loss
+
+
 def student_task(task: Task, loss_spec: KindSpec) -> Task:
     """Return the task as a student of this loss does it.
 
@@ -146,10 +154,10 @@ def read_distillation_loss(spec: RunSpec, store: RunStore, task: Task, sets: Dat
         DataError: the targets are another teacher's, or were made for other data.
         StoreError: they are missing, incomplete or damaged.
     """
-    if spec.distill_from is None:
+    loss, distill_from = loss_of(spec), spec.distill_from
+    if loss is None or distill_from is None:
         return None
-    distill_from = spec.distill_from
-    loss: Loss = registry.load("loss", distill_from.loss.kind).build(distill_from.loss)
+    assert distill_from.targets is not None
     targets = load_targets(RunStore(targets_uri(store.uri.rpartition("/")[0], distill_from.targets)))
     content_of = taught_content(sets, task)
     if isinstance(targets, TokenTargets):

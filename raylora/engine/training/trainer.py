@@ -18,8 +18,10 @@ from raylora.engine.model.packed_model import PackedModel, StepTensors
 from raylora.engine.training.answer_validation import answer_metrics, watched_by_answers
 from raylora.engine.training.collator import Collator
 from raylora.engine.training.distillation_loss import DistillationLoss
+from raylora.engine.training.live_teacher import LiveDistillationLoss
 from raylora.engine.training.member_plan import MemberPlan
 from raylora.engine.training.member_state import MemberBuilder, MemberState, SavedState
+from raylora.engine.training.own_answers import OwnAnswers
 from raylora.engine.training.predict import validation_metrics
 from raylora.engine.training.row_packing import first_epoch_of
 from raylora.engine.training.schedule import epochs_done, total_steps
@@ -54,7 +56,7 @@ class PackTrainer:
 
     def __init__(
         self, model: PackedModel, settings: TrainingSettings, plans: Sequence[MemberPlan], train: Sequence[Example],
-        validation: Sequence[Example], distillation_loss: DistillationLoss | None = None,
+        validation: Sequence[Example], distillation_loss: DistillationLoss | LiveDistillationLoss | None = None,
         saved: Mapping[str, SavedState] | None = None,
     ) -> None:
         """Take what is trained, and on what.
@@ -68,6 +70,8 @@ class PackTrainer:
         """
         self.model, self.settings, self.distillation_loss = model, settings, distillation_loss
         self.train, self.validation = train, validation
+        writing = distillation_loss.writing if isinstance(distillation_loss, LiveDistillationLoss) else None
+        self.own_answers = OwnAnswers(model, writing) if writing is not None and writing.share else None
         self.span: Span = unmarked
         """Marks each step on a timeline."""
         self.total = total_steps(len(train), settings.optimization)
@@ -140,12 +144,13 @@ class PackTrainer:
         active = [t for t in self.states if t.training]
         sums = dict.fromkeys((t.plan.name for t in active), 0.0)
         tokens = 0
+        own = self.own_answers.of_step(self.step, accumulation, active, collator) if self.own_answers else {}
         for micro in range(accumulation):
             stepping = [t for t in active if not t.failure]
             if not stepping:
                 break
             number = self.step * accumulation + micro
-            batch = collator.batch(number, {t.plan.name: t.order for t in stepping})
+            batch = collator.batch(number, {t.plan.name: t.order for t in stepping}, own)
             tokens += self._micro_batch(stepping, batch, number, sums)
         self.step += 1
         self._ready = None  # it belongs to the weights before the update
@@ -190,6 +195,7 @@ class PackTrainer:
         distillation_loss, progress = self.distillation_loss, self.step / self.total
         if self.model.per_token:
             return {"token_loss": lambda batch: distillation_loss.of_positions(batch, progress)}
+        assert isinstance(distillation_loss, DistillationLoss)
         return {"loss": lambda logits, batch: distillation_loss.losses(logits, batch, progress)}
 
     def _step_tensors(self, stepping: Sequence[MemberState], accumulation: int) -> StepTensors:
