@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.splits import Pool, divide, fresh, judge, read_pool
-from raylora.data.task import UNLABELED, BadRow, Example, HasQuestions, LeftOut, Task, decode_text
+from raylora.data.task import UNLABELED, BadRow, Example, LeftOut, ReadsQuestions, Task, decode_text
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec
 
@@ -139,17 +139,12 @@ def load_sets(
         used |= parts[name].keys()
     known = train.keys() | parts["validation"].keys()
 
-    def foreign(name: str, spec: SetSpec) -> LoadedSet:
-        if isinstance(task, HasQuestions):
-            asking = task.questions()
-            pool = read_pool(name, spec, data, asking, False, base_dir)
-            if any(task.reference(good.row.values) is None for good in pool.rows):
-                return replace(_tokenized(fresh(pool, known), data, asking, tokenizer), only_asks=True)
-        pool = read_pool(name, spec, data, task, False, base_dir)
-        return _tokenized(fresh(pool, known), data, task, tokenizer)
-
-    def familiar(name: str, spec: SetSpec) -> LoadedSet:
-        return _tokenized(fresh(read_pool(name, spec, data, task, True, base_dir), known), data, task, tokenizer)
+    def named(specs: Mapping[str, SetSpec], labeled: bool) -> dict[str, LoadedSet]:
+        pools = {
+            name: read_pool(name, spec, data, task, labeled, base_dir, may_ask=not labeled)
+            for name, spec in specs.items()
+        }
+        return {name: _tokenized(fresh(pool, known), data, task, tokenizer) for name, pool in pools.items()}
 
     loaded = _tokenized(train, data, task, tokenizer)
     _check_classes(loaded, task)
@@ -157,18 +152,16 @@ def load_sets(
         train=loaded,
         validation=_tokenized(parts["validation"], data, task, tokenizer),
         test=_tokenized(parts["test"], data, task, tokenizer),
-        in_distribution={name: familiar(name, spec) for name, spec in evaluation.in_distribution.items()},
-        out_of_distribution={name: foreign(name, spec) for name, spec in evaluation.out_of_distribution.items()},
+        in_distribution=named(evaluation.in_distribution, labeled=True),
+        out_of_distribution=named(evaluation.out_of_distribution, labeled=False),
         label_names=list(task.label_names),
     )
     if transfer is None:
         return sets
     seen = set(loaded.text_keys) | sets.evaluated_keys()
-    reads = task.questions() if asks and isinstance(task, HasQuestions) else task
-    extra = fresh(read_pool("transfer", transfer, data, reads, False, base_dir), seen)
-    return replace(sets, train=_with_transfer(
-        loaded, _tokenized(extra, data, reads, tokenizer), task.no_label
-    ))
+    extra = fresh(read_pool("transfer", transfer, data, task, False, base_dir, may_ask=asks), seen)
+    extra = replace(extra, only_asks=asks and isinstance(task, ReadsQuestions))
+    return replace(sets, train=_with_transfer(loaded, _tokenized(extra, data, task, tokenizer), task.no_label))
 
 
 def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -> LoadedSet:
@@ -176,10 +169,13 @@ def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
     content_of: dict[str, str] = {}
     bad: list[str] = []
     truncated = left_out = 0
+    tokenize, content = task.tokenize, task.content
+    if pool.only_asks and isinstance(task, ReadsQuestions):
+        tokenize, content = task.question, task.asked
     for good in pool.rows:
         try:
-            example, cut = task.tokenize(good.row.values, good.id, tokenizer)
-            content_of[good.id] = content_hash(task.content(good.row.values))
+            example, cut = tokenize(good.row.values, good.id, tokenizer)
+            content_of[good.id] = content_hash(content(good.row.values))
         except LeftOut:
             left_out += 1
             continue
@@ -195,7 +191,7 @@ def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
     skipped, digest = pool.skipped + len(bad), digest_of(examples)
     return LoadedSet(
         pool.name, pool.origin, examples, pool.labeled, truncated, skipped, pool.duplicates, digest, left_out,
-        frozenset(pool.keys()), content_of=content_of,
+        frozenset(pool.keys()), pool.only_asks, content_of,
     )
 
 
