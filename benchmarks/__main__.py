@@ -2,6 +2,7 @@
 
 from benchmarks import (
     distillation,
+    generation,
     instruction_training,
     low_bit,
     packing,
@@ -16,6 +17,6 @@ from benchmarks import (
 
 for benchmark in (
     packing, sharing, trunk, scheduler_scale, parameter_efficiency, preparation, low_bit, distillation,
-    token_distillation, instruction_training, vocabulary,
+    token_distillation, instruction_training, generation, vocabulary,
 ):
     benchmark.main()

@@ -12,7 +12,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from raylora.cli.app import AllowMissing, AsJson, RunPath, app, command, say
+from raylora.cli.app import AllowMissing, AsJson, RunPath, app, command, say, show_answers
+from raylora.cli.tables import answer_tables
 from raylora.display.console import err, out
 from raylora.display.progress import ShownStatus
 from raylora.errors import DataError, UsageError
@@ -64,7 +65,7 @@ def answer_prompts(
         described = describe_file(output, references, metrics, ensemble.spec.evaluation) if metrics else None
         say(as_json, {"out": output, "rows": len(rows), "from_before": done, "described": described}, said)
         if described and not as_json:
-            for table in _described(described):
+            for table in answer_tables(described):
                 out.print(table)
         return
     for row, answers in zip(rows, ensemble.answers(rows, **settings), strict=True):
@@ -161,10 +162,7 @@ def evaluate(
     if as_json:
         print(json.dumps(found["sets"] | {"run": run_path}))
         return
-    for name, one in found["sets"].items():
-        out.print(Text(f"{name}: {one['ensemble']['answers']:,} answers", style="bold"))
-        for table in _described(one["ensemble"]):
-            out.print(table)
+    show_answers(found)
     out.print(f"report: {run_path}/report.html", markup=False)
 
 
@@ -213,27 +211,6 @@ def _print_answer(prompt: str, answer: Answer) -> None:
     table = Table(*row, box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_row(*(f"{value:.3g}" for value in row.values()))
     out.print(table)
-
-
-def _described(described: dict[str, Any]) -> list[Table]:
-    """Return tables of how right answers are, and of what the members' doubts tell."""
-    tables = []
-    if "metrics" in described:
-        right = Table("metric", "value", "interval")
-        for name, one in [*described["metrics"].items(), ("ece of the answers' probabilities", described["ece"])]:
-            right.add_row(name, f"{one['value']:.3f}", _interval(one))
-        tables.append(right)
-    for key, what in (("error_auroc", "wrong answers"), ("ood_auroc", "foreign prompts")):
-        if key in described:
-            told = Table("doubt", f"AUROC for {what}", "interval")
-            for name, one in described[key].items():
-                told.add_row(name, *(("-", "") if one is None else (f"{one['value']:.3f}", _interval(one))))
-            tables.append(told)
-    return tables
-
-
-def _interval(one: dict[str, Any]) -> str:
-    return "{:.3f} to {:.3f}".format(*one["interval"]) if "interval" in one else ""
 
 
 class _Progress:

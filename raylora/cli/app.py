@@ -81,6 +81,18 @@ def show_result(store: Any, metrics: RunMetrics, as_json: bool) -> None:
                           "phase": metrics["run"]["phase"]}))
         return
     out.print(console_table(metrics))
+    if metrics.get("answers"):
+        show_answers(metrics["answers"])
     for sentence in advice(metrics):
         out.print(f"note: {sentence}", markup=False)
     out.print(f"report: {report_path}")
+
+
+def show_answers(found: Any) -> None:
+    """Print what the ensemble's answers to each set are worth."""
+    from raylora.cli.tables import answer_tables
+
+    for name, one in found["sets"].items():
+        out.print(f"{name}: {one['ensemble']['answers']:,} answers", style="bold", markup=False)
+        for table in answer_tables(one["ensemble"]):
+            out.print(table)

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from raylora.data.splits import Pool, divide, fresh, judge, read_pool
-from raylora.data.task import UNLABELED, BadRow, Example, HasQuestions, LeftOut, Task, decode_text
+from raylora.data.task import UNLABELED, BadRow, Example, LeftOut, ReadsQuestions, Task, decode_text
 from raylora.errors import DataError
 from raylora.spec import DataSpec, EvaluationSpec, SetSpec
 
@@ -38,6 +38,8 @@ class LoadedSet:
     """Rows that the task's settings leave out, such as those that are too long."""
     text_keys: frozenset[str] = frozenset()
     """By which a text is found again in another set; see :func:`raylora.data.splits.text_key`."""
+    only_asks: bool = False
+    """Whether the examples are prompts without answers: nothing is predicted of them, but they can be answered."""
     content_of: Mapping[str, str] = field(default_factory=dict)
     """Row id -> hash of its text to the letter, which says whether a model with another tokenizer read the same."""
 
@@ -45,7 +47,8 @@ class LoadedSet:
         """Return one line for people."""
         said, without = self._labels(label_names)
         longest = max(len(sequence) for example in self.examples for sequence in example.sequences)
-        parts = [f"{self.name}: {len(self.examples):,} examples from {self.origin}"]
+        kind = "prompts without answers" if self.only_asks else "examples"
+        parts = [f"{self.name}: {len(self.examples):,} {kind} from {self.origin}"]
         if said or not self.labeled:
             parts.append(f"labels {said}" if said else "unlabeled")
         parts.append(f"longest {longest} tokens")
@@ -137,7 +140,10 @@ def load_sets(
     known = train.keys() | parts["validation"].keys()
 
     def named(specs: Mapping[str, SetSpec], labeled: bool) -> dict[str, LoadedSet]:
-        pools = {name: read_pool(name, spec, data, task, labeled, base_dir) for name, spec in specs.items()}
+        pools = {
+            name: read_pool(name, spec, data, task, labeled, base_dir, may_ask=not labeled)
+            for name, spec in specs.items()
+        }
         return {name: _tokenized(fresh(pool, known), data, task, tokenizer) for name, pool in pools.items()}
 
     loaded = _tokenized(train, data, task, tokenizer)
@@ -153,11 +159,9 @@ def load_sets(
     if transfer is None:
         return sets
     seen = set(loaded.text_keys) | sets.evaluated_keys()
-    reads = task.questions() if asks and isinstance(task, HasQuestions) else task
-    extra = fresh(read_pool("transfer", transfer, data, reads, False, base_dir), seen)
-    return replace(sets, train=_with_transfer(
-        loaded, _tokenized(extra, data, reads, tokenizer), task.no_label
-    ))
+    extra = fresh(read_pool("transfer", transfer, data, task, False, base_dir, may_ask=asks), seen)
+    extra = replace(extra, only_asks=asks and isinstance(task, ReadsQuestions))
+    return replace(sets, train=_with_transfer(loaded, _tokenized(extra, data, task, tokenizer), task.no_label))
 
 
 def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -> LoadedSet:
@@ -165,10 +169,13 @@ def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
     content_of: dict[str, str] = {}
     bad: list[str] = []
     truncated = left_out = 0
+    tokenize, content = task.tokenize, task.content
+    if pool.only_asks and isinstance(task, ReadsQuestions):
+        tokenize, content = task.question, task.asked
     for good in pool.rows:
         try:
-            example, cut = task.tokenize(good.row.values, good.id, tokenizer)
-            content_of[good.id] = content_hash(task.content(good.row.values))
+            example, cut = tokenize(good.row.values, good.id, tokenizer)
+            content_of[good.id] = content_hash(content(good.row.values))
         except LeftOut:
             left_out += 1
             continue
@@ -184,7 +191,7 @@ def _tokenized(pool: Pool, data: DataSpec, task: Task, tokenizer: PreTrainedToke
     skipped, digest = pool.skipped + len(bad), digest_of(examples)
     return LoadedSet(
         pool.name, pool.origin, examples, pool.labeled, truncated, skipped, pool.duplicates, digest, left_out,
-        frozenset(pool.keys()), content_of,
+        frozenset(pool.keys()), pool.only_asks, content_of,
     )
 
 
@@ -207,8 +214,9 @@ def _with_transfer(train: LoadedSet, extra: LoadedSet, no_label: int | float) ->
 def _shown(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return a line per sequence; where only some tokens are learned, they stand in [[ ]]."""
     if not example.target_ranges:
+        label = "" if example.label is None else f", label {example.label}"
         return [
-            f"{example.id} [{len(sequence)} tokens, label {example.label}] {tokenizer.decode(list(sequence))!r}"
+            f"{example.id} [{len(sequence)} tokens{label}] {tokenizer.decode(list(sequence))!r}"
             for sequence in example.sequences
         ]
     tokens, text, done = list(example.sequences[0]), "", 0

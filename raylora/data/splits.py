@@ -17,7 +17,7 @@ import numpy as np
 
 from raylora.data.order import derive_seed
 from raylora.data.sources import Row, Table, load_rows, require_columns
-from raylora.data.task import BadRow, ReadsEither, Task
+from raylora.data.task import BadRow, ReadsEither, ReadsQuestions, Task
 from raylora.errors import DataError
 from raylora.spec import DataSpec, SetSpec
 
@@ -47,6 +47,8 @@ class Pool:
     labeled: bool
     skipped: int = 0
     duplicates: int = 0
+    only_asks: bool = False
+    """Whether some row holds no answer: then what all rows ask is what counts."""
 
     def keys(self) -> set[str]:
         """Return the keys of the pool's texts."""
@@ -54,9 +56,13 @@ class Pool:
 
 
 def read_pool(
-    name: str, spec: SetSpec, data: DataSpec, task: Task, labeled: bool, base_dir: Path | None = None
+    name: str, spec: SetSpec, data: DataSpec, task: Task, labeled: bool, base_dir: Path | None = None,
+    may_ask: bool = False,
 ) -> Pool:
     """Read a set, check each row against the task, and draw ``spec.rows`` of the good ones.
+
+    Args:
+        may_ask: rows that hold no answer are fine, too, if the task can do something with what they ask.
 
     Raises:
         DataError: the set cannot be read, lacks a column, or has more bad rows than ``data`` allows.
@@ -65,20 +71,23 @@ def read_pool(
     label = task.label_column
     if not labeled:  # an out-of-distribution set may have labels, but of another task
         table = _without(table, label)
-    columns = task.columns_for(table.columns) if isinstance(task, ReadsEither) else task.columns
+    asking = task if may_ask and isinstance(task, ReadsQuestions) else None
+    columns = task.columns_for(table.columns, may_ask) if isinstance(task, ReadsEither) else task.columns
+    content = task.content if asking is None else asking.asked
     require_columns(table, (*columns, *((label,) if labeled and label else ())), task.optional_columns)
     bad, rows = list(table.bad), []
     for row_id, row in zip(_ids(table), table.rows, strict=True):
         try:
             if task.label(row.values) is None and labeled and label:
                 raise BadRow(f"no {label!r}")
-            rows.append(GoodRow(row_id, text_key(task.content(row.values)), row))
+            rows.append(GoodRow(row_id, text_key(content(row.values)), row))
         except BadRow as error:
             bad.append(f"{row.place}: {error}")
     judge(name, bad, len(table.rows) + len(table.bad), data)
     if spec.rows is not None and spec.rows < len(rows):
         rows = _drawn(rows, spec.rows, data.seed, "rows", name)
-    return Pool(name, table.origin, rows, labeled, len(bad))
+    only_asks = asking is not None and any(asking.reference(good.row.values) is None for good in rows)
+    return Pool(name, table.origin, rows, labeled, len(bad), only_asks=only_asks)
 
 
 def divide(pool: Pool, sizes: Mapping[str, int], data: DataSpec) -> tuple[Pool, dict[str, Pool]]:

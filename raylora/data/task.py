@@ -205,8 +205,12 @@ class AnswersInWords(Protocol):
 class ReadsEither(Protocol):
     """A task that knows rows of more than one shape."""
 
-    def columns_for(self, there: Sequence[str]) -> tuple[str, ...]:
-        """Return the columns that a set with these columns must have."""
+    def columns_for(self, there: Sequence[str], may_ask: bool = False) -> tuple[str, ...]:
+        """Return the columns that a set with these columns must have.
+
+        Args:
+            may_ask: rows that only ask are fine, too.
+        """
 
 
 @runtime_checkable
@@ -224,11 +228,14 @@ class Asks(Protocol):
 
 
 @runtime_checkable
-class HasQuestions(Protocol):
-    """A task whose rows may ask without holding an answer."""
+class ReadsQuestions(Asks, Protocol):
+    """A task that learns answers, and to which a set may be put whose rows only ask."""
 
-    def questions(self) -> Task:
-        """Return the task as it reads such rows: their examples are prompts, with nothing to learn."""
+    def asked(self, row: Mapping[str, Any]) -> str:
+        """Return all that a row asks, with or without an answer: by it duplicates are found. Raises: BadRow."""
+
+    def question(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
+        """Return what a row asks, without targets, and whether it was cut. Raises: BadRow, LeftOut."""
 
 
 @runtime_checkable

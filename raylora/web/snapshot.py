@@ -27,7 +27,10 @@ _MOST_ROWS = 200
 _MOST_CURVES = 24
 _MOST_POINTS = 200
 _MOST_EVENTS = 200
-_SCORES = ("accuracy", "nll", "brier", "ece", "perplexity", "rmse", "mae", "crps")
+_SCORES = (
+    "accuracy", "nll", "brier", "ece", "perplexity", "rmse", "mae", "crps",
+    "exact_match", "f1", "contains", "number", "choice",
+)
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -169,6 +172,9 @@ class RunReader:
         except RayloraError:
             return []
         sets = (metrics.get("ensemble") or {}).get("eval") or {}
+        for name, answers in (metrics.get("answers") or {"sets": {}})["sets"].items():
+            written = {key: one["value"] for key, one in answers["ensemble"].get("metrics", {}).items()}
+            sets[name] = {**sets.get(name, {}), **written}
         return [
             {"set": name, "values": {
                 METRICS[key].label: f"{100 * values[key]:.1f} %" if METRICS[key].percent

@@ -28,6 +28,7 @@ from raylora.report.publish import publish_report
 from raylora.serve.predictor import load_ensemble
 from raylora.spec import GenerationSpec
 from raylora.store.run_store import RunStore
+from raylora.web.snapshot import RunReader
 
 SPACED = "{% for m in messages %}{{ m.content }} {% endfor %}"
 SETTINGS = GenerationSpec(metrics=["exact_match", "f1"], max_new_tokens=6, rows=40)
@@ -191,6 +192,10 @@ def test_a_run_answers_as_a_part_of_it_what_the_command_would(
     numbers = metrics["answers"]["sets"]["test"]
     assert numbers["ensemble"] == found["sets"]["test"]["ensemble"] and "shown" not in numbers
     assert RunStore(uri).read_json("metrics.json")["answers"] == metrics["answers"]
+    shown = {one["set"]: one["values"] for one in RunReader(RunStore(uri), 0.0).read()["scores"]}
+    assert shown["test"]["Exact match"] == f"{100 * numbers['ensemble']['metrics']['exact_match']['value']:.1f} %"
+    said = CliRunner().invoke(app, ["report", uri])
+    assert said.exit_code == 0 and "test: 40 answers" in said.output and "exact_match" in said.output
     monkeypatch.setattr(Generator, "voices", lambda *_: pytest.fail("something was answered again"))
     assert run_local(spec, lambda status: None)["answers"] == metrics["answers"]
     assert evaluate_run(uri, SETTINGS, local=True) == afterwards  # both know where answers lie
@@ -231,6 +236,38 @@ def test_members_that_are_added_are_asked_with_the_others(spec_of: Callable[...,
     grown = run_local(spec.model_copy(update={"ensemble": spec.ensemble.model_copy(update={"members": 3})}))
     assert grown["answers"]["members"] == 3 and len(grown["answers"]["sets"]["test"]["members"]) == 3
     assert len(list(Path(RunStore.for_spec(spec).uri).glob("answers/*"))) == 2
+
+
+def test_prompts_without_answers_are_answered_and_told_from_the_familiar_ones(
+    spec_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    asks = tmp_path / "asks.jsonl"
+    asks.write_text("".join(json.dumps({"prompt": f"<i>Why</i> is {n} odd?"}) + "\n" for n in range(1, 12, 2)))
+    foreign = {"asks": {"files": str(asks)}}
+    spec = spec_of(
+        name="asked", evaluation__out_of_distribution=foreign,
+        evaluation__generation={"max_new_tokens": 6, "rows": 40, "metrics": ["exact_match", "f1"]},
+    )
+    metrics = run_local(spec, lambda status: None)
+    assert metrics["sets"].keys() == {"validation", "test"} and metrics["ensemble"]["eval"].keys() == {"test"}
+    store = RunStore.for_spec(spec)
+    found = store.read_json("answers.json")["sets"]
+    asked = found["asks"]["ensemble"]
+    assert asked["answers"] == 6 and asked["ood_auroc"].keys() == asked["uncertainty"].keys()
+    assert asked["uncertainty"].keys() >= {"mean_nll", "mean_mutual_information", "disagreement"}
+    assert "metrics" not in asked and found["test"]["ensemble"]["metrics"].keys() == {"exact_match", "f1"}
+    assert found["asks"]["shown"][0]["reference"] is None and found["asks"]["shown"][0]["right"] is None
+    assert [one["rows"] for one in metrics["data"] if one["name"] == "asks"] == [6]
+    page = Path(store.uri, "report.html").read_text()
+    assert "asks: the surest" in page and "&lt;i&gt;Why" in page and "<i>Why" not in page
+    assert not Path(store.uri, "plots", "answers-risk-asks.png").exists()
+    said = CliRunner().invoke(app, ["evaluate", store.uri, "--max-new-tokens", "6", "--rows", "40", "--local"])
+    assert said.exit_code == 0 and "asks: 6 answers" in said.output
+    without = spec.model_copy(update={
+        "name": "without", "evaluation": spec.evaluation.model_copy(update={"generation": None}),
+    })
+    with pytest.raises(SpecError, match="out_of_distribution.asks: its rows hold no answers"):
+        prepare(without)
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -144,24 +144,23 @@ def test_only_what_the_ensemble_is_sure_of_is_learned(
 def test_rows_may_only_ask(tiny_model: Callable[[str], str], make_spec: Make) -> None:
     spec = make_spec(base__source=tiny_model("llama"))
     whole = instruction.build(instruction.Spec(max_length=60))
-    asks = whole.questions()
     tokenizer = load_tokenizer(spec.base, whole)
     chat = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "four"}]
-    example, cut = asks.tokenize({"messages": chat}, "x", tokenizer)
-    same, _ = asks.tokenize({"prompt": "Two and two?"}, "x", tokenizer)
+    example, cut = whole.question({"messages": chat}, "x", tokenizer)
+    same, _ = whole.question({"prompt": "Two and two?"}, "x", tokenizer)
     assert example == same and not cut and example.target_ranges == () and example.spans == ()
     learned, _ = whole.tokenize({"messages": chat}, "x", tokenizer)
     assert learned.sequences[0][: prompt_length(learned)] == example.sequences[0]
-    assert asks.content({"prompt": "Two and two?"}) == whole.content({"messages": chat})
-    assert asks.columns_for(["prompt", "text"]) == ("prompt",) and asks.columns_for(["messages"]) == ("messages",)
+    assert whole.asked({"prompt": "Two and two?"}) == whole.content({"messages": chat})
+    assert whole.columns_for(["prompt", "text"], may_ask=True) == ("prompt",)
     with pytest.raises(BadRow, match="nobody asks anything"):
-        asks.tokenize({"messages": chat[1:]}, "x", tokenizer)
+        whole.question({"messages": chat[1:]}, "x", tokenizer)
     long = {"prompt": "many words " * 40}
-    with pytest.raises(BadRow, match="leaves no room for an answer within task.max_length 60"):
-        asks.tokenize(long, "x", tokenizer)
+    with pytest.raises(BadRow, match="more than task.max_length 60"):
+        whole.question(long, "x", tokenizer)
     with pytest.raises(LeftOut):
         skips = instruction.build(instruction.Spec(max_length=60, on_too_long="skip"))
-        skips.questions().tokenize(long, "x", tokenizer)
+        skips.question(long, "x", tokenizer)
 
 
 # --- whole distillations ------------------------------------------------------------------------------------

@@ -104,6 +104,48 @@ def test_long_prompts_lose_their_oldest_turns_and_then_their_beginning(chat_spec
         tokenize(tokenizer, long_answer, max_length=64, on_too_long="truncate_prompt")
 
 
+def test_a_question_is_a_row_up_to_its_answer(chat_spec: Make) -> None:
+    spec = chat_spec()
+    task = instruction.build(instruction.Spec(max_length=64, on_too_long="truncate_prompt"))
+    tokenizer = load_tokenizer(spec.base, task)
+    asked = {"role": "user", "content": "What is 2 plus 2?"}
+    chat = [asked, {"role": "assistant", "content": "4"}, {"role": "user", "content": "And one more?"}]
+    answer = {"role": "assistant", "content": "5"}
+    whole, _ = task.tokenize({"messages": [*chat, answer]}, "x", tokenizer)
+    for row in ({"messages": chat}, {"messages": [*chat, answer]}):
+        alone, is_cut = task.question(row, "x", tokenizer)
+        assert alone.sequences[0] == whole.sequences[0][: whole.target_ranges[-1][0]] and not is_cut
+        assert alone.target_ranges == () and task.asked(row) == task.content({"messages": [*chat, answer]})
+    for content in (LONG, "Anne. " + LONG):
+        long = {"messages": [*chat[:2], {"role": "user", "content": f"{content} Why?"}]}
+        alone, is_cut = task.question(long, "x", tokenizer)
+        assert is_cut and len(alone.sequences[0]) <= 64
+        said = tokenizer.decode(list(alone.sequences[0]))
+        assert "Why?" in said and "2 plus 2" not in said
+    for rule, error in (("error", BadRow), ("skip", LeftOut)):
+        with pytest.raises(error, match="more than task.max_length 64"):
+            instruction.build(instruction.Spec(max_length=64, on_too_long=rule)).question(long, "x", tokenizer)
+
+
+def test_rows_that_only_ask_may_stand_in_a_foreign_set_alone(chat_spec: Make, tmp_path: Path) -> None:
+    asks, mixed = tmp_path / "asks.jsonl", tmp_path / "mixed.jsonl"
+    asks.write_text("".join(json.dumps({"prompt": f"Why is {n} odd?"}) + "\n" for n in (1, 3, 3, 5)))
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    mixed.write_text("".join(json.dumps({"messages": chat[:n]}) + "\n" for n in (1, 2)))
+    spec = chat_spec(evaluation__out_of_distribution={"asks": {"files": str(asks)}, "mixed": {"files": str(mixed)}})
+    task = instruction.build(spec.task)
+    sets = load_sets(spec.data, spec.evaluation, task, load_tokenizer(spec.base, task))
+    found = sets.out_of_distribution
+    assert {name: (len(one.examples), one.only_asks) for name, one in found.items()} == {
+        "asks": (3, True), "mixed": (1, True)  # what is asked twice counts once
+    }
+    assert "3 prompts without answers" in found["asks"].describe([]) and not sets.test.only_asks
+    assert unpack_sets(pack_sets(sets)) == sets
+    own = chat_spec(evaluation__out_of_distribution={}, data__test={"files": str(asks)})
+    with pytest.raises(DataError, match="has no column 'completion'"):
+        load_sets(own.data, own.evaluation, task, load_tokenizer(own.base, task))
+
+
 def test_sets_say_what_was_cut_and_left_out(chat_spec: Make, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     rows = [{"prompt": f"{LONG} {n}?" if n % 4 == 0 else f"{n}?", "completion": f"{n}"} for n in range(40)]

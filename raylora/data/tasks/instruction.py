@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,9 +79,11 @@ class Instruction(TokenTask):
     columns: tuple[str, ...] = ()
     optional_columns: tuple[str, ...] = ("messages", "prompt", "completion", "system")
 
-    def columns_for(self, there: Sequence[str]) -> tuple[str, ...]:
+    def columns_for(self, there: Sequence[str], may_ask: bool = False) -> tuple[str, ...]:
         """Return the columns of chats, or of prompts and completions, whichever a set seems to mean."""
-        return ("messages",) if "messages" in there else ("prompt", "completion")
+        if "messages" in there:
+            return ("messages",)
+        return ("prompt",) if may_ask and "completion" not in there else ("prompt", "completion")
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a ``max_length`` beyond the model's, or a template that is not there. Raises: DataError."""
@@ -90,7 +92,11 @@ class Instruction(TokenTask):
 
     def content(self, row: Mapping[str, Any]) -> str:
         """Return all that comes before the last answer: rows that ask the same are duplicates. Raises: BadRow."""
-        return _as_lines(read_chat(row)[:-1])
+        return _in_words(read_chat(row)[:-1])
+
+    def asked(self, row: Mapping[str, Any]) -> str:
+        """Return all that comes before the last answer, or all of a row that only asks. Raises: BadRow."""
+        return self.content(row) if read_reference(row) is not None else _in_words(read_prompt(row))
 
     def weight(self, example: Example) -> float | None:
         """Return how many tokens an example has to learn, if that is what it counts for beside the others."""
@@ -105,18 +111,16 @@ class Instruction(TokenTask):
             BadRow: it is no chat, its template cannot write it, or it is too long.
             LeftOut: it is too long, and such rows are to be left out.
         """
-        chat = read_chat(row)
-        tokens = self._tokens(chat, tokenizer)
-        limit, rule = self.spec.max_length, self.spec.on_too_long
-        is_cut = tokens.count > limit
-        if is_cut and rule == "skip":
-            raise LeftOut(f"{tokens.count} tokens, more than task.max_length {limit}")
-        if is_cut and rule == "error":
-            raise BadRow(f"{tokens.count} tokens, more than task.max_length {limit}: raise it, or set "
-                         "task.on_too_long to truncate_prompt or skip")
-        if is_cut:
-            tokens = self._cut(chat, tokens, tokenizer)
+        tokens, is_cut = self._fitted(read_chat(row), lambda chat: self._tokens(chat, tokenizer), tokenizer)
         return Example(row_id, (tuple(tokens.ids),), None, target_ranges=tuple(tokens.ranges)), is_cut
+
+    def question(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
+        """Return a row's prompt up to where the answer begins, and whether it was cut. Raises: BadRow, LeftOut."""
+        def written(chat: Sequence[Message]) -> _Tokens:
+            return _Tokens(tokens_to_answer(chat, tokenizer, self.spec.template), [])
+
+        tokens, is_cut = self._fitted(read_prompt(row), written, tokenizer)
+        return Example(row_id, (tuple(tokens.ids),), None), is_cut
 
     def prompt(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the tokens of a chat up to where the assistant's answer begins. Raises: BadRow."""
@@ -132,10 +136,6 @@ class Instruction(TokenTask):
         own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         return list(dict.fromkeys([ids[-1], *own]))
 
-    def questions(self) -> Questions:
-        """Return the task as it reads rows that only ask."""
-        return Questions(self.spec)
-
     def blocks(self, example: Example) -> list[Example]:
         """Return the example itself."""
         return [example]
@@ -144,16 +144,33 @@ class Instruction(TokenTask):
         learns_all = self.spec.train_on == "all"
         return _Tokens(*tokens_of(write_chat(chat, tokenizer, self.spec.template, learns_all), tokenizer))
 
-    def _cut(self, chat: list[Message], tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+    def _fitted(
+        self, chat: list[Message], written: Written, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[_Tokens, bool]:
+        """Return the tokens of a chat as one may have them, and whether it was cut for it. Raises: BadRow, LeftOut."""
+        tokens = written(chat)
+        limit, rule = self.spec.max_length, self.spec.on_too_long
+        if tokens.count <= limit:
+            return tokens, False
+        if rule == "skip":
+            raise LeftOut(f"{tokens.count} tokens, more than task.max_length {limit}")
+        if rule == "error":
+            raise BadRow(f"{tokens.count} tokens, more than task.max_length {limit}: raise it, or set "
+                         "task.on_too_long to truncate_prompt or skip")
+        return self._cut(chat, tokens, written, tokenizer), True
+
+    def _cut(
+        self, chat: list[Message], tokens: _Tokens, written: Written, tokenizer: PreTrainedTokenizerBase
+    ) -> _Tokens:
         """Return the tokens of a chat without its oldest turns and, if need be, the beginning of its last prompt."""
         limit = self.spec.max_length
         system, turns = (chat[:1], chat[1:]) if chat[0]["role"] == "system" else ([], chat)
         while tokens.count > limit:
-            later = next((n for n in range(1, len(turns) - 1) if turns[n]["role"] == "user"), None)
+            later = next((n for n in range(1, len(turns)) if turns[n]["role"] == "user"), None)
             if later is None:
                 break
             turns = turns[later:]
-            tokens = self._tokens([*system, *turns], tokenizer)
+            tokens = written([*system, *turns])
         for _ in range(_CUTS):
             if tokens.count <= limit:
                 return tokens
@@ -162,30 +179,8 @@ class Instruction(TokenTask):
             if not kept.strip():
                 break
             turns = [{**turns[0], "content": kept}, *turns[1:]]
-            tokens = self._tokens([*system, *turns], tokenizer)
+            tokens = written([*system, *turns])
         raise BadRow(f"its answer and template alone need more than task.max_length {limit} tokens")
-
-
-class Questions(Instruction):
-    """Rows of which nothing is read but what they ask; one without room for an answer goes by ``on_too_long``."""
-
-    def columns_for(self, there: Sequence[str]) -> tuple[str, ...]:
-        """Return the columns of chats, or of prompts."""
-        return ("messages",) if "messages" in there else ("prompt",)
-
-    def content(self, row: Mapping[str, Any]) -> str:
-        """Return what is asked, as :meth:`Instruction.content` has it. Raises: BadRow."""
-        return _as_lines(read_prompt(row))
-
-    def tokenize(self, row: Mapping[str, Any], row_id: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, bool]:
-        """Return the prompt, never cut. Raises: BadRow and LeftOut, as for rows with answers."""
-        tokens, limit = self.prompt(row, tokenizer), self.spec.max_length
-        if len(tokens) < limit:
-            return Example(row_id, (tuple(tokens),), None), False
-        said = f"its prompt of {len(tokens)} tokens leaves no room for an answer within task.max_length {limit}"
-        if self.spec.on_too_long == "error":
-            raise BadRow(f"{said}: raise it, or set task.on_too_long to skip")
-        raise LeftOut(said)
 
 
 @dataclass(frozen=True)
@@ -200,7 +195,11 @@ class _Tokens:
         return len(self.ids)
 
 
-def _as_lines(chat: Sequence[Message]) -> str:
+Written = Callable[[Sequence[Message]], _Tokens]
+"""A chat as tokens: with its answers, or up to where the next one begins."""
+
+
+def _in_words(chat: Sequence[Message]) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in chat)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from raylora.data.sets import DataSets
 from raylora.engine.run.answer_job import AnswerJob
 from raylora.engine.run.answering import ShardShelf
-from raylora.engine.run.evaluation import evaluated_sets
+from raylora.engine.run.evaluation import with_roles
 from raylora.engine.run.finished_members import members_digest
 from raylora.ensemble.answer_metrics import NORMALIZATIONS, Doubts, describe_answers, describe_doubts, score_answers
 from raylora.spec import EvaluationSpec, GenerationSpec, RunSpec
@@ -40,7 +40,7 @@ def evaluation_job(
 
 def asked_sets(sets: DataSets) -> dict[str, str]:
     """Return the sets that an evaluation asks, with their roles."""
-    return {loaded.name: role for loaded, role in evaluated_sets(sets) if role != "validation"}
+    return {loaded.name: role for loaded, role in with_roles(sets) if role != "validation"}
 
 
 def describe(

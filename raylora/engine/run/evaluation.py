@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from raylora import registry
 from raylora.adapters.base import Tensors, WholeModel
 from raylora.adapters.export import to_peft
 from raylora.adapters.packed import stack
-from raylora.data.sets import DataSets
+from raylora.data.sets import DataSets, LoadedSet
 from raylora.data.task import Task
 from raylora.engine.model import serialization
 from raylora.engine.model.base import Base
@@ -175,8 +174,13 @@ class Evaluator:
         })
 
 
-def evaluated_sets(sets: DataSets) -> list[tuple[Any, Role]]:
-    """Return every set that members are evaluated on, with its role."""
+def evaluated_sets(sets: DataSets) -> list[tuple[LoadedSet, Role]]:
+    """Return every set of which members predict something, with its role."""
+    return [(loaded, role) for loaded, role in with_roles(sets) if not loaded.only_asks]
+
+
+def with_roles(sets: DataSets) -> list[tuple[LoadedSet, Role]]:
+    """Return every set that is not trained on, with its role."""
     return [
         (sets.validation, "validation"),
         (sets.test, "test"),

@@ -33,11 +33,17 @@ def check_generation(spec: RunSpec, task: Task, config: Any, tokenizer: Any, set
     """Refuse to have answers written where there are none to compare with, or where they do not fit the model.
 
     Raises:
-        SpecError: the task's rows hold no answers.
+        SpecError: the task's rows hold no answers, or a set only asks and is not answered.
         DataError: a row with its answer is longer than the model reads.
     """
     settings = spec.evaluation.generation
     if settings is None:
+        asking = next((loaded.name for loaded in sets.all() if loaded.only_asks), None)
+        if asking is not None:
+            raise SpecError(
+                f"evaluation.out_of_distribution.{asking}: its rows hold no answers: nothing is measured on them",
+                "add evaluation.generation, which has them answered, or give rows with answers",
+            )
         return
     obstacle = answers_obstacle(task)
     if obstacle:

@@ -170,6 +170,10 @@ def track_results(spec: RunSpec, store: RunStore, metrics: Mapping[str, Any]) ->
             f"{name}/{key}": float(value) for key, value in scores.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         })
+    for name, answers in (metrics.get("answers") or {"sets": {}})["sets"].items():
+        scores = answers["ensemble"].get("metrics", {})
+        if scores:
+            tracking.log(ENSEMBLE, 0, {f"{name}/{key}": one["value"] for key, one in scores.items()})
     tracking.close(complete=True)
 
 
