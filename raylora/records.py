@@ -111,6 +111,7 @@ class MemberMetrics(Description, total=False):
     index: int
     name: str
     stopped_at: int | None
+    settings: dict[str, Any]
 
 
 class MeanMember(TypedDict, total=False):

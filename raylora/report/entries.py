@@ -8,7 +8,7 @@ from typing import Any
 
 from raylora.adapters.names import AdapterName, named
 from raylora.ensemble.metric_table import METRICS
-from raylora.records import RunMetrics
+from raylora.records import MemberMetrics, RunMetrics
 
 BASELINE_LABELS = {
     "single": "Single {one} (member 0)",
@@ -79,7 +79,13 @@ def entries(metrics: RunMetrics) -> list[Entry]:
 def member_entries(metrics: RunMetrics) -> list[Entry]:
     """Return one row per member."""
     members = metrics.get("members", [])
-    return [Entry(f"member-{one['index']:03d}", f"Member {one['index']}", one) for one in members]
+    return [Entry(f"member-{one['index']:03d}", _member_label(one), one) for one in members]
+
+
+def _member_label(one: MemberMetrics) -> str:
+    """Return a member's number, and what it has that others have not."""
+    own = [f"{key.rpartition('.')[2]} {value}" for key, value in one.get("settings", {}).items()]
+    return f"Member {one['index']}" + (f": {', '.join(own)}" if own else "")
 
 
 def set_names(metrics: RunMetrics, role: str) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from raylora.spec.base import (
     AnyAdapter,
@@ -24,6 +24,7 @@ from raylora.spec.base import (
     GridSpec,
     Located,
 )
+from raylora.spec.vary import Varied, check_keys, varied_settings, with_settings
 
 NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?\Z")
 """Run names: short enough for a Kubernetes label and safe as a folder name."""
@@ -248,6 +249,10 @@ class EnsembleSpec(Frozen):
     """What the ensemble predicts: the mean of the members' probabilities, or the softmax of their mean logits."""
     regularizers: RegularizersSpec = RegularizersSpec()
     """What keeps members from fitting their rows too closely; all off by default."""
+    vary: Varied | None = None
+    """What members differ in beside their seeds: keys with lists of values, every combination of which is a member's
+    (``{optimization.lr: [1e-4, 3e-4, 1e-3]}``), or with a range (``{low: 1e-4, high: 1e-2, log: true}``) that is drawn
+    from for each member; or a list with the keys and values of each member."""
     min_members: int | None = Field(default=None, ge=1)
     """Finish, marked as degraded, if at least this many members survive; by default all must."""
 
@@ -259,11 +264,17 @@ class EnsembleSpec(Frozen):
             raise ValueError("seeds repeat: members with one seed are one member")
         if self.min_members is not None and self.min_members > self.members:
             raise ValueError(f"min_members is {self.min_members}, but there are only {self.members} members")
+        if self.vary is not None:
+            check_keys(self.vary, self.members)
         return self
 
     def member_seeds(self) -> list[int]:
         """Return the seed of each member."""
         return list(self.seeds) if self.seeds is not None else [self.seed + m for m in range(self.members)]
+
+    def member_settings(self) -> list[dict[str, Any]]:
+        """Return of each member the keys that it has a value of its own for, and the values."""
+        return varied_settings(self.vary, self.member_seeds())
 
 
 class OptimizationSpec(Frozen):
@@ -632,6 +643,30 @@ class RunSpec(Frozen):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _members_are_valid(self) -> RunSpec:
+        known: list[dict[str, Any]] = []
+        for m, settings in enumerate(self.ensemble.member_settings()):
+            if settings and settings not in known:
+                known.append(settings)
+                try:
+                    self.with_settings(settings)
+                except ValidationError as error:
+                    said = "; ".join(
+                        ".".join([*map(str, one["loc"]), ""]) + " " + one["msg"].removeprefix("Value error, ")
+                        for one in error.errors()
+                    )
+                    raise ValueError(f"ensemble.vary: member {m} with {settings}: {said.strip()}") from None
+        return self
+
+    def with_settings(self, settings: Mapping[str, Any]) -> RunSpec:
+        """Return this run as a member with such settings of its own sees it. Raises: ValueError."""
+        if not settings:
+            return self
+        content = self.model_dump(mode="json")
+        content["ensemble"]["vary"] = None
+        return RunSpec.model_validate(with_settings(content, settings))
+
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the result; a run that is taken up again must not differ in it.
 
@@ -651,6 +686,8 @@ class RunSpec(Frozen):
             del found["optimization"]["pack_rows"]
         if self.evaluation.generation is None:  # nor those from before answers were part of a run
             del found["evaluation"]["generation"]
+        if self.ensemble.vary is None:  # nor those from before members could differ in more than a seed
+            del found["ensemble"]["vary"]
         return found
 
     def digest(self) -> str:

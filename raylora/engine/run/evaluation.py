@@ -158,6 +158,7 @@ class Evaluator:
             "steps": one.steps,
             "history": one.history,
             "stopped_at": one.stopped_at,
+            **({"settings": dict(plan.settings)} if plan.settings else {}),
             "layout": serialization.layout_of(one.tensors, one.frozen_tensors),
         }
         task_type = "SEQ_CLS" if self.task.auto_class == "AutoModelForSequenceClassification" else "CAUSAL_LM"

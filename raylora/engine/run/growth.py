@@ -116,7 +116,7 @@ def clear_outgrown(store: RunStore, units: Sequence[MemberPlan], growth: Growth)
 def _obstacle(change: str, begun: RunSpec, wanted: RunSpec, rows: int) -> str:
     """Return why a run cannot change in this way, or nothing if it can."""
     key = change.partition(": ")[0]
-    if key in _STOPPED_BY and watched_by_answers(begun.ensemble):
+    if key in _STOPPED_BY and watched_by_answers(member_plans_of(begun)):
         return "members were stopped early by what they answered under it"
     if key.startswith(_FREE):
         return ""

@@ -48,8 +48,9 @@ from raylora.placement.inventory import Gpu, Inventory, Node
 from raylora.placement.plan import Demand, Plan
 from raylora.placement.planner import make_plan
 from raylora.records import DataRecord
-from raylora.spec import RunSpec, SetSpec
+from raylora.spec import RegularizersSpec, RunSpec, SetSpec
 from raylora.spec.paths import located, places_here
+from raylora.spec.vary import OWN_FORWARD
 from raylora.store.run_store import RunStore
 
 _LARGE_LR = 0.1
@@ -217,7 +218,7 @@ def prepare(
         packs = make_plan(replace(demand, groups=groups_of(new)), inventory, spec.placement).packs if new else ()
         plan = replace(plan, packs=packs)
     packing = packing_of(spec, sets.train.examples)
-    notes = (*notes, *([] if packing is None else [str(packing)]), *_doubts(spec, sets))
+    notes = (*notes, *([] if packing is None else [str(packing)]), *_doubts(spec, sets), *_varied(spec))
     if found.growth is not None:
         notes = (*notes, *(f"the run that is there grows: {change}" for change in found.growth.changes))
     return Prepared(
@@ -268,10 +269,13 @@ def _begun(store: RunStore, spec: RunSpec, sets: DataSets, repair: bool) -> _Beg
 def _doubts(spec: RunSpec, sets: DataSets) -> list[str]:
     """Return what is allowed and most likely a mistake."""
     doubts = []
-    optimization = spec.optimization
-    if optimization.optimizer == "adamw" and optimization.lr > _LARGE_LR:
+    rates = {
+        plan.optimization.lr: None for plan in member_plans_of(spec)
+        if plan.optimization.optimizer == "adamw" and plan.optimization.lr > _LARGE_LR
+    }
+    for lr in rates:
         doubts.append(
-            f"optimization.lr: {optimization.lr:g} is far beyond what trains (1e-5 to 1e-2 is usual): expect losses "
+            f"optimization.lr: {lr:g} is far beyond what trains (1e-5 to 1e-2 is usual): expect losses "
             "that are not finite"
         )
     seen = {example.label for example in sets.train.examples}
@@ -279,6 +283,19 @@ def _doubts(spec: RunSpec, sets: DataSets) -> list[str]:
     if absent and len(absent) < len(sets.label_names):
         doubts.append(f"task.labels: no training row has the label {', '.join(map(repr, absent))}")
     return doubts
+
+
+def _varied(spec: RunSpec) -> list[str]:
+    """Return in words what members differ in, and which of them cannot share a forward for it."""
+    if spec.ensemble.vary is None:
+        return []
+    settings = spec.ensemble.member_settings()
+    keys = dict.fromkeys(key for own in settings for key in own)
+    values = {key: list(dict.fromkeys(str(own[key]) for own in settings if key in own)) for key in keys}
+    shown = [f"{key} ({', '.join(own[:8])}{', ...' if len(own) > 8 else ''})" for key, own in values.items()]
+    apart = [key for key in values if key.startswith(OWN_FORWARD) and len(values[key]) > 1]
+    told = [f"members differ in {' and '.join(shown)}"]
+    return told + [f"members that differ in {key} share no forward: each value has packs of its own" for key in apart]
 
 
 def evaluation_sets(spec: RunSpec) -> list[SetSpec]:
@@ -310,7 +327,7 @@ def check_start(spec: RunSpec, quantized: Sequence[str], sites: Sequence[str]) -
             f"such as {missing[0]}",
             "adapt them all (adapter.target_modules: all-linear), or use trainable: false",
         )
-    if spec.ensemble.regularizers.kl is not None:
+    if any(plan.regularizers.kl is not None for plan in member_plans_of(spec)):
         raise BaseError(
             "ensemble.regularizers.kl: with a trainable pair the base without adapters is not the calibrated model",
             "use trainable: false, which keeps the pair in the base",
@@ -368,7 +385,15 @@ def _check_placement(spec: RunSpec, shell: Shell) -> None:
 
 def _check_task(spec: RunSpec, task: Task) -> None:
     """Refuse what an ensemble is asked to do that means nothing for its task. Raises: SpecError."""
-    regularizers, kind, output = spec.ensemble.regularizers, spec.task.kind, output_of(task.output)
+    for regularizers in [spec.ensemble.regularizers, *(plan.regularizers for plan in member_plans_of(spec))]:
+        _check_regularizers(regularizers, spec, task)
+    check_rule(output_of(task.output), spec.ensemble.aggregate)
+    check_packing(spec, task)
+
+
+def _check_regularizers(regularizers: RegularizersSpec, spec: RunSpec, task: Task) -> None:
+    """Refuse a run's or a member's rules that mean nothing for its task. Raises: SpecError."""
+    kind, output = spec.task.kind, output_of(task.output)
     rule, answers = regularizers.early_stopping, () if answers_obstacle(task) else tuple(ANSWER_METRICS)
     if rule is not None and rule.metric not in (*output.validation, *answers):
         raise SpecError(
@@ -387,5 +412,3 @@ def _check_task(spec: RunSpec, task: Task) -> None:
             "base's, and the base's own head is not trained",
             "use early_stopping, decay_a, decay_b or decay_head",
         )
-    check_rule(output, spec.ensemble.aggregate)
-    check_packing(spec, task)

@@ -50,7 +50,8 @@ def check_generation(spec: RunSpec, task: Task, config: Any, tokenizer: Any, set
         raise SpecError(f"evaluation.generation: {obstacle}", "leave it out, or use task.kind instruction with "
                         "train_on: completion")
     asked = [(shard.set_name, shard.examples) for shard in run_shards(spec, sets).values()]
-    asked += [("validation", sets.validation.examples[: settings.rows])] if watched_by_answers(spec.ensemble) else []
+    if watched_by_answers(member_plans_of(spec)):
+        asked.append(("validation", sets.validation.examples[: settings.rows]))
     for name, examples in asked:
         check_lengths(config, tokenizer, name, examples, settings.max_new_tokens)
 

@@ -55,7 +55,10 @@ def aggregate(
     if not spec.baselines.single:
         summary["baselines"].pop("single", None)
     for entry, name in zip(summary["members"], members, strict=True):
-        entry["name"], entry["stopped_at"] = name, _member(store, name)["stopped_at"]
+        facts = _member(store, name)
+        entry["name"], entry["stopped_at"] = name, facts["stopped_at"]
+        if "settings" in facts:
+            entry["settings"] = facts["settings"]
     errors = find_errors(groups["ensemble"], spec.evaluation, names, spec.ensemble.aggregate)
     metrics: RunMetrics = {
         **summary, "label_names": list(names.labels), "errors": errors, **_facts(spec, store, members, started_at)

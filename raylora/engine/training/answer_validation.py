@@ -5,7 +5,7 @@ Shapes: K members of a pack.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from raylora.adapters.base import Tensors
 from raylora.data.task import Example
@@ -13,20 +13,22 @@ from raylora.engine.generation.decoder import Sampling
 from raylora.engine.generation.generator import Generator, text_of
 from raylora.engine.generation.questions import BATCH_ROWS, question_of
 from raylora.engine.model.packed_model import PackedModel
+from raylora.engine.training.member_plan import MemberPlan
 from raylora.ensemble.answer_metrics import ANSWER_METRICS, NORMALIZATIONS, score_answers
-from raylora.spec import EnsembleSpec, EvaluationSpec, GenerationSpec
+from raylora.spec import EvaluationSpec
 
 
-def watched_by_answers(ensemble: EnsembleSpec) -> str | None:
-    """Return the metric of written answers that early stopping watches, if it watches one."""
-    rule = ensemble.regularizers.early_stopping
-    return rule.metric if rule is not None and rule.metric in ANSWER_METRICS else None
+def watched_by_answers(plans: Iterable[MemberPlan]) -> list[str]:
+    """Return the metrics of written answers that early stopping watches in any of these."""
+    rules = (plan.regularizers.early_stopping for plan in plans)
+    return sorted({rule.metric for rule in rules if rule is not None and rule.metric in ANSWER_METRICS})
 
 
 def answer_metrics(
-    model: PackedModel, stacked: Tensors, examples: Sequence[Example], evaluation: EvaluationSpec, metric: str
+    model: PackedModel, stacked: Tensors, examples: Sequence[Example], evaluation: EvaluationSpec,
+    metrics: Sequence[str],
 ) -> list[dict[str, float]]:
-    """Return the mean of a metric over each member's own greedy answers to some rows, K mappings of one entry.
+    """Return the mean of each metric over every member's own greedy answers to some rows, K mappings.
 
     The members of the pack write together; the rows are the first ``generation.rows``, and each has a reference.
 
@@ -45,8 +47,6 @@ def answer_metrics(
             for texts, answer in zip(said, answers, strict=True):
                 texts.append(answer.text)
     references = [text_of(writer.tokenizer, one.reference or ()) for one in questions]
-    return [{metric: _mean(texts, references, metric, settings)} for texts in said]
-
-
-def _mean(texts: Sequence[str], references: Sequence[str], metric: str, settings: GenerationSpec) -> float:
-    return float(score_answers(texts, references, [metric], NORMALIZATIONS[settings.normalize])[metric].mean())
+    normalize = NORMALIZATIONS[settings.normalize]
+    scores = [score_answers(texts, references, metrics, normalize) for texts in said]
+    return [{name: float(values.mean()) for name, values in one.items()} for one in scores]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from raylora import registry
 from raylora.adapters.base import NeedsBaseWeights, Unpackable, WholeModel
 from raylora.data.order import derive_seed
 from raylora.errors import BaseError
-from raylora.spec import AdapterSpec, EnsembleSpec, RunSpec
+from raylora.spec import AdapterSpec, EnsembleSpec, OptimizationSpec, RegularizersSpec, RunSpec
 
 
 class PlanRole(str, Enum):
@@ -23,12 +24,16 @@ class PlanRole(str, Enum):
 
 @dataclass(frozen=True)
 class MemberPlan:
-    """One thing to train: a seed and an adapter. Units of one role have equal adapters and can be packed."""
+    """One thing to train: a seed, an adapter, and how it is trained."""
 
     name: str
     role: PlanRole
     seed: int
     adapter: AdapterSpec
+    optimization: OptimizationSpec
+    regularizers: RegularizersSpec
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What it has that is not the run's (``ensemble.vary``), by dotted key."""
 
     @property
     def folder(self) -> str:
@@ -42,16 +47,29 @@ class MemberPlan:
 
 def member_plans_of(spec: RunSpec) -> list[MemberPlan]:
     """Return every plan of a run, members first."""
-    seeds = spec.ensemble.member_seeds()
-    plans = [MemberPlan(f"member-{m:03d}", PlanRole.MEMBER, seed, spec.adapter) for m, seed in enumerate(seeds)]
-    if spec.baselines.mc_dropout is not None:
-        dropped = spec.adapter.model_copy(update={"dropout": spec.baselines.mc_dropout.dropout})
-        plans.append(MemberPlan("mc-dropout", PlanRole.MC_DROPOUT, seeds[0], dropped))
+    seeds, settings = spec.ensemble.member_seeds(), spec.ensemble.member_settings()
+    own: dict[str, RunSpec] = {}  # members are many, what they differ in is little
+    plans = []
+    for m, (seed, varied) in enumerate(zip(seeds, settings, strict=True)):
+        seen = own.setdefault(repr(varied), spec.with_settings(varied))
+        plans.append(_plan(f"member-{m:03d}", PlanRole.MEMBER, seed, seen, settings=varied))
+    first = own[repr(settings[0])]
+    if spec.baselines.mc_dropout is not None:  # a baseline of one member is trained as the first one
+        dropped = first.adapter.model_copy(update={"dropout": spec.baselines.mc_dropout.dropout})
+        plans.append(_plan("mc-dropout", PlanRole.MC_DROPOUT, seeds[0], first, dropped, settings[0]))
     none = registry.load("adapter", "none").Spec()
     for m in range(spec.baselines.last_layer):
         seed = seeds[m] if m < len(seeds) else derive_seed(seeds[0], "last-layer", m)
-        plans.append(MemberPlan(f"last-layer-{m:03d}", PlanRole.LAST_LAYER, seed, none))
+        plans.append(_plan(f"last-layer-{m:03d}", PlanRole.LAST_LAYER, seed, spec, none))
     return plans
+
+
+def _plan(
+    name: str, role: PlanRole, seed: int, spec: RunSpec, adapter: AdapterSpec | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> MemberPlan:
+    regularizers = spec.ensemble.regularizers
+    return MemberPlan(name, role, seed, adapter or spec.adapter, spec.optimization, regularizers, settings or {})
 
 
 def order_seed(plan: MemberPlan, ensemble: EnsembleSpec) -> int:
@@ -62,13 +80,17 @@ def order_seed(plan: MemberPlan, ensemble: EnsembleSpec) -> int:
 
 
 def packable_groups(plans: Sequence[MemberPlan]) -> list[list[str]]:
-    """Return the units' names grouped by what can share one forward."""
-    roles = dict.fromkeys(plan.role for plan in plans)
-    groups = []
-    for role in roles:
-        of_role = [plan for plan in plans if plan.role == role]
-        names = [plan.name for plan in of_role]
-        groups += [[name] for name in names] if unpackable_reason(of_role[0]) else [names]
+    """Return the units' names grouped by what can share one forward: a role, an adapter, and a penalty.
+
+    Everything else that members may differ in is their own optimizer's business.
+    """
+    groups: list[list[str]] = []
+    kinds: dict[str, list[MemberPlan]] = {}
+    for plan in plans:
+        kinds.setdefault(repr((plan.role, plan.adapter, plan.regularizers.kl)), []).append(plan)
+    for alike in kinds.values():
+        names = [plan.name for plan in alike]
+        groups += [[name] for name in names] if unpackable_reason(alike[0]) else [names]
     return groups
 
 

@@ -134,7 +134,7 @@ class MemberBuilder:
             # In this order: a file has its own, and sums depend on it.
             tensors = {name: sections["member"][name] for name in tensors}
         order = order_of(plan, self._lengths, self.optimization, self.ensemble)
-        state = MemberState(plan, self._optimizer(tensors), order, initial_head, frozen_tensors)
+        state = MemberState(plan, self._optimizer(plan, tensors), order, initial_head, frozen_tensors)
         state.failure = facts.get("failure", "")
         if "member" in sections:
             state.optimizer.load_state(sections.get("optimizer", {}), facts["updates"])
@@ -143,10 +143,10 @@ class MemberBuilder:
             state.best_tensors = {n: sections["best"][n] for n in tensors} if "best" in sections else None
         return state
 
-    def _optimizer(self, tensors: Mapping[str, Tensor]) -> MemberOptimizer:
+    def _optimizer(self, plan: MemberPlan, tensors: Mapping[str, Tensor]) -> MemberOptimizer:
         model = self.model
         return MemberOptimizer(
-            tensors, model.adapter, self.optimization, self.ensemble.regularizers,
-            total_steps(self.rows, self.optimization), model.base.device, start_tensors(model.base, model.adapter),
-            restart_steps(self.rows, self.optimization), model.base.gang,
+            tensors, model.adapter, plan.optimization, plan.regularizers,
+            total_steps(self.rows, plan.optimization), model.base.device, start_tensors(model.base, model.adapter),
+            restart_steps(self.rows, plan.optimization), model.base.gang,
         )

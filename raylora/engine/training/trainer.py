@@ -165,7 +165,7 @@ class PackTrainer:
     def _micro_batch(
         self, stepping: Sequence[MemberState], batch: Batch, number: int, sums: dict[str, float]
     ) -> int:
-        accumulation, kl = self.settings.optimization.accumulation, self.settings.ensemble.regularizers.kl
+        accumulation, kl = self.settings.optimization.accumulation, stepping[0].plan.regularizers.kl  # the pack's
         step = self._step_tensors(stepping, accumulation)
         has_reference = kl is not None and stepping[0].initial_head
         outcome = self.model.gradients(
@@ -219,7 +219,6 @@ class PackTrainer:
     # --- epochs and early stopping ------------------------------------------------------------------
     def _validate(self) -> list[str]:
         """Validate the members that still train, stop those that have to, and return in words what came out."""
-        rule = self.settings.ensemble.regularizers.early_stopping
         for state in self.states:  # the last update may have left numbers that no loss has seen yet
             if state.training and not all(p.isfinite().all() for p in state.optimizer.tensors().values()):
                 state.failure = f"its weights are not finite after step {self.step}"
@@ -231,6 +230,7 @@ class PackTrainer:
             state.history.append(
                 {"step": self.step, **{f"{VALIDATION}{name}": value for name, value in values.items()}}
             )
+            rule = state.plan.regularizers.early_stopping
             if rule is not None:
                 state.judge(values[rule.metric], self.step, rule.patience, METRICS[rule.metric].sign < 0)
             told += self._news(state, values)
@@ -240,8 +240,8 @@ class PackTrainer:
         """Return each member's validation metrics, with that of its own answers where early stopping watches one."""
         evaluation = self.settings.evaluation
         scores = validation_metrics(self.model, stacked, self.validation, evaluation)
-        watched = watched_by_answers(self.settings.ensemble)
-        if watched is None:
+        watched = watched_by_answers(t.plan for t in self.states)
+        if not watched:
             return scores
         answered = answer_metrics(self.model, stacked, self.validation, evaluation, watched)
         return [{**values, **of_answers} for values, of_answers in zip(scores, answered, strict=True)]
@@ -270,7 +270,7 @@ class PackTrainer:
         name, epochs = state.plan.name, self.epochs(self.total - 1) + 1
         shown = ", ".join(f"{METRICS[key].label} {value:.4g}" for key, value in values.items())
         told = [f"{name} epoch {self.epochs_begun} of {epochs}: validation {shown}"]
-        rule = self.settings.ensemble.regularizers.early_stopping
+        rule = state.plan.regularizers.early_stopping
         if rule is not None and state.stopped_at is not None:
             times = "once" if rule.patience == 1 else f"in {rule.patience} epochs"
             told.append(

@@ -1,0 +1,120 @@
+"""What the members of one ensemble differ in beside their seeds: ``ensemble.vary``.
+
+A grid gives member m the combination m modulo their number, so that a run that grows goes on with it; of the keys in
+alphabetical order the last one changes fastest. A range is drawn
+from for each member by its own seed. A list says of each member what it has that is not the run's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from raylora.spec.base import Frozen
+
+SHARED_FORWARD = (
+    "optimization.lr", "optimization.warmup", "optimization.schedule", "optimization.optimizer", "optimization.betas",
+    "optimization.eps", "optimization.clip_norm", "ensemble.regularizers.decay_a", "ensemble.regularizers.decay_b",
+    "ensemble.regularizers.decay_head", "ensemble.regularizers.early_stopping",
+)
+"""What only a member's own optimizer and its own end depend on: members that differ in it share a forward."""
+OWN_FORWARD = ("ensemble.regularizers.kl", "adapter.dropout")
+"""What the forward itself depends on: members that differ in it are in packs of their own."""
+
+
+class RangeSpec(Frozen):
+    """A number that is drawn for each member between two ends."""
+
+    low: float
+    """The lower end."""
+    high: float
+    """The upper end."""
+    log: bool = Field(default=False)
+    """Draw its logarithm evenly, as suits a learning rate."""
+
+    @model_validator(mode="after")
+    def _ends_in_order(self) -> RangeSpec:
+        if not (math.isfinite(self.low) and math.isfinite(self.high)) or self.low >= self.high:
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log: true needs low above 0, and it is {self.low:g}")
+        return self
+
+    def at(self, share: float) -> float:
+        """Return the number that lies a share of the way from the lower end to the upper one."""
+        if self.log:
+            return math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+        return self.low + share * (self.high - self.low)
+
+
+Varied = dict[str, list[Any] | RangeSpec] | list[dict[str, Any]]
+
+
+def check_keys(vary: Varied, members: int) -> None:
+    """Refuse keys that members of one run have in common, and too few or too many members.
+
+    Raises:
+        ValueError: with the key, and what can be varied.
+    """
+    if not vary:
+        raise ValueError("vary: says nothing that members differ in: leave it out")
+    if isinstance(vary, list):
+        keys = [key for own in vary for key in own]
+        if len(vary) != members:
+            raise ValueError(f"vary: says what {len(vary)} members have, and there are {members}: one entry each")
+    else:
+        keys = list(vary)
+        empty = [key for key, values in vary.items() if isinstance(values, list) and not values]
+        if empty:
+            raise ValueError(f"vary: {empty[0]} has no values")
+        size = len(_grid(vary))
+        if size > members:
+            raise ValueError(f"vary: its values make {size} combinations, and there are {members} members: "
+                             f"set ensemble.members to {size} or a multiple of it")
+    for key in keys:
+        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in (*SHARED_FORWARD, *OWN_FORWARD)):
+            raise ValueError(f"vary: members of one run do not differ in {key!r}; they can in "
+                             + ", ".join((*SHARED_FORWARD, *OWN_FORWARD)))
+
+
+def varied_settings(vary: Varied | None, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Return of each member, by its seed, the dotted keys that are its own and their values."""
+    if vary is None:
+        return [{} for _ in seeds]
+    if isinstance(vary, list):
+        return [dict(own) for own in vary]
+    grid = _grid(vary)
+    ranges = {key: values for key, values in vary.items() if isinstance(values, RangeSpec)}
+    return [
+        {**grid[m % len(grid)], **{key: _drawn(key, values, seed) for key, values in sorted(ranges.items())}}
+        for m, seed in enumerate(seeds)
+    ]
+
+
+def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a spec's plain data with values at dotted keys, nothing of the old data touched."""
+    found = dict(content)
+    for key, value in settings.items():
+        inner, *rest = path = key.split(".")
+        at = found
+        for part in path[:-1]:
+            at[part] = dict(at.get(part) or {})
+            at = at[part]
+        at[path[-1] if rest else inner] = value
+    return found
+
+
+def _grid(vary: Mapping[str, list[Any] | RangeSpec]) -> list[dict[str, Any]]:
+    # In an order that no file changes: two specs with one digest have one grid.
+    lists = {key: values for key, values in sorted(vary.items()) if isinstance(values, list)}
+    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
+def _drawn(key: str, values: RangeSpec, seed: int) -> float:
+    # Of a text, so that neighbouring seeds are far apart; to six digits, so that it reads well and is what is written.
+    return float(f"{values.at(random.Random(f'vary|{key}|{seed}').random()):.6g}")

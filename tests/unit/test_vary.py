@@ -1,0 +1,154 @@
+"""Members that differ in more than a seed: in what they may, and that each is what it would be without the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from run_helpers import assert_bit_equal, members, run, stop_at, weights
+
+from raylora.engine.run.plan_run import prepare
+from raylora.engine.training.member_plan import member_plans_of
+from raylora.errors import Interrupted, RunDirectoryError, SpecError
+from raylora.report.entries import member_entries
+from raylora.store.run_store import RunStore
+
+Make = Callable[..., Any]
+RATES = {"optimization.lr": [1e-3, 5e-3]}
+
+
+# --- what is said ---------------------------------------------------------------------------------------
+def test_a_grid_gives_every_combination_in_turn_and_goes_on_with_it_when_a_run_grows(make_spec: Make) -> None:
+    vary = {**RATES, "ensemble.regularizers.decay_b": [0.0, 0.1]}
+    found = make_spec(ensemble__members=8, ensemble__vary=vary).ensemble.member_settings()
+    assert [tuple(one.values()) for one in found[:4]] == [(0.0, 1e-3), (0.0, 5e-3), (0.1, 1e-3), (0.1, 5e-3)]
+    assert found[4:] == found[:4]
+
+
+def test_a_range_is_drawn_from_by_the_members_own_seed(make_spec: Make) -> None:
+    vary = {"optimization.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "optimization.warmup": {"low": 0, "high": 0.5}}
+    spec = make_spec(ensemble__members=200, ensemble__vary=vary)
+    found = spec.ensemble.member_settings()
+    later = make_spec(ensemble__members=3, ensemble__seed=7, ensemble__vary=vary)
+    assert later.ensemble.member_settings() == found[7:10]
+    rates = [one["optimization.lr"] for one in found]
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates) and len(set(rates)) == 200
+    below = sum(rate < 1e-3 for rate in rates)  # half of the decades
+    assert 70 < below < 130
+    warmups = [one["optimization.warmup"] for one in found]
+    assert abs(sum(warmups) / 200 - 0.25) < 0.03
+    logs = [math.log(rate) for rate in rates]  # the two are drawn apart
+    mean = sum(logs) / 200
+    shared = sum((a - mean) * (b - 0.25) for a, b in zip(logs, warmups, strict=True)) / 200
+    assert abs(shared) < 0.05
+
+
+def test_a_list_says_of_each_member_what_it_has(make_spec: Make) -> None:
+    own = [{}, {"optimization.lr": 1e-4, "optimization.schedule": "constant"}]
+    plans = member_plans_of(make_spec(ensemble__vary=own))
+    assert [plan.optimization.lr for plan in plans] == [0.005, 1e-4]
+    assert [plan.optimization.schedule for plan in plans] == ["linear", "constant"]
+    assert [dict(plan.settings) for plan in plans] == own
+
+
+@pytest.mark.parametrize(("vary", "said"), [
+    ({"optimization.epochs": [1, 2]}, "do not differ in 'optimization.epochs'"),
+    ({"adapter.rank": [2, 4]}, "do not differ in 'adapter.rank'"),
+    ({"optimization.lr": [1e-3, 2e-3, 3e-3]}, "3 combinations, and there are 2 members: set ensemble.members to 3"),
+    ({"optimization.lr": []}, "optimization.lr has no values"),
+    ({"optimization.lr": [1e-3, -1]}, "member 1 with {'optimization.lr': -1}: optimization.lr. Input should be"),
+    ({"optimization.lr": {"low": 2, "high": 1}}, "low 2 must be below high 1"),
+    ({"optimization.lr": {"low": 0, "high": 1, "log": True}}, "needs low above 0"),
+    ({"ensemble.regularizers.decay_a": [0, 1e6]}, "lr * decay_a = 5e+03 >= 1"),
+    ([{"optimization.lr": 1e-3}], "what 1 members have, and there are 2"),
+    ({}, "says nothing"),
+])
+def test_what_makes_no_sense_is_refused_by_name(make_spec: Make, vary: Any, said: str) -> None:
+    with pytest.raises(SpecError) as error:
+        make_spec(ensemble__vary=vary)
+    assert said in str(error.value)
+
+
+def test_a_metric_that_the_task_lacks_is_refused_in_a_members_own_rule_too(make_spec: Make) -> None:
+    rules = [{}, {"ensemble.regularizers.early_stopping": {"metric": "rmse"}}]
+    with pytest.raises(SpecError, match="early_stopping.metric: classification has no rmse"):
+        prepare(make_spec(ensemble__vary=rules))
+
+
+def test_a_spec_without_it_keeps_its_digest(make_spec: Make) -> None:
+    spec = make_spec()
+    assert "vary" not in spec.identity()["ensemble"]
+    assert make_spec(ensemble__vary=RATES).digest() != spec.digest()
+
+
+# --- what is trained ------------------------------------------------------------------------------------
+def test_members_of_other_rates_share_a_forward_and_equal_those_of_a_run_of_their_rate_bit_for_bit(
+    make_spec: Make, trained: Callable[[Any], str]
+) -> None:
+    vary = {**RATES, "ensemble.regularizers.decay_b": [0.0, 0.1]}
+    varied = make_spec(name="varied", ensemble__members=4, ensemble__vary=vary, optimization__steps=12)
+    prepared = prepare(varied)
+    assert [len(units) for units in prepared.jobs.values()] == [4]
+    assert any("members differ in ensemble.regularizers.decay_b (0.0, 0.1) and" in note for note in prepared.notes)
+    metrics = run(varied)
+    found = members(varied)
+    for m, settings in enumerate(varied.ensemble.member_settings()):
+        decay, lr = settings.values()
+        alike = make_spec(name=f"alike-{m}", ensemble__vary=None, optimization__lr=lr,
+                          ensemble__regularizers={"decay_b": decay})
+        trained(alike)
+        assert_bit_equal(found[f"member-{m:03d}"], weights(alike, f"member-{m:03d}"))
+        make_spec(ensemble__regularizers=None)
+    store = RunStore.for_spec(varied)
+    facts = [store.load_result(f"members/member-{m:03d}")["member.json"] for m in range(4)]
+    assert b'"optimization.lr": 0.005' in facts[1]
+    assert [one["settings"]["optimization.lr"] for one in metrics["members"]] == [1e-3, 5e-3, 1e-3, 5e-3]
+    assert member_entries(metrics)[3].label == "Member 3: decay_b 0.1, lr 0.005"
+    rates = {max(row["lr"] for row in metrics["training"][f"member-{m:03d}"] if "lr" in row) for m in range(4)}
+    assert rates == {1e-3, 5e-3}
+
+
+def test_each_member_ends_by_its_own_rule(make_spec: Make, trained: Callable[[Any], str]) -> None:
+    rules = [{}, {"ensemble.regularizers.early_stopping": {"patience": 1}, "optimization.lr": 0.3}]
+    spec = make_spec(ensemble__vary=rules, optimization__steps=None, optimization__epochs=6)
+    metrics = run(spec)
+    stops = [one["stopped_at"] for one in metrics["members"]]
+    assert stops[0] is None and stops[1] is not None
+
+
+def test_what_changes_the_forward_is_packed_apart(make_spec: Make) -> None:
+    vary = {"ensemble.regularizers.kl.beta": [0.1, 0.5], "optimization.lr": [1e-3, 5e-3]}
+    spec = make_spec(ensemble__members=4, ensemble__vary=vary)
+    prepared = prepare(spec)
+    assert sorted(map(tuple, prepared.jobs.values())) == [("member-000", "member-001"), ("member-002", "member-003")]
+    assert any("kl.beta share no forward" in note for note in prepared.notes)
+    run(spec)
+    alike = make_spec(name="alike", ensemble__vary=None, ensemble__regularizers={"kl": {"beta": 0.5}},
+                      placement__members_per_worker=2)
+    assert [plan.regularizers.kl.beta for plan in member_plans_of(spec)[2:]] == [0.5, 0.5]
+    assert alike.optimization.lr == 0.005
+    run(alike)
+    assert_bit_equal(weights(spec, "member-003"), weights(alike, "member-003"))
+
+
+def test_dropout_of_its_own_is_trained_with_and_resumed(make_spec: Make) -> None:
+    vary = {"adapter.dropout": [0.0, 0.3]}
+    whole = make_spec(name="whole", ensemble__vary=vary)
+    run(whole)
+    spec = make_spec(name="stopped", ensemble__vary=vary, checkpointing={"every_steps": 1})
+    with pytest.raises(Interrupted):
+        run(spec, stop_at(3))
+    run(spec)
+    assert_bit_equal(members(spec), members(whole))
+
+
+def test_a_finished_run_grows_along_its_grid_and_is_not_given_another(make_spec: Make) -> None:
+    spec = make_spec(ensemble__vary=RATES)
+    run(spec)
+    with pytest.raises(RunDirectoryError, match="ensemble.vary"):
+        prepare(make_spec(ensemble__vary={"optimization.lr": [1e-3, 6e-3]}))
+    grown = make_spec(ensemble__members=4, ensemble__vary=RATES)
+    metrics = run(grown)
+    assert [one["settings"]["optimization.lr"] for one in metrics["members"]] == [1e-3, 5e-3] * 2
