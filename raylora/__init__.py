@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from raylora.serve.export import export_run
     from raylora.serve.predictor import LoadedEnsemble, load_ensemble
     from raylora.spec import RunSpec, build_spec, read_distill, read_spec
+    from raylora.sweeping import sweep
 
 _HOMES = {
     "RunSpec": "raylora.spec",
@@ -43,6 +44,7 @@ _HOMES = {
     "launch": "raylora.client",
     "resume": "raylora.client",
     "run_local": "raylora.client",
+    "sweep": "raylora.sweeping",
     "LoadedEnsemble": "raylora.serve.predictor",
     "Prediction": "raylora.ensemble.outputs.classes",
     "ValuePrediction": "raylora.ensemble.outputs.value",

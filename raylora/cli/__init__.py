@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from raylora.cli import answering, cluster, commands, jobs, learning, planning, results
+from raylora.cli import answering, cluster, commands, jobs, learning, planning, results, sweeps
 from raylora.cli.app import app
 
-__all__ = ["answering", "app", "cluster", "commands", "jobs", "learning", "main", "planning", "results"]
+__all__ = ["answering", "app", "cluster", "commands", "jobs", "learning", "main", "planning", "results", "sweeps"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -72,7 +72,7 @@ def check_keys(vary: Varied, members: int) -> None:
         empty = [key for key, values in vary.items() if isinstance(values, list) and not values]
         if empty:
             raise ValueError(f"vary: {empty[0]} has no values")
-        size = len(_grid(vary))
+        size = combinations(vary)
         if size > members:
             raise ValueError(f"vary: its values make {size} combinations, and there are {members} members: "
                              f"set ensemble.members to {size} or a multiple of it")
@@ -94,6 +94,11 @@ def varied_settings(vary: Varied | None, seeds: Sequence[int]) -> list[dict[str,
         {**grid[m % len(grid)], **{key: _drawn(key, values, seed) for key, values in sorted(ranges.items())}}
         for m, seed in enumerate(seeds)
     ]
+
+
+def combinations(vary: Varied) -> int:
+    """Return how many members it takes to try everything that stands in lists."""
+    return len(vary) if isinstance(vary, list) else len(_grid(vary))
 
 
 def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

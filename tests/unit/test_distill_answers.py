@@ -311,7 +311,13 @@ def test_a_good_section_passes_ahead_and_one_whose_answers_never_end_says_so(
     teacher: str, tiny_model: Make, files: dict[str, str]
 ) -> None:
     wanted = settings(tiny_model("gpt2"), transfer={"files": files["asks"]})
-    check_ahead(RunStore(teacher).read_spec().model_copy(update={"distill": wanted}))
+    spec = RunStore(teacher).read_spec()
+    check_ahead(spec.model_copy(update={"distill": wanted}))
+    far = settings(tiny_model("gpt2"), {"max_new_tokens": 10_000})
+    for refused in (lambda: prepare_distillation(teacher, far), lambda: check_ahead(
+            spec.model_copy(update={"distill": far}))):
+        with pytest.raises(DataError, match="train: row .* and with 10000 to write that is more than"):
+            refused()
     with pytest.raises(DataError, match="no answer of the teacher is left to learn from") as caught:
         distill_run(teacher, settings(tiny_model("gpt2"), {"max_new_tokens": 1}), local=True)
     assert "raise distill.answers.max_new_tokens" in caught.value.hint

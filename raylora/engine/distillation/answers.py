@@ -17,17 +17,18 @@ from typing import Any
 from raylora.data.answered import prompt_length
 from raylora.data.task import Example, Task
 from raylora.distill import AnsweredRows, AsksTeacher, Keys, LearnsAnswers, Loss
-from raylora.engine.generation.questions import answers_obstacle
+from raylora.engine.generation.questions import answers_obstacle, check_lengths
+from raylora.engine.model.checkpoint import load_config, load_tokenizer
 from raylora.engine.run.answer_job import AnswerJob
 from raylora.engine.run.answer_plan import FACTS, AnswerPlan, plan_answers
 from raylora.engine.run.finished_members import members_digest
 from raylora.engine.run.plan_run import Prepared
 from raylora.engine.training.distillation_loss import targets_uri
-from raylora.engine.training.inputs import ANSWERED
+from raylora.engine.training.inputs import ANSWERED, sets_of
 from raylora.ensemble.answer_metrics import normalized
 from raylora.errors import SpecError
 from raylora.records import TargetFacts
-from raylora.spec import AnswersSpec, DistillSpec
+from raylora.spec import AnswersSpec, DistillSpec, RunSpec
 from raylora.store.run_store import RunStore
 
 
@@ -133,6 +134,18 @@ def check_answers(settings: DistillSpec, task: Task, loss: Loss) -> None:
         raise SpecError(
             f"distill.answers: {obstacle}", "task.kind instruction with train_on: completion has prompts to be answered"
         )
+
+
+def check_prompts(spec: RunSpec, settings: DistillSpec, task: Task) -> None:
+    """Refuse rows that with an answer are longer than the teacher reads, before it is trained. Raises: DataError."""
+    if settings.answers is None:
+        return
+    tokenizer = load_tokenizer(spec.base, task)
+    sets = sets_of(spec, task, tokenizer, RunStore.for_spec(spec), settings.transfer, asks=True)
+    check_lengths(
+        load_config(spec.base), tokenizer, "distill.answers.max_new_tokens: train", sets.train.examples,
+        settings.answers.max_new_tokens,
+    )
 
 
 def tokens_of(record: Mapping[str, Any]) -> Sequence[int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from raylora import control
 from raylora.data.task import Task
 from raylora.distill import AsksTeacher, Keys, LearnsAnswers, Loss
-from raylora.engine.distillation.answers import TaughtAnswers, taught_answers
+from raylora.engine.distillation.answers import TaughtAnswers, check_prompts, taught_answers
 from raylora.engine.distillation.checks import check_task, check_tokenizers, try_loss
 from raylora.engine.distillation.target_job import SHARD_ROWS, TargetJob, TargetPlan, shard_names
 from raylora.engine.model.checkpoint import load_tokenizer
@@ -134,6 +134,7 @@ def check_ahead(spec: RunSpec, inventory: Inventory | None = None) -> None:
     members = [plan.name for plan in member_plans_of(spec) if plan.role is PlanRole.MEMBER]
     members = members[: 1 if settings.teacher == "single" else None]
     try_loss(loss, task, len(members))
+    check_prompts(spec, settings, task)
     source = _source(settings, loss, AHEAD, members, AHEAD, None if settings.answers is None else AHEAD)
     # A name of its own: what is in the student's directory is looked at when the targets are known.
     student = student_spec(spec, settings, RunStore.for_spec(spec).uri, f"{settings.name}-ahead", source)

@@ -128,7 +128,7 @@ def load_base(
     if sharing is None:
         model, missing = frozen_model(spec, task, place, dtype, prepared)
     else:
-        model, missing = twin_of(sharing.model), [f"{name}.weight" for name in sharing.fresh_heads]
+        model, missing = twin_of(sharing.model, sharing.quantizer), [f"{name}.weight" for name in sharing.fresh_heads]
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     heads = find_heads(model, missing)

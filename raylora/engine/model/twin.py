@@ -12,14 +12,25 @@ from typing import Any
 from torch import nn
 
 from raylora.adapters.packed import AdaptedLinear, MemberLinear
+from raylora.quant.base import Quantizer
 
 
-def twin_of(model: nn.Module) -> Any:
+def twin_of(model: nn.Module, quantizer: Quantizer) -> Any:
     """Return a copy of a loaded model as it was before adapters were attached, whose tensors are the model's own.
 
     Blocks that the model runs again in its backward pass are run once: a twin is for forwards without gradients.
+
+    Args:
+        quantizer: of the model's layers. Those of a library may hold tensors that are no parameters, or move them at
+            their first forward, which would then be the other's loss.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            held = quantizer.held(module)
+            quantizer.hold(module, held)  # as after its first forward
+            memo |= {id(tensor): tensor for tensor in held.values()}
+    memo |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():  # whoever meets an adapted layer takes the layer within
         if isinstance(module, AdaptedLinear | MemberLinear):
             memo[id(module)] = copy.deepcopy(module.base, memo)
