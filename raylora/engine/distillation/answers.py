@@ -115,7 +115,7 @@ def taught_answers(
     return TaughtAnswers(plan_answers(prepared, job), asked, key, digest, content_of, max_length)
 
 
-def check_answers(settings: DistillSpec, task: Task, loss: Loss) -> None:
+def check_answering(settings: DistillSpec, task: Task, loss: Loss) -> None:
     """Refuse answers that nobody would learn, or that nobody writes. Raises: SpecError."""
     if settings.answers is None:
         if isinstance(loss, LearnsAnswers):

@@ -7,7 +7,7 @@ import torch
 from raylora import registry
 from raylora.data.task import Task
 from raylora.distill import AsksTeacher, Loss, targets_class
-from raylora.engine.distillation.answers import check_answers
+from raylora.engine.distillation.answers import check_answering
 from raylora.engine.model.checkpoint import load_config, load_tokenizer
 from raylora.engine.training.distillation_loss import student_task
 from raylora.engine.training.own_answers import check_writes
@@ -63,7 +63,7 @@ def check_task(settings: DistillSpec, task: Task) -> Loss:
             )
     student_task(task, settings.loss)
     loss: Loss = registry.load("loss", settings.loss.kind).build(settings.loss)
-    check_answers(settings, own, loss)
+    check_answering(settings, own, loss)
     if isinstance(loss, AsksTeacher) and loss.writing.share:
         _check_writing(settings, own)
     return loss
