@@ -45,8 +45,10 @@ def paths_of(schema: dict[str, Any], definitions: dict[str, Any], prefix: str, s
     for name, part in schema.get("properties", {}).items():
         yield prefix + name
         for branch in [part, *part.get("anyOf", [])]:
-            for inner, below in ((branch, ""), (branch.get("additionalProperties"), ".NAME")):
-                target = inner.get("$ref", "").rpartition("/")[2] if isinstance(inner, dict) else ""
+            named = branch.get("additionalProperties")
+            values = [named, *named.get("anyOf", [])] if isinstance(named, dict) else []
+            for inner, below in ((branch, ""), *((value, ".NAME") for value in values)):
+                target = inner.get("$ref", "").rpartition("/")[2]
                 if target and target not in seen:
                     seen.add(target)
                     yield from paths_of(definitions[target], definitions, f"{prefix}{name}{below}.", seen)
