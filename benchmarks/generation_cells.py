@@ -112,9 +112,11 @@ def _taught(teacher: str, who: str, lr: float, seed: int) -> Row:
         "student": {"base": content["base"], "adapter": content["adapter"], "seed": 100 * seed,
                     "optimization": {**content["optimization"], "lr": lr}},
     }))
-    for needed in (work.targets, work.answers):
-        if needed is not None and not needed.is_done:
-            run_in_process(needed)
+    for made in (work.targets, work.answers and work.answers.plan):
+        if made is not None and not made.is_done:
+            run_in_process(made)
+    if work.answers is not None and not work.answers.is_done:
+        work.answers.conclude()
     return train(work.student.model_dump(mode="json"))
 
 

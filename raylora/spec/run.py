@@ -378,7 +378,7 @@ class EvaluationSpec(Frozen):
     temperature_scaling: bool = True
     """Fit one temperature on the validation rows; results with it stand beside those without."""
     batch: int = Field(default=64, ge=1)
-    """Rows per forward pass of an evaluation."""
+    """Rows per forward pass of an evaluation, those of all members together; when answers are written, too."""
     generation: GenerationSpec | None = None
     """Answers written to the sets' prompts, for tasks whose rows hold an answer; null is off."""
 

@@ -23,7 +23,7 @@ from raylora.engine.run.run_status import RunStatus
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.ensemble.answer_metrics import normalized
-from raylora.errors import Interrupted, SpecError, UsageError
+from raylora.errors import DataError, Interrupted, SpecError, StoreError, TrainingError, UsageError
 from raylora.report.publish import publish_report
 from raylora.serve.predictor import load_ensemble
 from raylora.spec import GenerationSpec
@@ -228,6 +228,55 @@ def test_a_run_that_is_stopped_while_it_answers_goes_on_there(
     assert {name: store.load_result(f"members/{name}") for name in members} == members and len(members) == 2
     evaluate_run(writer, SETTINGS, local=True)
     assert answers_of(uri) == answers_of(writer) and len(answers_of(uri)) == 3
+
+
+def test_a_shard_that_cannot_be_written_ends_the_run_with_the_reason_and_is_tried_again(
+    spec_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(name="whole", optimization__steps=4, evaluation__generation={"max_new_tokens": 2})
+    store, real = RunStore.for_spec(spec), Generator.voices
+
+    def failing(self: Generator, prompts: Any, *rest: Any) -> Any:
+        if len(prompts) == 8:
+            raise DataError("these rows are not to be answered")
+        return real(self, prompts, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "voices", failing)
+        with pytest.raises(TrainingError, match="1 of 3 shards of answers are not written.*these rows are not to be"):
+            run_local(spec, lambda status: None)
+    assert len(answers_of(store.uri)) == 2 and store.storage.list("members") == ["member-000", "member-001"]
+    asked: list[int] = []
+    monkeypatch.setattr(Generator, "voices", lambda self, prompts, *rest: (
+        asked.append(len(prompts)), real(self, prompts, *rest))[1])
+    assert run_local(store.spec_in_place(), lambda status: None)["run"]["phase"] == "succeeded" and asked == [8]
+
+
+def test_members_that_are_left_answer_without_the_lost_one(writer: str) -> None:
+    both = evaluate_run(writer, SETTINGS, local=True)
+    RunStore(writer).storage.delete("members/member-001")
+    with pytest.raises(StoreError, match="member-001"):
+        evaluate_run(writer, SETTINGS, local=True)
+    alone = evaluate_run(writer, SETTINGS, local=True, allow_missing=True)
+    assert alone["members"] == 1 and len(RunStore(writer).storage.list("answers")) == 2
+    of_first = both["sets"]["test"]["members"][0]["metrics"]
+    assert alone["sets"]["test"]["members"][0]["metrics"] == of_first == alone["sets"]["test"]["ensemble"]["metrics"]
+
+
+def test_a_forward_pass_has_no_more_rows_than_an_evaluation_is_allowed(
+    spec_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, rows = Generator.voices, []
+
+    def counted(self: Generator, prompts: Any, *rest: Any) -> Any:
+        rows.append(len(prompts))
+        return real(self, prompts, *rest)
+
+    monkeypatch.setattr(Generator, "voices", counted)
+    run_local(spec_of(
+        optimization__steps=4, evaluation__generation={"max_new_tokens": 2, "rows": 11}, evaluation__batch=8,
+    ), lambda status: None)
+    assert rows == [4, 4, 3, 2]  # of two members
 
 
 def test_members_that_are_added_are_asked_with_the_others(spec_of: Callable[..., Any]) -> None:

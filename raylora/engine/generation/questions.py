@@ -14,8 +14,8 @@ from raylora.engine.generation.decoder import Sampling
 from raylora.engine.generation.generator import Generator, check_length, text_of
 from raylora.errors import DataError, UsageError
 
-BATCH_ROWS = 32
-"""Rows that are answered at once, by all members."""
+_MOST_ROWS = 32
+"""More rows at once hardly save time: the slowest of them decides when the others' places are free."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,14 @@ def check_lengths(config: Any, tokenizer: Any, set_name: str, examples: Sequence
         check_length(config, tokenizer, f"{set_name}: row {example.id}", question_of(example).prompt, max_new_tokens)
 
 
+def rows_at_once(batch: int, members: int) -> int:
+    """Return how many prompts so many members answer together, where a forward pass is to have ``batch`` rows."""
+    return max(1, min(_MOST_ROWS, batch // members))
+
+
 def answer_records(
     writer: Generator, examples: Sequence[Example], sampling: Sampling, each_member: bool,
-    report: Callable[[int, int], None] = lambda done, of: None, batch: int = BATCH_ROWS,
+    batch: int, report: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[dict[str, Any]]:
     """Return a JSON-able record per row: id, prompt, reference, the mixture's answer and, if asked, the members' own.
 
@@ -69,14 +74,16 @@ def answer_records(
     without their tokens.
 
     Args:
+        batch: model rows per forward pass, shared out among the members.
         report: told after each batch how many rows are answered, and of how many.
 
     Raises:
         DataError: a prompt with its answer is longer than the model reads.
     """
     found: list[dict[str, Any]] = []
-    for start in range(0, len(examples), batch):
-        found += _batch([question_of(one) for one in examples[start : start + batch]], writer, sampling, each_member)
+    rows = rows_at_once(batch, writer.members)
+    for start in range(0, len(examples), rows):
+        found += _batch([question_of(one) for one in examples[start : start + rows]], writer, sampling, each_member)
         report(len(found), len(examples))
     return found
 

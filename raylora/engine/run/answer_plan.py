@@ -175,7 +175,8 @@ class AnswerSession:
         self, job: str, unit_names: Sequence[str], report: OnProgress, should_stop: Callable[[], int]
     ) -> dict[str, str]:
         """Make and commit shards that are not there yet. Raises: Interrupted, DataError."""
-        make_shards(self.writer, self.job, self.shelf, unit_names, report, should_stop, self.span)
+        batch = self.spec.evaluation.batch
+        make_shards(self.writer, self.job, self.shelf, unit_names, batch, report, should_stop, self.span)
         return {}
 
     def aggregate(self, units: Sequence[str], started_at: float) -> dict[str, Any]:

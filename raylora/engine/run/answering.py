@@ -92,10 +92,13 @@ class ShardShelf:
 
 
 def make_shards(
-    writer: Generator, job: AnswerJob, shelf: ShardShelf, names: Sequence[str], report: OnProgress,
+    writer: Generator, job: AnswerJob, shelf: ShardShelf, names: Sequence[str], batch: int, report: OnProgress,
     should_stop: Callable[[], int], span: Span,
 ) -> None:
     """Answer the rows of shards that are not there yet, and commit each.
+
+    Args:
+        batch: model rows per forward pass, shared out among the members.
 
     Raises:
         Interrupted: the shards so far are committed.
@@ -109,6 +112,6 @@ def make_shards(
             continue
         examples = shelf.shards[name].examples
         counter = RowCounter(Activity.ANSWERING, len(examples), report)
-        records = answer_records(writer, examples, sampling, job.each_member, counter)
+        records = answer_records(writer, examples, sampling, job.each_member, batch, counter)
         with span("checkpoint"):
             shelf.commit(name, records)

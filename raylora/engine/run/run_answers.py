@@ -83,7 +83,8 @@ class RunAnswers:
         if self._writer is None and set(names).intersection(asked.shelf.missing()):
             self._writer = writer_of(self.spec, self.store, self.base, self.task, asked.job.members)
         if self._writer is not None:
-            make_shards(self._writer, asked.job, asked.shelf, names, report, should_stop, span)
+            batch = self.spec.evaluation.batch
+            make_shards(self._writer, asked.job, asked.shelf, names, batch, report, should_stop, span)
 
     def conclude(self, members: Sequence[str]) -> dict[str, Any] | None:
         """Write ``answers.json``, and return what of it stands in the run's metrics; None where nothing was asked.

@@ -11,7 +11,7 @@ from raylora.adapters.base import Tensors
 from raylora.data.task import Example
 from raylora.engine.generation.decoder import Sampling
 from raylora.engine.generation.generator import Generator, text_of
-from raylora.engine.generation.questions import BATCH_ROWS, question_of
+from raylora.engine.generation.questions import question_of, rows_at_once
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.training.member_plan import MemberPlan
 from raylora.ensemble.answer_metrics import ANSWER_METRICS, NORMALIZATIONS, score_answers
@@ -40,8 +40,9 @@ def answer_metrics(
     questions = [question_of(example) for example in examples[: settings.rows]]
     writer = Generator(model, stacked, "mean_probabilities")  # nothing is mixed: each member writes its own
     said: list[list[str]] = [[] for _ in range(writer.members)]
-    for start in range(0, len(questions), BATCH_ROWS):
-        chosen = questions[start : start + BATCH_ROWS]
+    rows = rows_at_once(evaluation.batch, writer.members)
+    for start in range(0, len(questions), rows):
+        chosen = questions[start : start + rows]
         asked, names = [list(one.prompt) for one in chosen], [one.id for one in chosen]
         for answers in writer.written(asked, names, Sampling(settings.max_new_tokens, each_member=True)):
             for texts, answer in zip(said, answers, strict=True):
