@@ -73,6 +73,8 @@ class Writing:
 
     share: float
     """Of its steps, those in which it learns from what it writes itself."""
+    begins: float
+    """The share of the training before which it writes nothing."""
     max_new_tokens: int
     temperature: float
 

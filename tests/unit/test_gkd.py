@@ -167,15 +167,15 @@ def test_a_row_that_is_written_moves_no_further_than_the_model_can_read(make_par
 def test_a_share_of_the_steps_is_a_members_own_and_rows_keep_their_prompts(make_parts_of: Make) -> None:
     parts, _ = make_parts_of()
     trainer = parts.trainer()
-    writer = OwnAnswers(parts.model, Writing(0.5, 6, 1.0))
+    writer = OwnAnswers(parts.model, Writing(0.5, 0.0, 6, 1.0))
     due = [[writer.is_due(state, step) for step in range(400)] for state in trainer.states]
     assert all(150 < sum(steps) < 250 for steps in due) and len({tuple(steps) for steps in due}) == 3
-    always, never = (OwnAnswers(parts.model, Writing(share, 6, 1.0)) for share in (1.0, 0.0))
+    always, never = (OwnAnswers(parts.model, Writing(share, 0.0, 6, 1.0)) for share in (1.0, 0.0))
     assert all(always.is_due(trainer.states[0], step) for step in range(50))
     assert not any(never.is_due(trainer.states[0], step) for step in range(50))
     with trainer.collator() as collator:
         orders = {state.plan.name: state.order for state in trainer.states}
-        found = always.of_step(2, 1, trainer.states, collator)
+        found = always.of_step(2, 6, 1, trainer.states, collator)
         assert found.keys() == {(2, name) for name in orders}
         for (number, name), rows in found.items():
             (given,) = collator.rows(number, {name: orders[name]})
@@ -184,6 +184,8 @@ def test_a_share_of_the_steps_is_a_members_own_and_rows_keep_their_prompts(make_
                 assert row.id == before.id and row.sequences[0][:first] == before.sequences[0][:first]
                 assert row.target_ranges == ((first, len(row.sequences[0])),)
                 assert first < len(row.sequences[0]) <= min(80, first + 6)
+        late = OwnAnswers(parts.model, Writing(1.0, 0.4, 6, 1.0))
+        assert not late.of_step(2, 6, 1, trainer.states, collator) and late.of_step(3, 6, 1, trainer.states, collator)
         batch = collator.batch(2, orders, found)
         assert batch.own_K == (True, True, True) and bool((labels_of(batch) == -1).all())
         half = {key: rows for key, rows in found.items() if key[1] == "member-001"}
@@ -214,7 +216,7 @@ def test_long_answers_weigh_what_they_are_long_where_tokens_count_alike(make_par
     collator = Collator(parts.model, parts.sets.train.examples, 8, accumulation=2)
     with collator:
         orders = {state.plan.name: state.order for state in trainer.states}
-        own = OwnAnswers(parts.model, Writing(1.0, 6, 1.0)).of_step(1, 2, trainer.states, collator)
+        own = OwnAnswers(parts.model, Writing(1.0, 0.0, 6, 1.0)).of_step(1, 6, 2, trainer.states, collator)
         batches = [collator.batch(number, orders, own) for number in (2, 3)]
         for k, name in enumerate(orders):
             learned = [[len(e.sequences[0]) - e.target_ranges[0][0] for e in own[n, name]] for n in (2, 3)]
@@ -333,7 +335,7 @@ def test_a_student_beside_its_teacher_is_an_ordinary_run(teacher: str, tiny_mode
 
 
 def test_a_killed_student_is_taken_up_again_bit_for_bit(teacher: str, tiny_model: Make) -> None:
-    loss = {"on_policy": 0.6, "beta": 0.7}
+    loss = {"on_policy": 0.6, "beta": 0.7, "warmup": 0.3}
     plan = {"optimization": {"lr": 0.02, "steps": 8, "micro_batch": 3, "warmup": 0.0}, "members": 2}
     whole = prepare_distillation(teacher, settings(tiny_model("llama"), loss, name="whole", student=plan))
     run(whole.student)

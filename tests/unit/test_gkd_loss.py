@@ -85,3 +85,17 @@ def test_the_loss_weighs_it_against_the_label_and_an_own_token_has_none() -> Non
     assert loss.per_example(student_PV, targets_PV, labels_P).tolist() == pytest.approx(expected, rel=1e-9)
     with pytest.raises(DataError, match="the teacher has 5 x 10 positions and tokens, the student 5 x 11"):
         loss.per_example(student_PV, targets_PV[:, :10], labels_P)
+
+
+def test_it_begins_with_the_kl_that_pulls_a_student_which_rules_out_what_the_teacher_says() -> None:
+    loss = gkd.build(gkd.Spec(beta=0.5, warmup=0.25))
+    teacher_PV = torch.log_softmax(torch.tensor([[30.0, 0.0, 0.0]], dtype=torch.float64), -1)
+    student_PV = torch.tensor([[-30.0, 30.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    slopes = {}
+    for progress in (0.0, 0.2, 0.25, 0.9):
+        value = loss.at(progress).per_example(student_PV, teacher_PV, None).sum()
+        (slope_PV,) = torch.autograd.grad(value, student_PV)
+        slopes[progress] = float(slope_PV.abs().max())
+        early = progress < 0.25
+        assert value.item() == pytest.approx(60.0 if early else math.log(2), rel=1e-3)
+    assert slopes[0.0] == slopes[0.2] > 0.9 and slopes[0.25] == slopes[0.9] < 1e-6

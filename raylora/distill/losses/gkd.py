@@ -31,6 +31,9 @@ class Spec(TemperedSpec):
     on_policy: float = Field(default=0.5, ge=0, le=1)
     """The share of steps in which a member learns from answers that it has just written; in the others, from those of
     the rows. At 0 nothing is written."""
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    """The share of the training, at its beginning, in which a student writes nothing and beta is 0. One that cannot
+    answer yet needs it: between distributions that have nothing in common the divergence is flat, except at beta 0."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Tokens that it writes at most; an answer also ends at ``task.max_length``, prompt included."""
     sampling_temperature: float = Field(default=1.0, ge=0)
@@ -45,7 +48,14 @@ class GeneralizedDistillation:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        self.writing = Writing(spec.on_policy, spec.max_new_tokens, spec.sampling_temperature)
+        self.beta = spec.beta
+        self.writing = Writing(spec.on_policy, spec.warmup, spec.max_new_tokens, spec.sampling_temperature)
+
+    def at(self, progress: float) -> GeneralizedDistillation:
+        """Return the loss to use when this share of the training is done."""
+        loss = GeneralizedDistillation(self.spec)
+        loss.beta = 0.0 if progress < self.spec.warmup else self.spec.beta
+        return loss
 
     def outputs(self, num_labels: int) -> int:
         """Return V: a language model keeps its head."""
@@ -66,7 +76,7 @@ class GeneralizedDistillation:
                 f"the teacher has {said} positions and tokens, the student {asked}",
                 "teacher and student need the same tokenizer and the same vocabulary",
             )
-        divergence = partial(generalized_jensen_shannon, beta=self.spec.beta)
+        divergence = partial(generalized_jensen_shannon, beta=self.beta)
         return kd_loss(student_outputs, targets, labels, self.spec.temperature, self.spec.task_weight, divergence)
 
     def predict(self, student_outputs: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raylora.data.task import Batch
-from raylora.distill import Loss, Writing
+from raylora.distill import Annealed, Loss, Writing
 from raylora.distill.loss_functions import UNLABELED, mixture
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.token_head import WholeHead
@@ -53,7 +53,8 @@ class LiveDistillationLoss:
 
     def of_positions(self, batch: Batch, progress: float) -> PositionLoss:
         """Return the loss of the positions that predict a batch's target tokens; the teacher reads the batch first."""
-        loss, labels_P = self.loss, labels_of(batch)
+        loss = self.loss.at(progress) if isinstance(self.loss, Annealed) else self.loss
+        labels_P = labels_of(batch)
         teacher = self.teacher.mixture(batch, loss.spec.temperature)
 
         def of_chunk(logits_CV: Tensor, chunk: slice) -> Tensor:

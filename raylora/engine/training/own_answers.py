@@ -34,14 +34,14 @@ class OwnAnswers:
         self.longest: int = model.task.spec.max_length
 
     def of_step(
-        self, step: int, accumulation: int, states: Sequence[MemberState], collator: Collator
+        self, step: int, total: int, accumulation: int, states: Sequence[MemberState], collator: Collator
     ) -> dict[tuple[int, str], Sequence[Example]]:
-        """Return by micro-batch and member the rows of those who learn from themselves in this optimizer step.
+        """Return by micro-batch and member the rows of those who learn from themselves in this of all optimizer steps.
 
         All of a step's answers are written before its first micro-batch, with the weights that the step begins with.
         """
         due = [state for state in states if self.is_due(state, step)]
-        if not due:
+        if not due or step / total < self.writing.begins:
             return {}
         found: dict[tuple[int, str], Sequence[Example]] = {}
         stacked = stack([state.whole() for state in due])

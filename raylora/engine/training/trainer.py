@@ -144,7 +144,9 @@ class PackTrainer:
         active = [t for t in self.states if t.training]
         sums = dict.fromkeys((t.plan.name for t in active), 0.0)
         tokens = 0
-        own = self.own_answers.of_step(self.step, accumulation, active, collator) if self.own_answers else {}
+        own = {}
+        if self.own_answers is not None:
+            own = self.own_answers.of_step(self.step, self.total, accumulation, active, collator)
         for micro in range(accumulation):
             stepping = [t for t in active if not t.failure]
             if not stepping:
