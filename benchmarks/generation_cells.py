@@ -19,7 +19,7 @@ RATES, SEEDS = (3e-4, 1e-3, 3e-3), (0, 1, 2)
 STUDENTS: dict[str, dict[str, Any]] = {
     "topk_kl": {"kind": "topk_kl", "top_k": 32},
     "answers": {"kind": "answers"},
-    "gkd": {"kind": "gkd", "on_policy": 0.5},
+    "gkd": {"kind": "gkd", "on_policy": 0.5, "warmup": 0.3},
 }
 """What a student learns from its ensemble by: its distributions over the references, its own answers, and its
 distributions over what the student writes in every second step."""
