@@ -15,7 +15,7 @@ import torch
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import DataError, RayloraError
 from raylora.records import Description, GroupMetrics, MeanAndError, MeanMember, MemberMetrics, Summary
-from raylora.spec.run import EvaluationSpec
+from raylora.spec.evaluation import EvaluationSpec
 
 Group = Sequence[Predictions]
 SUBSETS = 10

@@ -11,7 +11,7 @@ from raylora.ensemble.groups import Group, Settings, check_groups
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import Names, check_rule
 from raylora.records import SetErrors, SetFacts, Summary
-from raylora.spec.run import EvaluationSpec
+from raylora.spec.evaluation import EvaluationSpec
 
 
 def summarize(

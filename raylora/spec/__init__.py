@@ -10,6 +10,11 @@ from raylora.spec.base import (
     TaskSpec,
     TrackerSpec,
 )
+from raylora.spec.data import DataSpec, SetSpec
+from raylora.spec.evaluation import EvaluationSpec, GenerationSpec
+from raylora.spec.members import BaselinesSpec, EnsembleSpec, RegularizersSpec
+from raylora.spec.model import BaseSpec, CalibrationSpec
+from raylora.spec.placement import PlacementSpec
 from raylora.spec.reading import (
     build_spec,
     diff_specs,
@@ -20,26 +25,9 @@ from raylora.spec.reading import (
     read_given,
     read_spec,
 )
-from raylora.spec.run import (
-    AnswersSpec,
-    BaselinesSpec,
-    BaseSpec,
-    CalibrationSpec,
-    CheckpointingSpec,
-    DataSpec,
-    DistillFromSpec,
-    DistillSpec,
-    EnsembleSpec,
-    EvaluationSpec,
-    GenerationSpec,
-    OptimizationSpec,
-    PlacementSpec,
-    ProfileSpec,
-    RegularizersSpec,
-    RunSpec,
-    SetSpec,
-    StudentSpec,
-)
+from raylora.spec.run import RunSpec
+from raylora.spec.students import AnswersSpec, DistillFromSpec, DistillSpec, StudentSpec
+from raylora.spec.training import CheckpointingSpec, OptimizationSpec, ProfileSpec
 
 __all__ = [
     "AdapterSpec",

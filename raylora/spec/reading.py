@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from raylora.errors import SpecError, combine, suggest
 from raylora.spec.base import Frozen, KindSpec
 from raylora.spec.paths import beside
-from raylora.spec.run import DistillSpec, RunSpec
+from raylora.spec.run import RunSpec
+from raylora.spec.students import DistillSpec
 
 S = TypeVar("S", bound=Frozen)
 KeyPath = tuple[str | int, ...]

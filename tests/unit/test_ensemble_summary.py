@@ -15,7 +15,7 @@ from raylora.ensemble import evaluate, mean_probabilities, summarize
 from raylora.ensemble.groups import check_jensen, member_subsets
 from raylora.ensemble.outputs.tokens import TokenPredictions
 from raylora.errors import DataError, RayloraError, SpecError
-from raylora.spec.run import EvaluationSpec
+from raylora.spec.evaluation import EvaluationSpec
 
 FEW = EvaluationSpec(bootstrap_samples=50)
 

@@ -22,7 +22,7 @@ from raylora.engine.run.plan_run import prepare
 from raylora.errors import BaseError, Interrupted, SpecError, UsageError
 from raylora.serve.export import export_run
 from raylora.serve.predictor import load_ensemble
-from raylora.spec.run import KLSpec
+from raylora.spec.members import KLSpec
 from raylora.store.run_store import RunStore
 
 FULL = {"adapter": {"kind": "full"}}

@@ -32,7 +32,7 @@ from raylora.errors import Interrupted, RunDirectoryError, UsageError
 from raylora.serve.export import export_run
 from raylora.serve.predictor import load_ensemble, member_tensors
 from raylora.spec import dump_spec
-from raylora.spec.run import KLSpec
+from raylora.spec.members import KLSpec
 from raylora.store.run_store import RunStore
 from raylora.store.seal import seal
 

@@ -24,7 +24,7 @@ from raylora.engine.model.trunk import DistinctRows
 from raylora.engine.training.collator import Collator
 from raylora.engine.training.distillation_loss import DistillationLoss
 from raylora.errors import BaseError, DataError
-from raylora.spec.run import KLSpec
+from raylora.spec.members import KLSpec
 
 SIZE = 32
 LENGTHS = [[5, 32, 2, 9, 12, 7, 3, 20], [4, 4, 30, 18, 2, 6, 11, 3]]

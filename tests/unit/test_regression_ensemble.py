@@ -21,7 +21,7 @@ from raylora.ensemble.gaussian import FLOOR, coverage, epistemic_std, fit_noise,
 from raylora.ensemble.outputs.value import ValuePredictions, pairwise_kl
 from raylora.ensemble.regression_metrics import VALUE_METRICS, draw_metrics, point_metrics, score_values
 from raylora.errors import DataError, SpecError
-from raylora.spec.run import EvaluationSpec
+from raylora.spec.evaluation import EvaluationSpec
 
 FEW = EvaluationSpec(bootstrap_samples=40)
 

@@ -19,7 +19,7 @@ from raylora.report import console_table, write_report
 from raylora.report.entries import columns, entries
 from raylora.report.formatting import difference, duration, flat, number, size
 from raylora.report.headline import headline
-from raylora.spec.run import EvaluationSpec
+from raylora.spec.evaluation import EvaluationSpec
 
 FEW = EvaluationSpec(bootstrap_samples=50)
 

@@ -20,7 +20,7 @@ from raylora.distill.losses import topk_kl
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.token_head import ChunkedHead, WholeHead, find_token_head
 from raylora.engine.model.token_losses import PositionLoss, negative_log_likelihood, next_tokens, with_divergence
-from raylora.spec.run import KLSpec
+from raylora.spec.members import KLSpec
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}

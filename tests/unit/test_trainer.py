@@ -19,7 +19,7 @@ from raylora.engine.training.optimizer import MemberOptimizer
 from raylora.engine.training.schedule import learning_rate_factor, total_steps
 from raylora.errors import TrainingError
 from raylora.spec import OptimizationSpec
-from raylora.spec.run import KLSpec
+from raylora.spec.members import KLSpec
 
 EVERYTHING = {
     "ensemble__members": 4,

@@ -28,7 +28,7 @@ from raylora.engine.run.session import TrainingSession
 from raylora.engine.run.shared_trunk import trunk_folder
 from raylora.engine.training.predict import predict
 from raylora.errors import Interrupted, SpecError
-from raylora.spec.run import KLSpec
+from raylora.spec.members import KLSpec
 from raylora.store.run_store import RunStore
 
 Make = Callable[..., Any]

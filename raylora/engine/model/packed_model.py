@@ -32,7 +32,7 @@ from raylora.engine.model.token_losses import (
 from raylora.engine.model.trunk import DistinctRows, enough_tokens
 from raylora.engine.model.trunk_cache import TrunkCache
 from raylora.ensemble.outputs import output_of
-from raylora.spec.run import KLSpec
+from raylora.spec.members import KLSpec
 
 ExampleLoss = Callable[[Tensor, Batch], Tensor]
 """(logits, joined batch) -> loss of each example."""

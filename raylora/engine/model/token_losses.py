@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raylora.data.task import Batch
 from raylora.distill.loss_functions import at_least_float32
-from raylora.spec.run import KLSpec
+from raylora.spec.members import KLSpec
 
 PositionLoss = Callable[[Tensor, slice], Tensor]
 """(logits_CV of some positions, which of all P they are) -> loss_C in float32."""

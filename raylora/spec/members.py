@@ -1,0 +1,112 @@
+"""How many members there are, what makes them differ, and what they are compared with."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from raylora.spec.base import Frozen
+from raylora.spec.vary import Varied, check_keys, varied_settings
+
+
+class EarlyStoppingSpec(Frozen):
+    """Stop a member when its validation metric has not improved for ``patience`` epochs, and keep its best state."""
+
+    metric: str = "nll"
+    """``nll`` serves every task; ``accuracy``, ``brier`` and ``ece`` need classes, ``rmse`` a regression. With
+    ``evaluation.generation`` an instruction task has ``exact_match``, ``f1``, ``contains``, ``number`` and ``choice``,
+    of each member's own answers to the validation rows."""
+    patience: int = Field(default=1, ge=1)
+    """How many epochs in a row may be no better than the best before a member stops."""
+
+
+class KLSpec(Frozen):
+    """``beta * KL(p_theta || p_base)`` (``forward``) or the other direction (``reverse``); arXiv 2310.00035."""
+
+    beta: float = Field(gt=0)
+    """Weight of the divergence beside the task's loss."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """``forward`` is KL(member || base), ``reverse`` is KL(base || member)."""
+
+
+class RegularizersSpec(Frozen):
+    """The regularizers of LoRA ensembles; each is off by default and combines with the others."""
+
+    early_stopping: EarlyStoppingSpec | None = None
+    """Stop each member by its own validation metric; null is off."""
+    kl: KLSpec | None = None
+    """Keep each member's predictions near the untouched base's; null is off."""
+    decay_a: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay on the A matrices: each step multiplies them by 1 - lr * decay."""
+    decay_b: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay on the B matrices, or what takes their place."""
+    decay_head: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay on the task's head."""
+
+
+class MCDropoutSpec(Frozen):
+    """One member trained and evaluated with dropout on the adapter input."""
+
+    dropout: float = Field(default=0.1, gt=0, lt=1)
+    """The dropout that the member is trained and evaluated with."""
+    passes: int = Field(default=8, ge=2)
+    """How many evaluations with dropout make the prediction."""
+
+
+class BaselinesSpec(Frozen):
+    """Comparisons trained and evaluated in the same run."""
+
+    single: bool = True
+    """One LoRA model: member 0 on its own, at no extra cost."""
+    mc_dropout: MCDropoutSpec | None = None
+    """One member with dropout, evaluated several times; null is off."""
+    last_layer: int = Field(default=0, ge=0)
+    """Members of an ensemble of heads on the untouched base; 0 is off."""
+    checkpoints: int = Field(default=0, ge=0)
+    """The last n epoch ends of member 0 as a cheap ensemble; 0 is off."""
+
+
+class EnsembleSpec(Frozen):
+    """How many members there are and what makes them differ."""
+
+    members: int = Field(default=5, ge=1)
+    """M, how many members are trained."""
+    seed: int = 0
+    """Member m has this plus m as its seed."""
+    seeds: list[int] | None = None
+    """A seed per member; by default member m has ``seed + m``."""
+    data_order: Literal["own", "shared"] = "own"
+    """``own``: each member sees the rows in an order of its own seed. ``shared``: all members see them in one order."""
+    bootstrap: bool = False
+    """Draw each member's training rows with replacement."""
+    aggregate: Literal["mean_probabilities", "mean_logits"] = "mean_probabilities"
+    """What the ensemble predicts: the mean of the members' probabilities, or the softmax of their mean logits."""
+    regularizers: RegularizersSpec = RegularizersSpec()
+    """What keeps members from fitting their rows too closely; all off by default."""
+    vary: Varied | None = None
+    """What members differ in beside their seeds: keys with lists of values, every combination of which is a member's
+    (``{optimization.lr: [1e-4, 3e-4, 1e-3]}``), or with a range (``{low: 1e-4, high: 1e-2, log: true}``) that is drawn
+    from for each member; or a list with the keys and values of each member."""
+    min_members: int | None = Field(default=None, ge=1)
+    """Finish, marked as degraded, if at least this many members survive; by default all must."""
+
+    @model_validator(mode="after")
+    def _seeds_match(self) -> EnsembleSpec:
+        if self.seeds is not None and len(self.seeds) != self.members:
+            raise ValueError(f"{len(self.seeds)} seeds for {self.members} members: give one seed per member")
+        if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds repeat: members with one seed are one member")
+        if self.min_members is not None and self.min_members > self.members:
+            raise ValueError(f"min_members is {self.min_members}, but there are only {self.members} members")
+        if self.vary is not None:
+            check_keys(self.vary, self.members)
+        return self
+
+    def member_seeds(self) -> list[int]:
+        """Return the seed of each member."""
+        return list(self.seeds) if self.seeds is not None else [self.seed + m for m in range(self.members)]
+
+    def member_settings(self) -> list[dict[str, Any]]:
+        """Return of each member the keys that it has a value of its own for, and the values."""
+        return varied_settings(self.vary, self.member_seeds())
