@@ -10,17 +10,16 @@ import psutil
 import torch
 
 from raylora import control
-from raylora.adapters.base import Noted, WholeModel
+from raylora.adapters.base import Noted
 from raylora.control import JobState
 from raylora.data.sets import DataSets
-from raylora.data.task import Task
-from raylora.engine.generation.questions import answers_obstacle
-from raylora.engine.model.blocks import base_linears, find_blocks
+from raylora.engine.model.blocks import base_linears
 from raylora.engine.model.checkpoint import load_tokenizer, source_folder
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.quantized_layers import bases_folder
 from raylora.engine.quantization.quantize_base import PreparedBase, open_base
-from raylora.engine.run.demand import Shell, batch_of, demand_of, groups_of, shell_of
+from raylora.engine.run.checks import check_placement, check_start, check_task, differences, doubts
+from raylora.engine.run.demand import batch_of, demand_of, groups_of, shell_of
 from raylora.engine.run.growth import Growth, check_data, check_final_states, clear_outgrown, growth_of
 from raylora.engine.run.roster import Damage, clear, damages_of, read_state
 from raylora.engine.run.run_answers import check_generation, run_shards
@@ -37,23 +36,17 @@ from raylora.engine.training.member_plan import (
     check_weights,
     member_plans_of,
 )
-from raylora.engine.training.row_packing import check_packing, packing_of
+from raylora.engine.training.row_packing import packing_of
 from raylora.engine.training.schedule import total_steps
-from raylora.ensemble.answer_metrics import ANSWER_METRICS
-from raylora.ensemble.outputs import output_of
-from raylora.ensemble.outputs.base import check_rule
-from raylora.errors import BaseError, RunDirectoryError, SpecError, StoreError
+from raylora.errors import RunDirectoryError, StoreError
 from raylora.placement.expected import with_expected_nodes
 from raylora.placement.inventory import Gpu, Inventory, Node
 from raylora.placement.plan import Demand, Plan
 from raylora.placement.planner import make_plan
 from raylora.records import DataRecord
-from raylora.spec import RegularizersSpec, RunSpec, SetSpec
+from raylora.spec import RunSpec, SetSpec
 from raylora.spec.paths import located, places_here
-from raylora.spec.vary import OWN_FORWARD
 from raylora.store.run_store import RunStore
-
-_LARGE_LR = 0.1
 
 
 @dataclass(frozen=True)
@@ -187,8 +180,8 @@ def prepare(
     shell = shell_of(spec, task)
     check_baselines(spec, bool(shell.heads))
     check_weights(spec)
-    _check_task(spec, task)
-    _check_placement(spec, shell)
+    check_task(spec, task)
+    check_placement(spec, shell)
     check_trackers(spec)
     own = shell.adapter.notes(shell.sites) if isinstance(shell.adapter, Noted) else ()
     notes = (*own, *check_trunk(spec, shell.model, shell.sites))
@@ -218,7 +211,7 @@ def prepare(
         packs = make_plan(replace(demand, groups=groups_of(new)), inventory, spec.placement).packs if new else ()
         plan = replace(plan, packs=packs)
     packing = packing_of(spec, sets.train.examples)
-    notes = (*notes, *([] if packing is None else [str(packing)]), *_doubts(spec, sets), *_varied(spec))
+    notes = (*notes, *([] if packing is None else [str(packing)]), *doubts(spec, sets), *differences(spec))
     if found.growth is not None:
         notes = (*notes, *(f"the run that is there grows: {change}" for change in found.growth.changes))
     return Prepared(
@@ -266,72 +259,10 @@ def _begun(store: RunStore, spec: RunSpec, sets: DataSets, repair: bool) -> _Beg
     return _Begun(True, growth, damages, kept)
 
 
-def _doubts(spec: RunSpec, sets: DataSets) -> list[str]:
-    """Return what is allowed and most likely a mistake."""
-    doubts = []
-    rates = {
-        plan.optimization.lr: None for plan in member_plans_of(spec)
-        if plan.optimization.optimizer == "adamw" and plan.optimization.lr > _LARGE_LR
-    }
-    for lr in rates:
-        doubts.append(
-            f"optimization.lr: {lr:g} is far beyond what trains (1e-5 to 1e-2 is usual): expect losses "
-            "that are not finite"
-        )
-    seen = {example.label for example in sets.train.examples}
-    absent = [name for index, name in enumerate(sets.label_names) if index not in seen]
-    if absent and len(absent) < len(sets.label_names):
-        doubts.append(f"task.labels: no training row has the label {', '.join(map(repr, absent))}")
-    return doubts
-
-
-def _varied(spec: RunSpec) -> list[str]:
-    """Return in words what members differ in, and which of them cannot share a forward for it."""
-    if spec.ensemble.vary is None:
-        return []
-    settings = spec.ensemble.member_settings()
-    keys = dict.fromkeys(key for own in settings for key in own)
-    values = {key: list(dict.fromkeys(str(own[key]) for own in settings if key in own)) for key in keys}
-    shown = [f"{key} ({', '.join(own[:8])}{', ...' if len(own) > 8 else ''})" for key, own in values.items()]
-    apart = [key for key in values if key.startswith(OWN_FORWARD) and len(values[key]) > 1]
-    told = [f"members differ in {' and '.join(shown)}"]
-    return told + [f"members that differ in {key} share no forward: each value has packs of its own" for key in apart]
-
-
 def evaluation_sets(spec: RunSpec) -> list[SetSpec]:
     """Return the sets that are evaluated on and nothing else."""
     own = [found for found in (spec.data.validation, spec.data.test) if found is not None]
     return [*own, *spec.evaluation.in_distribution.values(), *spec.evaluation.out_of_distribution.values()]
-
-
-def check_start(spec: RunSpec, quantized: Sequence[str], sites: Sequence[str]) -> None:
-    """Refuse a trainable pair that a member's LoRA cannot hold.
-
-    Raises:
-        BaseError: with the key to change.
-    """
-    compensation, adapter = spec.base.compensation, spec.adapter
-    if compensation is None or not compensation.trainable:
-        return
-    rank = getattr(adapter, "rank", 0)
-    if adapter.kind != "lora" or rank != compensation.rank:
-        raise BaseError(
-            f"base.compensation.trainable: members start from pairs of rank {compensation.rank}, "
-            f"and the adapter is {adapter.kind}" + (f" of rank {rank}" if adapter.kind == "lora" else ""),
-            f"use adapter kind lora of rank {compensation.rank}, or trainable: false",
-        )
-    missing = [name for name in quantized if name not in set(sites)]
-    if missing:
-        raise BaseError(
-            f"base.compensation.trainable: {len(missing)} quantized layers have no adapter to hold their pair, "
-            f"such as {missing[0]}",
-            "adapt them all (adapter.target_modules: all-linear), or use trainable: false",
-        )
-    if any(plan.regularizers.kl is not None for plan in member_plans_of(spec)):
-        raise BaseError(
-            "ensemble.regularizers.kl: with a trainable pair the base without adapters is not the calibrated model",
-            "use trainable: false, which keeps the pair in the base",
-        )
 
 
 def local_inventory(in_process: bool = False) -> Inventory:
@@ -364,51 +295,3 @@ def data_record(sets: DataSets) -> DataRecord:
             for loaded in sets.all()
         ],
     }
-
-
-def _check_placement(spec: RunSpec, shell: Shell) -> None:
-    """Refuse what this base and these batches cannot do. Raises: SpecError, BaseError."""
-    partners, micro_batch = spec.placement.data_parallel, spec.optimization.micro_batch
-    if partners > micro_batch:
-        raise SpecError(
-            f"placement.data_parallel: {partners} workers cannot share a micro-batch of {micro_batch} rows",
-            "raise optimization.micro_batch, or lower placement.data_parallel",
-        )
-    if spec.placement.recompute:
-        if isinstance(shell.adapter, WholeModel):
-            raise SpecError(
-                f"placement.recompute: members of adapter.kind {spec.adapter.kind} are in the base's place during the "
-                "forward pass only", "use recompute: false, or an adapter",
-            )
-        find_blocks(shell.model)
-
-
-def _check_task(spec: RunSpec, task: Task) -> None:
-    """Refuse what an ensemble is asked to do that means nothing for its task. Raises: SpecError."""
-    for regularizers in [spec.ensemble.regularizers, *(plan.regularizers for plan in member_plans_of(spec))]:
-        _check_regularizers(regularizers, spec, task)
-    check_rule(output_of(task.output), spec.ensemble.aggregate)
-    check_packing(spec, task)
-
-
-def _check_regularizers(regularizers: RegularizersSpec, spec: RunSpec, task: Task) -> None:
-    """Refuse a run's or a member's rules that mean nothing for its task. Raises: SpecError."""
-    kind, output = spec.task.kind, output_of(task.output)
-    rule, answers = regularizers.early_stopping, () if answers_obstacle(task) else tuple(ANSWER_METRICS)
-    if rule is not None and rule.metric not in (*output.validation, *answers):
-        raise SpecError(
-            f"ensemble.regularizers.early_stopping.metric: {kind} has no {rule.metric}",
-            f"use {' or '.join((*output.validation, *answers))}",
-        )
-    if rule is not None and rule.metric in answers and spec.evaluation.generation is None:
-        raise SpecError(
-            f"ensemble.regularizers.early_stopping.metric: {rule.metric} is of written answers, and "
-            "evaluation.generation, which says how they are written, is missing",
-            "add evaluation.generation: {max_new_tokens: 64}, or use nll",
-        )
-    if regularizers.kl is not None and not output.is_distribution:
-        raise SpecError(
-            f"ensemble.regularizers.kl: a model of {kind} gives one value, not a distribution to compare with the "
-            "base's, and the base's own head is not trained",
-            "use early_stopping, decay_a, decay_b or decay_head",
-        )
