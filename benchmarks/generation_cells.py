@@ -166,7 +166,8 @@ def untuned(folder: str, task: str, base: str, sizes: Mapping[str, int]) -> Row:
     from raylora import registry
     from raylora.adapters.packed import stack
     from raylora.engine.generation.decoder import Sampling
-    from raylora.engine.generation.generator import Generator, text_of
+    from raylora.engine.generation.generator import Generator
+    from raylora.engine.generation.questions import answer_records
     from raylora.engine.model.base import head_tensors
     from raylora.engine.model.member_tensors import initial_member
     from raylora.engine.model.packed_model import PackedModel
@@ -187,12 +188,8 @@ def untuned(folder: str, task: str, base: str, sizes: Mapping[str, int]) -> Row:
     model, examples = PackedModel(session.base, adapter, session.task), session.sets.test.examples
     values, ids = predict(model, stacked, examples, 32)
     writer = Generator(model, stacked, "mean_probabilities")
-    asked = [list(example.sequences[0][: example.target_ranges[-1][0]]) for example in examples]
-    references = [text_of(writer.tokenizer, example.sequences[0][slice(*example.target_ranges[-1])])
-                  for example in examples]
-    names, sampling = [example.id for example in examples], Sampling(TASKS[task]["max_new_tokens"])
-    said = [answers[0].text for at in range(0, len(asked), 32)
-            for answers in writer.written(asked[at : at + 32], names[at : at + 32], sampling)]
+    records = answer_records(writer, examples, Sampling(TASKS[task]["max_new_tokens"]), each_member=False, batch=32)
+    said, references = [one["answer"]["text"] for one in records], [one["reference"] for one in records]
     metric = TASKS[task]["metric"]
     return {"single": {
         "nll": -float(values.double().mean()), "sequencewise_nll": float(text_nlls(values, ids)[1].mean()),

@@ -22,6 +22,7 @@ class Writers:
     def __init__(self, prompts: int, new_tokens: int) -> None:
         from raylora import registry
         from raylora.adapters.packed import stack
+        from raylora.engine.generation.questions import question_of
         from raylora.engine.model.base import head_tensors
         from raylora.engine.model.member_tensors import initial_member
         from raylora.engine.model.packed_model import PackedModel
@@ -49,7 +50,7 @@ class Writers:
                     tensor.normal_(0, 0.01, generator=generator)
             members.append({name: tensor.to(base.device) for name, tensor in member.items()})
         self.model, self.stacked = PackedModel(base, adapter, self.session.task), stack(members)
-        self.prompts = [list(e.sequences[0][: e.target_ranges[-1][0]]) for e in self.session.sets.test.examples]
+        self.prompts = [list(question_of(example).prompt) for example in self.session.sets.test.examples]
         self._inputs = base.tokenizer.pad({"input_ids": self.prompts}, padding_side="left", return_tensors="pt")
 
     def contenders(self) -> dict[str, Callable[[int], object]]:

@@ -105,12 +105,12 @@ def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
     """Return a spec's plain data with values at dotted keys, nothing of the old data touched."""
     found = dict(content)
     for key, value in settings.items():
-        inner, *rest = path = key.split(".")
+        *sections, last = key.split(".")
         at = found
-        for part in path[:-1]:
+        for part in sections:
             at[part] = dict(at.get(part) or {})
             at = at[part]
-        at[path[-1] if rest else inner] = value
+        at[last] = value
     return found
 
 

@@ -27,14 +27,14 @@ from raylora.distill import (
 from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.model.gang import GangPlace
 from raylora.engine.model.packed_model import PackedModel
+from raylora.engine.run.asking import AskingSession
 from raylora.engine.run.finished_members import read_members
-from raylora.engine.run.session import TrainingSession
 from raylora.engine.training.distillation_loss import read_outputs, task_of, taught_content
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.predict import OnRows, predict
 from raylora.errors import Interrupted, StoreError
 from raylora.placement.plan import Plan
-from raylora.progress import Activity, OnProgress, RowCounter, Span, unmarked
+from raylora.progress import Activity, OnProgress, RowCounter
 from raylora.records import TargetFacts
 from raylora.spec import RunSpec, SetSpec
 from raylora.store.run_store import RunStore
@@ -110,19 +110,13 @@ class TargetPlan:
         return self.target_job
 
 
-class TargetSession:
+class TargetSession(AskingSession):
     """Asks a run's members about rows and commits what they say; it writes nothing else."""
 
     def __init__(self, spec: RunSpec, store: RunStore, cpus: int, gpus: int, target_job: TargetJob) -> None:
         """Take the teacher's spec and the store of the targets."""
-        self.spec, self.store, self.target_job = spec, store, target_job
-        self.session = TrainingSession(spec, RunStore(target_job.run_uri), cpus, gpus)
-        self.span: Span = unmarked
-
-    @property
-    def base_bytes(self) -> int:
-        """How much of the base is held, once it is loaded."""
-        return self.session.base_bytes
+        super().__init__(spec, store, cpus, gpus, target_job.run_uri)
+        self.target_job = target_job
 
     def load(self) -> None:
         """Load base, rows and members.
@@ -130,12 +124,7 @@ class TargetSession:
         Raises:
             RunDirectoryError: the data, or the members, are not what the teacher was trained with.
         """
-        self.session.load()
-        sets = self.session.sets
-        if self.target_job.transfer is not None:
-            sets = sets_of(
-                self.spec, self.session.task, self.session.base.tokenizer, self.session.store, self.target_job.transfer
-            )
+        sets = self.load_sets(self.target_job.transfer)
         self.examples, self.content_of = sets.train.examples, taught_content(sets, self.session.task)
         self.packs = [
             read_members(self.spec, self.session.store, self.session.base, pack) for pack in self.target_job.packs

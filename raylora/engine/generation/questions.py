@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from raylora.data.answered import prompt_length
 from raylora.data.task import Asks, Example, Task
 from raylora.engine.generation.decoder import Sampling
 from raylora.engine.generation.generator import Generator, check_length, text_of
@@ -46,11 +47,9 @@ def check_answers(task: Task) -> None:
 
 def question_of(example: Example) -> Question:
     """Return what stands before an example's last answer, and that answer; all of it where there is none."""
-    tokens = example.sequences[0]
-    if not example.target_ranges:
-        return Question(example.id, tokens, None)
-    first, last = example.target_ranges[-1]
-    return Question(example.id, tokens[:first], tokens[first:last])
+    tokens, first = example.sequences[0], prompt_length(example)
+    reference = tokens[slice(*example.target_ranges[-1])] if example.target_ranges else None
+    return Question(example.id, tokens[:first], reference)
 
 
 def check_lengths(config: Any, tokenizer: Any, set_name: str, examples: Sequence[Example], max_new_tokens: int) -> None:

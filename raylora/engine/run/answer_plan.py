@@ -22,14 +22,14 @@ from raylora.engine.run.answer_job import ANSWERS, SHARDS, AnswerJob
 from raylora.engine.run.answer_summary import FACTS as ANSWERS_FACTS
 from raylora.engine.run.answer_summary import describe, evaluation_job
 from raylora.engine.run.answering import Shard, ShardShelf, make_shards, shards_of, writer_of
+from raylora.engine.run.asking import AskingSession
 from raylora.engine.run.plan_run import Prepared, prepare
 from raylora.engine.run.roster import read_roster
-from raylora.engine.run.session import TrainingSession
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.placement.inventory import Inventory
 from raylora.placement.plan import Plan
-from raylora.progress import OnProgress, Span, unmarked
+from raylora.progress import OnProgress
 from raylora.spec import GenerationSpec, RunSpec
 from raylora.store.run_store import RunStore
 
@@ -143,19 +143,13 @@ class Evaluation:
         return found
 
 
-class AnswerSession:
+class AnswerSession(AskingSession):
     """Asks a run's members about rows and commits what they answer; it writes nothing else."""
 
     def __init__(self, spec: RunSpec, store: RunStore, cpus: int, gpus: int, job: AnswerJob) -> None:
         """Take the spec of the members' run and the store of the answers."""
-        self.spec, self.store, self.job = spec, store, job
-        self.session = TrainingSession(spec, RunStore(job.run_uri), cpus, gpus)
-        self.span: Span = unmarked
-
-    @property
-    def base_bytes(self) -> int:
-        """How much of the base is held, once it is loaded."""
-        return self.session.base_bytes
+        super().__init__(spec, store, cpus, gpus, job.run_uri)
+        self.job = job
 
     def load(self) -> None:
         """Load base, rows and members.
@@ -164,10 +158,7 @@ class AnswerSession:
             RunDirectoryError: the data, or the members, are not what the run was trained with.
         """
         session, job = self.session, self.job
-        session.load()
-        sets = session.sets
-        if job.transfer is not None:
-            sets = sets_of(self.spec, session.task, session.base.tokenizer, session.store, job.transfer, asks=True)
+        sets = self.load_sets(job.transfer, asks=True)
         self.shelf = ShardShelf(self.store, SHARDS, shards_of(sets, job.sets, job.rows, job.shard_rows))
         self.writer = writer_of(self.spec, session.store, session.base, session.task, job.members)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from raylora.data.task import Task
 from raylora.engine.model import serialization
-from raylora.engine.run.finished_members import member_facts
 from raylora.engine.run.roster import read_roster
 from raylora.engine.training.distillation_loss import task_of
+from raylora.engine.training.member_plan import member_plans_of
 from raylora.ensemble.metric_table import METRICS
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.predictions import Predictions
@@ -98,9 +98,10 @@ def rank(store: RunStore, metric: str) -> list[Ranked]:
     spec = store.read_spec()
     check_metric(spec, metric)
     task = task_of(spec)
-    tried: dict[str, tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = {}
+    tried: dict[str, tuple[Mapping[str, Any], list[str], list[dict[str, Any]]]] = {}
+    settings_of = {plan.name: plan.settings for plan in member_plans_of(spec)}
     for name in read_roster(store).members():
-        settings = member_facts(store.load_result(f"members/{name}")).get("settings", {})
+        settings = settings_of[name]
         _, names, scores = tried.setdefault(repr(sorted(settings.items())), (settings, [], []))
         names.append(name)
         scores.append(_validated(store, spec, task, name, metric))
@@ -129,5 +130,5 @@ def _validated(store: RunStore, spec: RunSpec, task: Task, name: str, metric: st
 
 def best_spec(spec: RunSpec, best: Ranked) -> RunSpec:
     """Return a spec with the settings of what was best, and nothing that its members differ in."""
-    content = spec.model_copy(update={"ensemble": spec.ensemble.model_copy(update={"vary": None})})
-    return content.with_settings(best.settings)
+    alike = spec.model_copy(update={"ensemble": spec.ensemble.model_copy(update={"vary": None})})
+    return alike.with_settings(best.settings)

@@ -51,8 +51,10 @@ def member_plans_of(spec: RunSpec) -> list[MemberPlan]:
     own: dict[str, RunSpec] = {}  # members are many, what they differ in is little
     plans = []
     for m, (seed, varied) in enumerate(zip(seeds, settings, strict=True)):
-        seen = own.setdefault(repr(varied), spec.with_settings(varied))
-        plans.append(_plan(f"member-{m:03d}", PlanRole.MEMBER, seed, seen, settings=varied))
+        key = repr(varied)
+        if key not in own:
+            own[key] = spec.with_settings(varied)
+        plans.append(_plan(f"member-{m:03d}", PlanRole.MEMBER, seed, own[key], settings=varied))
     first = own[repr(settings[0])]
     if spec.baselines.mc_dropout is not None:  # a baseline of one member is trained as the first one
         dropped = first.adapter.model_copy(update={"dropout": spec.baselines.mc_dropout.dropout})
