@@ -44,12 +44,14 @@ def _teaches(cell: tuple[str, str, str]) -> bool:
 
 
 def in_processes(
-    chosen: Sequence[tuple[str, str, str]], folder: str, sizes: str, processes: int, keep: Callable[[Row], None]
+    chosen: Sequence[tuple[str, str, str]], folder: str, sizes: str, processes: int, going_on: bool,
+    keep: Callable[[Row], None],
 ) -> list[str]:
     """Measure cells, so many at once, each in a process of its own; return what the failed ones said."""
 
     def one(cell: tuple[str, str, str]) -> str:
         command = [sys.executable, "-m", f"benchmarks.{NAME}", "--cell", *cell, "--sizes", sizes, "--folder", folder]
+        command += ["--go-on"] * going_on
         with tempfile.TemporaryFile("w+") as said:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
             assert process.stdout is not None
@@ -178,20 +180,22 @@ def main() -> None:
     parser.add_argument("--sizes", default="120,32,80", help="rows to train on, to validate and to test")
     parser.add_argument("--prompts", type=int, default=4, help="that each contender for speed goes on from at once")
     parser.add_argument("--new-tokens", type=int, default=32, help="that each contender for speed writes to a prompt")
-    parser.add_argument("--go-on", action="store_true", help="keep the cells and parts that are not measured now")
+    parser.add_argument("--go-on", action="store_true", help="keep what is measured, and measure what is missing")
     parser.add_argument("--cell", nargs=3, metavar=("TASK", "BASE", "WHO"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help="where runs are kept; those that are finished there are not done again")
     arguments = parser.parse_args()
     sizes = dict(zip(("train", "validation", "test"), map(int, arguments.sizes.split(",")), strict=True))
-    if arguments.cell:
-        measure_cell(arguments.folder, *arguments.cell, sizes,
-                     lambda row: print(json.dumps({"part": "answers", "sizes": sizes, **row}), flush=True))
-        return
     path = record.RESULTS / f"{NAME}.json"
-    before: list[Row] = json.loads(path.read_text())["rows"] if arguments.go_on and path.exists() else []
+    rows: list[Row] = json.loads(path.read_text())["rows"] if arguments.go_on and path.exists() else []
+    if arguments.cell:
+        task, base, who = arguments.cell
+        known = [row for row in rows if row["part"] == "answers" and row["sizes"] == sizes]
+        known = [row for row in known if (row["task"], row["base"]) == (task, base)]
+        here = {"part": "answers", "sizes": sizes, "device": record.machine()["gpu"] or "CPU"}
+        measure_cell(arguments.folder, task, base, who, sizes, known,
+                     lambda row: print(json.dumps({**here, **row}), flush=True))
+        return
     chosen = cells(arguments.tasks, arguments.bases) if arguments.part != "speed" else []
-    again = {cell[:2] for cell in chosen}
-    rows = [row for row in before if row["part"] == "speed" or (row["task"], row["base"]) not in again]
 
     def keep(row: Row) -> None:
         rows.append(row)
@@ -209,7 +213,7 @@ def main() -> None:
         folder = arguments.folder or temporary
         if chosen:
             prepare_bases(folder, arguments.bases, sizes)
-        failures = in_processes(chosen, folder, arguments.sizes, arguments.processes, keep)
+        failures = in_processes(chosen, folder, arguments.sizes, arguments.processes, arguments.go_on, keep)
     draw(rows)
     print(path)
     if failures:

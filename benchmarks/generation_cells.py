@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.chat_runs import TASKS, spec_of
+from raylora.spec import build_spec
+from raylora.store.run_store import RunStore
 
 RATES, SEEDS = (3e-4, 1e-3, 3e-3), (0, 1, 2)
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -41,7 +43,6 @@ def _with_base(content: Row) -> Any:
     from raylora.engine.quantization.quantize_base import ensure_prepared
     from raylora.engine.run.plan_run import prepare
     from raylora.engine.training.distillation_loss import task_of
-    from raylora.spec import build_spec
 
     prepared = prepare(build_spec(content))
     if prepared.base is not None:
@@ -51,52 +52,62 @@ def _with_base(content: Row) -> Any:
 
 
 def measure_cell(
-    folder: str, task: str, base: str, who: str, sizes: Mapping[str, int], keep: Callable[[Row], None]
+    folder: str, task: str, base: str, who: str, sizes: Mapping[str, int], known: Sequence[Row],
+    keep: Callable[[Row], None],
 ) -> None:
-    """Measure one adapter, or one of the students of a cell whose LoRA ensembles are trained.
+    """Measure one adapter, or one of the students of a cell's LoRA ensembles.
 
-    Each row is given to ``keep`` as it comes. What is finished in the folder is read and not trained again.
+    Each row is given to ``keep`` as it comes, but for those that are ``known``: rows of this task, base and sizes that
+    were measured before. What is finished in the folder is read and not trained again.
     """
     key, runs = {"task": task, "base": base}, folder_of(folder, base)
-    if who not in STUDENTS:
-        if who == "LoRA":
-            keep({**key, "who": "untuned", "lr": None, "seed": None, **untuned(folder, task, base, sizes)})
-        _try_rates(lambda lr, seed: train(spec_of(runs, task, base, who, lr, seed, sizes)), {**key, "who": who}, keep)
+    measured = {(row["who"], row["lr"], row["seed"]): row for row in known}
+
+    def lora(lr: float, seed: int) -> Row:
+        return train(spec_of(runs, task, base, "LoRA", lr, seed, sizes))
+
+    if who in STUDENTS:
+        best = _best([measured.get(("LoRA", lr, SEEDS[0])) or lora(lr, SEEDS[0]) for lr in RATES])
+
+        def taught(lr: float, seed: int) -> Row:
+            lora(best, seed)
+            teacher = build_spec(spec_of(runs, task, base, "LoRA", best, seed, sizes))
+            return _taught(RunStore.for_spec(teacher).uri, who, lr, seed)
+
+        _try_rates(taught, {**key, "who": f"student, {who}"}, measured, keep)
         return
-    teachers = _teachers(runs, task, base, sizes)
-    _try_rates(lambda lr, seed: _taught(teachers[seed], who, lr, seed), {**key, "who": f"student, {who}"}, keep)
+    if who == "LoRA" and ("untuned", None, None) not in measured:
+        keep({**key, "who": "untuned", "lr": None, "seed": None, **untuned(folder, task, base, sizes)})
+    _try_rates(lambda lr, seed: train(spec_of(runs, task, base, who, lr, seed, sizes)), {**key, "who": who}, measured,
+               keep)
 
 
-def _try_rates(trained: Callable[[float, int], Row], key: Row, keep: Callable[[Row], None]) -> None:
+def _try_rates(
+    trained: Callable[[float, int], Row], key: Row, measured: Mapping[tuple[str, float, int], Row],
+    keep: Callable[[Row], None],
+) -> None:
     """Train every rate with the first seed, and the one that validation picks with the others."""
 
     def kept(lr: float, seed: int) -> Row:
+        if (key["who"], lr, seed) in measured:
+            return measured[key["who"], lr, seed]
         row = trained(lr, seed)
         keep({**key, **row})
         return row
 
-    rows = [kept(lr, SEEDS[0]) for lr in RATES]
-    best = float(min(rows, key=lambda row: row["validation_nll"])["lr"])
+    best = _best([kept(lr, SEEDS[0]) for lr in RATES])
     for seed in SEEDS[1:]:
         kept(best, seed)
 
 
-def _teachers(runs: str, task: str, base: str, sizes: Mapping[str, int]) -> list[str]:
-    """Return the run of each seed's LoRA ensemble at the picked rate."""
-    from raylora.spec import build_spec
-    from raylora.store.run_store import RunStore
-
-    rows = [train(spec_of(runs, task, base, "LoRA", lr, SEEDS[0], sizes)) for lr in RATES]  # they are finished
-    best = float(min(rows, key=lambda row: row["validation_nll"])["lr"])
-    specs = [build_spec(spec_of(runs, task, base, "LoRA", best, seed, sizes)) for seed in SEEDS]
-    return [RunStore.for_spec(spec).uri for spec in specs]
+def _best(rows: Sequence[Row]) -> float:
+    return float(min(rows, key=lambda row: row["validation_nll"])["lr"])
 
 
 def _taught(teacher: str, who: str, lr: float, seed: int) -> Row:
     from raylora.engine.distillation.plan import prepare_distillation
     from raylora.engine.run.local_driver import run_in_process
     from raylora.spec import DistillSpec
-    from raylora.store.run_store import RunStore
 
     spec = RunStore(teacher).read_spec()
     loss, answers = dict(STUDENTS[who]), {}
@@ -125,8 +136,6 @@ def train(content: Row) -> Row:
     from raylora.engine.distillation.plan import is_finished
     from raylora.engine.run.local_driver import run_in_process
     from raylora.engine.run.plan_run import prepare
-    from raylora.spec import build_spec
-    from raylora.store.run_store import RunStore
 
     spec = build_spec(content)
     store = RunStore.for_spec(spec)

@@ -32,7 +32,9 @@ def write(
         "rows": list(rows),
         "summary": summary,
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    whole = path.with_suffix(".json.partial")  # others may read what is there while this is written
+    whole.write_text(json.dumps(content, indent=1) + "\n")
+    whole.replace(path)
     return path
 
 
