@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylora import registry
 from raylora.adapters.base import HEAD, Adapter, LoraExpandable, PeftNative, Site, WholeModel
 from raylora.adapters.export import to_peft
+from raylora.adapters.side_by_side import adapter_of
 from raylora.data.task import Task
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.checkpoint import (
@@ -82,9 +82,11 @@ def export_run(
     store = RunStore(run)
     spec = store.read_spec()
     target = Storage(out or f"{store.uri}/export")
-    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+    adapters = {plan.name: plan.adapter for plan in member_plans_of(spec)}
     written = []
     for name in _chosen(store, members, allow_missing):
+        spec = spec.model_copy(update={"adapter": adapters[name]})
+        adapter = adapter_of(spec.adapter)
         files: Mapping[str, bytes] = store.load_result(f"members/{name}")
         exported: Mapping[str, bytes]
         if form == "checkpoint":

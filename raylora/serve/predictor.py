@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from raylora import registry
 from raylora.adapters.base import Tensors
 from raylora.data.task import Asks, BadRow, Example, Task
 from raylora.engine.generation.answers import Answer
@@ -17,7 +16,7 @@ from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.machine import compute_device
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
-from raylora.engine.run.finished_members import member_facts, member_tensors, stacked_members
+from raylora.engine.run.finished_members import adapters_of, member_facts, member_tensors, stacked_members
 from raylora.engine.run.roster import read_roster
 from raylora.engine.training.distillation_loss import read_outputs, task_of
 from raylora.engine.training.predict import predict
@@ -50,7 +49,7 @@ class LoadedEnsemble:
         self.spec, self.base, self.task = spec, base, task
         self.members, self.calibrated = len(members), calibrated
         self._described: GroupMetrics = described if described and described.get("members") == len(members) else {}
-        self.model = PackedModel(base, registry.load("adapter", spec.adapter.kind).build(spec.adapter), task)
+        self.model = PackedModel(base, adapters_of(spec, list(members)), task)
         self._stacked = stacked_members(spec, base, members, layouts)
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ from raylora.spec.names import NAME_PATTERN
 from raylora.spec.placement import PlacementSpec
 from raylora.spec.students import DistillFromSpec, DistillSpec
 from raylora.spec.training import CheckpointingSpec, OptimizationSpec, ProfileSpec
-from raylora.spec.vary import with_settings
+from raylora.spec.vary import OF_ALL, with_settings
 
 
 class RunSpec(Frozen):
@@ -101,13 +101,16 @@ class RunSpec(Frozen):
             if settings and settings not in known:
                 known.append(settings)
                 try:
-                    self.with_settings(settings)
+                    own = self.with_settings(settings).adapter
                 except ValidationError as error:
                     said = "; ".join(
                         ".".join([*map(str, one["loc"]), ""]) + " " + one["msg"].removeprefix("Value error, ")
                         for one in error.errors()
                     )
                     raise ValueError(f"ensemble.vary: member {m} with {settings}: {said.strip()}") from None
+                if any(getattr(own, key) != getattr(self.adapter, key) for key in OF_ALL):
+                    raise ValueError(f"ensemble.vary: member {m} adapts other layers than the run's other members: "
+                                     f"leave {' and '.join(OF_ALL)} to the run's adapter")
         return self
 
     def with_settings(self, settings: Mapping[str, Any]) -> RunSpec:

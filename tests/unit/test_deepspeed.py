@@ -13,7 +13,7 @@ from torch import nn
 
 from raylora.adapters import lora
 from raylora.adapters.base import Site
-from raylora.adapters.packed import Dropout, attach, make_pack, stack
+from raylora.adapters.packed import Dropout, Masks, attach, make_pack, stack
 from raylora.engine.training.optimizer import MemberOptimizer, start_deepspeed
 from raylora.engine.training.schedule import learning_rate_factor
 from raylora.spec import OptimizationSpec, RegularizersSpec
@@ -83,14 +83,14 @@ def test_the_slot_is_empty_again_after_an_error() -> None:
 @pytest.mark.parametrize("left_padded", [True, False])
 def test_dropout_masks_are_a_members_own_whatever_the_pack_is_padded_to(left_padded: bool) -> None:
     x = torch.ones(2, 3, 9, 50)
-    packed = Dropout(0.25, [7, 8], [6, 9], left_padded).apply(x, 3)
-    alone = Dropout(0.25, [7], [6], left_padded).apply(x[:1, :, :6], 3)
+    packed = Dropout(0.25, Masks([7, 8], [6, 9], left_padded)).apply(x, 3)
+    alone = Dropout(0.25, Masks([7], [6], left_padded)).apply(x[:1, :, :6], 3)
     part = packed[0, :, 3:] if left_padded else packed[0, :, :6]
     torch.testing.assert_close(part, alone[0], rtol=0, atol=0)
     assert packed[1].unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert (packed[1] == 0).float().mean() == pytest.approx(0.25, abs=0.04)
     assert packed[1].mean() == pytest.approx(1.0, abs=0.06)
-    other = Dropout(0.25, [7, 8], [6, 9], left_padded)
+    other = Dropout(0.25, Masks([7, 8], [6, 9], left_padded))
     assert not torch.equal(other.apply(x, 4), packed)
     assert torch.equal(other.apply(x, 3), packed)
 
@@ -102,10 +102,10 @@ def test_dropout_in_a_pack_without_padding_is_bit_equal_to_dropout_alone(
 ) -> None:
     time = shape[1]
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    packed = Dropout(0.25, [7, 8, 9], [time] * 3, False).apply(x, 2)
+    packed = Dropout(0.25, Masks([7, 8, 9], [time] * 3, False)).apply(x, 2)
     (gradient,) = torch.autograd.grad(packed.sum(), x)
     for k, seed in enumerate((7, 8, 9)):
-        alone = Dropout(0.25, [seed], [time], False).apply(x[k : k + 1], 2)
+        alone = Dropout(0.25, Masks([seed], [time], False)).apply(x[k : k + 1], 2)
         assert torch.equal(packed[k], alone[0]) and alone.dtype == dtype
         assert torch.equal(packed[k], x[k] * gradient[k])
         assert set(gradient[k].unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75).to(dtype))}
@@ -114,7 +114,7 @@ def test_dropout_in_a_pack_without_padding_is_bit_equal_to_dropout_alone(
 @pytest.mark.parametrize("probability", [0.001, 0.1, 0.5, 0.9])
 def test_dropout_drops_with_its_probability_at_every_place(probability: float) -> None:
     x = torch.ones(2, 64, 32, 512)
-    y = Dropout(probability, [3, 4], [32, 32], False).apply(x, 0)
+    y = Dropout(probability, Masks([3, 4], [32, 32], False)).apply(x, 0)
     dropped = (y == 0).double()
     error = math.sqrt(probability * (1 - probability) / dropped.numel())
     assert dropped.mean().item() == pytest.approx(probability, abs=4 * error)
@@ -127,7 +127,7 @@ def test_dropout_is_independent_between_members_sites_places_and_steps() -> None
     x = torch.ones(2, 32, 32, 256)
 
     def dropped(seeds: list[int], site: int) -> torch.Tensor:
-        return (Dropout(0.5, seeds, [32, 32], False).apply(x, site) == 0).double() - 0.5
+        return (Dropout(0.5, Masks(seeds, [32, 32], False)).apply(x, site) == 0).double() - 0.5
 
     one = dropped([3, 4], 0)
     count = one[0].numel()

@@ -11,8 +11,9 @@ from run_helpers import assert_bit_equal, members, run, stop_at, weights
 
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.training.member_plan import member_plans_of
-from raylora.errors import Interrupted, RunDirectoryError, SpecError
+from raylora.errors import BaseError, Interrupted, RunDirectoryError, SpecError
 from raylora.report.entries import member_entries
+from raylora.serve.predictor import load_ensemble
 from raylora.store.run_store import RunStore
 
 Make = Callable[..., Any]
@@ -55,7 +56,9 @@ def test_a_list_says_of_each_member_what_it_has(make_spec: Make) -> None:
 
 @pytest.mark.parametrize(("vary", "said"), [
     ({"optimization.epochs": [1, 2]}, "do not differ in 'optimization.epochs'"),
-    ({"adapter.rank": [2, 4]}, "do not differ in 'adapter.rank'"),
+    ({"adapter.layers": ["all", {"last": 1}]}, "adapt the same layers: adapter.layers is the run's"),
+    ({"adapter": [{"kind": "lora"}, {"kind": "lora", "layers": {"last": 1}}]}, "member 1 adapts other layers"),
+    ({"adapter.rank": [2, 0]}, "member 1 with {'adapter.rank': 0}: adapter.rank. Input should"),
     ({"optimization.lr": [1e-3, 2e-3, 3e-3]}, "3 combinations, and there are 2 members: set ensemble.members to 3"),
     ({"optimization.lr": []}, "optimization.lr has no values"),
     ({"optimization.lr": [1e-3, -1]}, "member 1 with {'optimization.lr': -1}: optimization.lr. Input should be"),
@@ -142,6 +145,58 @@ def test_dropout_of_its_own_is_trained_with_and_resumed(make_spec: Make) -> None
         run(spec, stop_at(3))
     run(spec)
     assert_bit_equal(members(spec), members(whole))
+
+
+SMALL_MOS = {"kind": "mos", "equivalent_rank": 2, "rank": 3, "private_rank": 1, "shards": 4}
+KINDS = [
+    {"adapter.rank": 2}, {"adapter.rank": 4, "adapter.alpha": 1.0}, {"adapter": SMALL_MOS},
+    {"adapter.rank": 2, "optimization.lr": 1e-3}, {"adapter.dropout": 0.3, "adapter.rank": 2},
+]
+
+
+STANDING = {"optimization.lr": 1e-12, "ensemble.regularizers.early_stopping": {"patience": 1}}
+TEXTS = ["A good film.", "A bad film, and far too long."]
+
+
+def test_members_of_several_ranks_alphas_and_kinds_share_a_forward_and_equal_those_among_their_like(
+    make_spec: Make,
+) -> None:
+    varied = make_spec(name="kinds", ensemble__members=5, ensemble__vary=KINDS, optimization__steps=8)
+    prepared = prepare(varied)
+    order = ["member-000", "member-003", "member-001", "member-002", "member-004"]  # those of one adapter together
+    assert list(map(list, prepared.jobs.values())) == [order]
+    metrics = run(varied)
+    found = members(varied)
+    assert metrics["run"]["adapter"] == "LoRA and MoS"
+    assert found["member-001"]["base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"].shape[0] == 4
+    for m, own in enumerate(KINDS):
+        alike = make_spec(name=f"kind-{m}", ensemble__members=5, ensemble__vary=[own] * 5)
+        assert len(prepare(alike).jobs) == 1
+        run(alike)
+        assert_bit_equal(found[f"member-{m:03d}"], weights(alike, f"member-{m:03d}"))
+        stores = map(RunStore.for_spec, (varied, alike))
+        asked = [load_ensemble(store.uri, calibrated=False).predict(TEXTS) for store in stores]
+        one, two = ([answer.member_probabilities[m] for answer in answers] for answers in asked)
+        assert all(row == pytest.approx(other, abs=1e-6) for row, other in zip(one, two, strict=True))
+
+
+def test_members_of_several_kinds_end_on_their_own_and_are_resumed_together(make_spec: Make) -> None:
+    rules = [*KINDS[:3], {**KINDS[3], **STANDING}]
+    common = {"ensemble__members": 4, "ensemble__vary": rules, "optimization__steps": None, "optimization__epochs": 6}
+    whole = make_spec(name="whole", **common)
+    metrics = run(whole)
+    stops = [one["stopped_at"] for one in metrics["members"]]
+    assert stops[3] is not None and stops[:3] == [None] * 3
+    spec = make_spec(name="stopped", **common, checkpointing={"every_steps": 1})
+    with pytest.raises(Interrupted):
+        run(spec, stop_at(3))
+    run(spec)
+    assert_bit_equal(members(spec), members(whole))
+
+
+def test_kinds_without_layers_of_their_own_are_not_put_beside_others(make_spec: Make) -> None:
+    with pytest.raises(BaseError, match="members of adapter.kind full have no place beside others"):
+        prepare(make_spec(adapter__target_modules="auto", ensemble__vary=[{}, {"adapter": {"kind": "full"}}]))
 
 
 def test_a_finished_run_grows_along_its_grid_and_is_not_given_another(make_spec: Make) -> None:

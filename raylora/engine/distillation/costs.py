@@ -71,11 +71,10 @@ class _Loaded:
     def __init__(self, contender: Contender) -> None:
         import torch
 
-        from raylora import registry
         from raylora.engine.model.base import load_base
         from raylora.engine.model.machine import compute_device
         from raylora.engine.model.quantized_layers import prepared_store
-        from raylora.engine.run.finished_members import read_members
+        from raylora.engine.run.finished_members import adapters_of, read_members
         from raylora.engine.training.distillation_loss import task_of
         from raylora.engine.training.inputs import sets_of
         from raylora.ensemble.outputs import output_of
@@ -86,7 +85,7 @@ class _Loaded:
         self.task = task_of(spec)
         device = compute_device(torch.cuda.device_count())
         self.base = load_base(spec.base, spec.adapter, self.task, device, prepared_store(store))
-        self.adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+        self.adapter = adapters_of(spec, contender.members)
         self.stacked = read_members(spec, store, self.base, contender.members)
         examples = sets_of(spec, self.task, self.base.tokenizer, store).test.examples
         self.rows = TEXT_ROWS if output_of(self.task.output).per_token else BATCH_ROWS

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from raylora import control, registry
+from raylora import control
 from raylora.data.task import Example
 from raylora.distill import (
     Keys,
@@ -28,7 +28,7 @@ from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.model.gang import GangPlace
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.asking import AskingSession
-from raylora.engine.run.finished_members import read_members
+from raylora.engine.run.finished_members import adapters_of, read_members
 from raylora.engine.training.distillation_loss import read_outputs, task_of, taught_content
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.predict import OnRows, predict
@@ -127,7 +127,8 @@ class TargetSession(AskingSession):
         sets = self.load_sets(self.target_job.transfer)
         self.examples, self.content_of = sets.train.examples, taught_content(sets, self.session.task)
         self.packs = [
-            read_members(self.spec, self.session.store, self.session.base, pack) for pack in self.target_job.packs
+            read_members(self.spec, self.session.store, self.session.base, pack, self._column_names())
+            for pack in self.target_job.packs
         ]
 
     def run_job(
@@ -169,8 +170,8 @@ class TargetSession(AskingSession):
         )
 
     def _model(self) -> PackedModel:
-        adapter = registry.load("adapter", self.spec.adapter.kind).build(self.spec.adapter)
-        return PackedModel(self.session.base, adapter, self.session.task)
+        adapters = adapters_of(self.spec, self._column_names())
+        return PackedModel(self.session.base, adapters, self.session.task)
 
     def _column_names(self) -> list[str]:
         return [name for pack in self.target_job.packs for name in pack]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raylora.adapters.packed import member_count
 from raylora.engine.generation.mixture import Mixture, draw, mix, uniforms
 from raylora.engine.generation.reading import Reading
 from raylora.engine.model.packed_model import PackedModel
@@ -65,7 +66,7 @@ class Decoder:
             ends: tokens that end an answer.
         """
         self.sampling, self.ends = sampling, set(ends)
-        self.members = len(next(iter(stacked.values())))
+        self.members = member_count(stacked)
         self.names, self.position = list(names), 0
         self.unfinished = list(range(len(prompts)))
         self._done_MA = torch.zeros((self.members, len(prompts)), dtype=torch.bool)

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 from raylora.adapters.base import Tensors
+from raylora.adapters.packed import member_count
 from raylora.data.task import Asks, BadRow
 from raylora.engine.generation.answers import Answer, Finish, Token
 from raylora.engine.generation.decoder import Decoder, Sampling, Written
@@ -77,7 +78,7 @@ class Generator:
         self.model, self.stacked, self.rule = model, stacked, rule
         self.task: Asks = model.task
         self.tokenizer: Any = model.base.tokenizer
-        self.members = len(next(iter(stacked.values())))
+        self.members = member_count(stacked)
         self.ends = self.task.ends(self.tokenizer)
 
     def answers(

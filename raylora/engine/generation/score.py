@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from raylora.adapters.packed import member_count
 from raylora.data.task import Example, repeat
 from raylora.engine.generation.lanes import lanes_of, pass_lanes
 from raylora.engine.generation.mixture import mix
@@ -39,7 +40,7 @@ def score(
 ) -> Iterator[Scored]:
     """Yield what the members say of the tokens that each example's target mask names, in the examples' order."""
     base = model.base
-    members = len(next(iter(stacked.values())))
+    members = member_count(stacked)
     vocabulary = int(cast(Any, base.model.config).get_text_config().vocab_size)
     lanes = lanes_of(model, stacked)
     for example in examples:  # one at a time: answers differ in length, and nobody's padding is computed

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raylora.adapters.base import Adapter, Tensors
-from raylora.adapters.packed import Dropout, make_pack
+from raylora.adapters.packed import Masks, make_pack, member_count, unstack
 from raylora.data.task import Batch, Task, repeat
 from raylora.engine.model.base import Base
 from raylora.engine.model.gang import Round
@@ -52,7 +52,7 @@ class StepTensors:
     """K members' tensors as one optimizer step uses them: adapters are materialized once, not per micro-batch."""
 
     def __init__(
-        self, base: Base, adapter: Adapter, stacked: Mapping[str, Tensor],
+        self, base: Base, adapter: Adapter | Sequence[Adapter], stacked: Mapping[str, Tensor],
         frozen_tensors: Mapping[str, Tensor] | None = None, micro_batches: int = 1,
     ) -> None:
         """Take the members' trained tensors and what the adapter needs beside them, both stacked over K."""
@@ -76,7 +76,8 @@ class PackedModel:
     """A base, a kind of adapter and a task: what any K members together compute from their tensors and batches."""
 
     base: Base
-    adapter: Adapter
+    adapter: Adapter | Sequence[Adapter]
+    """The one of all members, or that of each part of the stacks that they are in."""
     task: Task
     trunk_cache: TrunkCache | None = None
     """What training reads in place of computing the blocks below the adapters; predictions always compute them."""
@@ -109,10 +110,10 @@ class PackedModel:
         members, tokens = len(batch.lengths_K), int(batch.attention_mask_BT.sum())
         collated, batch = batch, batch.to(self.base.device)
         hidden_BTD = self._shared(collated, batch, forwards=1 if kl is None else 2)
-        dropout = self._dropout(batch, dropout_seeds_K)
+        masks = self._masks(batch, dropout_seeds_K)
         # Before the pass with gradients: of a base that is split, a pass in between would leave nearly all gathered.
         reference = self._reference(step, reference_heads or {}, batch, hidden_BTD) if kl is not None else None
-        pack = replace(step.pack, dropout=dropout)
+        pack = step.pack.dropping(masks)
         with self.base.round(Round.TRAIN):
             forward = partial(pass_pack, self.base, self.task, pack, batch, hidden_BTD)
             if self.per_token:
@@ -126,8 +127,7 @@ class PackedModel:
             losses_K = losses_KN.mean(dim=1) if batch.part is None else losses_KN.sum(dim=1) * batch.part.weight
             with self.base.slot.use(pack):  # blocks that are run again read it again
                 of_all = step.gradients_of(losses_K.sum())
-        gradients = [{name: gradient[k] for name, gradient in of_all.items()} for k in range(members)]
-        return PackLoss(losses_K.detach().tolist(), gradients, tokens)
+        return PackLoss(losses_K.detach().tolist(), unstack(of_all), tokens)
 
     @property
     def per_token(self) -> bool:
@@ -172,13 +172,14 @@ class PackedModel:
         self, stacked: Mapping[str, Tensor], batch: Batch, dropout_seeds_K: Sequence[int] | None = None
     ) -> tuple[Forward, Batch]:
         """Return a forward pass of K members that all read the same batch, and the batch once per member."""
-        members, batch = len(next(iter(stacked.values()))), batch.to(self.base.device)
+        members, batch = member_count(stacked), batch.to(self.base.device)
         hidden_BTD = None
         if self.base.trunk is not None and members > 1 and enough_tokens(batch.input_ids_BT.numel()):
             hidden_BTD = self.base.trunk.run(inputs_of(self.base, self.task, batch)).repeat(members, 1, 1)
         repeated = repeat(batch, members)
-        dropout = None if dropout_seeds_K is None else self._dropout(repeated, dropout_seeds_K)
-        pack = make_pack(self.adapter, self.base.sites, stacked, dropout)
+        pack = make_pack(self.adapter, self.base.sites, stacked)
+        if dropout_seeds_K is not None:
+            pack = pack.dropping(self._masks(repeated, dropout_seeds_K))
         return partial(pass_pack, self.base, self.task, pack, repeated, hidden_BTD), repeated
 
     def _position_loss(
@@ -229,15 +230,13 @@ class PackedModel:
         hidden_UTD = trunk.run(distinct) if cache is None else cache.read(batch, rows.first_U, distinct)
         return hidden_UTD[of_B]
 
-    def _dropout(self, batch: Batch, seeds_K: Sequence[int]) -> Dropout | None:
-        if self.adapter.spec.dropout == 0.0:
-            return None
+    def _masks(self, batch: Batch, seeds_K: Sequence[int]) -> Masks:
         left_padded = batch.segments_BT is None and self.task.padding_side(self.base.is_decoder) == "left"
-        dropout = Dropout(self.adapter.spec.dropout, list(seeds_K), batch.lengths_K, left_padded)
+        masks = Masks(list(seeds_K), batch.lengths_K, left_padded)
         if batch.part is None:
-            return dropout
+            return masks
         rows = batch.rows_per_example
-        return replace(dropout, rows_before=batch.part.start * rows, rows=batch.part.of * rows)
+        return replace(masks, rows_before=batch.part.start * rows, rows=batch.part.of * rows)
 
     @torch.no_grad()
     def _reference(

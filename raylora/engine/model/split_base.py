@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from raylora.adapters.base import Site, is_linear
-from raylora.adapters.packed import AdaptedLinear, MemberLinear, Pack, Slot
+from raylora.adapters.packed import AdaptedLinear, MemberLinear, Pack, Part, Slot
 from raylora.engine.model.blocks import find_blocks
 from raylora.engine.model.gang import Gang, Round
 from raylora.engine.model.token_head import Forward, TokenHead, WholeHead
@@ -128,7 +128,7 @@ class _IdlePass:
             }
             at_site = {site.name: (leaf, site.out_features) for site in self.sites}
             token = torch.ones((1, 1), dtype=torch.long, device=self.device)
-            with self.slot.use(Pack(_Nobody(), 1, at_site, heads)):  # type: ignore[arg-type]
+            with self.slot.use(Pack([Part(_Nobody(), 1, at_site)], heads)):  # type: ignore[arg-type]
                 made = self._made(lambda: self.model(input_ids=token, attention_mask=token).logits)
             if agreed is Round.TRAIN:
                 torch.autograd.grad(made.float().sum(), [leaf])

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raylora import registry
 from raylora.data.sets import DataSets
 from raylora.data.task import Example, Task
 from raylora.engine.generation.decoder import Sampling
@@ -20,7 +19,7 @@ from raylora.engine.generation.questions import answer_records
 from raylora.engine.model.base import Base
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.answer_job import SHARD_ROWS, AnswerJob
-from raylora.engine.run.finished_members import read_members
+from raylora.engine.run.finished_members import adapters_of, read_members
 from raylora.errors import Interrupted, StoreError
 from raylora.progress import Activity, OnProgress, RowCounter, Span
 from raylora.spec import RunSpec
@@ -31,9 +30,8 @@ FILE = "answers.jsonl"
 
 def writer_of(spec: RunSpec, store: RunStore, base: Base, task: Task, members: Sequence[str]) -> Generator:
     """Return finished members as a writer over their base. Raises: StoreError for a damaged one, UsageError."""
-    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
     stacked = read_members(spec, store, base, members)
-    return Generator(PackedModel(base, adapter, task), stacked, spec.ensemble.aggregate)
+    return Generator(PackedModel(base, adapters_of(spec, members), task), stacked, spec.ensemble.aggregate)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from raylora.data.task import Task
 from raylora.engine.generation.questions import answers_obstacle
 from raylora.engine.model.blocks import find_blocks
 from raylora.engine.run.demand import Shell
-from raylora.engine.training.member_plan import member_plans_of
+from raylora.engine.training.member_plan import member_adapters, member_plans_of
 from raylora.engine.training.row_packing import check_packing
 from raylora.ensemble.answer_metrics import ANSWER_METRICS
 from raylora.ensemble.outputs import output_of
@@ -76,16 +76,17 @@ def check_start(spec: RunSpec, quantized: Sequence[str], sites: Sequence[str]) -
     Raises:
         BaseError: with the key to change.
     """
-    compensation, adapter = spec.base.compensation, spec.adapter
+    compensation = spec.base.compensation
     if compensation is None or not compensation.trainable:
         return
-    rank = getattr(adapter, "rank", 0)
-    if adapter.kind != "lora" or rank != compensation.rank:
-        raise BaseError(
-            f"base.compensation.trainable: members start from pairs of rank {compensation.rank}, "
-            f"and the adapter is {adapter.kind}" + (f" of rank {rank}" if adapter.kind == "lora" else ""),
-            f"use adapter kind lora of rank {compensation.rank}, or trainable: false",
-        )
+    for adapter in member_adapters(spec):
+        rank = getattr(adapter, "rank", 0)
+        if adapter.kind != "lora" or rank != compensation.rank:
+            raise BaseError(
+                f"base.compensation.trainable: members start from pairs of rank {compensation.rank}, "
+                f"and the adapter is {adapter.kind}" + (f" of rank {rank}" if adapter.kind == "lora" else ""),
+                f"use adapter kind lora of rank {compensation.rank}, or trainable: false",
+            )
     missing = [name for name in quantized if name not in set(sites)]
     if missing:
         raise BaseError(

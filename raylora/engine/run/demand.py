@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raylora import registry
 from raylora.adapters.base import Adapter, NeedsBaseWeights, Site, WholeModel, is_linear, site_of
+from raylora.adapters.side_by_side import adapter_of
 from raylora.data.answered import prompt_length
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
@@ -23,14 +24,14 @@ from raylora.engine.model.parameter_count import adapter_parameters
 from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.model.split_base import MOST_PARTS
 from raylora.engine.training.distillation_loss import loss_of, task_of
-from raylora.engine.training.member_plan import MemberPlan, packable_groups, unpackable_reason
+from raylora.engine.training.member_plan import MemberPlan, member_adapters, packable_groups, unpackable_reason
 from raylora.engine.training.row_packing import packing_of
 from raylora.ensemble.outputs import output_of
 from raylora.errors import BaseError
 from raylora.placement.estimate import ADAPTER_BYTES, MemberShape, ModelShape, asked_bytes, logit_chunk
 from raylora.placement.inventory import Inventory
 from raylora.placement.plan import Demand
-from raylora.spec import RunSpec
+from raylora.spec import AdapterSpec, RunSpec
 from raylora.store.run_store import RunStore
 
 
@@ -43,18 +44,31 @@ class Shell:
     sites: Sequence[Site]
     heads: Sequence[str]
     member_parameters: int
+    """Those of the largest member."""
 
 
 def shell_of(spec: RunSpec, task: Task) -> Shell:
     """Return the base of a spec without weights, and its members' places in it. Raises: BaseError."""
     model = shell_model(spec.base, task)
     heads = list(find_heads(model, []))
-    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+    adapter = adapter_of(spec.adapter)
     sites = adapter_sites(model, adapter, heads)
-    parameters = adapter_parameters(adapter, sites, model, heads) + sum(
+    own = member_adapters(spec)
+    _check_side_by_side([spec.adapter, *(one for one in own if one != spec.adapter)], sites)
+    parameters = max(adapter_parameters(adapter_of(one), sites, model, heads) for one in own) + sum(
         p.numel() for name in heads for p in model.get_submodule(name).parameters()
     )
     return Shell(model, adapter, sites, heads, parameters)
+
+
+def _check_side_by_side(adapters: Sequence[AdapterSpec], sites: Sequence[Site]) -> None:
+    """Refuse adapters of one run's members that do not fit the base's layers, or each other. Raises: BaseError."""
+    for spec in adapters if len(adapters) > 1 else ():
+        adapter = adapter_of(spec)
+        if isinstance(adapter, WholeModel) or spec.kind == "none":
+            raise BaseError(f"ensemble.vary: members of adapter.kind {spec.kind} have no place beside others",
+                            "give them a run of their own")
+        adapter.check(sites)
 
 
 def demand_of(
@@ -199,7 +213,7 @@ def _feed_forward(block: nn.Module, hidden: int) -> tuple[int, bool]:
 
 def _input_widths(spec: RunSpec, sites: Sequence[Site], model: ModelShape) -> int:
     """Return the widths of what the adapters keep of their inputs; neighbors read the same tensor."""
-    if getattr(spec.adapter, "dropout", 0):  # each drops other numbers: a copy and its mask
+    if any(own.dropout for own in member_adapters(spec)):  # each drops other numbers: a copy and its mask
         return 2 * sum(site.in_features for site in sites)
     if model.keeps_inputs:
         return 0
@@ -214,7 +228,7 @@ def _unsplittable_reason(spec: RunSpec, shell: Shell) -> str:
     """Return why no rank may be without the whole base, or nothing if each can."""
     if spec.distill_from is not None and spec.distill_from.members is not None:
         return "a teacher that is asked while its student learns is whole in every worker"
-    adapter, sites = shell.adapter, shell.sites
+    adapter = shell.adapter
     if isinstance(adapter, WholeModel):
         return f"members of adapter.kind {adapter.spec.kind} are whole models themselves"
     if getattr(shell.model.config, "quantization_config", None) is not None:
@@ -228,12 +242,13 @@ def _unsplittable_reason(spec: RunSpec, shell: Shell) -> str:
 
     try:
         find_blocks(shell.model)
-        first = list(sites[:1])  # one tells, and PEFT takes its time for all sites of a large model
-        adapter.frozen_tensors(first, 0, asked)
-        if isinstance(adapter, NeedsBaseWeights):
-            with torch.device("meta"):
-                tensors = adapter.build(first, torch.Generator("cpu"))
-            adapter.from_weights(tensors, first, asked)
+        first = list(shell.sites[:1])  # one tells, and PEFT takes its time for all sites of a large model
+        for adapter in map(adapter_of, member_adapters(spec)):
+            adapter.frozen_tensors(first, 0, asked)
+            if isinstance(adapter, NeedsBaseWeights):
+                with torch.device("meta"):
+                    tensors = adapter.build(first, torch.Generator("cpu"))
+                adapter.from_weights(tensors, first, asked)
     except BaseError as error:
         return error.message
     except _Asked:

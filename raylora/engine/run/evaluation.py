@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from raylora import registry
 from raylora.adapters.base import Tensors, WholeModel
 from raylora.adapters.export import to_peft
 from raylora.adapters.packed import stack
+from raylora.adapters.side_by_side import SideBySide, adapter_of
 from raylora.data.sets import DataSets, LoadedSet
 from raylora.data.task import Task
 from raylora.engine.model import serialization
@@ -91,15 +92,18 @@ class Evaluator:
             return 0.0
         first = done[0]
         if first.plan.name == "member-000":
-            self._evaluate_snapshots(model, first.frozen_tensors, report, should_stop)
+            own = replace(model, adapter=adapter_of(first.plan.adapter))
+            self._evaluate_snapshots(own, first.frozen_tensors, report, should_stop)
         whole = [{**one.tensors, **one.frozen_tensors} for one in done]
+        beside = SideBySide.of([one.plan.adapter for one in done])
+        model = replace(model, adapter=beside.adapters)
         if first.plan.role is PlanRole.MC_DROPOUT:
             assert self.spec.baselines.mc_dropout is not None
             passes = self.spec.baselines.mc_dropout.passes
             seeds = [first.plan.stream("pass", number) for number in range(passes)]
             self._commit(first, self._predict(model, whole * passes, report, should_stop, seeds))
         else:
-            sets = self._predict(model, whole, report, should_stop)
+            sets = self._predict(model, whole, report, should_stop, parts=beside.parts)
             for index, one in enumerate(done):
                 self._commit(one, [part.member(index) for part in sets])
         return time.perf_counter() - started
@@ -119,9 +123,9 @@ class Evaluator:
 
     def _predict(
         self, model: PackedModel, members: Sequence[Tensors], report: OnProgress, should_stop: Callable[[], int],
-        dropout_seeds: Sequence[int] | None = None,
+        dropout_seeds: Sequence[int] | None = None, parts: Sequence[int] | None = None,
     ) -> list[Predictions]:
-        stacked = stack([{n: t.to(self.base.device) for n, t in member.items()} for member in members])
+        stacked = stack([{n: t.to(self.base.device) for n, t in member.items()} for member in members], parts)
         sets = evaluated_sets(self.sets)
         rows = RowCounter(Activity.EVALUATING, sum(len(loaded.examples) for loaded, _ in sets), report)
         predictions = []

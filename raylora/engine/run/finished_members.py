@@ -7,10 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raylora import registry
-from raylora.adapters.base import Tensors
+from raylora.adapters.base import Adapter, Tensors
 from raylora.adapters.export import from_peft
-from raylora.adapters.packed import stack
+from raylora.adapters.side_by_side import SideBySide, adapter_of
 from raylora.engine.model.base import Base
 from raylora.engine.model.member_tensors import expected_layout, frozen_tensors_of
 from raylora.engine.model.serialization import check_layout, from_bytes
@@ -20,32 +19,48 @@ from raylora.store.run_store import RunStore
 
 
 def stacked_members(
-    spec: RunSpec, base: Base, members: Mapping[str, Tensors], layouts: Mapping[str, Any] | None = None
+    spec: RunSpec, base: Base, members: Mapping[str, Tensors], layouts: Mapping[str, Any] | None = None,
+    among: Sequence[str] | None = None,
 ) -> Tensors:
     """Return members by name as one stack on the base's device, with what they need but did not train.
 
     Args:
         layouts: what each member's untrained tensors were when it was trained.
+        among: the members whose adapters the model has, if those are more.
 
     Raises:
         RunDirectoryError: they come out differently now.
     """
-    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
-    seeds = {plan.name: plan.stream("fixed") for plan in member_plans_of(spec)}
-    frozen_tensors = {name: frozen_tensors_of(base, adapter, seeds[name]) for name in members}
-    for name in members:
-        check_layout(name, (layouts or {}).get(name), expected_layout(base, adapter, frozen_tensors[name]))
-    return stack([
-        {n: t.to(base.device) for n, t in tensors.items()} | frozen_tensors[name] for name, tensors in members.items()
-    ])
+    plans = {plan.name: plan for plan in member_plans_of(spec)}
+    whole = []
+    for name, tensors in members.items():
+        adapter = adapter_of(plans[name].adapter)
+        frozen_tensors = frozen_tensors_of(base, adapter, plans[name].stream("fixed"))
+        check_layout(name, (layouts or {}).get(name), expected_layout(base, adapter, frozen_tensors))
+        whole.append({n: t.to(base.device) for n, t in tensors.items()} | frozen_tensors)
+    everyone = list(members if among is None else among)
+    return _beside(spec, everyone).stack(whole, [everyone.index(name) for name in members])
 
 
-def read_members(spec: RunSpec, store: RunStore, base: Base, names: Sequence[str]) -> Tensors:
+def adapters_of(spec: RunSpec, names: Sequence[str]) -> Adapter | Sequence[Adapter]:
+    """Return the adapters of finished members as :func:`stacked_members` stacks them."""
+    return _beside(spec, names).adapters
+
+
+def _beside(spec: RunSpec, names: Sequence[str]) -> SideBySide:
+    plans = {plan.name: plan for plan in member_plans_of(spec)}
+    # Nothing is dropped any more: those who differ in nothing else multiply together.
+    return SideBySide.of([plans[name].adapter.model_copy(update={"dropout": 0.0}) for name in names])
+
+
+def read_members(
+    spec: RunSpec, store: RunStore, base: Base, names: Sequence[str], among: Sequence[str] | None = None
+) -> Tensors:
     """Return finished members as :func:`stacked_members`. Raises: StoreError for a damaged one."""
     files = {name: store.load_result(f"members/{name}") for name in names}
     return stacked_members(
         spec, base, {name: member_tensors(found) for name, found in files.items()},
-        {name: member_facts(found).get("layout") for name, found in files.items()},
+        {name: member_facts(found).get("layout") for name, found in files.items()}, among,
     )
 
 

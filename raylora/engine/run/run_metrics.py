@@ -13,7 +13,7 @@ from raylora.engine.model import serialization
 from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
 from raylora.engine.run.finished_members import member_facts
-from raylora.engine.training.member_plan import PlanRole, member_plans_of
+from raylora.engine.training.member_plan import PlanRole, member_adapters, member_plans_of
 from raylora.ensemble.outputs.base import Names
 from raylora.ensemble.predictions import Predictions
 from raylora.ensemble.summary import find_errors, summarize
@@ -87,7 +87,7 @@ def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: f
             "finished_at": time.time(),
             "task": spec.task.kind,
             "base": spec.base.source,
-            "adapter": adapter_name(spec.adapter).name,
+            "adapter": " and ".join(dict.fromkeys(adapter_name(one).name for one in member_adapters(spec))),
             "quantization": spec.base.quantization.kind,
             "members_asked": asked,
             "members_done": len(members),

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from raylora import logs, registry
+from raylora import logs
+from raylora.adapters.side_by_side import SideBySide
 from raylora.data.sets import DataSets
 from raylora.data.texts import text_finder
 from raylora.engine.model import serialization
@@ -181,8 +182,8 @@ class TrainingSession:
     def _run_job(
         self, job: str, plans: Sequence[MemberPlan], report: OnProgress, should_stop: StopSignal
     ) -> dict[str, str]:
-        adapter = registry.load("adapter", plans[0].adapter.kind).build(plans[0].adapter)
-        model = PackedModel(self.base, adapter, self.task, self.trunk_cache)
+        adapters = SideBySide.of([plan.adapter for plan in plans]).adapters
+        model = PackedModel(self.base, adapters, self.task, self.trunk_cache)
         trainer = PackTrainer(
             model, TrainingSettings.of(self.spec), plans, self.sets.train.examples, self.sets.validation.examples,
             self.distillation_loss, self._saved(plans),
@@ -231,7 +232,7 @@ class TrainingSession:
             "base_bytes": self.base.size_bytes,
             "base_parameters": self.base.parameters,
             "head_parameters": sum(p.numel() for head in self.base.heads.values() for p in head.parameters()),
-            "member_parameters": sum(t.numel() for t in done[0].tensors.values()) if done else 0,
+            "member_parameters": max((sum(t.numel() for t in one.tensors.values()) for one in done), default=0),
             "compute_dtype": str(self.base.dtype).removeprefix("torch."),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
@@ -243,9 +244,9 @@ class TrainingSession:
         self, job: str, plans: Sequence[MemberPlan], report: OnProgress, should_stop: StopSignal
     ) -> None:
         """Predict with members that are committed, in the stack that they were trained in."""
-        adapter = registry.load("adapter", plans[0].adapter.kind).build(plans[0].adapter)
+        adapters = SideBySide.of([plan.adapter for plan in plans]).adapters
         done = [read_trained(self.spec, self.store, self.base, plan) for plan in plans]
-        model = PackedModel(self.base, adapter, self.task)
+        model = PackedModel(self.base, adapters, self.task)
         evaluate_s = self.evaluator.evaluate(model, done, report, should_stop)
         timing = self.store.read_json(f"timing/{job}.json")
         if timing is not None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from raylora import registry
 from raylora.data.sets import DataSets
 from raylora.distill import AsksTeacher, LearnsAnswers
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import content_hash, prepared_store
 from raylora.engine.model.shared_sequences import check_shared_sequences
-from raylora.engine.run.finished_members import read_members, teacher_digest
+from raylora.engine.run.finished_members import adapters_of, read_members, teacher_digest
 from raylora.engine.training.distillation_loss import DistillationLoss, loss_of, read_distillation_loss, task_of
 from raylora.engine.training.live_teacher import LiveDistillationLoss, LiveTeacher
 from raylora.engine.training.member_plan import PlanRole, member_plans_of, packable_groups
@@ -60,9 +59,10 @@ def load_teacher(student: RunSpec, store: RunStore, base: Base) -> LiveTeacher:
     if student.optimization.pack_rows:
         check_shared_sequences(loaded)
     plans = [plan for plan in member_plans_of(spec) if plan.role is PlanRole.MEMBER and plan.name in names]
-    packs = [read_members(spec, run, loaded, group) for group in packable_groups(plans)]
-    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
-    return LiveTeacher(PackedModel(loaded, adapter, task), packs)
+    groups = packable_groups(plans)
+    everyone = [name for group in groups for name in group]
+    packs = [read_members(spec, run, loaded, group, everyone) for group in groups]
+    return LiveTeacher(PackedModel(loaded, adapters_of(spec, everyone), task), packs)
 
 
 def is_same_base(teacher: RunSpec, teacher_run: RunStore, student: RunSpec, student_run: RunStore) -> bool:

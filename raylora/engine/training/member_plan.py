@@ -9,6 +9,7 @@ from typing import Any
 
 from raylora import registry
 from raylora.adapters.base import NeedsBaseWeights, Unpackable, WholeModel
+from raylora.adapters.side_by_side import adapter_of
 from raylora.data.order import derive_seed
 from raylora.errors import BaseError
 from raylora.spec import AdapterSpec, EnsembleSpec, OptimizationSpec, RegularizersSpec, RunSpec
@@ -82,23 +83,37 @@ def order_seed(plan: MemberPlan, ensemble: EnsembleSpec) -> int:
 
 
 def packable_groups(plans: Sequence[MemberPlan]) -> list[list[str]]:
-    """Return the units' names grouped by what can share one forward: a role, an adapter, and a penalty.
+    """Return the units' names grouped by what can share one forward: a role and a penalty.
 
-    Everything else that members may differ in is their own optimizer's business.
+    Units of one adapter follow each other, since they multiply together. Everything else that members may differ in
+    is their own optimizer's business.
     """
     groups: list[list[str]] = []
-    kinds: dict[str, list[MemberPlan]] = {}
+    kinds: dict[str, dict[str, list[MemberPlan]]] = {}
     for plan in plans:
-        kinds.setdefault(repr((plan.role, plan.adapter, plan.regularizers.kl)), []).append(plan)
-    for alike in kinds.values():
-        names = [plan.name for plan in alike]
-        groups += [[name] for name in names] if unpackable_reason(alike[0]) else [names]
+        kind = kinds.setdefault(repr((plan.role, plan.regularizers.kl)), {})
+        kind.setdefault(repr(plan.adapter), []).append(plan)
+    for of_adapter in kinds.values():
+        together: list[str] = []
+        for alike in of_adapter.values():
+            names = [plan.name for plan in alike]
+            if unpackable_reason(alike[0]):
+                groups += [[name] for name in names]
+            else:
+                together += names
+        groups += [together] if together else []
     return groups
+
+
+def member_adapters(spec: RunSpec) -> list[AdapterSpec]:
+    """Return the adapters that a run's members have, each once."""
+    found = {repr(plan.adapter): plan.adapter for plan in member_plans_of(spec) if plan.role is PlanRole.MEMBER}
+    return list(found.values())
 
 
 def unpackable_reason(plan: MemberPlan) -> str:
     """Return why a plan shares no forward with its like, or nothing if it may."""
-    adapter = registry.load("adapter", plan.adapter.kind).build(plan.adapter)
+    adapter = adapter_of(plan.adapter)
     return adapter.unpackable_reason() if isinstance(adapter, Unpackable) else ""
 
 
@@ -108,11 +123,14 @@ def check_weights(spec: RunSpec) -> None:
     Raises:
         BaseError: with the adapter's own reason.
     """
-    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
-    picky = isinstance(adapter, NeedsBaseWeights | WholeModel)
-    reason = adapter.unsupported_reason(not spec.base.quantization.is_dense) if picky else ""
-    if reason:
-        raise BaseError(f"base.quantization: {spec.base.quantization.kind}: {reason}", "use none, or another adapter")
+    for adapter in map(adapter_of, member_adapters(spec)):
+        if not isinstance(adapter, NeedsBaseWeights | WholeModel):
+            continue
+        reason = adapter.unsupported_reason(not spec.base.quantization.is_dense)
+        if reason:
+            raise BaseError(
+                f"base.quantization: {spec.base.quantization.kind}: {reason}", "use none, or another adapter"
+            )
 
 
 def check_baselines(spec: RunSpec, has_head: bool) -> None:
@@ -122,7 +140,7 @@ def check_baselines(spec: RunSpec, has_head: bool) -> None:
         BaseError: a last-layer ensemble where there is no head to train, or Monte-Carlo dropout where there is no
             adapter input to drop.
     """
-    adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
+    adapter = adapter_of(spec.adapter)
     if spec.baselines.mc_dropout is not None and isinstance(adapter, WholeModel):
         raise BaseError(
             f"baselines.mc_dropout: drops the adapter's input, and {spec.adapter.kind} has none",

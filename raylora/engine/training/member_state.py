@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from raylora.adapters.base import HEAD, Tensors
+from raylora.adapters.side_by_side import adapter_of
 from raylora.data.order import Order
 from raylora.data.task import Example
 from raylora.engine.model.base import head_tensors
@@ -123,9 +124,9 @@ class MemberBuilder:
         Raises:
             RunDirectoryError: it was saved with other tensors than it would have now.
         """
-        model = self.model
-        tensors = initial_member(model.base, model.adapter, self._head, plan.stream("init"), self._start_value)
-        frozen_tensors = frozen_tensors_of(model.base, model.adapter, plan.stream("fixed"))
+        model, adapter = self.model, adapter_of(plan.adapter)
+        tensors = initial_member(model.base, adapter, self._head, plan.stream("init"), self._start_value)
+        frozen_tensors = frozen_tensors_of(model.base, adapter, plan.stream("fixed"))
         initial_head = {n: t.to(model.base.device) for n, t in tensors.items() if n.startswith(HEAD)}
         sections, facts = saved or ({}, {})
         if "member" in sections:
@@ -144,9 +145,9 @@ class MemberBuilder:
         return state
 
     def _optimizer(self, plan: MemberPlan, tensors: Mapping[str, Tensor]) -> MemberOptimizer:
-        model = self.model
+        model, adapter = self.model, adapter_of(plan.adapter)
         return MemberOptimizer(
-            tensors, model.adapter, plan.optimization, plan.regularizers,
-            total_steps(self.rows, plan.optimization), model.base.device, start_tensors(model.base, model.adapter),
+            tensors, adapter, plan.optimization, plan.regularizers,
+            total_steps(self.rows, plan.optimization), model.base.device, start_tensors(model.base, adapter),
             restart_steps(self.rows, plan.optimization), model.base.gang,
         )

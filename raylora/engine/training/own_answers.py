@@ -8,10 +8,10 @@ Shapes: K members.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
-from raylora.adapters.packed import stack
+from raylora.adapters.base import Tensors
 from raylora.data.answered import answered, prompt_length
 from raylora.data.task import Asks, Example, Task
 from raylora.distill import Writing
@@ -22,14 +22,20 @@ from raylora.engine.training.collator import Collator
 from raylora.engine.training.member_state import MemberState
 from raylora.errors import SpecError
 
+Stack = Callable[[Sequence[MemberState], Sequence[Tensors]], Tensors]
+
 
 class OwnAnswers:
     """Writes what members learn from in the steps that are theirs."""
 
-    def __init__(self, model: PackedModel, writing: Writing) -> None:
-        """Take the students' model. Raises: SpecError if its task's rows are no prompts with answers."""
+    def __init__(self, model: PackedModel, writing: Writing, stack: Stack) -> None:
+        """Take the students' model, and how it takes their tensors.
+
+        Raises:
+            SpecError: its task's rows are no prompts with answers.
+        """
         check_writes(model.task)
-        self.model, self.writing = model, writing
+        self.model, self.writing, self.stack = model, writing, stack
         self.ends = cast(Asks, model.task).ends(model.base.tokenizer)
         self.longest: int = model.task.spec.max_length
 
@@ -44,7 +50,7 @@ class OwnAnswers:
         if not due or step / total < self.writing.begins:
             return {}
         found: dict[tuple[int, str], Sequence[Example]] = {}
-        stacked = stack([state.whole() for state in due])
+        stacked = self.stack(due, [state.whole() for state in due])
         for number in range(step * accumulation, (step + 1) * accumulation):
             rows_K = collator.rows(number, {state.plan.name: state.order for state in due})
             answers_K = write_own(

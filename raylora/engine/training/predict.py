@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from raylora.adapters.packed import member_count
 from raylora.data.order import derive_seed
 from raylora.data.task import CutsRows, Example
 from raylora.engine.model.packed_model import PackedModel
@@ -37,7 +38,7 @@ def predict(
         report: told after each batch how many rows are done, and of how many.
         dropout_seeds: keeps the adapter dropout on, one stream per member (Monte-Carlo dropout).
     """
-    members, output = len(next(iter(stacked.values()))), output_of(model.task.output)
+    members, output = member_count(stacked), output_of(model.task.output)
     document = model.task.document if isinstance(model.task, CutsRows) else str
     found: dict[int, tuple[Tensor, list[str]]] = {}
     for indices in _batches(examples, max(1, batch // members)):

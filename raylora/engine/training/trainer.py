@@ -13,6 +13,7 @@ from typing import Any
 
 from raylora.adapters.base import Tensors
 from raylora.adapters.packed import stack
+from raylora.adapters.side_by_side import SideBySide
 from raylora.data.task import Batch, Example
 from raylora.engine.model.packed_model import PackedModel, StepTensors
 from raylora.engine.training.answer_validation import answer_metrics, watched_by_answers
@@ -71,13 +72,17 @@ class PackTrainer:
         self.model, self.settings, self.distillation_loss = model, settings, distillation_loss
         self.train, self.validation = train, validation
         writing = distillation_loss.writing if isinstance(distillation_loss, LiveDistillationLoss) else None
-        self.own_answers = OwnAnswers(model, writing) if writing is not None and writing.share else None
         self.span: Span = unmarked
         """Marks each step on a timeline."""
         self.total = total_steps(len(train), settings.optimization)
         self.step = next(iter(saved.values()))[1]["step"] if saved else 0
         builder = MemberBuilder(model, train, settings.optimization, settings.ensemble)
         self.states = [builder.build(plan, (saved or {}).get(plan.name)) for plan in plans]
+        self._side_by_side = SideBySide.of([plan.adapter for plan in plans])
+        self._places = {plan.name: place for place, plan in enumerate(plans)}
+        self.own_answers = None
+        if writing is not None and writing.share:
+            self.own_answers = OwnAnswers(model, writing, self.stack)
         self._frozen_of: tuple[tuple[str, ...], Tensors] = (), {}
         self._ready: tuple[tuple[int, tuple[str, ...]], StepTensors] | None = None
 
@@ -121,6 +126,10 @@ class PackTrainer:
                     raise Interrupted(f"stopped after step {self.step}", signal_number=signal_number)
         if all(t.failure for t in self.states):
             raise TrainingError("; ".join(f"{t.plan.name}: {t.failure}" for t in self.states))
+
+    def stack(self, states: Sequence[MemberState], tensors: Sequence[Tensors]) -> Tensors:
+        """Return tensors of some of the members as the model takes them."""
+        return self._side_by_side.stack(tensors, [self._places[state.plan.name] for state in states])
 
     def epochs(self, step: int) -> int:
         """Return how many whole epochs a number of steps makes."""
@@ -204,9 +213,9 @@ class PackTrainer:
         """Return the pack's tensors for this step, made anew after an update and when a member has left."""
         names = tuple(t.plan.name for t in stepping)
         if self._frozen_of[0] != names:
-            self._frozen_of = names, stack([t.frozen_tensors for t in stepping])
+            self._frozen_of = names, self.stack(stepping, [t.frozen_tensors for t in stepping])
         if self._ready is None or self._ready[0] != (self.step, names):
-            stacked = stack([t.optimizer.tensors() for t in stepping])
+            stacked = self.stack(stepping, [t.optimizer.tensors() for t in stepping])
             step = self.model.step_tensors(stacked, self._frozen_of[1], accumulation)
             self._ready = (self.step, names), step
         return self._ready[1]
@@ -228,7 +237,7 @@ class PackTrainer:
         if not active:
             return []
         told = []
-        for state, values in zip(active, self._scored(stack([t.whole() for t in active])), strict=True):
+        for state, values in zip(active, self._scored(self.stack(active, [t.whole() for t in active])), strict=True):
             state.history.append(
                 {"step": self.step, **{f"{VALIDATION}{name}": value for name, value in values.items()}}
             )
