@@ -185,6 +185,7 @@ def test_members_of_several_kinds_end_on_their_own_and_are_resumed_together(make
     common = {"ensemble__members": 4, "ensemble__vary": rules, "optimization__steps": None, "optimization__epochs": 6}
     whole = make_spec(name="whole", **common)
     metrics = run(whole)
+    assert [one["name"] for one in metrics["members"]] == [f"member-{m:03d}" for m in range(4)]
     stops = [one["stopped_at"] for one in metrics["members"]]
     assert stops[3] is not None and stops[:3] == [None] * 3
     spec = make_spec(name="stopped", **common, checkpointing={"every_steps": 1})

@@ -255,7 +255,8 @@ class TrainingSession:
     def aggregate(self, units: Sequence[str], started_at: float) -> RunMetrics:
         """Combine the finished units' predictions and answers into the run's metrics. Raises: StoreError."""
         names = Names(self.task.label_names, text_finder(self.sets, self.base.tokenizer))
-        trained = [name for name in units if name in self.plans]
+        done = set(units)
+        trained = [name for name in self.plans if name in done]  # in the run's order, whatever pack each was in
         members = [name for name in trained if self.plans[name].role is PlanRole.MEMBER]
         answers = self.answers.conclude(members)
         metrics = aggregate(self.spec, self.store, trained, started_at, names, answers)
