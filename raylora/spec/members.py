@@ -87,7 +87,8 @@ class EnsembleSpec(Frozen):
     vary: Varied | None = None
     """What members differ in beside their seeds: keys with lists of values, every combination of which is a member's
     (``{optimization.lr: [1e-4, 3e-4, 1e-3]}``), or with a range (``{low: 1e-4, high: 1e-2, log: true}``) that is drawn
-    from for each member; or a list with the keys and values of each member."""
+    from for each member; or a list with the keys and values of each member. A whole ``adapter`` may be a value too
+    (``{adapter: {kind: mos, ...}}``); the adapted layers are the run's."""
     min_members: int | None = Field(default=None, ge=1)
     """Finish, marked as degraded, if at least this many members survive; by default all must."""
 

@@ -64,6 +64,20 @@ def writer(spec_of: Callable[..., Any], trained: Callable[[Any], str]) -> str:
     return trained(spec_of())
 
 
+def test_members_of_several_ranks_answer_as_those_among_their_like(
+    spec_of: Callable[..., Any], trained: Callable[[Any], str]
+) -> None:
+    own = [{}, {"adapter.rank": 2}]
+    told = {}
+    for name, vary in {"varied": own, "alike": own[1:] * 2}.items():
+        ensemble = load_ensemble(trained(spec_of(name=name, ensemble__vary=vary)))
+        asked = ensemble.generate(["Say <b>7</b>", "Say <b>93</b> now"], max_new_tokens=6, each_member=True)
+        told[name] = [answers[1] for answers in asked]
+    for one, two in zip(*told.values(), strict=True):
+        assert one.text == two.text and len(one.tokens) > 0
+        assert [token.logprob for token in one.tokens] == pytest.approx([token.logprob for token in two.tokens], abs=1e-4)
+
+
 def test_answers_are_scored_against_the_rows_own(writer: str) -> None:
     found = evaluate_run(writer, SETTINGS, local=True)
     assert found["members"] == 2 and found["sets"].keys() == {"test", "jobs"}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from run_helpers import assert_bit_equal, members, run, stop_at, weights
 
+from raylora.adapters.base import HEAD
+from raylora.engine.run.finished_members import adapters_of, read_members
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.training.member_plan import member_plans_of
 from raylora.errors import BaseError, Interrupted, RunDirectoryError, SpecError
 from raylora.report.entries import member_entries
+from raylora.serve.export import export_run
 from raylora.serve.predictor import load_ensemble
 from raylora.store.run_store import RunStore
 
@@ -178,6 +183,13 @@ def test_members_of_several_ranks_alphas_and_kinds_share_a_forward_and_equal_tho
         asked = [load_ensemble(store.uri, calibrated=False).predict(TEXTS) for store in stores]
         one, two = ([answer.member_probabilities[m] for answer in answers] for answers in asked)
         assert all(row == pytest.approx(other, abs=1e-6) for row, other in zip(one, two, strict=True))
+    store, names = RunStore.for_spec(varied), [f"member-{m:03d}" for m in range(5)]
+    alone = read_members(varied, store, load_ensemble(store.uri).base, names[2:3], names)
+    assert {name.partition("#")[0] for name in alone if not name.startswith(HEAD)} == {"2"}  # as a pack of a teacher
+    assert adapters_of(varied, names)[2].spec.kind == "mos"
+    exported = export_run(store.uri, "peft-lora", members=names[1:3])
+    kinds = [json.loads((Path(one.folder) / "adapter_config.json").read_text()) for one in exported]
+    assert [kind["r"] for kind in kinds] == [4, 3] and kinds[0]["lora_alpha"] == 1.0
 
 
 def test_members_of_several_kinds_end_on_their_own_and_are_resumed_together(make_spec: Make) -> None:
