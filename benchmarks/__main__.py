@@ -10,6 +10,7 @@ from benchmarks import (
     preparation,
     scheduler_scale,
     sharing,
+    sweeping,
     token_distillation,
     trunk,
     vocabulary,
@@ -17,6 +18,6 @@ from benchmarks import (
 
 for benchmark in (
     packing, sharing, trunk, scheduler_scale, parameter_efficiency, preparation, low_bit, distillation,
-    token_distillation, instruction_training, generation, vocabulary,
+    token_distillation, instruction_training, generation, vocabulary, sweeping,
 ):
     benchmark.main()

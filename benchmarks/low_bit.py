@@ -5,7 +5,7 @@
 On a causal LM (SmolLM2-135M): perplexity on held-out news at step 0, and after fine-tuning on news. On an encoder
 (MiniLM-L6): accuracy and NLL on movie reviews after fine-tuning. Fine-tuned rows are several seeds; LoftQ and CLoQ
 start the LoRA from their pair, as their papers do, the others from B = 0.
-The LM's weights went through a 4-bit file once, so its 4-bit rows are optimiztic; the encoder's are float32.
+The LM's weights went through a 4-bit file once, so its 4-bit rows are optimistic; the encoder's are float32.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ def test_members_of_several_ranks_answer_as_those_among_their_like(
         told[name] = [answers[1] for answers in asked]
     for one, two in zip(*told.values(), strict=True):
         assert one.text == two.text and len(one.tokens) > 0
-        assert [token.logprob for token in one.tokens] == pytest.approx([token.logprob for token in two.tokens], abs=1e-4)
+        logprobs = [[token.logprob for token in answer.tokens] for answer in (one, two)]
+        assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
 
 
 def test_answers_are_scored_against_the_rows_own(writer: str) -> None:
