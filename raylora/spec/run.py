@@ -137,6 +137,10 @@ class RunSpec(Frozen):
             del found["optimization"]["pack_rows"]
         if self.evaluation.generation is None:  # nor those from before answers were part of a run
             del found["evaluation"]["generation"]
+        if self.ensemble.select is None:  # nor those from before members could be chosen, or weighted
+            del found["ensemble"]["select"]
+        if self.ensemble.weights == "equal":
+            del found["ensemble"]["weights"]
         if self.ensemble.vary is None:  # nor those from before members could differ in more than a seed
             del found["ensemble"]["vary"]
         return found

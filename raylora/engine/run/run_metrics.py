@@ -14,9 +14,10 @@ from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
 from raylora.engine.run.finished_members import member_facts
 from raylora.engine.training.member_plan import PlanRole, member_plans_of
+from raylora.ensemble.groups import Group
 from raylora.ensemble.outputs.base import Names
 from raylora.ensemble.predictions import Predictions
-from raylora.ensemble.summary import find_errors, summarize
+from raylora.ensemble.summary import find_errors, fit_group, summarize
 from raylora.records import Compute, HistoryRow, JobTiming, RunMetrics, Timing
 from raylora.spec import RunSpec, dump_spec
 from raylora.store.run_store import RunStore
@@ -42,7 +43,7 @@ def aggregate(
     """
     roles = {plan.name: plan.role for plan in member_plans_of(spec)}
     members = [name for name in finished if roles[name] is PlanRole.MEMBER]
-    groups = {"ensemble": _group(store, members)}
+    groups: dict[str, Group] = {"ensemble": _group(store, members)}
     dropped = [name for name in finished if roles[name] is PlanRole.MC_DROPOUT]
     heads = [name for name in finished if roles[name] is PlanRole.LAST_LAYER]
     if dropped:
@@ -51,7 +52,13 @@ def aggregate(
         groups["last_layer"] = _group(store, heads)
     if store.has_result("predictions/checkpoints"):
         groups["checkpoints"] = _group(store, ["checkpoints"])
+    fits = fit_group(groups["ensemble"], members, spec.ensemble) if spec.ensemble.is_fitted else []
+    for fit in fits:
+        chosen = [members.index(name) for name in fit.weights.names]
+        groups[fit.name] = [part.weighted(chosen, fit.weights.weights_M) for part in groups["ensemble"]]
     summary = summarize(groups, spec.evaluation, spec.ensemble.aggregate, seed=spec.data.seed)
+    for fit in fits:
+        summary["weighted"][fit.name].update(fit.record())
     if not spec.baselines.single:
         summary["baselines"].pop("single", None)
     for entry, name in zip(summary["members"], members, strict=True):

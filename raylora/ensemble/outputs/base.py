@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from raylora.ensemble.groups import Group, Settings
+from raylora.ensemble.objectives import Objective
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import SpecError
 from raylora.records import GroupMetrics, SetErrors, Summary
@@ -70,6 +71,8 @@ class Rows:
     contributors: Contributors
     calibrated: bool = True
     """Whether the fitted temperature is applied, where there is one that can be trusted."""
+    weights_M: Tensor | None = None
+    """What each member weighs; None where all weigh alike."""
 
     @property
     def temperature(self) -> float | None:
@@ -117,6 +120,9 @@ class Output(Protocol):
 
     def validation_metrics(self, predictions: Predictions, evaluation: EvaluationSpec) -> list[dict[str, float]]:
         """Return each member's metrics on the validation split."""
+
+    def objective(self, validation: Predictions, rule: str) -> Objective:
+        """Return the NLL of validation rows as a function of the members' weights. Raises: DataError without labels."""
 
     def summarize(self, groups: Mapping[str, Group], settings: Settings) -> Summary:
         """Return the summary of a run, described in docs/metrics.md. Raises: DataError."""
