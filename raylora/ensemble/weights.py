@@ -34,11 +34,14 @@ class MemberWeights:
     """Positive, one in all."""
 
     @property
-    def weights_M(self) -> Tensor | None:
+    def mixed(self) -> tuple[float, ...] | None:
         """The weights as they are mixed with; None where all are equal, which is the plain mean of these members."""
-        if len(set(self.weights)) == 1:
-            return None
-        return torch.tensor(self.weights, dtype=torch.float64)
+        return None if len(set(self.weights)) == 1 else self.weights
+
+    @property
+    def weights_M(self) -> Tensor | None:
+        """:attr:`mixed` as a tensor."""
+        return None if self.mixed is None else torch.tensor(self.mixed, dtype=torch.float64)
 
     def record(self) -> dict[str, float]:
         """Return each member's weight by name."""

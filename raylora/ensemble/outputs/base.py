@@ -48,13 +48,18 @@ class Contributors:
 
     members: int
     members_asked: int
+    weights: Mapping[str, float] | None = None
+    """What each of them weighs, by name, where the validation rows decided who speaks."""
 
-    def record(self) -> dict[str, int]:
+    def record(self) -> dict[str, Any]:
         """Return it as a part of a record."""
-        return {"members": self.members, "members_asked": self.members_asked}
+        found: dict[str, Any] = {"members": self.members, "members_asked": self.members_asked}
+        return found if self.weights is None else {**found, "weights": dict(self.weights)}
 
     def caption(self) -> str:
-        """Return it in words where not all of them speak, else nothing."""
+        """Return it in words where not all of them speak, or not alike, else nothing."""
+        if self.weights is not None:
+            return f"{self.members} of {self.members_asked} members, as the validation split weighs them"
         return f"{self.members} of {self.members_asked} members" if self.members < self.members_asked else ""
 
 
