@@ -128,9 +128,9 @@ class RunSpec(Frozen):
         if self.distill_from is None:  # runs from before there were students keep their digest
             left_out.add("distill_from")
         found = self.model_dump(mode="json", exclude=left_out)
-        if self.distill_from is not None:  # nor those from before a teacher was asked, or had answered
-            given = found["distill_from"]
-            found["distill_from"] = {k: v for k, v in given.items() if k not in ("members", "answers") or v is not None}
+        if self.distill_from is not None:  # nor those from before a teacher was asked, was weighted, or had answered
+            given, later = found["distill_from"], ("members", "weights", "answers")
+            found["distill_from"] = {k: v for k, v in given.items() if k not in later or v is not None}
         if not self.optimization.cache_trunk:  # nor do runs from before there was a cache have another
             del found["optimization"]["cache_trunk"], found["optimization"]["cache_trunk_gb"]
         if not self.optimization.pack_rows:  # nor those from before rows were packed

@@ -49,7 +49,8 @@ def load_teacher(student: RunSpec, store: RunStore, base: Base) -> LiveTeacher:
     assert student.distill_from is not None and student.distill_from.members is not None
     run, names = RunStore(store.uri.rpartition("/")[0]), student.distill_from.members
     spec = run.read_spec()
-    if teacher_digest(spec, run, names) != student.distill_from.teacher:
+    shares = student.distill_from.weights
+    if teacher_digest(spec, run, names, shares) != student.distill_from.teacher:
         raise DataError(
             f"{run.uri}: its members are not those that {student.run_name()} was begun with",
             "restore them, or distill again under another distill.name",
@@ -60,9 +61,12 @@ def load_teacher(student: RunSpec, store: RunStore, base: Base) -> LiveTeacher:
     if student.optimization.pack_rows:
         check_shared_sequences(loaded)
     plans = [plan for plan in member_plans_of(spec) if plan.role is PlanRole.MEMBER and plan.name in names]
-    packs = [read_members(spec, run, loaded, group) for group in packable_groups(plans)]
+    groups = packable_groups(plans)
+    packs = [read_members(spec, run, loaded, group) for group in groups]
+    share_of = dict(zip(names, shares, strict=True)) if shares is not None else None
+    weights = None if share_of is None else [share_of[name] for group in groups for name in group]
     adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
-    return LiveTeacher(PackedModel(loaded, adapter, task), packs)
+    return LiveTeacher(PackedModel(loaded, adapter, task), packs, weights)
 
 
 def is_same_base(teacher: RunSpec, teacher_run: RunStore, student: RunSpec, student_run: RunStore) -> bool:
