@@ -50,7 +50,7 @@ def read_speakers(store: RunStore, spec: RunSpec, members: Sequence[str], plain:
     if found is None:
         raise RunDirectoryError(
             f"{store.uri}: its members' weights are fitted when it ends, and it has not ended",
-            f"finish it: raylora resume {store.uri}",
+            f"finish it: raylora resume {store.uri}; or predict with --plain (in Python: plain=True)",
         )
     if not set(found["weights"]) <= set(members):
         return Speakers(equal_weights(members), {})
