@@ -136,6 +136,29 @@ class Gains(TypedDict):
     over_single: dict[str, Gain]
 
 
+class WeightedGains(Gains):
+    """An ensemble with fitted weights against the members, and against their plain mean."""
+
+    over_ensemble: dict[str, Gain]
+
+
+class SelectionStep(TypedDict):
+    """A member that was added to a selection, and the validation NLL with it."""
+
+    member: str
+    validation_nll: float
+
+
+class WeightedMetrics(GroupMetrics, total=False):
+    """An ensemble whose weights were fitted on the validation rows."""
+
+    weights: dict[str, float]
+    validation_nll: float
+    steps: list[SelectionStep]
+    gap: float
+    gains: dict[str, WeightedGains]
+
+
 class ReliabilityBin(TypedDict):
     """Rows of like confidence."""
 
@@ -253,6 +276,7 @@ class Summary(TypedDict, total=False):
     ensemble: GroupMetrics
     mean_member: MeanMember
     baselines: dict[str, GroupMetrics]
+    weighted: dict[str, WeightedMetrics]
     gains: dict[str, Gains]
     m_curve: dict[str, list[CurvePoint]]
     pairwise_kl: dict[str, list[list[float]]]

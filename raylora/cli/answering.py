@@ -38,7 +38,7 @@ _HELP = "/members: what each member would have said. /new: forget the chat. /qui
 def answer_prompts(
     run: str, prompts: Sequence[str], file: str | None, output: str | None, settings: dict[str, Any],
     columns: dict[str, str], delimiter: str | None, on_bad_row: OnBadRow, metrics: Sequence[str], allow_missing: bool,
-    as_json: bool,
+    as_json: bool, plain: bool = False,
 ) -> None:
     """Answer prompts given at the command line or in a file, and print them or write them as JSON lines."""
     from raylora.ensemble.answer_metrics import check_metrics
@@ -49,7 +49,7 @@ def answer_prompts(
     if metrics and (file is None or output is None or settings["each_member"]):
         raise UsageError("--metric compares the answers to a file, one for each row",
                          "give --file and --out, and leave --each-member out")
-    ensemble = load_ensemble(run, allow_missing=allow_missing)
+    ensemble = load_ensemble(run, allow_missing=allow_missing, plain=plain)
     rows: list[dict[str, Any]] = [{"id": str(n), "prompt": text, "text": text} for n, text in enumerate(prompts)]
     if file is not None:
         read = read_prompts(ensemble, file, columns, delimiter, on_bad_row)

@@ -51,6 +51,9 @@ def predict(
     metric: Annotated[list[str] | None, typer.Option("--metric", help=(
         "Compare answers with those in the file: exact_match, f1, contains, number, choice; may be repeated."
     ))] = None,
+    plain: Annotated[bool, typer.Option("--plain", help=(
+        "The plain mean of all members, although the run selected or weighted them."
+    ))] = False,
     allow_missing: AllowMissing = False,
     as_json: AsJson = False,
 ) -> None:
@@ -72,7 +75,7 @@ def predict(
         }
         answer_prompts(
             run_path, prompt or [], file, output, settings, _renaming(columns or []), delimiter,
-            cast("OnBadRow", on_bad_row), metric or [], allow_missing, as_json,
+            cast("OnBadRow", on_bad_row), metric or [], allow_missing, as_json, plain,
         )
         return
     inputs = inputs_of_texts(run_path, text) if text else read_inputs(
@@ -82,7 +85,7 @@ def predict(
         err.print(f"left out: {place}", markup=False)
     if inputs.left_out:
         err.print(f"{len(inputs.left_out):,} row(s) left out, {len(inputs.rows):,} predicted", markup=False)
-    ensemble = load_ensemble(run_path, calibrated=not raw, allow_missing=allow_missing)
+    ensemble = load_ensemble(run_path, calibrated=not raw, allow_missing=allow_missing, plain=plain)
     predictions = ensemble.predict(inputs.rows)
     if output:
         write_records(output, inputs.records(predictions))

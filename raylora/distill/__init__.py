@@ -4,7 +4,16 @@ Plain tensors and bytes; nothing here knows Ray, a model or a tokenizer.
 """
 
 from raylora.distill.answers import AnsweredRows
-from raylora.distill.base import Annealed, AsksTeacher, LearnsAnswers, Loss, LossSpec, TemperedSpec, Writing
+from raylora.distill.base import (
+    Annealed,
+    AsksTeacher,
+    LearnsAnswers,
+    Loss,
+    LossSpec,
+    TemperedSpec,
+    WeighsMembers,
+    Writing,
+)
 from raylora.distill.keys import Keys, content_hash
 from raylora.distill.targets import (
     ClassificationTargets,
@@ -33,6 +42,7 @@ __all__ = [
     "TokenTargets",
     "TokenTargetsWriter",
     "TopK",
+    "WeighsMembers",
     "Writing",
     "concatenate",
     "content_hash",

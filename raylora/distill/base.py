@@ -5,6 +5,7 @@ Shapes: B examples (positions for language models), M teacher members, C classes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,6 +66,14 @@ class Annealed(Protocol):
 
     def at(self, progress: float) -> Loss:
         """Return the loss to use when this share of the training, 0 to 1, is done."""
+
+
+@runtime_checkable
+class WeighsMembers(Protocol):
+    """Optional: the teacher's members may weigh differently in what the loss compares a student with."""
+
+    def weighing(self, weights: Sequence[float]) -> Loss:
+        """Return the loss for a teacher whose M members have these weights, which are positive and one in all."""
 
 
 @dataclass(frozen=True)

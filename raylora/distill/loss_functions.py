@@ -7,7 +7,7 @@ Shapes: B examples, M teacher members, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,25 +21,42 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 UNLABELED = -1
 
 
-def tempered_mixture(member_logits_BMC: Tensor, temperature: float) -> Tensor:
-    """Return ``log 1/M sum_m softmax(z_m / T)``, B x C: each member is tempered, then they are averaged.
+def tempered_mixture(
+    member_logits_BMC: Tensor, temperature: float, weights: Sequence[float] | None = None
+) -> Tensor:
+    """Return ``log sum_m w_m softmax(z_m / T)``, B x C: each member is tempered, then they are averaged.
+
+    Args:
+        weights: of the members, positive and one in all; by default 1/M each.
 
     Raises:
         SpecError: the temperature is not positive.
     """
-    return mixture(member_logits_BMC.unbind(dim=1), temperature)
+    return mixture(member_logits_BMC.unbind(dim=1), temperature, weights)
 
 
-def mixture(member_logits: Iterable[Tensor], temperature: float) -> Tensor:
+def mixture(
+    member_logits: Iterable[Tensor], temperature: float, weights: Sequence[float] | None = None
+) -> Tensor:
     """Return :func:`tempered_mixture` of M tensors ``... x C`` taken one by one, so that not all need be in memory."""
     total, members = None, 0
     for logits_C in member_logits:
         log_probs_C = softened(logits_C, temperature)
+        if weights is not None:
+            log_probs_C = log_probs_C + math.log(weights[members])
         total = log_probs_C if total is None else torch.logaddexp(total, log_probs_C)
         members += 1
     if total is None:
         raise SpecError("a mixture of no members", "give the logits of at least one teacher member")
-    return total - math.log(members)
+    return total - math.log(members) if weights is None else total
+
+
+def member_mean(member_values_BM: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """Return ``sum_m w_m x_m`` over the second dimension, by default the plain mean."""
+    if weights is None:
+        return member_values_BM.mean(dim=1)
+    weights_M = torch.tensor(weights, dtype=member_values_BM.dtype, device=member_values_BM.device)
+    return torch.tensordot(member_values_BM, weights_M, dims=([1], [0]))
 
 
 def softened(logits_C: Tensor, temperature: float) -> Tensor:

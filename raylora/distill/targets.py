@@ -39,6 +39,8 @@ class MemberTargets:
     label_names: tuple[str, ...] = ()
     rounding_error: float = 0.0
     """The most by which storing changed a value, clipping included; measured, not estimated."""
+    weights: tuple[float, ...] | None = None
+    """What each member weighs, one per column; None where all weigh alike."""
 
     def __post_init__(self) -> None:
         expected = (len(self.keys), len(self.members), len(self.label_names))[: self.dimensions]
@@ -47,6 +49,8 @@ class MemberTargets:
                 f"targets of {self.output} have shape {tuple(self.values.shape)} and type {self.values.dtype}",
                 f"expected {expected} (examples, members, classes) of {self.dtype}",
             )
+        if self.weights is not None and len(self.weights) != len(self.members):
+            raise DataError(f"{len(self.weights)} weights for {len(self.members)} members", "give one per member")
         if not expected[0] or not expected[1] or list(self.members) != sorted(set(self.members)):
             raise DataError(
                 f"{expected[0]} examples, members {list(self.members)}",
@@ -82,6 +86,7 @@ class MemberTargets:
             "sha256": sha256(content), "teacher_digest": self.teacher_digest, "members": self.members,
             "label_names": self.label_names, "rounding_error": self.rounding_error, "ids": self.keys.ids,
             "content_hashes": self.keys.content_hashes,
+            **({} if self.weights is None else {"weights": self.weights}),
         }
         return {TENSORS: content, FACTS: pack_facts(self.output, facts)}
 
@@ -107,6 +112,7 @@ class MemberTargets:
                 keys=keys, teacher_digest=facts["teacher_digest"], members=tuple(facts["members"]),
                 values=safetensors.torch.load(checked(files.get(TENSORS), TENSORS, facts["sha256"]))["values"],
                 label_names=tuple(facts["label_names"]), rounding_error=facts["rounding_error"],
+                weights=tuple(facts["weights"]) if "weights" in facts else None,
             )
         except (KeyError, TypeError, DataError, safetensors.SafetensorError) as error:
             raise StoreError(f"{FACTS} and {TENSORS} do not fit together: {error}", DAMAGED) from error
@@ -179,7 +185,7 @@ def merge(shards: Sequence[T]) -> T:
     Raises:
         DataError: the shards have different teachers, members or labels, or one example is in two of them.
     """
-    first = _agreed(shards, "members")
+    first = _agreed(shards, "members", "weights")
     ids = [example_id for shard in shards for example_id in shard.keys.ids]
     return replace(
         first,

@@ -36,8 +36,14 @@ class TokenTargetsWriter:
     def __init__(
         self, sink: Sink, *, teacher_digest: str, members: Sequence[int], vocabulary: int, k: int,
         temperature: float = 1.0, prefix: str = KIND, shard_positions: int = 65_536,
+        weights: Sequence[float] | None = None,
     ) -> None:
-        """Take where files go (``sink(name, content)``) and what all examples share."""
+        """Take where files go (``sink(name, content)``) and what all examples share.
+
+        Args:
+            weights: of the members, in the order of their logits; by default all weigh alike.
+        """
+        self.weights = weights
         self.sink, self.prefix, self.shard_positions = sink, prefix, shard_positions
         self.vocabulary, self.k, self.temperature = vocabulary, min(k, vocabulary), temperature
         self.facts = {"teacher_digest": teacher_digest, "members": sorted(members)}
@@ -63,7 +69,7 @@ class TokenTargetsWriter:
         Raises:
             DataError: they are over another vocabulary, or not numbers.
         """
-        logp_PV = mixture(member_logits, self.temperature)
+        logp_PV = mixture(member_logits, self.temperature, self.weights)
         if logp_PV.shape[-1] != self.vocabulary or logp_PV.isnan().any():
             raise DataError(
                 f"example {example_id!r}: logits over {logp_PV.shape[-1]} tokens, or not a number",

@@ -32,7 +32,8 @@ class Temperature:
 
 
 def fit_temperature(
-    logits_MNC: Tensor, labels_N: Tensor, rule: str = "mean_probabilities", name: str = "validation"
+    logits_MNC: Tensor, labels_N: Tensor, rule: str = "mean_probabilities", name: str = "validation",
+    weights_M: Tensor | None = None,
 ) -> Temperature:
     """Return the T in [0.05, 20] with the least NLL of the pooled prediction; DataError as in ``score_rows``.
 
@@ -42,7 +43,7 @@ def fit_temperature(
     from scipy.optimize import minimize_scalar  # slow to import, which a prediction need not wait for
 
     def nll(log_temperature: float) -> float:
-        log_probs_NC = aggregate_logits(logits_MNC, rule, math.exp(log_temperature))
+        log_probs_NC = aggregate_logits(logits_MNC, rule, math.exp(log_temperature), weights_M)
         return float(score_rows(log_probs_NC, labels_N, name).nll_N.mean())
 
     # The pooled NLL need not have one valley, so a coarse grid finds the deepest before the search refines it.

@@ -63,7 +63,7 @@ def plot_data(groups: Mapping[str, Group], temperatures: Mapping[str, float], se
 
 
 def _scores(part: Predictions, rule: str, temperature: float) -> RowScores:
-    return score_rows(aggregate_logits(part.values, rule, temperature), part.labels(), part.name)
+    return score_rows(aggregate_logits(part.values, rule, temperature, part.weights_M), part.labels(), part.name)
 
 
 def _risk_coverage(scores: RowScores) -> RiskCoverage:

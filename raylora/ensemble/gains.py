@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,17 +25,27 @@ from raylora.records import Gain, Gains
 COMPARED = ("accuracy", "nll", "brier", "ece")
 
 
-def classification_gains(part: Predictions, settings: Settings) -> Gains:
-    """Return ``{over_mean_member, over_single: {metric: {gain, interval}}}`` for one labeled set."""
+def classification_gains(part: Predictions, settings: Settings, weighted: Predictions | None = None) -> Gains:
+    """Return ``{over_mean_member, over_single: {metric: {gain, interval}}}`` for one labeled set.
+
+    Args:
+        weighted: the set as an ensemble with fitted weights predicts it, whose gains they are then; with
+            ``over_ensemble``, those over the plain mean.
+    """
     logits_MNC, labels_N, bins = part.values, part.labels(), settings.evaluation.bins
-    pooled = score_rows(aggregate_logits(logits_MNC, settings.rule), labels_N, part.name)
+
+    def measured(own: Predictions) -> Measured:
+        logp_NC = aggregate_logits(own.values, settings.rule, weights_M=own.weights_M)
+        scores = score_rows(logp_NC, labels_N, part.name)
+        return Measured(point_metrics(scores, bins, COMPARED), _resample(scores, settings))
+
     members = [
         score_rows(torch.log_softmax(logits_NC.double(), dim=-1), labels_N, part.name) for logits_NC in logits_MNC
     ]
     return gains_over_members(
-        Measured(point_metrics(pooled, bins, COMPARED), _resample(pooled, settings)),
+        measured(part if weighted is None else weighted),
         [Measured(point_metrics(one, bins, COMPARED), _resample(one, settings)) for one in members],
-        COMPARED, settings,
+        COMPARED, settings, None if weighted is None else measured(part),
     )
 
 
@@ -47,13 +58,23 @@ class Measured:
 
 
 def gains_over_members(
-    pooled: Measured, members: Sequence[Measured], metrics: Sequence[str], settings: Settings
+    pooled: Measured, members: Sequence[Measured], metrics: Sequence[str], settings: Settings,
+    ensemble: Measured | None = None,
 ) -> Gains:
-    """Return ``{over_mean_member, over_single: {metric: {gain, interval}}}``; what is undefined is left out."""
+    """Return ``{over_mean_member, over_single: {metric: {gain, interval}}}``; what is undefined is left out.
+
+    Args:
+        ensemble: what ``over_ensemble`` is told of, where the one that gains has weights and this is the plain mean.
+    """
     gains: Gains = {"over_mean_member": {}, "over_single": {}}
+    compared = [(gains["over_mean_member"], members), (gains["over_single"], members[:1])]
+    if ensemble is not None:
+        over_ensemble: dict[str, Gain] = {}
+        gains = cast(Gains, {**gains, "over_ensemble": over_ensemble})
+        compared.append((over_ensemble, [ensemble]))
     for metric in metrics:
         sign = METRICS[metric].sign
-        for found, others in ((gains["over_mean_member"], members), (gains["over_single"], members[:1])):
+        for found, others in compared:
             values = [one.point[metric] for one in (pooled, *others)]
             known = [value for value in values if value is not None]
             if len(known) < len(values):
@@ -74,9 +95,14 @@ def _resample(scores: RowScores, settings: Settings) -> dict[str, Tensor]:
 
 
 def language_gains(
-    pooled_nll_N: Tensor, nll_MN: Tensor, ids: Sequence[str], settings: Settings, metric: str = "nll"
+    pooled_nll_N: Tensor, nll_MN: Tensor, ids: Sequence[str], settings: Settings, metric: str = "nll",
+    ensemble_nll_N: Tensor | None = None,
 ) -> Gains:
-    """Return the gain in the NLL of tokens, or of whole texts, over the mean member and over member 0."""
+    """Return the gain in the NLL of tokens, or of whole texts, over the mean member and over member 0.
+
+    Args:
+        ensemble_nll_N: of the plain mean, where the one that gains has weights.
+    """
 
     def over(other_N: Tensor) -> dict[str, Gain]:
         difference_N = other_N - pooled_nll_N
@@ -86,4 +112,5 @@ def language_gains(
             gain["interval"] = interval(values_S, settings.evaluation.confidence)
         return {metric: gain}
 
-    return {"over_mean_member": over(nll_MN.mean(dim=0)), "over_single": over(nll_MN[0])}
+    gains: Gains = {"over_mean_member": over(nll_MN.mean(dim=0)), "over_single": over(nll_MN[0])}
+    return gains if ensemble_nll_N is None else cast(Gains, {**gains, "over_ensemble": over(ensemble_nll_N)})

@@ -1,6 +1,6 @@
 """A regression's predictive distribution: every member's value, and one noise around all of them.
 
-    p(y | x) = 1/M sum_m N(y; v_m(x), s^2)
+    p(y | x) = sum_m w_m N(y; v_m(x), s^2),  w_m = 1/M unless weights were fitted
 
 A homoscedastic deep ensemble (arXiv 1612.01474): members are trained by squared error, and the noise that they leave
 is one number, fitted on the validation split. Its mean is the mean of the values; its variance is s^2, what no member
@@ -20,6 +20,8 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
+from raylora.ensemble.aggregate import log_mean_exp, mean
+
 FLOOR = 1e-3
 """The least noise that a fit may find, as a share of the labels' spread: without it, members that hit every label of
 the validation split would be certain of everything."""
@@ -35,7 +37,7 @@ class Noise:
     """The fit was stopped by its floor: the validation labels were predicted all but exactly."""
 
 
-def fit_noise(real_MN: Tensor, labels_N: Tensor) -> Noise:
+def fit_noise(real_MN: Tensor, labels_N: Tensor, weights_M: Tensor | None = None) -> Noise:
     """Return the noise with the least NLL of the mixture on these rows.
 
     Setting the derivative to zero makes s^2 a weighted mean of the members' squared errors, row by row. So it lies
@@ -50,7 +52,7 @@ def fit_noise(real_MN: Tensor, labels_N: Tensor) -> Noise:
     low, high = max(low, floor), max(high, floor)
 
     def nll(log_std: float) -> float:
-        return float(mixture_nll(real_MN, labels_N, math.exp(log_std)).mean())
+        return float(mixture_nll(real_MN, labels_N, math.exp(log_std), weights_M).mean())
 
     # Where members disagree widely the likelihood may have two peaks: a coarse grid finds the higher one first.
     grid = np.linspace(math.log(low), math.log(high), 31)
@@ -66,21 +68,28 @@ def fit_noise(real_MN: Tensor, labels_N: Tensor) -> Noise:
     return Noise(std, least, degenerate=std <= floor * (1 + 1e-6))
 
 
-def mixture_nll(real_MN: Tensor, labels_N: Tensor, noise_std: float) -> Tensor:
-    """Return ``-log 1/M sum_m N(y; v_m, s^2)`` of each row, N in float64."""
+def mixture_nll(real_MN: Tensor, labels_N: Tensor, noise_std: float, weights_M: Tensor | None = None) -> Tensor:
+    """Return ``-log sum_m w_m N(y; v_m, s^2)`` of each row, N in float64; by default ``w_m = 1/M``."""
+    return -log_mean_exp(log_density(real_MN, labels_N, noise_std), weights_M)
+
+
+def log_density(real_MN: Tensor, labels_N: Tensor, noise_std: float) -> Tensor:
+    """Return ``log N(y; v_m, s^2)``, M x N in float64."""
     scaled_MN = (real_MN.double() - labels_N.double()) / noise_std
-    log_density_MN = -0.5 * scaled_MN**2 - math.log(noise_std) - 0.5 * math.log(2 * math.pi)
-    return math.log(len(real_MN)) - torch.logsumexp(log_density_MN, dim=0)
+    return -0.5 * scaled_MN**2 - math.log(noise_std) - 0.5 * math.log(2 * math.pi)
 
 
-def epistemic_std(real_MN: Tensor) -> Tensor:
+def epistemic_std(real_MN: Tensor, weights_M: Tensor | None = None) -> Tensor:
     """Return the standard deviation over the members, N in float64: of these M, not of a population they stand for."""
-    return real_MN.double().std(dim=0, correction=0)
+    if weights_M is None:
+        return real_MN.double().std(dim=0, correction=0)
+    real_MN = real_MN.double()
+    return mean((real_MN - mean(real_MN, weights_M)) ** 2, weights_M).sqrt()
 
 
-def total_std(real_MN: Tensor, noise_std: float) -> Tensor:
+def total_std(real_MN: Tensor, noise_std: float, weights_M: Tensor | None = None) -> Tensor:
     """Return the standard deviation of the mixture, N: ``sqrt(s^2 + epistemic^2)``."""
-    return (noise_std**2 + epistemic_std(real_MN) ** 2).sqrt()
+    return (noise_std**2 + epistemic_std(real_MN, weights_M) ** 2).sqrt()
 
 
 def half_width(level: float) -> float:
@@ -88,11 +97,14 @@ def half_width(level: float) -> float:
     return float(ndtri(0.5 + level / 2))
 
 
-def coverage(real_MN: Tensor, labels_N: Tensor, noise_std: float, levels: Sequence[float]) -> Tensor:
+def coverage(
+    real_MN: Tensor, labels_N: Tensor, noise_std: float, levels: Sequence[float], weights_M: Tensor | None = None
+) -> Tensor:
     """Return which labels lie in the central interval at each level, L x N.
 
     The interval is that of the Gaussian with the mixture's mean and variance, which says more plainly than the
     mixture's quantiles what it is made of.
     """
-    distance_N = (real_MN.double().mean(dim=0) - labels_N.double()).abs() / total_std(real_MN, noise_std)
+    error_N = (mean(real_MN.double(), weights_M) - labels_N.double()).abs()
+    distance_N = error_N / total_std(real_MN, noise_std, weights_M)
     return distance_N <= torch.tensor([half_width(level) for level in levels], dtype=torch.float64)[:, None]

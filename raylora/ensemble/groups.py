@@ -13,8 +13,19 @@ import numpy as np
 import torch
 
 from raylora.ensemble.predictions import Predictions
+from raylora.ensemble.weights import FITTED
 from raylora.errors import DataError, RayloraError
-from raylora.records import Description, GroupMetrics, MeanAndError, MeanMember, MemberMetrics, Summary
+from raylora.records import (
+    Description,
+    Gains,
+    GroupMetrics,
+    MeanAndError,
+    MeanMember,
+    MemberMetrics,
+    Summary,
+    WeightedGains,
+    WeightedMetrics,
+)
 from raylora.spec.evaluation import EvaluationSpec
 
 Group = Sequence[Predictions]
@@ -42,7 +53,7 @@ def one_member(group: Group, index: int) -> list[Predictions]:
 
 
 def baselines_of(groups: Mapping[str, Group]) -> dict[str, Group]:
-    """Return what the ensemble is compared with: its member 0 alone, and every other group."""
+    """Return what the plain mean is compared with: member 0 alone, fitted weights, and every other group."""
     return {"single": one_member(groups["ensemble"], 0), **{k: v for k, v in groups.items() if k != "ensemble"}}
 
 
@@ -61,14 +72,35 @@ def describe_contenders(
     def described(group: Group) -> GroupMetrics:
         return {"members": group[0].members, **describe(group, True)}
 
-    return {
+    others = {name: described(group) for name, group in baselines_of(groups).items()}
+    weighted = {name: cast(WeightedMetrics, others.pop(name)) for name in FITTED if name in others}
+    summary: Summary = {
         "output": output,
         "aggregate": settings.rule,
         "members": members,
         "ensemble": described(ensemble),
         "mean_member": average(members),
-        "baselines": {name: described(group) for name, group in baselines_of(groups).items()},
+        "baselines": others,
     }
+    return {**summary, "weighted": weighted} if weighted else summary
+
+
+def add_weighted_gains(
+    summary: Summary, groups: Mapping[str, Group], gains: Callable[[Predictions, Group], Gains]
+) -> None:
+    """Say of every ensemble with fitted weights what it gains, by labeled set.
+
+    Args:
+        gains: of one set as such an ensemble predicts it, and of that ensemble.
+    """
+    for name, described in summary.get("weighted", {}).items():
+        scored = [part for part in groups[name] if part.name in described["eval"]]
+        described["gains"] = {part.name: cast(WeightedGains, gains(part, groups[name])) for part in scored}
+
+
+def same_set(group: Group, part: Predictions) -> Predictions:
+    """Return what a group says of the set that a part of another group is of."""
+    return next(one for one in group if one.name == part.name)
 
 
 def with_role(group: Group, *roles: str) -> list[Predictions]:

@@ -22,12 +22,12 @@ SCORES = ("max_probability", "predictive_entropy", "mutual_information")
 
 
 def foreign_scores(
-    logits_MNC: Tensor, rule: str, expected_entropy_MN: Tensor | None = None
+    logits_MNC: Tensor, rule: str, expected_entropy_MN: Tensor | None = None, weights_M: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Return each score per row, N; mutual information is left out for one ordinary member, where it is always zero."""
-    parts = decompose(logits_MNC, expected_entropy_MN=expected_entropy_MN)
+    parts = decompose(logits_MNC, expected_entropy_MN=expected_entropy_MN, weights_M=weights_M)
     scores = {
-        "max_probability": 1 - aggregate_logits(logits_MNC, rule).exp().max(dim=1).values,
+        "max_probability": 1 - aggregate_logits(logits_MNC, rule, weights_M=weights_M).exp().max(dim=1).values,
         "predictive_entropy": parts.predictive_entropy_N,
         "mutual_information": parts.mutual_information_N,
     }

@@ -5,6 +5,7 @@ Shapes: M members (or stochastic passes, heads, checkpoints), N rows or tokens, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeVar
 
@@ -41,6 +42,9 @@ class Predictions:
     """For members that are themselves distributions over classifiers (a Dirichlet, several heads): the entropy that
     each expects of one of its classifiers. None for ordinary members, for whom it is the entropy of their softmax."""
 
+    weights_M: Tensor | None = None
+    """What each member weighs, float64, positive and one in all; None where all weigh alike."""
+
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise self._error(f"unknown role {self.role!r}", f"known: {', '.join(ROLES)}")
@@ -52,6 +56,9 @@ class Predictions:
             raise self._error(
                 f"expected entropies of shape {tuple(self.expected_entropy_MN.shape)}", "give one per member and row"
             )
+
+        if self.weights_M is not None:
+            check_weights(self.weights_M, self.members, self.name)
 
     def check(self) -> None:
         """Refuse what this output cannot be. Raises: DataError."""
@@ -70,8 +77,16 @@ class Predictions:
         """Return the same set as predicted by one member alone (M = 1)."""
         expected = self.expected_entropy_MN
         return replace(
-            self, values=self.values[index : index + 1],
+            self, values=self.values[index : index + 1], weights_M=None,
             expected_entropy_MN=None if expected is None else expected[index : index + 1],
+        )
+
+    def weighted(self: P, members: Sequence[int], weights_M: Tensor | None) -> P:
+        """Return the same set as predicted by some of the members, with these weights."""
+        expected, chosen = self.expected_entropy_MN, list(members)
+        return replace(
+            self, values=self.values[chosen], weights_M=weights_M,
+            expected_entropy_MN=None if expected is None else expected[chosen],
         )
 
     def labels(self) -> Tensor:
@@ -94,6 +109,15 @@ class Predictions:
 
     def _error(self, what: str, hint: str) -> DataError:
         return DataError(f"set {self.name!r}: {what}", hint)
+
+
+def check_weights(weights_M: Tensor, members: int, name: str) -> None:
+    """Raise DataError unless these are positive weights of so many members, float64 and one in all."""
+    is_sound = weights_M.shape == (members,) and weights_M.dtype == torch.float64 and bool((weights_M > 0).all())
+    if not is_sound or abs(float(weights_M.sum()) - 1) > 1e-9:
+        raise DataError(
+            f"set {name!r}: {weights_M.tolist()} are no weights of {members} members", "they are positive, one in all"
+        )
 
 
 def check_labels(labels_N: Tensor, rows: int, classes: int, name: str) -> None:

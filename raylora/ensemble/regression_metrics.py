@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raylora.ensemble.aggregate import mean
 from raylora.ensemble.gaussian import coverage, epistemic_std, mixture_nll, total_std
 
 VALUE_METRICS = ("rmse", "mae", "pearson", "spearman", "r2", "nll", "coverage_95")
@@ -32,15 +33,17 @@ class ValueScores:
     total_std_N: Tensor
 
 
-def score_values(real_MN: Tensor, labels_N: Tensor, noise_std: float) -> ValueScores:
+def score_values(
+    real_MN: Tensor, labels_N: Tensor, noise_std: float, weights_M: Tensor | None = None
+) -> ValueScores:
     """Return each row's scores under the mixture of the members."""
     return ValueScores(
-        value_N=real_MN.double().mean(dim=0),
+        value_N=mean(real_MN.double(), weights_M),
         label_N=labels_N.double(),
-        nll_N=mixture_nll(real_MN, labels_N, noise_std),
-        covered_N=coverage(real_MN, labels_N, noise_std, [LEVEL])[0].double(),
-        epistemic_std_N=epistemic_std(real_MN),
-        total_std_N=total_std(real_MN, noise_std),
+        nll_N=mixture_nll(real_MN, labels_N, noise_std, weights_M),
+        covered_N=coverage(real_MN, labels_N, noise_std, [LEVEL], weights_M)[0].double(),
+        epistemic_std_N=epistemic_std(real_MN, weights_M),
+        total_std_N=total_std(real_MN, noise_std, weights_M),
     )
 
 

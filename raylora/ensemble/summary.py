@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from raylora.ensemble.groups import Group, Settings, check_groups
+from raylora.ensemble.groups import Group, Settings, check_groups, with_role
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import Names, check_rule
+from raylora.ensemble.weights import FittedWeights, fit_weights
+from raylora.errors import DataError
 from raylora.records import SetErrors, SetFacts, Summary
+from raylora.spec import EnsembleSpec
 from raylora.spec.evaluation import EvaluationSpec
 
 
@@ -22,7 +25,8 @@ def summarize(
 ) -> Summary:
     """Return the summary of a run as plain JSON-able values; docs/metrics.md describes every field.
 
-    ``groups`` holds the ensemble under ``ensemble`` and any baselines under their names; ``single`` is added.
+    ``groups`` holds the ensemble under ``ensemble``, those with fitted weights under ``selected`` and ``stacked``, and
+    any baselines under their names; ``single`` is added.
 
     Raises:
         SpecError: the rule cannot aggregate this output.
@@ -44,6 +48,23 @@ def find_errors(
     """Return, by labeled set, where an ensemble errs; docs/metrics.md describes every field."""
     with one_thread():
         return output_of(ensemble[0].output).errors(ensemble, Settings(evaluation, aggregate, 0), names)
+
+
+def fit_group(group: Group, names: Sequence[str], ensemble: EnsembleSpec) -> list[FittedWeights]:
+    """Return the weights that a spec asks for, fitted on the group's validation set and on nothing else.
+
+    Raises:
+        DataError: there is no validation set, or it has no labels.
+    """
+    validation = with_role(group, "validation")
+    if not validation:
+        raise DataError(
+            "ensemble.select and ensemble.weights are fitted on a validation set, and there is none",
+            "predict one too, with its labels",
+        )
+    with one_thread():
+        objective = output_of(validation[0].output).objective(validation[0], ensemble.aggregate)
+        return fit_weights(objective, names, ensemble)
 
 
 @contextmanager

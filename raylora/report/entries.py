@@ -11,6 +11,8 @@ from raylora.ensemble.metric_table import METRICS
 from raylora.records import MemberMetrics, RunMetrics
 
 BASELINE_LABELS = {
+    "selected": "Selected: {n} of {all}",
+    "stacked": "Stacked: {n} of {all}, weighted",
     "single": "Single {one} (member 0)",
     "mc_dropout": "MC dropout ({n} passes)",
     "last_layer": "Last-layer ensemble ({n} heads)",
@@ -67,6 +69,9 @@ def entries(metrics: RunMetrics) -> list[Entry]:
     if metrics.get("ensemble"):
         members = metrics["ensemble"].get("members", len(metrics.get("members", [])))
         found.append(Entry("ensemble", f"Ensemble of {members}", metrics["ensemble"]))
+    for name, content in metrics.get("weighted", {}).items():
+        label = BASELINE_LABELS[name].format(n=content.get("members", "?"), all=len(metrics.get("members", [])))
+        found.append(Entry(name, label, content))
     if metrics.get("mean_member"):
         found.append(Entry("mean_member", "Mean member", metrics["mean_member"]))
     return found + [

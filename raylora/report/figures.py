@@ -28,6 +28,8 @@ COLORS = {
     "mc_dropout": "#009E73",
     "last_layer": "#CC79A7",
     "checkpoints": "#8A6D00",
+    "selected": "#000000",
+    "stacked": "#777777",
 }
 """Okabe and Ito's palette, the yellow darkened to be seen on white."""
 SPARE = ("#000000", "#777777", "#56B4E9")
@@ -37,6 +39,8 @@ DASHES = {
     "mc_dropout": "-.",
     "last_layer": ":",
     "checkpoints": (0, (5, 1, 1, 1, 1, 1)),
+    "selected": (0, (1, 1)),
+    "stacked": (0, (3, 1)),
 }
 STYLE: dict[str, Any] = {
     "font.size": 10,

@@ -23,6 +23,7 @@ def headline(metrics: RunMetrics) -> list[str]:
     first, *more = section_of(metrics).headline
     sentences = [_comparison(metrics, sets[0], metric) for metric in (first, *more)]
     sentences += [_comparison(metrics, name, first) for name in sets[1:]]
+    sentences += [_fitted(metrics, sets[0], name) for name in metrics.get("weighted", {})]
     sentences += [_detection(metrics, name) for name in set_names(metrics, "out_of_distribution")]
     return [*[sentence for sentence in sentences if sentence], *_degraded(metrics)]
 
@@ -41,6 +42,18 @@ def _comparison(metrics: RunMetrics, name: str, metric: str) -> str:
         f"On {name}, the ensemble of {members} has {_article(metric)} {METRICS[metric].in_words} "
         f"of {number(value, metric)}: {'; '.join(parts)}."
     )
+
+
+def _fitted(metrics: RunMetrics, set_name: str, fitted: str) -> str:
+    """Say what weights that the validation rows asked for gain over the plain mean on the test rows."""
+    content = metrics["weighted"][fitted]
+    gains = content["gains"][set_name]["over_ensemble"]
+    if "nll" not in gains:
+        return ""
+    weights = ", ".join(f"{name} {weight:.3g}" for name, weight in content["weights"].items())
+    chosen = "Chosen on the validation rows" if fitted == "selected" else "Weighted by the validation rows"
+    verdict = _verdict(gains["nll"], "nll", "the plain mean of all members")
+    return f"{chosen} ({weights}), the NLL on {set_name} is {verdict}."
 
 
 def _single(metrics: RunMetrics) -> str:

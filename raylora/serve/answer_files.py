@@ -179,5 +179,7 @@ def _publish(part: Path, target: Path) -> None:
 
 
 def _digest(ensemble: LoadedEnsemble, prompts: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    facts = [ensemble.spec.digest(), ensemble.members, list(prompts), dict(settings)]
+    facts: list[Any] = [ensemble.spec.digest(), ensemble.members, list(prompts), dict(settings)]
+    if ensemble.weights is not None:
+        facts.append(ensemble.weights.record())
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

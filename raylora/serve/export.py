@@ -35,9 +35,11 @@ from raylora.engine.model.serialization import check_layout, layout_of, to_bytes
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
 from raylora.engine.quantization.prepared_base import weights_sha256
 from raylora.engine.run.finished_members import member_facts, member_tensors
-from raylora.engine.run.roster import read_roster
+from raylora.engine.run.roster import Roster, read_roster
+from raylora.engine.run.speakers import read_speakers
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.member_plan import member_plans_of
+from raylora.ensemble.weights import MemberWeights
 from raylora.errors import RunDirectoryError, StoreError, UsageError, suggest
 from raylora.spec import BaseSpec, RunSpec
 from raylora.store import commit
@@ -64,11 +66,14 @@ def export_run(
 ) -> list[Exported]:
     """Write a run's finished members, one folder each, and return what was written.
 
+    Of a run that selected or weighted its members, each folder has an ``ensemble.json`` with the weights of all who
+    speak, and how they are aggregated.
+
     Args:
         form: ``peft-lora``, adapters that PEFT loads: members that it loads as they are get copied, others are
             written out layer by layer; or ``checkpoint``, whole models that transformers loads.
         out: a folder or fsspec URI, by default ``export`` in the run directory.
-        members: names such as ``member-000``; by default all.
+        members: names such as ``member-000``; by default all, or those whom the run selected.
         allow_missing: go on without members that are damaged, missing or not finished.
         base_name: what adapters call their base, a hub id or a folder; by default its hub id, or its folder's name.
 
@@ -84,7 +89,10 @@ def export_run(
     target = Storage(out or f"{store.uri}/export")
     adapters = {plan.name: plan.adapter for plan in member_plans_of(spec)}
     written = []
-    for name in _chosen(store, members, allow_missing):
+    roster = read_roster(store)
+    chosen = _chosen(store, roster, members, allow_missing)
+    speakers = read_speakers(store, spec, roster.usable if members else chosen)
+    for name in chosen if members else speakers.names:
         spec = spec.model_copy(update={"adapter": adapters[name]})
         adapter = adapter_of(spec.adapter)
         files: Mapping[str, bytes] = store.load_result(f"members/{name}")
@@ -94,9 +102,19 @@ def export_run(
         else:
             exported = _as_lora(store, spec, adapter, name, files) if not isinstance(adapter, PeftNative) else files
             exported = _with_base(exported, spec.base, base_name)
+        if speakers.is_fitted:
+            exported = {**exported, "ensemble.json": _weights_file(name, spec, speakers.weights)}
         commit.commit(target, name, exported)
         written.append(Exported(name, target.path(name), len(files[_WEIGHTS]), _weights_size(exported)))
     return written
+
+
+def _weights_file(name: str, spec: RunSpec, weights: MemberWeights) -> bytes:
+    """Return the file that says what a member weighs among those who speak for the run."""
+    weight_of = weights.record()
+    facts = {"member": name, "weight": weight_of.get(name, 0.0), "weights": weight_of,
+             "aggregate": spec.ensemble.aggregate, "fitted_on": "validation"}
+    return json.dumps(facts, indent=1).encode()
 
 
 def _with_base(files: Mapping[str, bytes], base: BaseSpec, name: str) -> Mapping[str, bytes]:
@@ -125,9 +143,8 @@ def _weights_size(files: Mapping[str, bytes]) -> int:
     return sum(len(content) for name, content in files.items() if name.endswith(".safetensors"))
 
 
-def _chosen(store: RunStore, wanted: Sequence[str], allow_missing: bool) -> list[str]:
+def _chosen(store: RunStore, roster: Roster, wanted: Sequence[str], allow_missing: bool) -> list[str]:
     """Return the members to write: those that are named, of whom none may be missing, or all of the run."""
-    roster = read_roster(store)
     if not wanted:
         return roster.members(allow_missing)
     for name in wanted:

@@ -18,10 +18,12 @@ from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
 from raylora.engine.run.finished_members import adapters_of, member_facts, member_tensors, stacked_members
 from raylora.engine.run.roster import read_roster
+from raylora.engine.run.speakers import read_speakers
 from raylora.engine.training.distillation_loss import read_outputs, task_of
 from raylora.engine.training.predict import predict
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import Contributors, Rows
+from raylora.ensemble.weights import MemberWeights
 from raylora.errors import DataError, UsageError
 from raylora.records import GroupMetrics
 from raylora.spec import RunSpec
@@ -34,6 +36,7 @@ class LoadedEnsemble:
     def __init__(
         self, spec: RunSpec, base: Base, task: Task, members: Mapping[str, Tensors],
         layouts: Mapping[str, Any] | None = None, described: GroupMetrics | None = None, calibrated: bool = True,
+        weights: MemberWeights | None = None,
     ) -> None:
         """Take members by name; what they need but did not train is made again from their seeds.
 
@@ -42,12 +45,14 @@ class LoadedEnsemble:
             described: what the run's summary says of the ensemble: its temperature, a regression's noise. What was
                 fitted for other members than these is left out.
             calibrated: whether predictions use the temperature, where one was fitted that can be trusted.
+            weights: what each member weighs, where that was fitted; by default all weigh alike.
 
         Raises:
             RunDirectoryError: they come out differently now.
         """
         self.spec, self.base, self.task = spec, base, task
-        self.members, self.calibrated = len(members), calibrated
+        self.members, self.calibrated, self.weights = len(members), calibrated, weights
+        self._weights_M = None if weights is None else weights.weights_M
         self._described: GroupMetrics = described if described and described.get("members") == len(members) else {}
         self.model = PackedModel(base, adapters_of(spec, list(members)), task)
         self._stacked = stacked_members(spec, base, members, layouts)
@@ -144,12 +149,14 @@ class LoadedEnsemble:
 
     def generator(self) -> Generator:
         """Return the members as a writer. Raises: UsageError for a run that has no model that writes."""
-        return Generator(self.model, self._stacked, self.spec.ensemble.aggregate)
+        return Generator(self.model, self._stacked, self.spec.ensemble.aggregate, self._weights_M)
 
     def _rows(self, ids: Sequence[str], truncated: Sequence[bool]) -> Rows:
         return Rows(
             ids, truncated, self.task.label_names, self.spec.ensemble.aggregate, self._described,
-            Contributors(self.members, self.spec.ensemble.members), self.calibrated,
+            Contributors(
+                self.members, self.spec.ensemble.members, None if self.weights is None else self.weights.record()
+            ), self.calibrated, self._weights_M,
         )
 
     def _tokenize(self, row: dict[str, Any], index: int) -> tuple[Example, bool]:
@@ -182,13 +189,15 @@ def writes(run: str) -> bool:
 
 
 def load_ensemble(
-    run: str, gpus: int | None = None, calibrated: bool = True, allow_missing: bool = False
+    run: str, gpus: int | None = None, calibrated: bool = True, allow_missing: bool = False, plain: bool = False,
 ) -> LoadedEnsemble:
-    """Load the members of a run directory over its base.
+    """Load the members of a run directory that speak for it over its base.
 
     Args:
         calibrated: apply the temperature that the run fitted on its validation split, unless the fit told nothing.
-        allow_missing: go on without members that are damaged, missing or not finished; every record says so.
+        allow_missing: go on without members that are damaged, missing or not finished; every record says so. Where
+            one is missing whom fitted weights need, those that are left weigh alike.
+        plain: the plain mean of all members, although the run selected or weighted them.
 
     Raises:
         StoreError: a member is damaged or missing.
@@ -198,12 +207,12 @@ def load_ensemble(
 
     store = RunStore(run)
     spec = store.read_spec()
-    names = read_roster(store).members(allow_missing)
-    files = {name: store.load_result(f"members/{name}") for name in names}
+    speakers = read_speakers(store, spec, read_roster(store).members(allow_missing), plain)
+    files = {name: store.load_result(f"members/{name}") for name in speakers.names}
     members = {name: member_tensors(found) for name, found in files.items()}
     layouts = {name: member_facts(found).get("layout") for name, found in files.items()}
     task = task_of(spec)
     device = compute_device(torch.cuda.device_count() if gpus is None else gpus)
     base = load_base(spec.base, spec.adapter, task, device, prepared_store(store))
-    described = (store.read_json("metrics.json") or {}).get("ensemble", {})
-    return LoadedEnsemble(spec, base, task, members, layouts, described, calibrated)
+    weights = speakers.weights if speakers.is_fitted else None
+    return LoadedEnsemble(spec, base, task, members, layouts, speakers.described, calibrated, weights)

@@ -12,7 +12,7 @@ from raylora.spec.base import (
 )
 from raylora.spec.data import DataSpec, SetSpec
 from raylora.spec.evaluation import EvaluationSpec, GenerationSpec
-from raylora.spec.members import BaselinesSpec, EnsembleSpec, RegularizersSpec
+from raylora.spec.members import BaselinesSpec, EnsembleSpec, RegularizersSpec, SelectSpec
 from raylora.spec.model import BaseSpec, CalibrationSpec
 from raylora.spec.placement import PlacementSpec
 from raylora.spec.reading import (
@@ -52,6 +52,7 @@ __all__ = [
     "QuantizationSpec",
     "RegularizersSpec",
     "RunSpec",
+    "SelectSpec",
     "SetSpec",
     "StudentSpec",
     "TaskSpec",

@@ -67,6 +67,16 @@ class BaselinesSpec(Frozen):
     """The last n epoch ends of member 0 as a cheap ensemble; 0 is off."""
 
 
+class SelectSpec(Frozen):
+    """Which finished members speak: chosen with replacement on the validation rows (Caruana et al., ICML 2004)."""
+
+    method: Literal["greedy"] = "greedy"
+    """``greedy``: begin with the best member and add, again and again, the one with which the mixture's validation NLL
+    is least, until none lowers it; a member may be added more than once and then weighs more."""
+    size: int = Field(default=5, ge=1)
+    """How many additions there are at most."""
+
+
 class EnsembleSpec(Frozen):
     """How many members there are and what makes them differ."""
 
@@ -82,6 +92,12 @@ class EnsembleSpec(Frozen):
     """Draw each member's training rows with replacement."""
     aggregate: Literal["mean_probabilities", "mean_logits"] = "mean_probabilities"
     """What the ensemble predicts: the mean of the members' probabilities, or the softmax of their mean logits."""
+    select: SelectSpec | None = None
+    """Let those members speak for the ensemble that the validation rows choose; null is all of them."""
+    weights: Literal["equal", "stacked"] = "equal"
+    """``equal``: the plain mean. ``stacked``: the weights with which the mixture's NLL on the validation rows is least,
+    none negative and one in all (stacking of predictive distributions, Yao et al. 2018); with ``select``, of those it
+    chose."""
     regularizers: RegularizersSpec = RegularizersSpec()
     """What keeps members from fitting their rows too closely; all off by default."""
     vary: Varied | None = None
@@ -100,9 +116,16 @@ class EnsembleSpec(Frozen):
             raise ValueError("seeds repeat: members with one seed are one member")
         if self.min_members is not None and self.min_members > self.members:
             raise ValueError(f"min_members is {self.min_members}, but there are only {self.members} members")
+        if self.members == 1 and self.is_fitted:
+            raise ValueError("select and weights: one member alone leaves nothing to choose: raise members")
         if self.vary is not None:
             check_keys(self.vary, self.members)
         return self
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the members' weights are fitted on the validation rows."""
+        return self.select is not None or self.weights != "equal"
 
     def member_seeds(self) -> list[int]:
         """Return the seed of each member."""

@@ -131,15 +131,19 @@ class RunSpec(Frozen):
         if self.distill_from is None:  # runs from before there were students keep their digest
             left_out.add("distill_from")
         found = self.model_dump(mode="json", exclude=left_out)
-        if self.distill_from is not None:  # nor those from before a teacher was asked, or had answered
-            given = found["distill_from"]
-            found["distill_from"] = {k: v for k, v in given.items() if k not in ("members", "answers") or v is not None}
+        if self.distill_from is not None:  # nor those from before a teacher was asked, was weighted, or had answered
+            given, later = found["distill_from"], ("members", "weights", "answers")
+            found["distill_from"] = {k: v for k, v in given.items() if k not in later or v is not None}
         if not self.optimization.cache_trunk:  # nor do runs from before there was a cache have another
             del found["optimization"]["cache_trunk"], found["optimization"]["cache_trunk_gb"]
         if not self.optimization.pack_rows:  # nor those from before rows were packed
             del found["optimization"]["pack_rows"]
         if self.evaluation.generation is None:  # nor those from before answers were part of a run
             del found["evaluation"]["generation"]
+        if self.ensemble.select is None:  # nor those from before members could be chosen, or weighted
+            del found["ensemble"]["select"]
+        if self.ensemble.weights == "equal":
+            del found["ensemble"]["weights"]
         if self.ensemble.vary is None:  # nor those from before members could differ in more than a seed
             del found["ensemble"]["vary"]
         return found

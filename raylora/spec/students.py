@@ -92,6 +92,8 @@ class DistillFromSpec(Frozen):
     """Digest of the teacher: its spec and its members' weights."""
     members: list[str] | None = None
     """The teacher's members that are asked while the student learns; none where there are targets."""
+    weights: list[float] | None = None
+    """What each of ``members`` weighs in the teacher's mixture; none where all weigh alike."""
     answers: str | None = None
     """The folder of the teacher's answers, beside targets; none where the student learns the rows' own."""
     loss: AnyLoss

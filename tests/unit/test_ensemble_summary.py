@@ -148,7 +148,9 @@ def test_a_violated_identity_is_loud(monkeypatch):
         check_jensen(1.1, [1.0, 1.0], "nll", "mine")
     monkeypatch.setattr(  # a "faster" aggregation that is subtly wrong
         "raylora.ensemble.outputs.classes.aggregate_logits",
-        lambda logits, rule, temperature=1.0: torch.log_softmax(logits.double().mean(0) * 3 * len(logits), -1),
+        lambda logits, rule, temperature=1.0, weights_M=None: torch.log_softmax(
+            logits.double().mean(0) * 3 * len(logits), -1
+        ),
     )
     with pytest.raises(RayloraError, match="Jensen"):
         summarize({"ensemble": fake_group(3)}, FEW)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raylora.distill.base import LossSpec
-from raylora.distill.loss_functions import cross_entropy, softened, weighted
+from raylora.distill.loss_functions import cross_entropy, member_mean, softened, weighted
 from raylora.distill.uncertainty import of_dirichlet
 
 
@@ -44,6 +45,7 @@ class DirichletLoss:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
+        self.weights: tuple[float, ...] | None = None
         self.temperature = 1.0  # a caller that does not anneal trains what `predict` uses
 
     def at(self, progress: float) -> DirichletLoss:
@@ -61,9 +63,15 @@ class DirichletLoss:
         """Return the loss B of student_outputs B x C against the members' logits B x M x C; it may be negative."""
         member_logp_BMC = smoothed(softened(targets, self.temperature), self.spec.smoothing)
         log_alpha_BC = concentrations(student_outputs, self.temperature, self.spec.max_precision)
-        nll_B = self.temperature**2 * dirichlet_nll(log_alpha_BC, member_logp_BMC)
+        nll_B = self.temperature**2 * dirichlet_nll(log_alpha_BC, member_logp_BMC, self.weights)
         task_B = cross_entropy(student_outputs, labels)
         return weighted(task_B, nll_B.to(task_B.dtype), self.spec.task_weight)
+
+    def weighing(self, weights: Sequence[float]) -> DirichletLoss:
+        """Return the loss of a teacher whose members have these weights."""
+        own = copy.copy(self)
+        own.weights = tuple(weights)
+        return own
 
     def predict(self, student_outputs: Tensor) -> dict[str, Tensor]:
         """Return the Dirichlet's mean, the entropy of it, and its split into expected entropy and disagreement."""
@@ -86,12 +94,16 @@ def smoothed(log_probs_C: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_probs_C.double() + math.log1p(-share), floor)
 
 
-def dirichlet_nll(log_alpha_BC: Tensor, member_logp_BMC: Tensor) -> Tensor:
+def dirichlet_nll(
+    log_alpha_BC: Tensor, member_logp_BMC: Tensor, weights: Sequence[float] | None = None
+) -> Tensor:
     """Return ``sum_c lnGamma(alpha_c) - lnGamma(alpha_0) - sum_c (alpha_c - 1) mean_m ln pi_mc``, B in float64.
+
+    The mean is by the members' weights, if they have any.
 
     Terms of the size of alpha_0 cancel here, for which float32 has too few digits.
     """
-    log_alpha_BC, mean_logp_BC = log_alpha_BC.double(), member_logp_BMC.double().mean(dim=1)
+    log_alpha_BC, mean_logp_BC = log_alpha_BC.double(), member_mean(member_logp_BMC.double(), weights)
     alpha_BC = log_alpha_BC.exp()
     # lnGamma(a) = lnGamma(1 + a) - ln a stays finite, and so does its gradient, where a underflows.
     lgamma_BC = torch.lgamma(1 + alpha_BC) - log_alpha_BC

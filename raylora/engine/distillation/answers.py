@@ -26,6 +26,7 @@ from raylora.engine.run.plan_run import Prepared
 from raylora.engine.training.distillation_loss import targets_uri
 from raylora.engine.training.inputs import ANSWERED, sets_of
 from raylora.ensemble.answer_metrics import normalized
+from raylora.ensemble.weights import MemberWeights
 from raylora.errors import SpecError
 from raylora.records import TargetFacts
 from raylora.spec import AnswersSpec, DistillSpec, RunSpec
@@ -94,7 +95,7 @@ class TaughtAnswers:
 
 
 def taught_answers(
-    prepared: Prepared, settings: DistillSpec, members: Sequence[str], digest: str, content_of: Mapping[str, str]
+    prepared: Prepared, settings: DistillSpec, teachers: MemberWeights, digest: str, content_of: Mapping[str, str]
 ) -> TaughtAnswers | None:
     """Return how a finished run answers the rows that its student is taught on, or None where it does not.
 
@@ -105,9 +106,10 @@ def taught_answers(
         return None
     spec, asked = prepared.spec, settings.answers
     job = AnswerJob(
-        prepared.store.uri, tuple(members), members_digest(spec, prepared.store, members), ("train",),
+        prepared.store.uri, teachers.names, members_digest(spec, prepared.store, teachers.names), ("train",),
         transfer=settings.transfer, max_new_tokens=asked.max_new_tokens, temperature=asked.temperature,
         top_p=asked.top_p, seed=asked.seed, each_member=asked.min_agreement > 0,
+        weights=teachers.mixed,
     )
     max_length = (settings.student.task or spec.task).max_length
     parts = [digest, job.key(), list(content_of.items()), asked.surest, asked.min_agreement, max_length]

@@ -6,7 +6,7 @@ import torch
 
 from raylora import registry
 from raylora.data.task import Task
-from raylora.distill import AsksTeacher, Loss, targets_class
+from raylora.distill import AsksTeacher, Loss, WeighsMembers, targets_class
 from raylora.engine.distillation.answers import check_answering
 from raylora.engine.model.checkpoint import load_config, load_tokenizer
 from raylora.engine.training.distillation_loss import student_task
@@ -41,10 +41,22 @@ def check_tokenizers(teacher: RunSpec, student: RunSpec, task: Task) -> None:
         raise DataError(f"the teacher has logits over {sizes[0]} tokens, the student over {sizes[1]}", hint)
 
 
-def try_loss(loss: Loss, task: Task, members: int) -> None:
-    """Ask the loss about nothing, which is soon done. Raises: SpecError if it cannot learn from so many members."""
+def try_loss(loss: Loss, task: Task, members: int, is_weighted: bool = False) -> None:
+    """Ask the loss about nothing, which is soon done.
+
+    Args:
+        is_weighted: whether the members may weigh differently.
+
+    Raises:
+        SpecError: it cannot learn from so many members, or not from weighted ones.
+    """
     if output_of(task.output).per_token:
         return
+    if is_weighted and not isinstance(loss, WeighsMembers):
+        raise SpecError(
+            f"distill.loss: {loss.spec.kind} has the members weigh alike, and the run selects or weights them",
+            "use kl, js, reverse_kl or dirichlet, or a run without ensemble.select and ensemble.weights",
+        )
     outputs_BO = torch.zeros(1, loss.outputs(task.num_outputs))
     targets = torch.zeros((1, members, task.num_outputs)[: targets_class(task.output).dimensions])
     loss.per_example(outputs_BO, targets, None)

@@ -13,6 +13,7 @@ from raylora.engine.distillation.plan import Distillation, is_finished
 from raylora.engine.distillation.target_job import FACTS
 from raylora.engine.run.answer_summary import FACTS as ANSWERS_FACTS
 from raylora.engine.run.roster import check_whole, read_roster
+from raylora.engine.run.speakers import read_speakers, voice_of
 from raylora.engine.training.distillation_loss import loss_of, task_of
 from raylora.ensemble.outputs import output_of
 from raylora.records import (
@@ -36,7 +37,7 @@ def compare(work: Distillation) -> DistillationRecord:
         StoreError: a member is damaged.
     """
     student, output = RunStore.for_spec(work.student), output_of(task_of(work.teacher).output)
-    members = read_roster(work.store).members()
+    members = read_speakers(work.store, work.teacher, read_roster(work.store).members()).names
     rows: Contenders = {
         "teacher": _row(f"Teacher: ensemble of {len(members)}", work.store, work.store, "ensemble", len(members)),
         "single": _row("Teacher's member 0", work.store, work.store, "single", 1),
@@ -56,7 +57,7 @@ def compare(work: Distillation) -> DistillationRecord:
     if work.settings.costs:
         measured, where = measure([
             Contender("teacher", work.store.uri, tuple(members)),
-            Contender("single", work.store.uri, tuple(members[:1])),
+            Contender("single", work.store.uri, tuple(read_roster(work.store).members()[:1])),
             Contender("student", student.uri, tuple(read_roster(student).members())),
         ])
         record["measured_on"] = where
@@ -111,7 +112,8 @@ def _row(label: str, store: RunStore, teacher: RunStore, group: str, members: in
     answers = _answers(store, teacher, group)
     # As a baseline member 0 has intervals; baselines may be off in the spec, but it is measured in any case.
     single: Description = metrics.get("baselines", {}).get("single") or metrics["members"][0]
-    found = metrics["ensemble"] if group == "ensemble" else single
+    spoken = metrics.get("weighted", {}).get(voice_of(store.read_spec().ensemble), metrics["ensemble"])
+    found = spoken if group == "ensemble" else single
     counts = metrics["parameters"]
     return {
         "label": label,
@@ -128,6 +130,9 @@ def _answers(store: RunStore, teacher: RunStore, group: str) -> dict[str, dict[s
     found, asked = store.read_json(ANSWERS_FACTS), teacher.read_json(ANSWERS_FACTS)
     if found is None or asked is None or found["settings"] != asked["settings"]:
         return {}
+    members = read_roster(store).members()
+    if group != "ensemble" and read_speakers(store, store.read_spec(), members).names[0] != members[0]:
+        return {}  # member 0 was not selected, so it was not asked
     said = {name: one["ensemble"] if group == "ensemble" else one["members"][0] for name, one in found["sets"].items()}
     return {
         name: {

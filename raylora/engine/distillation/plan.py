@@ -20,6 +20,7 @@ from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.run.finished_members import teacher_digest
 from raylora.engine.run.plan_run import Prepared, prepare
 from raylora.engine.run.roster import read_roster, read_state
+from raylora.engine.run.speakers import Speakers, read_speakers
 from raylora.engine.training.distillation_loss import (
     targets_uri,
     task_of,
@@ -28,6 +29,7 @@ from raylora.engine.training.distillation_loss import (
 from raylora.engine.training.inputs import AHEAD, sets_of
 from raylora.engine.training.member_plan import PlanRole, member_plans_of
 from raylora.ensemble.outputs import output_of
+from raylora.ensemble.weights import MemberWeights, equal_weights
 from raylora.errors import RunDirectoryError
 from raylora.placement.inventory import Inventory
 from raylora.spec import BaselinesSpec, DistillFromSpec, DistillSpec, EnsembleSpec, RunSpec
@@ -74,14 +76,15 @@ def prepare_distillation(
     task = task_of(spec)
     loss = check_task(settings, task)
     prepared = prepare(spec, inventory)
-    members = read_roster(store).members()[: 1 if settings.teacher == "single" else None]
-    try_loss(loss, task, len(members))
+    teachers = teachers_of(spec, store, settings)
+    members = teachers.names
+    try_loss(loss, task, len(members), _weighs(spec, settings))
     content_of = _content_of(spec, task, settings, prepared)
     tokens = _tokens(loss)
-    digest = teacher_digest(spec, store, members)
+    digest = teacher_digest(spec, store, members, teachers.weights.mixed)
     key = targets_key(digest, content_of, tokens)
-    answers = taught_answers(prepared, settings, members, digest, content_of)
-    source = _source(settings, loss, digest, members, key, answers.key if answers is not None else None)
+    answers = taught_answers(prepared, settings, teachers.weights, digest, content_of)
+    source = _source(settings, loss, digest, teachers.weights, key, answers.key if answers is not None else None)
     student = student_spec(spec, settings, store.uri, settings.name, source)
     alone = student_spec(spec, settings, store.uri, f"{settings.name}-alone", None) if settings.alone else None
     if output_of(task.output).per_token:
@@ -98,19 +101,22 @@ def prepare_distillation(
         RunStore.for_spec(alone).check_spec(alone)
     targets = None
     if source.targets is not None:
-        job = TargetJob(store.uri, digest, _packs(prepared, members), settings.transfer, tokens, shard_rows)
+        job = TargetJob(store.uri, digest, _packs(prepared, members), settings.transfer, tokens, shard_rows,
+                        teachers.weights.mixed)
         targets = _target_plan(prepared, key, job, len(content_of))
     return Distillation(settings, store, spec, members, key, len(content_of), targets, answers, student, alone)
 
 
 def _source(
-    settings: DistillSpec, loss: Loss, teacher: str, members: list[str], targets: str, answers: str | None
+    settings: DistillSpec, loss: Loss, teacher: str, members: MemberWeights, targets: str, answers: str | None
 ) -> DistillFromSpec:
     """Return what makes a run this student's: targets, a teacher that is asked, or answers, as its loss needs."""
     is_asked = isinstance(loss, AsksTeacher)
+    weights = members.mixed if is_asked else None
     return DistillFromSpec(
         targets=None if is_asked or isinstance(loss, LearnsAnswers) else targets, teacher=teacher,
-        members=members if is_asked else None, answers=answers, loss=settings.loss, transfer=settings.transfer,
+        members=list(members.names) if is_asked else None, weights=None if weights is None else list(weights),
+        answers=answers, loss=settings.loss, transfer=settings.transfer,
     )
 
 
@@ -133,14 +139,27 @@ def check_ahead(spec: RunSpec, inventory: Inventory | None = None) -> None:
     loss = check_task(settings, task)
     members = [plan.name for plan in member_plans_of(spec) if plan.role is PlanRole.MEMBER]
     members = members[: 1 if settings.teacher == "single" else None]
-    try_loss(loss, task, len(members))
+    try_loss(loss, task, len(members), _weighs(spec, settings))
     check_prompts(spec, settings, task)
-    source = _source(settings, loss, AHEAD, members, AHEAD, None if settings.answers is None else AHEAD)
+    source = _source(settings, loss, AHEAD, equal_weights(members), AHEAD, None if settings.answers is None else AHEAD)
     # A name of its own: what is in the student's directory is looked at when the targets are known.
     student = student_spec(spec, settings, RunStore.for_spec(spec).uri, f"{settings.name}-ahead", source)
     if output_of(task.output).per_token:
         check_tokenizers(spec, student, task)
     prepare(student, inventory)
+
+
+def teachers_of(spec: RunSpec, store: RunStore, settings: DistillSpec) -> Speakers:
+    """Return who of a finished run teaches: those who speak for it, or member 0 alone. Raises: StoreError."""
+    members = read_roster(store).members()
+    if settings.teacher == "single":
+        return read_speakers(store, spec, members[:1], plain=True)
+    return read_speakers(store, spec, members)
+
+
+def _weighs(spec: RunSpec, settings: DistillSpec) -> bool:
+    """Return whether the members who teach may weigh differently."""
+    return settings.teacher != "single" and spec.ensemble.is_fitted
 
 
 def is_finished(store: RunStore) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -56,6 +56,8 @@ class TargetJob:
     tokens: tuple[int, float] | None = None
     """For language models, how many tokens are kept per position and at what temperature."""
     shard_rows: int = SHARD_ROWS
+    weights: tuple[float, ...] | None = None
+    """What each of :attr:`members` weighs; None where all weigh alike."""
 
     @property
     def members(self) -> list[str]:
@@ -164,10 +166,11 @@ class TargetSession(AskingSession):
         outputs_MNC, ids = torch.cat(parts)[order], [example.id for example in examples]
         keys = Keys(ids, [self.content_of[i] for i in ids])
         values, _ = read_outputs(task, outputs_MNC)
-        return targets_class(task.output).from_outputs(
+        found = targets_class(task.output).from_outputs(
             keys, values.transpose(0, 1), teacher_digest=self.target_job.digest, label_names=task.label_names,
             members=[number_of(names[index]) for index in order],
         )
+        return replace(found, weights=self.target_job.weights)
 
     def _model(self) -> PackedModel:
         adapters = adapters_of(self.spec, self._column_names())
@@ -175,6 +178,14 @@ class TargetSession(AskingSession):
 
     def _column_names(self) -> list[str]:
         return [name for pack in self.target_job.packs for name in pack]
+
+    def _column_weights(self) -> list[float] | None:
+        """Return what the members weigh, in the order in which they share forwards."""
+        job = self.target_job
+        if job.weights is None:
+            return None
+        weight_of = dict(zip(job.members, job.weights, strict=True))
+        return [weight_of[name] for name in self._column_names()]
 
     @torch.no_grad()
     def _tokens(self, name: str, examples: Sequence[Example], report: OnRows) -> dict[str, bytes]:
@@ -185,7 +196,7 @@ class TargetSession(AskingSession):
         model = self._model()
         writer = TokenTargetsWriter(
             files.__setitem__, teacher_digest=self.target_job.digest, k=k, temperature=temperature, prefix=name,
-            members=[number_of(member) for member in self.target_job.members],
+            members=[number_of(member) for member in self.target_job.members], weights=self._column_weights(),
             vocabulary=int(base.model.get_output_embeddings().weight.shape[0]),  # type: ignore[operator]
         )
         with writer:

@@ -43,7 +43,7 @@ class Answer:
     agreement: float | None = None
     """The share of members whose own greedy answer is this one; None where they were not asked."""
     sequencewise_nll: float | None = None
-    """Of a given answer: ``-log 1/M sum_m prod_t p_m``, the mixture of whole answers."""
+    """Of a given answer: ``-log sum_m w_m prod_t p_m``, the mixture of whole answers."""
 
     @property
     def nll(self) -> float:

@@ -32,6 +32,8 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     rule: str = "mean_probabilities"
+    weights: tuple[float, ...] | None = None
+    """What each member weighs in the mixture; None where all weigh alike."""
     each_member: bool = False
     """Every member writes its own answer, and no mixture is made."""
 
@@ -67,6 +69,7 @@ class Decoder:
         """
         self.sampling, self.ends = sampling, set(ends)
         self.members = member_count(stacked)
+        self._weights_M = None if sampling.weights is None else torch.tensor(sampling.weights, dtype=torch.float64)
         self.names, self.position = list(names), 0
         self.unfinished = list(range(len(prompts)))
         self._done_MA = torch.zeros((self.members, len(prompts)), dtype=torch.bool)
@@ -103,7 +106,7 @@ class Decoder:
             self._done_MA[slice(None) if member is None else member, at] = True
 
     def _together(self, logits_MAV: Tensor) -> tuple[list[Written], Tensor]:
-        mixture = mix(logits_MAV, self.sampling.rule)
+        mixture = mix(logits_MAV, self.sampling.rule, self._weights_M)
         token_A = self._draw(mixture.logp_NV, [self.names[row] for row in self.unfinished])
         written = self._written(mixture, token_A, None)
         return written, token_A.repeat(self.members)

@@ -5,20 +5,22 @@ Shapes: M members, N prompts, T tokens.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from torch import Tensor
+
 from raylora.adapters.base import Tensors
 from raylora.adapters.packed import member_count
-from raylora.data.task import Asks, BadRow
+from raylora.data.task import Asks, BadRow, Example
 from raylora.engine.generation.answers import Answer, Finish, Token
 from raylora.engine.generation.decoder import Decoder, Sampling, Written
-from raylora.engine.generation.score import score
+from raylora.engine.generation.score import Scored, score
 from raylora.engine.model.packed_model import PackedModel
+from raylora.ensemble.aggregate import log_mean_exp
 from raylora.ensemble.answer_metrics import normalized
 from raylora.errors import DataError, UsageError
 
@@ -67,8 +69,8 @@ def sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int, e
 class Generator:
     """The members of a run as one writer."""
 
-    def __init__(self, model: PackedModel, stacked: Tensors, rule: str) -> None:
-        """Take the members' tensors, stacked over M, and how they are aggregated.
+    def __init__(self, model: PackedModel, stacked: Tensors, rule: str, weights_M: Tensor | None = None) -> None:
+        """Take the members' tensors, stacked over M, and how they are aggregated: alike, or by weights.
 
         Raises:
             UsageError: the task's model does not write.
@@ -76,6 +78,7 @@ class Generator:
         if not isinstance(model.task, Asks):
             raise UsageError(f"a {model.task.spec.kind} run has no model that writes", "use predict")
         self.model, self.stacked, self.rule = model, stacked, rule
+        self.weights_M = weights_M
         self.task: Asks = model.task
         self.tokenizer: Any = model.base.tokenizer
         self.members = member_count(stacked)
@@ -119,12 +122,12 @@ class Generator:
             except BadRow as error:
                 raise DataError(f"row {number}: {error}") from None
         found = []
-        for example, said in zip(examples, score(self.model, self.stacked, examples, self.rule), strict=True):
+        for example, said in zip(examples, self._scores(examples), strict=True):
             numbers = zip(said.token_P.tolist(), said.logprob_P.tolist(), said.entropy_P.tolist(),
                           said.mutual_information_P.tolist(), strict=True)
             tokens = tuple(Token(one, self.tokenizer.decode([one]), *rest) for one, *rest in numbers)
             whole_M = said.member_logprob_MP.double().sum(dim=1)
-            sequencewise = math.log(len(whole_M)) - float(whole_M.logsumexp(0))
+            sequencewise = -float(log_mean_exp(whole_M, self.weights_M))
             text = text_of(self.tokenizer, said.token_P.tolist())
             found.append(Answer(example.id, text, tokens, "given", sequencewise_nll=sequencewise))
         return found
@@ -142,7 +145,7 @@ class Generator:
         for name, prompt in zip(names, prompts, strict=True):
             self._check_length(f"prompt {name}", prompt, max(ways, key=lambda way: way.max_new_tokens))
         first = self._decoder(prompts, names, ways[0])
-        decoders = [first.fork(replace(way, rule=self.rule)) for way in ways[1:]]
+        decoders = [first.fork(self._own(way)) for way in ways[1:]]
         decoders.insert(0, first)
         found: list[list[list[Answer]]] = []
         while decoders:  # the last goes first, and what it remembers with it
@@ -157,7 +160,14 @@ class Generator:
         return [[_answer(drafts[row, speaker]) for speaker in speakers] for row in range(prompts)]
 
     def _decoder(self, prompts: Sequence[list[int]], names: Sequence[str], sampling: Sampling) -> Decoder:
-        return Decoder(self.model, self.stacked, prompts, names, replace(sampling, rule=self.rule), self.ends)
+        return Decoder(self.model, self.stacked, prompts, names, self._own(sampling), self.ends)
+
+    def _own(self, sampling: Sampling) -> Sampling:
+        weights = None if self.weights_M is None else tuple(self.weights_M.tolist())
+        return replace(sampling, rule=self.rule, weights=weights)
+
+    def _scores(self, examples: Sequence[Example]) -> Iterator[Scored]:
+        return score(self.model, self.stacked, examples, self.rule, self.weights_M)
 
     def _steps(
         self, decoder: Decoder, stop: Sequence[str]

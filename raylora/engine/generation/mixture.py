@@ -5,7 +5,6 @@ Shapes: M members, N rows, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raylora.data.order import derive_seed
+from raylora.ensemble.aggregate import log_mean_exp, mean
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,19 @@ class Mixture:
     """How much of the entropy is the members' disagreement: H(mean of p_m) - mean of H(p_m)."""
 
 
-def mix(logits_MNV: Tensor, rule: str = "mean_probabilities") -> Mixture:
+def mix(logits_MNV: Tensor, rule: str = "mean_probabilities", weights_M: Tensor | None = None) -> Mixture:
     """Return the mixture of the members' distributions: of their probabilities, or by the mean of their logits.
+
+    Means are plain, or by the members' weights.
 
     By either rule the mutual information is that of the mean of probabilities, for which it is defined.
     """
     logp_MNV = torch.log_softmax(logits_MNV.float(), dim=-1)
-    mean_NV = torch.logsumexp(logp_MNV, dim=0) - math.log(len(logp_MNV))
-    entropy_N, of_members_N = _entropy(mean_NV), _entropy(logp_MNV).mean(dim=0)
+    mean_NV = log_mean_exp(logp_MNV, weights_M)
+    entropy_N, of_members_N = _entropy(mean_NV), mean(_entropy(logp_MNV), weights_M)
     if rule == "mean_probabilities":
         return Mixture(mean_NV, entropy_N, (entropy_N - of_members_N).clamp(min=0))
-    drawn_NV = torch.log_softmax(logits_MNV.float().mean(dim=0), dim=-1)
+    drawn_NV = torch.log_softmax(mean(logits_MNV.float(), weights_M), dim=-1)
     return Mixture(drawn_NV, _entropy(drawn_NV), (entropy_N - of_members_N).clamp(min=0))
 
 

@@ -36,7 +36,8 @@ class Scored:
 
 @torch.no_grad()
 def score(
-    model: PackedModel, stacked: Mapping[str, Tensor], examples: Sequence[Example], rule: str = "mean_probabilities"
+    model: PackedModel, stacked: Mapping[str, Tensor], examples: Sequence[Example], rule: str = "mean_probabilities",
+    weights_M: Tensor | None = None,
 ) -> Iterator[Scored]:
     """Yield what the members say of the tokens that each example's target mask names, in the examples' order."""
     base = model.base
@@ -55,7 +56,7 @@ def score(
         before_K[-1] = False
         chunk = max(1, _LOGIT_BYTES // (4 * members * vocabulary))
         parts = [
-            _scored(logits_MPV, own_P, rule)
+            _scored(logits_MPV, own_P, rule, weights_M)
             for logits_MPV, own_P in zip(
                 logits_BKV[:, before_K].split(chunk, dim=1), token_P.split(chunk), strict=True
             )
@@ -63,8 +64,8 @@ def score(
         yield Scored(*(torch.cat([getattr(part, name) for part in parts], dim=-1).cpu() for name in vars(parts[0])))
 
 
-def _scored(logits_MPV: Tensor, token_P: Tensor, rule: str) -> Scored:
-    mixture = mix(logits_MPV, rule)
+def _scored(logits_MPV: Tensor, token_P: Tensor, rule: str, weights_M: Tensor | None) -> Scored:
+    mixture = mix(logits_MPV, rule, weights_M)
     of_members_MPV = torch.log_softmax(logits_MPV.float(), dim=-1)
     members = len(logits_MPV)
     return Scored(

@@ -44,6 +44,8 @@ class AnswerJob:
     """Of the mixture; 0 takes the most probable token each time."""
     top_p: float = 1.0
     seed: int = 0
+    weights: tuple[float, ...] | None = None
+    """What each member weighs; None where all weigh alike."""
     each_member: bool = False
     """Every member's own greedy answer too, without its single tokens."""
     shard_rows: int = SHARD_ROWS
@@ -53,8 +55,10 @@ class AnswerJob:
 
         So that a job of more rows, or of further sets, finds what one of fewer has committed.
         """
-        left_out = ("run_uri", "members", "sets", "rows", "transfer")
+        left_out = ("run_uri", "members", "sets", "rows", "transfer", "weights")
         facts = {name: value for name, value in asdict(self).items() if name not in left_out}
+        if self.weights is not None:  # two kinds of machines may differ in their last bits
+            facts["weights"] = [round(weight, 6) for weight in self.weights]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def make_session(

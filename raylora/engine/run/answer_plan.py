@@ -25,6 +25,7 @@ from raylora.engine.run.answering import Shard, ShardShelf, make_shards, shards_
 from raylora.engine.run.asking import AskingSession
 from raylora.engine.run.plan_run import Prepared, prepare
 from raylora.engine.run.roster import read_roster
+from raylora.engine.run.speakers import read_speakers
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.placement.inventory import Inventory
@@ -117,9 +118,9 @@ def plan_evaluation(
     store = RunStore(run)
     spec = store.spec_in_place()
     check_answers(task_of(spec))
-    members = read_roster(store).members(allow_missing)
+    speakers = read_speakers(store, spec, read_roster(store).members(allow_missing))
     prepared = prepare(spec, inventory, look=True)
-    job = evaluation_job(spec, store, members, settings, prepared.sets)
+    job = evaluation_job(spec, store, speakers.weights, settings, prepared.sets)
     return Evaluation(settings, store, prepared.sets, plan_answers(prepared, job))
 
 
@@ -160,7 +161,7 @@ class AnswerSession(AskingSession):
         session, job = self.session, self.job
         sets = self.load_sets(job.transfer, asks=True)
         self.shelf = ShardShelf(self.store, SHARDS, shards_of(sets, job.sets, job.rows, job.shard_rows))
-        self.writer = writer_of(self.spec, session.store, session.base, session.task, job.members)
+        self.writer = writer_of(self.spec, session.store, session.base, session.task, job.members, job.weights)
 
     def run_job(
         self, job: str, unit_names: Sequence[str], report: OnProgress, should_stop: Callable[[], int]

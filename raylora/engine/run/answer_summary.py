@@ -18,6 +18,7 @@ from raylora.engine.run.answering import ShardShelf
 from raylora.engine.run.evaluation import with_roles
 from raylora.engine.run.finished_members import members_digest
 from raylora.ensemble.answer_metrics import NORMALIZATIONS, Doubts, describe_answers, describe_doubts, score_answers
+from raylora.ensemble.weights import MemberWeights
 from raylora.spec import EvaluationSpec, GenerationSpec, RunSpec
 from raylora.store.run_store import RunStore
 
@@ -29,12 +30,12 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def evaluation_job(
-    spec: RunSpec, store: RunStore, members: Sequence[str], settings: GenerationSpec, sets: DataSets
+    spec: RunSpec, store: RunStore, speakers: MemberWeights, settings: GenerationSpec, sets: DataSets
 ) -> AnswerJob:
-    """Return what finished members of a run are asked for its evaluation. Raises: StoreError for a damaged member."""
+    """Return what a run's members who speak are asked for its evaluation. Raises: StoreError for a damaged member."""
     return AnswerJob(
-        store.uri, tuple(members), members_digest(spec, store, members), tuple(asked_sets(sets)), settings.rows,
-        max_new_tokens=settings.max_new_tokens, each_member=True,
+        store.uri, speakers.names, members_digest(spec, store, speakers.names), tuple(asked_sets(sets)), settings.rows,
+        max_new_tokens=settings.max_new_tokens, each_member=True, weights=speakers.mixed,
     )
 
 

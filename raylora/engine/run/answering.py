@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from raylora.data.sets import DataSets
 from raylora.data.task import Example, Task
 from raylora.engine.generation.decoder import Sampling
@@ -28,10 +30,19 @@ from raylora.store.run_store import RunStore
 FILE = "answers.jsonl"
 
 
-def writer_of(spec: RunSpec, store: RunStore, base: Base, task: Task, members: Sequence[str]) -> Generator:
-    """Return finished members as a writer over their base. Raises: StoreError for a damaged one, UsageError."""
+def writer_of(
+    spec: RunSpec, store: RunStore, base: Base, task: Task, members: Sequence[str],
+    weights: Sequence[float] | None = None,
+) -> Generator:
+    """Return finished members, who weigh alike or as is said, as a writer over their base.
+
+    Raises:
+        StoreError: a member is damaged.
+        UsageError: the task's model does not write.
+    """
     stacked = read_members(spec, store, base, members)
-    return Generator(PackedModel(base, adapters_of(spec, members), task), stacked, spec.ensemble.aggregate)
+    weights_M = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    return Generator(PackedModel(base, adapters_of(spec, members), task), stacked, spec.ensemble.aggregate, weights_M)
 
 
 @dataclass(frozen=True)

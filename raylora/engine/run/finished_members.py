@@ -92,10 +92,16 @@ def member_facts(files: Mapping[str, bytes]) -> dict[str, Any]:
     return json.loads(files["member.json"])
 
 
-def teacher_digest(spec: RunSpec, store: RunStore, members: Sequence[str]) -> str:
-    """Return the SHA-256 of a teacher: its spec and the weights of those members who teach.
+def teacher_digest(
+    spec: RunSpec, store: RunStore, members: Sequence[str], shares: Sequence[float] | None = None
+) -> str:
+    """Return the SHA-256 of a teacher: its spec, the weights of those members who teach, and the share of each.
+
+    Args:
+        shares: what each member weighs in the mixture; None where all weigh alike.
 
     Raises:
         StoreError: a member is damaged.
     """
-    return hashlib.sha256(json.dumps([spec.digest(), weight_digests(store, members)]).encode()).hexdigest()
+    parts = [spec.digest(), weight_digests(store, members), *([list(shares)] if shares is not None else [])]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -15,6 +15,7 @@ from raylora.engine.run.answer_job import ANSWERS, SHARDS, AnswerJob
 from raylora.engine.run.answer_summary import FACTS, asked_sets, describe, evaluation_job, numbers_of
 from raylora.engine.run.answering import Shard, ShardShelf, make_shards, shards_of, writer_of
 from raylora.engine.run.roster import read_state
+from raylora.engine.run.speakers import fit_speakers
 from raylora.engine.training.answer_validation import watched_by_answers
 from raylora.engine.training.member_plan import PlanRole, member_plans_of
 from raylora.errors import SpecError, StoreError
@@ -81,7 +82,7 @@ class RunAnswers:
             self._asked = self._ask(self._finished())
         asked = self._asked
         if self._writer is None and set(names).intersection(asked.shelf.missing()):
-            self._writer = writer_of(self.spec, self.store, self.base, self.task, asked.job.members)
+            self._writer = writer_of(self.spec, self.store, self.base, self.task, asked.job.members, asked.job.weights)
         if self._writer is not None:
             batch = self.spec.evaluation.batch
             make_shards(self._writer, asked.job, asked.shelf, names, batch, report, should_stop, span)
@@ -95,8 +96,8 @@ class RunAnswers:
         settings = self.spec.evaluation.generation
         if settings is None:
             return None
-        shelf = self._ask(members).shelf
-        missing = shelf.missing()
+        asked = self._ask(members)
+        missing = asked.shelf.missing()
         if missing:
             failed = read_state(self.store).failed_units
             why = next((f": {failed[name]}" for name in missing if name in failed), "")
@@ -104,7 +105,9 @@ class RunAnswers:
                 f"{self.store.uri}: {len(missing)} of {len(self.shards)} shards of answers are not written, such as "
                 f"{missing[0]}{why}", f"raylora resume {self.store.uri}",
             )
-        found = describe(self.spec.evaluation, settings, self.spec.data.seed, self.sets, shelf, len(members))
+        found = describe(
+            self.spec.evaluation, settings, self.spec.data.seed, self.sets, asked.shelf, len(asked.job.members)
+        )
         self.store.write_json(FACTS, found)
         return numbers_of(found)
 
@@ -114,5 +117,6 @@ class RunAnswers:
 
     def _ask(self, members: Sequence[str]) -> _Asked:
         assert self.spec.evaluation.generation is not None
-        job = evaluation_job(self.spec, self.store, members, self.spec.evaluation.generation, self.sets)
+        speakers = fit_speakers(self.store, self.spec, members)
+        job = evaluation_job(self.spec, self.store, speakers, self.spec.evaluation.generation, self.sets)
         return _Asked(job, ShardShelf(self.store, f"{ANSWERS}/{job.key()}/{SHARDS}", self.shards))

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from raylora.adapters.names import adapter_name
-from raylora.engine.model import serialization
 from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
 from raylora.engine.run.finished_members import member_facts
+from raylora.engine.run.speakers import predictions_of
 from raylora.engine.training.member_plan import PlanRole, member_adapters, member_plans_of
+from raylora.ensemble.groups import Group
 from raylora.ensemble.outputs.base import Names
-from raylora.ensemble.predictions import Predictions
-from raylora.ensemble.summary import find_errors, summarize
+from raylora.ensemble.summary import find_errors, fit_group, summarize
 from raylora.records import Compute, HistoryRow, JobTiming, RunMetrics, Timing
 from raylora.spec import RunSpec, dump_spec
 from raylora.store.run_store import RunStore
@@ -42,16 +42,22 @@ def aggregate(
     """
     roles = {plan.name: plan.role for plan in member_plans_of(spec)}
     members = [name for name in finished if roles[name] is PlanRole.MEMBER]
-    groups = {"ensemble": _group(store, members)}
+    groups: dict[str, Group] = {"ensemble": predictions_of(store, members)}
     dropped = [name for name in finished if roles[name] is PlanRole.MC_DROPOUT]
     heads = [name for name in finished if roles[name] is PlanRole.LAST_LAYER]
     if dropped:
-        groups["mc_dropout"] = _group(store, dropped)
+        groups["mc_dropout"] = predictions_of(store, dropped)
     if heads:
-        groups["last_layer"] = _group(store, heads)
+        groups["last_layer"] = predictions_of(store, heads)
     if store.has_result("predictions/checkpoints"):
-        groups["checkpoints"] = _group(store, ["checkpoints"])
+        groups["checkpoints"] = predictions_of(store, ["checkpoints"])
+    fits = fit_group(groups["ensemble"], members, spec.ensemble) if spec.ensemble.is_fitted else []
+    for fit in fits:
+        chosen = [members.index(name) for name in fit.weights.names]
+        groups[fit.name] = [part.weighted(chosen, fit.weights.weights_M) for part in groups["ensemble"]]
     summary = summarize(groups, spec.evaluation, spec.ensemble.aggregate, seed=spec.data.seed)
+    for fit in fits:
+        summary["weighted"][fit.name].update(fit.record())
     if not spec.baselines.single:
         summary["baselines"].pop("single", None)
     for entry, name in zip(summary["members"], members, strict=True):
@@ -67,11 +73,6 @@ def aggregate(
         metrics["answers"] = answers
     store.write_json("metrics.json", metrics)
     return metrics
-
-
-def _group(store: RunStore, names: Sequence[str]) -> list[Predictions]:
-    parts = [serialization.unpack_predictions(store.load_result(f"predictions/{name}")) for name in names]
-    return serialization.join_members(parts)
 
 
 def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: float) -> RunMetrics:

@@ -48,7 +48,8 @@ def load_teacher(student: RunSpec, store: RunStore, base: Base) -> LiveTeacher:
     assert student.distill_from is not None and student.distill_from.members is not None
     run, names = RunStore(store.uri.rpartition("/")[0]), student.distill_from.members
     spec = run.read_spec()
-    if teacher_digest(spec, run, names) != student.distill_from.teacher:
+    shares = student.distill_from.weights
+    if teacher_digest(spec, run, names, shares) != student.distill_from.teacher:
         raise DataError(
             f"{run.uri}: its members are not those that {student.run_name()} was begun with",
             "restore them, or distill again under another distill.name",
@@ -62,7 +63,9 @@ def load_teacher(student: RunSpec, store: RunStore, base: Base) -> LiveTeacher:
     groups = packable_groups(plans)
     everyone = [name for group in groups for name in group]
     packs = [read_members(spec, run, loaded, group, everyone) for group in groups]
-    return LiveTeacher(PackedModel(loaded, adapters_of(spec, everyone), task), packs)
+    share_of = dict(zip(names, shares, strict=True)) if shares is not None else None
+    weights = None if share_of is None else [share_of[name] for name in everyone]
+    return LiveTeacher(PackedModel(loaded, adapters_of(spec, everyone), task), packs, weights)
 
 
 def is_same_base(teacher: RunSpec, teacher_run: RunStore, student: RunSpec, student_run: RunStore) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from raylora import registry
 from raylora.data.sets import DataSets, content_hash
 from raylora.data.task import Batch, Task, sum_per_example
-from raylora.distill import Annealed, Loss, MemberTargets, TokenTargets, merge, read_targets
+from raylora.distill import Annealed, Loss, MemberTargets, TokenTargets, WeighsMembers, merge, read_targets
 from raylora.engine.model.token_losses import PositionLoss, next_tokens, predicting
 from raylora.ensemble.outputs import output_of
 from raylora.errors import DataError, SpecError, StoreError
@@ -167,6 +167,8 @@ def read_distillation_loss(spec: RunSpec, store: RunStore, task: Task, sets: Dat
         )
     else:
         targets.check(teacher_digest=distill_from.teacher, label_names=task.label_names, content_hash_of=content_of)
+        if targets.weights is not None and isinstance(loss, WeighsMembers):
+            loss = loss.weighing(targets.weights)
     return DistillationLoss(task, loss, targets)
 
 

@@ -26,23 +26,27 @@ from raylora.engine.model.token_losses import PositionLoss, next_tokens, predict
 class LiveTeacher:
     """The members of a finished run, ready to be asked."""
 
-    def __init__(self, model: PackedModel, packs: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take the members' tensors, stacked by what shares a forward."""
-        self.model, self.packs = model, packs
+    def __init__(
+        self, model: PackedModel, packs: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None
+    ) -> None:
+        """Take the members' tensors, stacked by what shares a forward, and what each of them weighs in that order."""
+        self.model, self.packs, self.weights = model, packs, weights
 
     @torch.no_grad()
     def mixture(self, batch: Batch, temperature: float) -> Callable[[slice], Tensor]:
-        """Return what makes ``log 1/M sum_m softmax(z_m / T)`` of some positions, C x V.
+        """Return what makes ``log sum_m w_m softmax(z_m / T)`` of some positions, C x V.
 
         The members have then read the batch, all of a pack in one forward.
         """
         head = self.model.base.token_head
         states = chain.from_iterable(self.model.token_states(stacked, batch) for stacked in self.packs)
         if isinstance(head, WholeHead):  # its states are logits: those of one pack at a time
-            logp_PV = mixture(states, temperature)
+            logp_PV = mixture(states, temperature, self.weights)
             return lambda chunk: logp_PV[chunk]
         of_members = list(states)
-        return lambda chunk: mixture((head.logits(states_PS[chunk]) for states_PS in of_members), temperature)
+        return lambda chunk: mixture(
+            (head.logits(states_PS[chunk]) for states_PS in of_members), temperature, self.weights
+        )
 
 
 class LiveDistillationLoss:

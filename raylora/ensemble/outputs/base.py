@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from raylora.ensemble.groups import Group, Settings
+from raylora.ensemble.objectives import Objective
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import SpecError
 from raylora.records import GroupMetrics, SetErrors, Summary
@@ -47,13 +48,18 @@ class Contributors:
 
     members: int
     members_asked: int
+    weights: Mapping[str, float] | None = None
+    """What each of them weighs, by name, where the validation rows decided who speaks."""
 
-    def record(self) -> dict[str, int]:
+    def record(self) -> dict[str, Any]:
         """Return it as a part of a record."""
-        return {"members": self.members, "members_asked": self.members_asked}
+        found: dict[str, Any] = {"members": self.members, "members_asked": self.members_asked}
+        return found if self.weights is None else {**found, "weights": dict(self.weights)}
 
     def caption(self) -> str:
-        """Return it in words where not all of them speak, else nothing."""
+        """Return it in words where not all of them speak, or not alike, else nothing."""
+        if self.weights is not None:
+            return f"{self.members} of {self.members_asked} members, as the validation split weighs them"
         return f"{self.members} of {self.members_asked} members" if self.members < self.members_asked else ""
 
 
@@ -70,6 +76,8 @@ class Rows:
     contributors: Contributors
     calibrated: bool = True
     """Whether the fitted temperature is applied, where there is one that can be trusted."""
+    weights_M: Tensor | None = None
+    """What each member weighs; None where all weigh alike."""
 
     @property
     def temperature(self) -> float | None:
@@ -117,6 +125,9 @@ class Output(Protocol):
 
     def validation_metrics(self, predictions: Predictions, evaluation: EvaluationSpec) -> list[dict[str, float]]:
         """Return each member's metrics on the validation split."""
+
+    def objective(self, validation: Predictions, rule: str) -> Objective:
+        """Return the NLL of validation rows as a function of the members' weights. Raises: DataError without labels."""
 
     def summarize(self, groups: Mapping[str, Group], settings: Settings) -> Summary:
         """Return the summary of a run, described in docs/metrics.md. Raises: DataError."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor
 
 from raylora.ensemble.aggregate import RULES, aggregate_logits, mean_probabilities
@@ -20,13 +21,16 @@ from raylora.ensemble.gains import classification_gains
 from raylora.ensemble.groups import (
     Group,
     Settings,
+    add_weighted_gains,
     baselines_of,
     check_jensen,
     describe_contenders,
     mean_and_error,
+    same_set,
     with_role,
 )
 from raylora.ensemble.metrics import CLASS_METRICS, evaluate, point_metrics, score_rows
+from raylora.ensemble.objectives import LogitsNLL, MixtureNLL, Objective
 from raylora.ensemble.ood import auroc, bootstrap_auroc, foreign_scores
 from raylora.ensemble.outputs.base import Contributors, Names, Record, Rows
 from raylora.ensemble.predictions import Predictions, check_labels
@@ -122,6 +126,13 @@ class Classes:
             for logits_NC in predictions.values
         ]
 
+    def objective(self, validation: Predictions, rule: str) -> Objective:
+        """Return the NLL of the labels under the rule, before any temperature."""
+        logp_MNC, labels_N = torch.log_softmax(validation.values.double(), dim=-1), validation.labels().long()
+        if rule == "mean_logits":
+            return LogitsNLL(logp_MNC, labels_N)
+        return MixtureNLL(logp_MNC.gather(2, labels_N.expand(len(logp_MNC), -1)[..., None])[..., 0])
+
     def summarize(self, groups: Mapping[str, Group], settings: Settings) -> Summary:
         """Return the summary described in docs/metrics.md."""
         return summarize_classes(groups, settings)
@@ -134,10 +145,12 @@ class Classes:
         """Return each row's label and probabilities under the run's rule, and how sure the members are."""
         names = rows.label_names or [str(c) for c in range(values.shape[2])]
         applied = rows.temperature or 1.0
-        probs_NC, raw_NC = (aggregate_logits(values, rows.rule, t).exp() for t in (applied, 1.0))
+        probs_NC, raw_NC = (aggregate_logits(values, rows.rule, t, rows.weights_M).exp() for t in (applied, 1.0))
         member_MNC = (values.double() / applied).softmax(dim=-1)
         # A member that says itself how uncertain it is says it at T = 1, so its parts are only true there.
-        uncertainty = decompose(values, applied if expected_entropy_MN is None else 1.0, expected_entropy_MN)
+        uncertainty = decompose(
+            values, applied if expected_entropy_MN is None else 1.0, expected_entropy_MN, rows.weights_M
+        )
         return [
             Prediction(
                 id=row_id,
@@ -167,8 +180,11 @@ def summarize_classes(groups: Mapping[str, Group], settings: Settings) -> Summar
         "classes", groups, settings, lambda group, intervals: describe_group(group, settings, intervals), _mean_member
     )
     _check_identities(summary, settings.rule)
+    add_weighted_gains(
+        summary, groups, lambda part, group: classification_gains(same_set(ensemble, part), settings, part)
+    )
     labeled = with_role(ensemble, "test", "in_distribution")
-    fitted = {"ensemble": summary["ensemble"], **summary["baselines"]}
+    fitted = {"ensemble": summary["ensemble"], **summary.get("weighted", {}), **summary["baselines"]}
     temperatures = {name: part["temperature"] for name, part in fitted.items() if "temperature" in part}
     return {
         **summary,
@@ -201,17 +217,19 @@ def _temperature(group: Group, settings: Settings) -> Temperature | None:
     validation = with_role(group, "validation")
     if not validation or not settings.evaluation.temperature_scaling:
         return None
-    return fit_temperature(validation[0].values, validation[0].labels(), settings.rule, validation[0].name)
+    return fit_temperature(validation[0].values, validation[0].labels(), settings.rule, validation[0].name,
+                           validation[0].weights_M)
 
 
 def _describe_set(
     part: Predictions, temperature: Temperature | None, settings: Settings, intervals: bool
 ) -> SetMetrics:
     bins, samples = settings.evaluation.bins, settings.samples
-    scores = score_rows(aggregate_logits(part.values, settings.rule), part.labels(), part.name)
+    pooled_NC = aggregate_logits(part.values, settings.rule, weights_M=part.weights_M)
+    scores = score_rows(pooled_NC, part.labels(), part.name)
     described = cast(SetMetrics, {"rows": part.rows, **point_metrics(scores, bins), **_uncertainty(part)})
     if temperature is not None:
-        scaled_NC = aggregate_logits(part.values, settings.rule, temperature.value)
+        scaled_NC = aggregate_logits(part.values, settings.rule, temperature.value, part.weights_M)
         described["temperature_scaled"] = point_metrics(score_rows(scaled_NC, part.labels(), part.name), bins, SCALED)
     if intervals and samples:
         resampled = bootstrap_metrics(scores, bins, samples, settings.seed)
@@ -244,7 +262,7 @@ def _errors(part: Predictions, settings: Settings, names: Names) -> SetErrors:
 
 
 def _uncertainty(part: Predictions) -> Doubt:
-    parts = decompose(part.values, expected_entropy_MN=part.expected_entropy_MN)
+    parts = decompose(part.values, expected_entropy_MN=part.expected_entropy_MN, weights_M=part.weights_M)
     return {
         "predictive_entropy": float(parts.predictive_entropy_N.mean()),
         "expected_entropy": float(parts.expected_entropy_N.mean()),
@@ -275,7 +293,7 @@ def _describe_ood(group: Group, settings: Settings, intervals: bool) -> dict[str
 
 
 def _scores(part: Predictions, settings: Settings) -> dict[str, Tensor]:
-    return foreign_scores(part.values, settings.rule, part.expected_entropy_MN)
+    return foreign_scores(part.values, settings.rule, part.expected_entropy_MN, part.weights_M)
 
 
 def _mean_member(members: Sequence[MemberMetrics]) -> MeanMember:

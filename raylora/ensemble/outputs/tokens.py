@@ -8,23 +8,27 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from raylora.ensemble.aggregate import log_mean_exp
 from raylora.ensemble.bootstrap import bootstrap_token_nll, interval
 from raylora.ensemble.gains import language_gains
 from raylora.ensemble.groups import (
     Group,
     Settings,
+    add_weighted_gains,
     check_jensen,
     describe_contenders,
     mean_and_error,
     member_subsets,
+    same_set,
     with_role,
 )
+from raylora.ensemble.objectives import MixtureNLL, Objective
 from raylora.ensemble.outputs.base import Names, Record, Rows
 from raylora.ensemble.predictions import Predictions
 from raylora.errors import SpecError
@@ -68,6 +72,10 @@ class Tokens:
         """Return each member's mean negative log-likelihood per token."""
         return [{"nll": -float(row_N.double().mean())} for row_N in predictions.values]
 
+    def objective(self, validation: Predictions, rule: str) -> Objective:
+        """Return the NLL per token, as the ensemble writes: the members are mixed at every token."""
+        return MixtureNLL(validation.values.double())
+
     def summarize(self, groups: Mapping[str, Group], settings: Settings) -> Summary:
         """Return the summary described in docs/metrics.md."""
         return summarize_tokens(groups, settings)
@@ -98,26 +106,29 @@ def summarize_tokens(groups: Mapping[str, Group], settings: Settings) -> Summary
             check_jensen(summary["ensemble"]["eval"][part.name][key], of_members, key, part.name)
         summary["gains"][part.name] = _gains(part, settings)
         summary["m_curve"][part.name] = _curve(part, settings)
+    add_weighted_gains(
+        summary, groups, lambda part, group: _gains(same_set(groups["ensemble"], part), settings, part)
+    )
     return summary
 
 
-def token_nll(logprobs_MN: Tensor) -> Tensor:
-    """Return ``-(logsumexp_m log p_m(token) - log M)``, N: the NLL of the mean of probabilities."""
-    return math.log(logprobs_MN.shape[0]) - torch.logsumexp(logprobs_MN.to(torch.float64), dim=0)
+def token_nll(logprobs_MN: Tensor, weights_M: Tensor | None = None) -> Tensor:
+    """Return ``-log sum_m w_m p_m(token)``, N: the NLL of the mean of probabilities, by default of the plain one."""
+    return -log_mean_exp(logprobs_MN.to(torch.float64), weights_M)
 
 
-def text_nlls(logprobs_MN: Tensor, ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+def text_nlls(logprobs_MN: Tensor, ids: Sequence[str], weights_M: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return what whole texts cost, in nats, under two mixtures of the members, D each.
 
-    Token by token, as an ensemble writes, a text has the probability ``prod_t 1/M sum_m p_m(y_t)``; as a whole, as one
-    of the members wrote it, ``1/M sum_m prod_t p_m(y_t)``.
+    Token by token, as an ensemble writes, a text has the probability ``prod_t sum_m w_m p_m(y_t)``; as a whole, as one
+    of the members wrote it, ``sum_m w_m prod_t p_m(y_t)``.
     """
     names, of_N = np.unique(np.asarray(ids), return_inverse=True)
     text_N = torch.from_numpy(of_N)
-    tokenwise_D = torch.zeros(len(names), dtype=torch.float64).index_add_(0, text_N, token_nll(logprobs_MN))
+    tokenwise_D = torch.zeros(len(names), dtype=torch.float64).index_add_(0, text_N, token_nll(logprobs_MN, weights_M))
     sums_MD = torch.zeros((len(logprobs_MN), len(names)), dtype=torch.float64)
     sums_MD.index_add_(1, text_N, logprobs_MN.to(torch.float64))
-    return tokenwise_D, token_nll(sums_MD)
+    return tokenwise_D, token_nll(sums_MD, weights_M)
 
 
 def _scored(group: Group) -> list[Predictions]:
@@ -127,9 +138,9 @@ def _scored(group: Group) -> list[Predictions]:
 def _describe(group: Group, settings: Settings, intervals: bool) -> Description:
     described: dict[str, SetMetrics] = {}
     for part in _scored(group):
-        nll_N = token_nll(part.values)
+        nll_N = token_nll(part.values, part.weights_M)
         nll = float(nll_N.mean())
-        tokenwise_D, sequencewise_D = text_nlls(part.values, part.ids)
+        tokenwise_D, sequencewise_D = text_nlls(part.values, part.ids, part.weights_M)
         described[part.name] = {
             "nll": nll,
             "perplexity": math.exp(nll),
@@ -157,16 +168,19 @@ def _mean_member(members: Sequence[MemberMetrics]) -> MeanMember:
     return {"eval": averaged}
 
 
-def _gains(part: Predictions, settings: Settings) -> Gains:
-    """Return what the ensemble gains per token, and per text as a whole."""
+def _gains(part: Predictions, settings: Settings, weighted: Predictions | None = None) -> Gains:
+    """Return what the ensemble, or one with fitted weights, gains per token, and per text as a whole."""
     own_MD = torch.stack([text_nlls(row_N[None], part.ids)[1] for row_N in part.values])
     texts = [str(n) for n in range(own_MD.shape[1])]
-    per_text = language_gains(text_nlls(part.values, part.ids)[1], own_MD, texts, settings, "sequencewise_nll")
-    per_token = language_gains(token_nll(part.values), -part.values.double(), part.ids, settings)
-    return {
-        "over_mean_member": per_token["over_mean_member"] | per_text["over_mean_member"],
-        "over_single": per_token["over_single"] | per_text["over_single"],
-    }
+    token_N, text_D = token_nll(part.values), text_nlls(part.values, part.ids)[1]
+    plain_N, plain_D = None, None
+    if weighted is not None:
+        plain_N, plain_D = token_N, text_D
+        token_N = token_nll(weighted.values, weighted.weights_M)
+        text_D = text_nlls(weighted.values, part.ids, weighted.weights_M)[1]
+    per_text = language_gains(text_D, own_MD, texts, settings, "sequencewise_nll", plain_D)
+    per_token = language_gains(token_N, -part.values.double(), part.ids, settings, ensemble_nll_N=plain_N)
+    return cast(Gains, {over: {**gains, **cast(Any, per_text)[over]} for over, gains in cast(Any, per_token).items()})
 
 
 def _curve(part: Predictions, settings: Settings) -> list[CurvePoint]:

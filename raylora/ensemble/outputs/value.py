@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from raylora.ensemble.aggregate import mean
 from raylora.ensemble.bootstrap import interval, interval_if_defined, resampled
 from raylora.ensemble.confusion import largest
 from raylora.ensemble.gains import Measured, gains_over_members
@@ -29,14 +30,17 @@ from raylora.ensemble.gaussian import (
 from raylora.ensemble.groups import (
     Group,
     Settings,
+    add_weighted_gains,
     baselines_of,
     check_jensen,
     describe_contenders,
     mean_and_error,
     member_subsets,
     one_member,
+    same_set,
     with_role,
 )
+from raylora.ensemble.objectives import Objective, ValueNLL
 from raylora.ensemble.ood import auroc, bootstrap_auroc, histograms
 from raylora.ensemble.outputs.base import Contributors, Names, Record, Rows
 from raylora.ensemble.predictions import Predictions, check_one_each
@@ -90,7 +94,7 @@ class ValuePrediction:
 
     id: str
     value: float
-    """The mean of the members' values."""
+    """The mean of the members' values, by their weights."""
     member_values: list[float]
     epistemic_std: float
     """The standard deviation of the members' values: what more data could remove."""
@@ -155,6 +159,10 @@ class Value:
             for value_N in predictions.values
         ]
 
+    def objective(self, validation: Predictions, rule: str) -> Objective:
+        """Return the NLL of the labels with the noise that fits each weighting best."""
+        return ValueNLL(validation.values, validation.labels())
+
     def summarize(self, groups: Mapping[str, Group], settings: Settings) -> Summary:
         """Return the summary described in docs/metrics.md."""
         return summarize_values(groups, settings)
@@ -170,7 +178,7 @@ class Value:
     def records(self, values: Tensor, expected_entropy_MN: Tensor | None, rows: Rows) -> list[Record]:
         """Return each row's mean value and, once a noise is fitted, the interval around it."""
         noise_std = rows.described.get("noise_std")
-        value_N, between_N = values.double().mean(dim=0), epistemic_std(values)
+        value_N, between_N = mean(values.double(), rows.weights_M), epistemic_std(values, rows.weights_M)
         found: list[Record] = []
         for n, row_id in enumerate(rows.ids):
             value, between, std, interval = float(value_N[n]), float(between_N[n]), None, None
@@ -199,6 +207,9 @@ def summarize_values(groups: Mapping[str, Group], settings: Settings) -> Summary
     )
     noise = noise_of(ensemble)
     _check_identities(ensemble, noise)
+    add_weighted_gains(
+        summary, groups, lambda part, group: _gains(same_set(ensemble, part), ensemble, settings, part, group)
+    )
     labeled = with_role(ensemble, "test", "in_distribution")
     return {
         **summary,
@@ -216,7 +227,7 @@ def noise_of(group: Group) -> Noise:
         raise DataError(
             "a regression's noise is fitted on a validation set, and there is none", "predict one too, with its labels"
         )
-    return fit_noise(validation[0].values, validation[0].labels())
+    return fit_noise(validation[0].values, validation[0].labels(), validation[0].weights_M)
 
 
 def describe_group(group: Group, settings: Settings, intervals: bool = True) -> Description:
@@ -240,7 +251,7 @@ def pairwise_kl(real_MN: Tensor, noise_std: float) -> Tensor:
 
 
 def _describe_set(part: Predictions, noise_std: float, settings: Settings, intervals: bool) -> SetMetrics:
-    scores = score_values(part.values, part.labels(), noise_std)
+    scores = score_values(part.values, part.labels(), noise_std, part.weights_M)
     described = cast(SetMetrics, {"rows": part.rows, **point_metrics(scores), **_doubt(part, noise_std)})
     if intervals and settings.samples:
         drawn = resampled(lambda draws_SN: draw_metrics(scores, draws_SN), part.rows, settings.samples, settings.seed)
@@ -250,7 +261,7 @@ def _describe_set(part: Predictions, noise_std: float, settings: Settings, inter
 
 
 def _misses(part: Predictions, noise_std: float, names: Names) -> list[Miss]:
-    value_N, std_N = part.values.double().mean(dim=0), total_std(part.values, noise_std)
+    value_N, std_N = part.values.double().mean(dim=0), total_std(part.values, noise_std, part.weights_M)
     error_N = value_N - part.labels().double()
     deviations_N = error_N.abs() / std_N
     return [
@@ -269,8 +280,8 @@ def _misses(part: Predictions, noise_std: float, names: Names) -> list[Miss]:
 
 def _doubt(part: Predictions, noise_std: float) -> Doubt:
     return {
-        "epistemic_std": float(epistemic_std(part.values).mean()),
-        "total_std": float(total_std(part.values, noise_std).mean()),
+        "epistemic_std": float(epistemic_std(part.values, part.weights_M).mean()),
+        "total_std": float(total_std(part.values, noise_std, part.weights_M).mean()),
     }
 
 
@@ -290,7 +301,7 @@ def _describe_ood(group: Group, noise_std: float, settings: Settings, intervals:
 
 def _scores(part: Predictions) -> Tensor:
     # Twelve digits: the order in which members are summed must not break ties.
-    return epistemic_std(part.values).round(decimals=12)
+    return epistemic_std(part.values, part.weights_M).round(decimals=12)
 
 
 def _mean_member(members: Sequence[MemberMetrics]) -> MeanMember:
@@ -314,18 +325,24 @@ def _check_identities(ensemble: Group, noise: Noise) -> None:
         check_jensen(nll, [float(mixture_nll(v, labels_N, noise.std).mean()) for v in own], "nll", part.name)
 
 
-def _gains(part: Predictions, ensemble: Group, settings: Settings) -> Gains:
-    """Compare the ensemble with its members, each with the noise of its own."""
+def _gains(
+    part: Predictions, ensemble: Group, settings: Settings, weighted: Predictions | None = None,
+    weighted_group: Group = (),
+) -> Gains:
+    """Compare the ensemble, or one with fitted weights, with its members, each with the noise of its own."""
 
     def measured(group: Group, own: Predictions) -> Measured:
-        scores = score_values(own.values, own.labels(), noise_of(group).std)
+        scores = score_values(own.values, own.labels(), noise_of(group).std, own.weights_M)
         drawn = resampled(
             lambda draws_SN: draw_metrics(scores, draws_SN, COMPARED), own.rows, settings.samples, settings.seed
         ) if settings.samples else {}
         return Measured(point_metrics(scores, COMPARED), drawn)
 
     members = [measured(one_member(ensemble, m), part.member(m)) for m in range(part.members)]
-    return gains_over_members(measured(ensemble, part), members, COMPARED, settings)
+    plain = measured(ensemble, part)
+    if weighted is None:
+        return gains_over_members(plain, members, COMPARED, settings)
+    return gains_over_members(measured(weighted_group, weighted), members, COMPARED, settings, plain)
 
 
 def _curve(part: Predictions, ensemble: Group, settings: Settings) -> list[CurvePoint]:
@@ -354,7 +371,7 @@ def _plots(groups: Mapping[str, Group]) -> Plots:
     for name, group in groups.items():
         noise_std = noise_of(group).std
         for part in with_role(group, "test", "in_distribution"):
-            share_L = coverage(part.values, part.labels(), noise_std, LEVELS).double().mean(dim=1)
+            share_L = coverage(part.values, part.labels(), noise_std, LEVELS, part.weights_M).double().mean(dim=1)
             data["coverage"].setdefault(part.name, {})[name] = {"nominal": list(LEVELS), "observed": share_L.tolist()}
             if name == "ensemble":
                 data["values"][part.name] = _points(part, noise_std)
@@ -370,6 +387,6 @@ def _points(part: Predictions, noise_std: float) -> ValuePoints:
     return {
         "label": part.labels().double()[kept].tolist(),
         "value": part.values.double().mean(dim=0)[kept].tolist(),
-        "epistemic_std": epistemic_std(part.values)[kept].tolist(),
-        "total_std": total_std(part.values, noise_std)[kept].tolist(),
+        "epistemic_std": epistemic_std(part.values, part.weights_M)[kept].tolist(),
+        "total_std": total_std(part.values, noise_std, part.weights_M)[kept].tolist(),
     }
