@@ -9,8 +9,10 @@ from typing import Any
 
 from raylora.client import launch, run_local
 from raylora.engine.run.sweep import Ranked, best_spec, check_metric, rank, sweep_spec
+from raylora.errors import SpecError
 from raylora.report.figures_sweep import draw_sweep
 from raylora.spec import RunSpec, dump_spec
+from raylora.spec.members import PruningSpec
 from raylora.spec.vary import RangeSpec
 from raylora.store.run_store import RunStore
 
@@ -32,7 +34,7 @@ class Sweep:
 
 def sweep(
     spec: RunSpec, vary: Mapping[str, Sequence[Any] | Mapping[str, Any]] | None = None, metric: str = "nll",
-    repeats: int = 1, samples: int = 8, local: bool = False,
+    repeats: int = 1, samples: int = 8, local: bool = False, keep: float | None = None, keep_every: int = 1,
 ) -> Sweep:
     """Train members that differ in settings in one run, rank them on the validation rows, and return what came out.
 
@@ -44,6 +46,9 @@ def sweep(
         repeats: members of different seeds for every combination.
         samples: members where only ranges are given.
         local: in this process, without Ray.
+        keep: successive halving: the share of settings that goes on at an epoch's end, by ``metric``; the rest leave
+            their pack. By default all train to the end.
+        keep_every: epochs between two such ends.
 
     Raises:
         UsageError: bad input; nothing was written.
@@ -51,7 +56,7 @@ def sweep(
         TrainingError: the run failed.
     """
     checked = {key: _range(own) if isinstance(own, Mapping) else list(own) for key, own in (vary or {}).items()}
-    swept = sweep_spec(spec, checked or None, repeats, samples)
+    swept = sweep_spec(spec, checked or None, repeats, samples, _pruning(metric, keep, keep_every))
     check_metric(swept, metric)
     if local:
         run_local(swept)
@@ -76,10 +81,17 @@ def conclude(spec: RunSpec, store: RunStore, metric: str) -> Sweep:
     return Sweep(store.uri, metric, tried, best)
 
 
+def _pruning(metric: str, keep: float | None, every: int) -> PruningSpec | None:
+    if keep is None:
+        return None
+    if not 0 < keep < 1 or every < 1:
+        raise SpecError(f"--keep: {keep:g} of the settings, every {every} epochs, leaves nothing to compare",
+                        "use a share between 0 and 1, such as 0.5, and at least one epoch")
+    return PruningSpec(metric=metric, keep=keep, every_epochs=every)
+
+
 def _range(given: Mapping[str, Any]) -> RangeSpec:
     from pydantic import ValidationError
-
-    from raylora.errors import SpecError
 
     try:
         return RangeSpec.model_validate(dict(given))

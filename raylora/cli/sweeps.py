@@ -30,6 +30,10 @@ def sweep(
     metric: Annotated[str, typer.Option(help="What the validation rows are ranked by.")] = "nll",
     repeats: Annotated[int, typer.Option(min=1, help="Members, each of another seed, for every combination.")] = 1,
     samples: Annotated[int, typer.Option(min=1, help="Members where only ranges are given.")] = 8,
+    keep: Annotated[float | None, typer.Option(help=(
+        "Successive halving: the share of settings that goes on at an epoch's end, such as 0.5; the others end there."
+    ))] = None,
+    keep_every: Annotated[int, typer.Option(min=1, help="Epochs between two such ends.")] = 1,
     overrides: Overrides = None,
     local: InProcess = False,
     as_json: AsJson = False,
@@ -42,7 +46,7 @@ def sweep(
     from raylora.sweeping import sweep as carry_out
 
     tried = dict(_given(one) for one in vary or [])
-    found = carry_out(read_spec(spec_file, overrides or []), tried, metric, repeats, samples, local)
+    found = carry_out(read_spec(spec_file, overrides or []), tried, metric, repeats, samples, local, keep, keep_every)
     if as_json:
         print(json.dumps({"run": found.run, "metric": metric, "tried": [one.record() for one in found.tried]}))
         return
@@ -85,6 +89,8 @@ def _show(found: Sweep) -> None:
         more = f"{one.interval[0]:.4g} to {one.interval[1]:.4g}" if one.interval else ""
         if one.standard_error is not None:
             more = f"± {one.standard_error:.2g} over {len(one.members)} members"
+        if one.left_at is not None:
+            more = f"left at step {one.left_at}"
         table.add_row(*(str(one.settings.get(key, "")) for key in keys), f"{one.value:.4g}", more)
     out.print(table)
     out.print(f"\nthe best settings are in {found.run}/{BEST}, the picture is {found.run}/{FIGURE}\n"

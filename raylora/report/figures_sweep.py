@@ -17,7 +17,10 @@ _WIDE = 20.0
 
 
 def draw_sweep(tried: Sequence[Mapping[str, Any]], metric: str) -> Figure:
-    """Return a panel for each setting, a point for each that was tried, the best first and marked."""
+    """Return a panel for each setting, a point for each that was tried, the best first and marked.
+
+    What was pruned on the way is a pale cross.
+    """
     keys = list(dict.fromkeys(key for one in tried for key in one["settings"]))
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(max(4.2, 3.6 * len(keys)), 3.2), layout="constrained")
@@ -36,7 +39,8 @@ def _panel(axes: Axes, key: str, tried: Sequence[Mapping[str, Any]]) -> None:
     for number, (place, one) in reversed(list(enumerate(zip(places, tried, strict=True)))):
         best = number == 0
         axes.errorbar(
-            place, one["value"], yerr=_error(one), fmt="*" if best else "o", markersize=13 if best else 5, capsize=2,
+            place, one["value"], yerr=_error(one), fmt="*" if best else "x" if one["left_at"] else "o",
+            markersize=13 if best else 5, capsize=2, alpha=0.5 if one["left_at"] else 1.0,
             color=COLORS["single"] if best else COLORS["ensemble"],
         )
     if not numeric:

@@ -21,6 +21,20 @@ class EarlyStoppingSpec(Frozen):
     """How many epochs in a row may be no better than the best before a member stops."""
 
 
+class PruningSpec(Frozen):
+    """Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): who is behind at an epoch's end trains no further.
+
+    Members are compared with those of their pack that still train; who leaves is a member as it was then.
+    """
+
+    metric: str = "nll"
+    """A metric of the validation rows, as ``early_stopping`` has it."""
+    keep: float = Field(default=0.5, gt=0, lt=1)
+    """The share that goes on, rounded up: 0.5 is halving."""
+    every_epochs: int = Field(default=1, ge=1)
+    """Epochs between two comparisons."""
+
+
 class KLSpec(Frozen):
     """``beta * KL(p_theta || p_base)`` (``forward``) or the other direction (``reverse``); arXiv 2310.00035."""
 
@@ -105,6 +119,8 @@ class EnsembleSpec(Frozen):
     (``{optimization.lr: [1e-4, 3e-4, 1e-3]}``), or with a range (``{low: 1e-4, high: 1e-2, log: true}``) that is drawn
     from for each member; or a list with the keys and values of each member. A whole ``adapter`` may be a value too
     (``{adapter: {kind: mos, ...}}``); the adapted layers are the run's."""
+    pruning: PruningSpec | None = None
+    """End members at epoch ends that are behind the others of their pack, as a sweep may; null is off."""
     min_members: int | None = Field(default=None, ge=1)
     """Finish, marked as degraded, if at least this many members survive; by default all must."""
 
@@ -118,6 +134,8 @@ class EnsembleSpec(Frozen):
             raise ValueError(f"min_members is {self.min_members}, but there are only {self.members} members")
         if self.members == 1 and self.is_fitted:
             raise ValueError("select and weights: one member alone leaves nothing to choose: raise members")
+        if self.pruning is not None and self.regularizers.early_stopping is not None:
+            raise ValueError("pruning and regularizers.early_stopping both end members: use one of them")
         if self.vary is not None:
             check_keys(self.vary, self.members)
         return self

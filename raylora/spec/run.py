@@ -144,6 +144,8 @@ class RunSpec(Frozen):
             del found["ensemble"]["select"]
         if self.ensemble.weights == "equal":
             del found["ensemble"]["weights"]
+        if self.ensemble.pruning is None:  # nor those from before members were pruned
+            del found["ensemble"]["pruning"]
         if self.ensemble.vary is None:  # nor those from before members could differ in more than a seed
             del found["ensemble"]["vary"]
         return found

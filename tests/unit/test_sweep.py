@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from run_helpers import weights
+from run_helpers import assert_bit_equal, members, run, stop_at, weights
 from typer.testing import CliRunner
 
 import raylora
 from raylora.cli import app
 from raylora.engine.model import serialization
+from raylora.engine.run.plan_run import prepare
 from raylora.engine.run.sweep import sweep_spec
-from raylora.errors import RunDirectoryError, SpecError
+from raylora.errors import Interrupted, RunDirectoryError, SpecError
 from raylora.spec import dump_spec, read_spec
 from raylora.store.run_store import RunStore
 
@@ -124,6 +126,57 @@ def test_the_command_shows_a_table_and_goes_on_to_the_best(make_spec: Make, tmp_
     assert len(found["tried"]) == 4
     assert found["tried"][0]["settings"]["optimization.lr"] == 5e-3
     assert [one["value"] for one in found["tried"]] == sorted(one["value"] for one in found["tried"])
+
+
+def test_half_of_the_settings_end_at_each_epoch_and_the_others_are_as_if_they_had_been_alone(make_spec: Make) -> None:
+    rates = [1e-5, 1e-3, 3e-3, 5e-3]
+    spec = make_spec(optimization__steps=None, optimization__epochs=3)
+    found = raylora.sweep(spec, {"optimization.lr": rates}, local=True, keep=0.5)
+    left = {one.settings["optimization.lr"]: one.left_at for one in found.tried}
+    steps = RunStore(found.run).read_json("metrics.json")["training"]["member-003"][-1]["step"]
+    assert sorted(left.values(), key=lambda at: at or math.inf) == [steps // 3, steps // 3, 2 * steps // 3, None]
+    assert [one.left_at for one in found.tried] == [None, 2 * steps // 3, steps // 3, steps // 3]
+    values = [one.value for one in found.tried]
+    assert values[2] < values[3]
+    histories = RunStore(found.run).read_json("metrics.json")["training"]
+    first = {name: next(row["validation_nll"] for row in rows if "validation_nll" in row)
+             for name, rows in histories.items()}
+    worst = {f"member-{rates.index(rate):03d}" for rate, at in left.items() if at == steps // 3}
+    assert worst == set(sorted(first, key=first.__getitem__)[2:])
+    assert found.best.ensemble.pruning is None
+    alone = make_spec(name="alone", ensemble__members=4, ensemble__vary={"optimization.lr": rates})
+    run(alone)
+    best = found.tried[0].members[0]
+    for name, tensor in weights(found.run, best).items():  # beside fewer others a last bit may be another
+        torch.testing.assert_close(tensor, weights(alone, best)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_halved_sweep_that_is_stopped_goes_on_with_those_who_were_left(make_spec: Make) -> None:
+    common: dict[str, Any] = {
+        "ensemble__members": 4, "ensemble__vary": {"optimization.lr": [1e-5, 1e-3, 3e-3, 5e-3]},
+        "ensemble__pruning": {"keep": 0.5}, "optimization__steps": None, "optimization__epochs": 3,
+    }
+    whole, spec = make_spec(name="whole", **common), make_spec(name="stopped", **common)
+    run(whole)
+    with pytest.raises(Interrupted):
+        run(spec, stop_at(8))
+    run(spec)
+    assert_bit_equal(members(spec), members(whole))
+
+
+@pytest.mark.parametrize(("keys", "said"), [
+    ({"keep": 1.0}, "--keep: 1 of the settings"), ({"keep": 0.5, "repeats": 2}, "--repeats trains it several times"),
+])
+def test_what_cannot_be_pruned_is_said(make_spec: Make, keys: Any, said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        raylora.sweep(make_spec(), RATES, local=True, **keys)
+
+
+def test_two_rules_that_end_members_are_refused_and_so_is_a_metric_that_the_task_lacks(make_spec: Make) -> None:
+    with pytest.raises(SpecError, match="both end members"):
+        make_spec(ensemble__pruning={}, ensemble__regularizers={"early_stopping": {}})
+    with pytest.raises(SpecError, match="ensemble.pruning.metric: classification has no rmse"):
+        prepare(make_spec(ensemble__pruning={"metric": "rmse"}, ensemble__regularizers=None))
 
 
 def test_another_sweep_of_one_name_is_not_mixed_with_it(make_spec: Make) -> None:

@@ -26,6 +26,10 @@ def check_task(spec: RunSpec, task: Task) -> None:
     """Refuse what an ensemble is asked to do that means nothing for its task. Raises: SpecError."""
     for regularizers in [spec.ensemble.regularizers, *(plan.regularizers for plan in member_plans_of(spec))]:
         _check_regularizers(regularizers, spec, task)
+    pruning, known = spec.ensemble.pruning, output_of(task.output).validation
+    if pruning is not None and pruning.metric not in known:
+        raise SpecError(f"ensemble.pruning.metric: {spec.task.kind} has no {pruning.metric}",
+                        f"use {' or '.join(known)}")
     check_rule(output_of(task.output), spec.ensemble.aggregate)
     check_packing(spec, task)
 

@@ -5,6 +5,7 @@ The test rows are not looked at: whoever picks by them has nothing left to repor
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 
 from raylora.data.task import Task
 from raylora.engine.model import serialization
+from raylora.engine.run.finished_members import member_facts
 from raylora.engine.run.roster import read_roster
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.member_plan import member_plans_of
@@ -21,6 +23,7 @@ from raylora.ensemble.predictions import Predictions
 from raylora.ensemble.summary import summarize
 from raylora.errors import SpecError
 from raylora.spec import BaselinesSpec, RunSpec
+from raylora.spec.members import PruningSpec
 from raylora.spec.vary import RangeSpec, combinations
 from raylora.store.run_store import RunStore
 
@@ -40,6 +43,8 @@ class Ranked:
     """Over draws of the validation rows, where one member tried it."""
     standard_error: float | None
     """Over members, where several did."""
+    left_at: int | None = None
+    """The step after which it was pruned; those that trained to the end are ahead of it, whatever their metric."""
 
     def record(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -47,7 +52,8 @@ class Ranked:
 
 
 def sweep_spec(
-    spec: RunSpec, vary: dict[str, list[Any] | RangeSpec] | None = None, repeats: int = 1, samples: int = 8
+    spec: RunSpec, vary: dict[str, list[Any] | RangeSpec] | None = None, repeats: int = 1, samples: int = 8,
+    pruning: PruningSpec | None = None,
 ) -> RunSpec:
     """Return the run that tries what a spec's members differ in, or what is given in its place.
 
@@ -56,6 +62,7 @@ def sweep_spec(
     Args:
         repeats: members, each of another seed, for every combination of values.
         samples: members where a range is drawn from and no list says how many there are.
+        pruning: end at epoch ends what is behind, in place of the spec's own rule.
 
     Raises:
         SpecError: nothing differs, or the values make no sense.
@@ -64,6 +71,10 @@ def sweep_spec(
         raise SpecError("ensemble.vary: a sweep needs something to try",
                         "give it, or --vary optimization.lr=1e-4,3e-4,1e-3")
     content = spec.model_dump(mode="json")
+    if pruning is not None:
+        if repeats > 1:
+            raise SpecError("--keep: a setting is pruned as a whole, and --repeats trains it several times", "use one")
+        content["ensemble"]["pruning"] = pruning.model_dump()
     if vary is not None:
         plain = {key: own.model_dump() if isinstance(own, RangeSpec) else own for key, own in vary.items()}
         drawn = any(isinstance(own, RangeSpec) for own in vary.values())
@@ -99,14 +110,17 @@ def rank(store: RunStore, metric: str) -> list[Ranked]:
     check_metric(spec, metric)
     task = task_of(spec)
     tried: dict[str, tuple[Mapping[str, Any], list[str], list[dict[str, Any]]]] = {}
+    left_at: dict[str, int | None] = {}
     settings_of = {plan.name: plan.settings for plan in member_plans_of(spec)}
     for name in read_roster(store).members():
         settings = settings_of[name]
         _, names, scores = tried.setdefault(repr(sorted(settings.items())), (settings, [], []))
         names.append(name)
         scores.append(_validated(store, spec, task, name, metric))
-    ranked = [_ranked(*one) for one in tried.values()]
-    ranked.sort(key=lambda one: METRICS[metric].cost(one.value) or 0.0)
+        if spec.ensemble.pruning is not None:
+            left_at[name] = member_facts(store.load_result(f"members/{name}"))["stopped_at"]
+    ranked = [replace(_ranked(*one), left_at=left_at.get(one[1][0])) for one in tried.values()]
+    ranked.sort(key=lambda one: (-(one.left_at or math.inf), METRICS[metric].cost(one.value) or 0.0))
     store.write_json(FACTS, {"metric": metric, "tried": [one.record() for one in ranked]})
     return ranked
 
@@ -130,5 +144,5 @@ def _validated(store: RunStore, spec: RunSpec, task: Task, name: str, metric: st
 
 def best_spec(spec: RunSpec, best: Ranked) -> RunSpec:
     """Return a spec with the settings of what was best, and nothing that its members differ in."""
-    alike = spec.model_copy(update={"ensemble": spec.ensemble.model_copy(update={"vary": None})})
+    alike = spec.model_copy(update={"ensemble": spec.ensemble.model_copy(update={"vary": None, "pruning": None})})
     return alike.with_settings(best.settings)

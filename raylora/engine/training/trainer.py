@@ -20,7 +20,7 @@ from raylora.engine.training.answer_validation import answer_metrics, watched_by
 from raylora.engine.training.collator import Collator
 from raylora.engine.training.distillation_loss import DistillationLoss
 from raylora.engine.training.live_teacher import LiveDistillationLoss
-from raylora.engine.training.member_plan import MemberPlan
+from raylora.engine.training.member_plan import MemberPlan, PlanRole
 from raylora.engine.training.member_state import MemberBuilder, MemberState, SavedState
 from raylora.engine.training.own_answers import OwnAnswers
 from raylora.engine.training.predict import validation_metrics
@@ -237,15 +237,29 @@ class PackTrainer:
         if not active:
             return []
         told = []
-        for state, values in zip(active, self._scored(self.stack(active, [t.whole() for t in active])), strict=True):
+        scores = self._scored(self.stack(active, [t.whole() for t in active]))
+        behind = self._behind(active, scores)
+        for state, values in zip(active, scores, strict=True):
             state.history.append(
                 {"step": self.step, **{f"{VALIDATION}{name}": value for name, value in values.items()}}
             )
             rule = state.plan.regularizers.early_stopping
             if rule is not None:
                 state.judge(values[rule.metric], self.step, rule.patience, METRICS[rule.metric].sign < 0)
+            if state.plan.name in behind:
+                state.stopped_at = self.step
             told += self._news(state, values)
         return told
+
+    def _behind(self, active: Sequence[MemberState], scores: Sequence[Mapping[str, float]]) -> set[str]:
+        """Return the members that successive halving ends here; of equal ones the first goes on."""
+        rule = self.settings.ensemble.pruning
+        if rule is None or self.step == self.total or self.epochs_begun % rule.every_epochs:
+            return set()
+        costs = [(METRICS[rule.metric].cost(values[rule.metric]), t.plan.name) for t, values in
+                 zip(active, scores, strict=True) if t.plan.role is PlanRole.MEMBER]
+        known = sorted(costs, key=lambda one: math.inf if one[0] is None or math.isnan(one[0]) else one[0])
+        return {name for _, name in known[math.ceil(rule.keep * len(known)) :]}
 
     def _scored(self, stacked: Tensors) -> list[dict[str, float]]:
         """Return each member's validation metrics, with that of its own answers where early stopping watches one."""
@@ -282,6 +296,10 @@ class PackTrainer:
         shown = ", ".join(f"{METRICS[key].label} {value:.4g}" for key, value in values.items())
         told = [f"{name} epoch {self.epochs_begun} of {epochs}: validation {shown}"]
         rule = state.plan.regularizers.early_stopping
+        pruning = self.settings.ensemble.pruning
+        if pruning is not None and state.stopped_at is not None:
+            label = METRICS[pruning.metric].label
+            told.append(f"{name} is behind by its validation {label} and trains no further than step {self.step}")
         if rule is not None and state.stopped_at is not None:
             times = "once" if rule.patience == 1 else f"in {rule.patience} epochs"
             told.append(
