@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from raylora.serve.predictor import LoadedEnsemble, load_ensemble
     from raylora.spec import RunSpec, build_spec, read_distill, read_spec
     from raylora.sweeping import sweep
+    from raylora.tuning import tune_trainable
 
 _HOMES = {
     "RunSpec": "raylora.spec",
@@ -45,6 +46,7 @@ _HOMES = {
     "resume": "raylora.client",
     "run_local": "raylora.client",
     "sweep": "raylora.sweeping",
+    "tune_trainable": "raylora.tuning",
     "LoadedEnsemble": "raylora.serve.predictor",
     "Prediction": "raylora.ensemble.outputs.classes",
     "ValuePrediction": "raylora.ensemble.outputs.value",
