@@ -183,7 +183,7 @@ def ensembles(folder: str, task: str, seed: int, rows: int, test_rows: int) -> l
     deep["ensemble"] |= {"members": SIZE, "vary": [own] * SIZE}
     voices = {
         "best member": metrics["members"][best], "deep ensemble": train(deep)["ensemble"],
-        "hyper-deep ensemble": metrics["selected"], "all eight": metrics["ensemble"],
+        "hyper-deep ensemble": metrics["weighted"]["selected"], "all eight": metrics["ensemble"],
     }
     trainings = {"best member": 8, "deep ensemble": 8 + SIZE, "hyper-deep ensemble": 8, "all eight": 8}
     return [

@@ -21,6 +21,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
 
 
+def pytest_configure() -> None:
+    """Give every process of a divided test session a core of its own: its runs then take one thread each.
+
+    With as many processes as cores, each with as many threads, the threads of tiny models wait for each other's cores.
+    """
+    process = os.environ.get("PYTEST_XDIST_WORKER")
+    if process and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(process.removeprefix("gw")) % len(cores)]})
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """Return a function from an architecture's name to a folder with a seeded two-layer model and its tokenizer."""
