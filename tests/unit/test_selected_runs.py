@@ -241,6 +241,7 @@ def language(tiny_model: Callable[[str], str], tmp_path: Path) -> dict[str, Any]
     }
 
 
+@pytest.mark.slow
 def test_a_run_answers_by_its_weights_and_teaches_by_them(
     make_spec: Make, content: dict[str, Any], language: dict[str, Any]
 ) -> None:
