@@ -10,15 +10,16 @@ from typing import Any, cast
 import pytest
 import torch
 from run_helpers import run, stop_at
+from test_records import misfits
 
 from raylora import registry
-from raylora.client import evaluate_run
 from raylora.distill import MemberTargets, TokenTargets
 from raylora.distill.loss_functions import mixture, tempered_mixture
 from raylora.engine.distillation.compare import compare
 from raylora.engine.distillation.plan import prepare_distillation
 from raylora.engine.generation.mixture import mix
 from raylora.engine.model.checkpoint import load_tokenizer
+from raylora.engine.run.answer_plan import plan_evaluation
 from raylora.engine.run.finished_members import member_tensors
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.session import TrainingSession
@@ -28,6 +29,8 @@ from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.live_teacher import LiveDistillationLoss, LiveTeacher
 from raylora.ensemble.aggregate import aggregate_logits
 from raylora.errors import Interrupted, RunDirectoryError, SpecError
+from raylora.records import RunMetrics
+from raylora.report import tables
 from raylora.report.entries import entries
 from raylora.report.headline import headline
 from raylora.serve.export import export_run
@@ -73,6 +76,9 @@ def test_a_selected_run_reports_both_and_predicts_with_those_it_chose(
     nll = -float(logp_NC.gather(1, group[1].labels()[:, None]).mean())
     assert said["eval"]["test"]["nll"] == pytest.approx(nll, abs=1e-12)
     assert [row.key for row in entries(metrics)][:3] == ["ensemble", "selected", "stacked"]
+    assert not misfits(metrics, RunMetrics)
+    table = tables.comparison(metrics)
+    assert table is not None and f"Stacked: {len(said['weights'])} of 3, weighted" in [label for label, _ in table.rows]
     assert any(sentence.startswith("Weighted by the validation rows") for sentence in headline(metrics))
 
     ensemble, everybody = load_ensemble(uri, calibrated=False), load_ensemble(uri, calibrated=False, plain=True)
@@ -235,6 +241,7 @@ def language(tiny_model: Callable[[str], str], tmp_path: Path) -> dict[str, Any]
     }
 
 
+@pytest.mark.slow
 def test_a_run_answers_by_its_weights_and_teaches_by_them(
     make_spec: Make, content: dict[str, Any], language: dict[str, Any]
 ) -> None:
@@ -267,8 +274,8 @@ def test_a_run_answers_by_its_weights_and_teaches_by_them(
     whole = -float(torch.logsumexp(own_MP.sum(1) + weights_M.log(), dim=0))
     assert mixed.sequencewise_nll == pytest.approx(whole, abs=1e-3)
     assert run(spec)["weighted"] == json.loads(json.dumps(metrics["weighted"]))  # and nothing is answered again
-    assert evaluate_run(uri, spec.evaluation.generation, local=True)["members"] == len(weights)
-    assert len(list(Path(uri, "answers").iterdir())) == 1
+    again = plan_evaluation(uri, spec.evaluation.generation)
+    assert again.answers.is_done and list(again.answers.job.members) == list(weights)
 
     student = {"base": spec.base.model_dump(mode="json"), "adapter": {"kind": "lora", "target_modules": "all-linear"}}
     taught = distill(uri, student, loss={"kind": "topk_kl", "top_k": 512, "temperature": 1.0})
