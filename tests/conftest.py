@@ -16,12 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TINY = ("bert", "bert_without_pooler", "roberta", "gpt2", "llama")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # DeepSpeed's ZeRO optimizer still scripts a helper.
-    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
-
-
-def pytest_configure() -> None:
+def _take_one_core() -> None:
     """Give every process of a divided test session a core of its own: its runs then take one thread each.
 
     With as many processes as cores, each with as many threads, the threads of tiny models wait for each other's cores.
@@ -30,6 +25,12 @@ def pytest_configure() -> None:
     if process and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(process.removeprefix("gw")) % len(cores)]})
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _take_one_core()
+    # DeepSpeed's ZeRO optimizer still scripts a helper.
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")
