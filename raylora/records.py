@@ -103,6 +103,8 @@ class GroupMetrics(Description, total=False):
     """The ensemble or a baseline."""
 
     members: int
+    scaled_by: float
+    """What the logits of the ``temperature`` baseline were divided by before anything was scored."""
 
 
 class MemberMetrics(Description, total=False):

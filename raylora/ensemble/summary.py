@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-
-import torch
+from collections.abc import Mapping
 
 from raylora.ensemble.groups import Group, Settings, check_groups
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import Names, check_rule
+from raylora.ensemble.threads import one_thread
 from raylora.records import SetErrors, SetFacts, Summary
 from raylora.spec.evaluation import EvaluationSpec
 
@@ -44,16 +42,3 @@ def find_errors(
     """Return, by labeled set, where an ensemble errs; docs/metrics.md describes every field."""
     with one_thread():
         return output_of(ensemble[0].output).errors(ensemble, Settings(evaluation, aggregate, 0), names)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread for a while."""
-    # Thousands of small operations: on a machine whose cores are busy training, every one of them would wait for a
-    # thread that is not being scheduled, and a summary of half a second was measured to take fifteen.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

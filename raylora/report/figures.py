@@ -28,6 +28,7 @@ COLORS = {
     "mc_dropout": "#009E73",
     "last_layer": "#CC79A7",
     "checkpoints": "#8A6D00",
+    "temperature": "#777777",
 }
 """Okabe and Ito's palette, the yellow darkened to be seen on white."""
 SPARE = ("#000000", "#777777", "#56B4E9")
@@ -37,6 +38,7 @@ DASHES = {
     "mc_dropout": "-.",
     "last_layer": ":",
     "checkpoints": (0, (5, 1, 1, 1, 1, 1)),
+    "temperature": (0, (1, 1)),
 }
 STYLE: dict[str, Any] = {
     "font.size": 10,

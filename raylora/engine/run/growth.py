@@ -26,7 +26,8 @@ _WHY = {
     "baselines": "a baseline that is trained is neither changed nor taken out",
     "distill_from": "a student belongs to the targets that it was taught",
 }
-_FREE = ("evaluation.", "ensemble.min_members", "ensemble.aggregate", "baselines.single")
+_FREE = ("evaluation.", "ensemble.min_members", "ensemble.aggregate", "baselines.single",
+         "baselines.temperature")
 """Only the evaluation depends on these."""
 _STOPPED_BY = tuple(f"evaluation.generation.{key}" for key in ("max_new_tokens", "normalize", "rows"))
 """But for members that are stopped early by their answers."""

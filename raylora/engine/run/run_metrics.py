@@ -14,6 +14,8 @@ from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
 from raylora.engine.run.finished_members import member_facts
 from raylora.engine.training.member_plan import PlanRole, member_plans_of
+from raylora.ensemble.calibration import tempered
+from raylora.ensemble.groups import Group, one_member
 from raylora.ensemble.outputs.base import Names
 from raylora.ensemble.predictions import Predictions
 from raylora.ensemble.summary import find_errors, summarize
@@ -42,7 +44,7 @@ def aggregate(
     """
     roles = {plan.name: plan.role for plan in member_plans_of(spec)}
     members = [name for name in finished if roles[name] is PlanRole.MEMBER]
-    groups = {"ensemble": _group(store, members)}
+    groups: dict[str, Group] = {"ensemble": _group(store, members)}
     dropped = [name for name in finished if roles[name] is PlanRole.MC_DROPOUT]
     heads = [name for name in finished if roles[name] is PlanRole.LAST_LAYER]
     if dropped:
@@ -51,9 +53,13 @@ def aggregate(
         groups["last_layer"] = _group(store, heads)
     if store.has_result("predictions/checkpoints"):
         groups["checkpoints"] = _group(store, ["checkpoints"])
+    if spec.baselines.temperature:
+        groups["temperature"], fitted = tempered(one_member(groups["ensemble"], 0))
     summary = summarize(groups, spec.evaluation, spec.ensemble.aggregate, seed=spec.data.seed)
     if not spec.baselines.single:
         summary["baselines"].pop("single", None)
+    if spec.baselines.temperature:
+        summary["baselines"]["temperature"]["scaled_by"] = fitted.value
     for entry, name in zip(summary["members"], members, strict=True):
         facts = _member(store, name)
         entry["name"], entry["stopped_at"] = name, facts["stopped_at"]

@@ -1,0 +1,31 @@
+"""What an ensemble is compared with in its own run: other ways to say how sure a model is."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from raylora.spec.base import Frozen
+
+
+class MCDropoutSpec(Frozen):
+    """One member trained and evaluated with dropout on the adapter input."""
+
+    dropout: float = Field(default=0.1, gt=0, lt=1)
+    """The dropout that the member is trained and evaluated with."""
+    passes: int = Field(default=8, ge=2)
+    """How many evaluations with dropout make the prediction."""
+
+
+class BaselinesSpec(Frozen):
+    """Comparisons trained and evaluated in the same run."""
+
+    single: bool = True
+    """One LoRA model: member 0 on its own, at no extra cost."""
+    mc_dropout: MCDropoutSpec | None = None
+    """One member with dropout, evaluated several times; null is off."""
+    last_layer: int = Field(default=0, ge=0)
+    """Members of an ensemble of heads on the untouched base; 0 is off."""
+    checkpoints: int = Field(default=0, ge=0)
+    """The last n epoch ends of member 0 as a cheap ensemble; 0 is off."""
+    temperature: bool = False
+    """Member 0 with its logits divided by one temperature, fitted on the validation rows (arXiv 1706.04599)."""
