@@ -12,6 +12,7 @@ from raylora.records import MemberMetrics, RunMetrics
 
 BASELINE_LABELS = {
     "single": "Single {one} (member 0)",
+    "swag": "SWAG-diagonal ({n} draws)",
     "temperature": "Single {one} with T = {t}",
     "mc_dropout": "MC dropout ({n} passes)",
     "last_layer": "Last-layer ensemble ({n} heads)",

@@ -16,6 +16,21 @@ class MCDropoutSpec(Frozen):
     """How many evaluations with dropout make the prediction."""
 
 
+class SwagSpec(Frozen):
+    """Weights drawn from where member 0's were in the last part of its training (SWAG-diagonal, arXiv 1902.02476)."""
+
+    samples: int = Field(default=8, ge=2)
+    """How many weight vectors are drawn, which predict together."""
+    last: float = Field(default=0.5, gt=0, le=1)
+    """The share of the training, up to its end, in which weights are counted in. The paper keeps the learning rate
+    constant meanwhile (``optimization.schedule: constant``); one that falls to zero leaves little variance."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Count them in every so many steps, back from the last one; by default about 20 times."""
+    variance_scale: float = Field(default=0.5, gt=0)
+    """The variance that weights are drawn with, as a share of theirs; 1/2 as in the paper's equation 1, whose other
+    half is of low rank and is not here."""
+
+
 class BaselinesSpec(Frozen):
     """Comparisons trained and evaluated in the same run."""
 
@@ -29,3 +44,5 @@ class BaselinesSpec(Frozen):
     """The last n epoch ends of member 0 as a cheap ensemble; 0 is off."""
     temperature: bool = False
     """Member 0 with its logits divided by one temperature, fitted on the validation rows (arXiv 1706.04599)."""
+    swag: SwagSpec | None = None
+    """Several draws of member 0's weights around their mean; costs no training; null is off."""

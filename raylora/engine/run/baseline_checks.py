@@ -1,8 +1,9 @@
-"""What baselines ask of a run that its task, its adapters or its length cannot give; refused before anything is trained."""
+"""What baselines ask of a run that its task, its adapters or its length cannot give: refused before training."""
 
 from __future__ import annotations
 
 from raylora.data.task import Task
+from raylora.engine.training.weight_moments import collection_steps
 from raylora.errors import SpecError
 from raylora.spec import RunSpec
 
@@ -23,4 +24,18 @@ def _check_temperature(spec: RunSpec, task: Task) -> None:
         raise SpecError(
             f"baselines.temperature: a model of {spec.task.kind} has no logits, and its noise is fitted on the "
             "validation rows in any case, for every row of the report", "leave it out",
+        )
+
+
+def check_lengths(spec: RunSpec, total: int) -> None:
+    """Refuse moments of weights that are counted in less than twice in a training of ``total`` steps.
+
+    Raises:
+        SpecError: one weight vector has no variance.
+    """
+    swag = spec.baselines.swag
+    if swag is not None and len(collection_steps(swag, total)) < 2:
+        raise SpecError(
+            f"baselines.swag: weights are counted in once in a training of {total} steps, and one has no variance",
+            "lower baselines.swag.every_steps, or raise baselines.swag.last",
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -19,31 +18,15 @@ from raylora.engine.model import serialization
 from raylora.engine.model.base import Base
 from raylora.engine.model.member_tensors import frozen_tensors_of
 from raylora.engine.model.packed_model import PackedModel
+from raylora.engine.run.derived import MadeOfMember0, Trained
 from raylora.engine.run.finished_members import member_facts, member_tensors
 from raylora.engine.training.member_plan import MemberPlan, PlanRole
 from raylora.engine.training.predict import predict_set
 from raylora.ensemble.predictions import Predictions, Role
 from raylora.errors import Interrupted, StoreError
 from raylora.progress import Activity, OnProgress, RowCounter
-from raylora.records import HistoryRow
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
-
-_CHECKPOINTS = "predictions/checkpoints"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A member at the end of its training."""
-
-    plan: MemberPlan
-    tensors: Tensors
-    frozen_tensors: Tensors
-    """What it needs but did not train."""
-    steps: int
-    history: list[HistoryRow]
-    stopped_at: int | None
-    """The step after which early stopping took it out of the pack."""
 
 
 def read_trained(spec: RunSpec, store: RunStore, base: Base, plan: MemberPlan) -> Trained:
@@ -61,21 +44,19 @@ class Evaluator:
 
     def __init__(self, spec: RunSpec, store: RunStore, task: Task, base: Base, sets: DataSets) -> None:
         self.spec, self.store, self.task, self.base, self.sets = spec, store, task, base, sets
+        self.made_of_member_0 = MadeOfMember0(spec.baselines, store)
 
     def is_predicted(self, plan: MemberPlan) -> bool:
         """Return whether all predictions that belong to a plan are committed."""
-        snapshots = plan.name == "member-000" and self.store.storage.list("snapshots")
-        return self.store.has_result(f"predictions/{plan.name}") and (
-            not snapshots or self.store.has_result(_CHECKPOINTS)
-        )
+        missing = self.made_of_member_0.missing() if plan.name == "member-000" else []
+        return self.store.has_result(f"predictions/{plan.name}") and not missing
 
     def forwards_ahead(self, plans: Sequence[MemberPlan]) -> int:
         """Return how many rows a pack's evaluation will predict, each as often as other dropout or states ask for."""
         rows = sum(len(loaded.examples) for loaded, _ in evaluated_sets(self.sets))
         dropout = self.spec.baselines.mc_dropout
         passes = dropout.passes if dropout is not None and plans[0].role is PlanRole.MC_DROPOUT else 1
-        states = self.spec.baselines.checkpoints if plans[0].name == "member-000" else 0
-        return rows * (passes + states)
+        return rows * (passes + (self.made_of_member_0.forwards if plans[0].name == "member-000" else 0))
 
     def evaluate(
         self, model: PackedModel, done: Sequence[Trained], report: OnProgress, should_stop: Callable[[], int]
@@ -91,7 +72,7 @@ class Evaluator:
             return 0.0
         first = done[0]
         if first.plan.name == "member-000":
-            self._evaluate_snapshots(model, first.frozen_tensors, report, should_stop)
+            self.made_of_member_0.make(first, lambda members: self._predict(model, members, report, should_stop))
         whole = [{**one.tensors, **one.frozen_tensors} for one in done]
         if first.plan.role is PlanRole.MC_DROPOUT:
             assert self.spec.baselines.mc_dropout is not None
@@ -103,19 +84,6 @@ class Evaluator:
             for index, one in enumerate(done):
                 self._commit(one, [part.member(index) for part in sets])
         return time.perf_counter() - started
-
-    def _evaluate_snapshots(
-        self, model: PackedModel, frozen_tensors: Tensors, report: OnProgress, should_stop: Callable[[], int]
-    ) -> None:
-        """Predict with the last epoch ends of member 0, if the run keeps them."""
-        snapshots = [
-            serialization.from_bytes(self.store.load_result(f"snapshots/{name}")["member.safetensors"]) | frozen_tensors
-            for name in self.store.storage.list("snapshots")
-            if self.store.has_result(f"snapshots/{name}")
-        ]
-        if snapshots and not self.store.has_result(_CHECKPOINTS):
-            predictions = self._predict(model, snapshots, report, should_stop)
-            self.store.commit_result(_CHECKPOINTS, serialization.pack_predictions(predictions))
 
     def _predict(
         self, model: PackedModel, members: Sequence[Tensors], report: OnProgress, should_stop: Callable[[], int],

@@ -13,7 +13,7 @@ from raylora.engine.model import serialization
 from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
 from raylora.engine.run.finished_members import member_facts
-from raylora.engine.training.member_plan import PlanRole, member_plans_of
+from raylora.engine.training.member_plan import MADE_OF_MEMBER_0, PlanRole, member_plans_of
 from raylora.ensemble.calibration import tempered
 from raylora.ensemble.groups import Group, one_member
 from raylora.ensemble.outputs.base import Names
@@ -51,8 +51,9 @@ def aggregate(
         groups["mc_dropout"] = _group(store, dropped)
     if heads:
         groups["last_layer"] = _group(store, heads)
-    if store.has_result("predictions/checkpoints"):
-        groups["checkpoints"] = _group(store, ["checkpoints"])
+    for name in MADE_OF_MEMBER_0:
+        if store.has_result(f"predictions/{name}"):
+            groups[name] = _group(store, [name])
     if spec.baselines.temperature:
         groups["temperature"], fitted = tempered(one_member(groups["ensemble"], 0))
     summary = summarize(groups, spec.evaluation, spec.ensemble.aggregate, seed=spec.data.seed)
