@@ -470,6 +470,14 @@ class DistillationRecord(TypedDict, total=False):
     retained_metric: str | None
 
 
+class BaselineCost(TypedDict, total=False):
+    """What a baseline took that is made of member 0 and trained by nobody."""
+
+    fit_s: float
+    predict_s: float
+    stored_numbers: int
+
+
 class RunMetrics(Summary, total=False):
     """``metrics.json``, and in a report its students."""
 
@@ -483,6 +491,7 @@ class RunMetrics(Summary, total=False):
     memory: Memory
     parameters: Parameters
     compute: Compute
+    baseline_costs: dict[str, BaselineCost]
     data: list[DataSet]
     training: dict[str, list[HistoryRow]]
     preparation: PreparationSummary

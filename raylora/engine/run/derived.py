@@ -13,7 +13,7 @@ from raylora.engine.model import serialization
 from raylora.engine.training.member_plan import MemberPlan
 from raylora.engine.training.weight_moments import DEVIATION, MEAN, WeightMoments
 from raylora.ensemble.predictions import Predictions
-from raylora.records import HistoryRow
+from raylora.records import BaselineCost, HistoryRow
 from raylora.spec.baselines import BaselinesSpec, SwagSpec
 from raylora.store.run_store import RunStore
 
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 Predict = Callable[[Sequence[Tensors]], Sequence[Predictions]]
 """From whole members, stacked in one forward, to their predictions of every set."""
+COSTS = "baseline_costs.json"
 _MOMENTS = "swag-moments"
 """Beside the epoch ends in ``snapshots``: what only the training can give."""
 
@@ -102,10 +103,11 @@ class MadeOfMember0:
         return [moments.sample(plan.stream("swag", number), swag.variance_scale) for number in range(swag.samples)]
 
     def _commit(self, name: str, predictions: Sequence[Predictions], started: float, numbers: int) -> None:
-        cost = {"predict_s": time.perf_counter() - started, "stored_numbers": numbers}
-        self.store.commit_result(f"predictions/{name}", {
-            **serialization.pack_predictions(predictions), "cost.json": json.dumps(cost).encode(),
-        })
+        self.store.commit_result(f"predictions/{name}", serialization.pack_predictions(predictions))
+        # Not in the folder: what is committed is the same whenever it is made again, and seconds are not.
+        costs: dict[str, BaselineCost] = self.store.read_json(COSTS) or {}
+        costs[name] = {"predict_s": time.perf_counter() - started, "stored_numbers": numbers}
+        self.store.write_json(COSTS, costs)
 
 
 def _is_epoch_end(name: str) -> bool:

@@ -12,6 +12,7 @@ from raylora.adapters.names import adapter_name
 from raylora.engine.model import serialization
 from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
+from raylora.engine.run.derived import COSTS
 from raylora.engine.run.finished_members import member_facts
 from raylora.engine.training.member_plan import MADE_OF_MEMBER_0, PlanRole, member_plans_of
 from raylora.ensemble.calibration import tempered
@@ -119,6 +120,9 @@ def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: f
         "data": (store.read_json("data.json") or {}).get("sets", []),
         "training": histories,
     }
+    costs = store.read_json(COSTS)
+    if costs:
+        facts["baseline_costs"] = costs
     prepared = prepared_store(store)
     if prepared is not None:
         facts["preparation"] = summary_of(prepared)
