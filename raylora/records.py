@@ -99,12 +99,22 @@ class Description(TypedDict, total=False):
     noise_fit: NoiseFit
 
 
+class LaplaceFit(TypedDict):
+    """The Gaussian of the ``laplace`` baseline."""
+
+    structure: str
+    prior_precision: float
+    determined: float
+    matrices_numbers: int
+
+
 class GroupMetrics(Description, total=False):
     """The ensemble or a baseline."""
 
     members: int
     scaled_by: float
     """What the logits of the ``temperature`` baseline were divided by before anything was scored."""
+    laplace_fit: LaplaceFit
 
 
 class MemberMetrics(Description, total=False):

@@ -13,6 +13,7 @@ from raylora.records import MemberMetrics, RunMetrics
 BASELINE_LABELS = {
     "single": "Single {one} (member 0)",
     "swag": "SWAG-diagonal ({n} draws)",
+    "laplace": "Laplace, {structure} ({n} draws)",
     "temperature": "Single {one} with T = {t}",
     "mc_dropout": "MC dropout ({n} passes)",
     "last_layer": "Last-layer ensemble ({n} heads)",
@@ -73,7 +74,8 @@ def entries(metrics: RunMetrics) -> list[Entry]:
         found.append(Entry("mean_member", "Mean member", metrics["mean_member"]))
     return found + [
         Entry(name, BASELINE_LABELS.get(name, name).format(
-            n=content.get("members", "?"), one=adapter_of(metrics).one, t=f"{content.get('scaled_by', 1.0):.2f}"
+            n=content.get("members", "?"), one=adapter_of(metrics).one, t=f"{content.get('scaled_by', 1.0):.2f}",
+            structure=content.get("laplace_fit", {}).get("structure", "diagonal"),
         ), content)
         for name, content in metrics.get("baselines", {}).items()
     ]

@@ -29,6 +29,7 @@ COLORS = {
     "last_layer": "#CC79A7",
     "checkpoints": "#8A6D00",
     "temperature": "#777777",
+    "laplace": "#000000",
     "swag": "#6A3D9A",
 }
 """Okabe and Ito's palette, the yellow darkened to be seen on white."""
@@ -40,6 +41,7 @@ DASHES = {
     "last_layer": ":",
     "checkpoints": (0, (5, 1, 1, 1, 1, 1)),
     "temperature": (0, (1, 1)),
+    "laplace": (0, (6, 2, 1, 2)),
     "swag": (0, (3, 2)),
 }
 STYLE: dict[str, Any] = {

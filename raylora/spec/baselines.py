@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from raylora.spec.base import Frozen
@@ -31,6 +33,19 @@ class SwagSpec(Frozen):
     half is of low rank and is not here."""
 
 
+class LaplaceSpec(Frozen):
+    """A Gaussian around member 0's LoRA matrices, from the curvature of its loss (arXiv 2308.13111)."""
+
+    structure: Literal["diagonal", "kronecker"] = "diagonal"
+    """Of the curvature: ``diagonal`` is exact but for what lies off it; ``kronecker`` is the product of what a matrix
+    multiplies and of the gradients by what it gives, over all tokens (K-FAC)."""
+    prior_precision: float | None = Field(default=None, gt=0)
+    """Of the Gaussian prior around zero; by default the one with the greatest marginal likelihood of the training
+    rows."""
+    samples: int = Field(default=64, ge=2)
+    """Draws of each row's logits, whose probabilities are averaged."""
+
+
 class BaselinesSpec(Frozen):
     """Comparisons trained and evaluated in the same run."""
 
@@ -46,3 +61,6 @@ class BaselinesSpec(Frozen):
     """Member 0 with its logits divided by one temperature, fitted on the validation rows (arXiv 1706.04599)."""
     swag: SwagSpec | None = None
     """Several draws of member 0's weights around their mean; costs no training; null is off."""
+    laplace: LaplaceSpec | None = None
+    """What is known of member 0's LoRA matrices from its training rows, and of each row's logits for it; costs no
+    training; null is off."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from raylora.data.task import Task
 from raylora.engine.training.weight_moments import collection_steps
 from raylora.errors import SpecError
+from raylora.placement.plan import Plan
 from raylora.spec import RunSpec
 
 
@@ -12,6 +13,8 @@ def check_sureness(spec: RunSpec, task: Task) -> None:
     """Refuse ways to say how sure a model is that mean nothing for a task or an adapter. Raises: SpecError."""
     if spec.baselines.temperature:
         _check_temperature(spec, task)
+    if spec.baselines.laplace is not None:
+        _check_laplace(spec, task)
 
 
 def _check_temperature(spec: RunSpec, task: Task) -> None:
@@ -24,6 +27,36 @@ def _check_temperature(spec: RunSpec, task: Task) -> None:
         raise SpecError(
             f"baselines.temperature: a model of {spec.task.kind} has no logits, and its noise is fitted on the "
             "validation rows in any case, for every row of the report", "leave it out",
+        )
+
+
+def _check_laplace(spec: RunSpec, task: Task) -> None:
+    if task.output != "classes":
+        raise SpecError(
+            f"baselines.laplace: is there for classes, and {spec.task.kind} predicts none",
+            "leave it out, or use task.kind: classification or multiple_choice",
+        )
+    if spec.adapter.kind != "lora":
+        raise SpecError(
+            f"baselines.laplace: is over LoRA's matrices, and adapter.kind is {spec.adapter.kind}",
+            "leave it out, or use baselines.swag, which takes any adapter",
+        )
+    if spec.ensemble.aggregate != "mean_probabilities":
+        raise SpecError(
+            f"baselines.laplace: its draws of logits are averaged as probabilities; under {spec.ensemble.aggregate} "
+            "they would say what member 0 says", "leave it out, or use ensemble.aggregate: mean_probabilities",
+        )
+    if spec.distill_from is not None:
+        raise SpecError("baselines.laplace: a student's outputs may be no logits, and its loss is its teacher's",
+                        "leave it out")
+
+
+def check_whole_base(spec: RunSpec, plan: Plan) -> None:
+    """Refuse Jacobians by a base that no worker has whole. Raises: SpecError."""
+    if spec.baselines.laplace is not None and plan.strategy == "shard":
+        raise SpecError(
+            "baselines.laplace: differentiates each row by itself, which a base that is split over workers is not "
+            "there for", "leave it out, or use placement.strategy: replicate",
         )
 
 

@@ -1,4 +1,4 @@
-"""Baselines that are made of member 0 when it is trained: states on its way, and weights drawn from their moments."""
+"""Baselines that are made of member 0 when it is trained: its states on the way, and what is drawn around it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raylora.engine.model import serialization
 from raylora.engine.training.member_plan import MemberPlan
 from raylora.engine.training.weight_moments import DEVIATION, MEAN, WeightMoments
 from raylora.ensemble.predictions import Predictions
-from raylora.records import BaselineCost, HistoryRow
+from raylora.records import BaselineCost, HistoryRow, LaplaceFit
 from raylora.spec.baselines import BaselinesSpec, SwagSpec
 from raylora.store.run_store import RunStore
 
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 Predict = Callable[[Sequence[Tensors]], Sequence[Predictions]]
 """From whole members, stacked in one forward, to their predictions of every set."""
+ByLaplace = Callable[[], tuple[Sequence[Predictions], LaplaceFit, BaselineCost]]
 COSTS = "baseline_costs.json"
 _MOMENTS = "swag-moments"
 """Beside the epoch ends in ``snapshots``: what only the training can give."""
@@ -57,23 +58,33 @@ class MadeOfMember0:
         """Return the baselines whose predictions are to be made yet."""
         listed = self.store.storage.list("snapshots")
         snapshots = [name for name in listed if self.store.has_result(f"snapshots/{name}")]
-        wanted = {"checkpoints": any(map(_is_epoch_end, snapshots)), "swag": _MOMENTS in snapshots}
+        wanted = {"checkpoints": any(map(_is_epoch_end, snapshots)), "swag": _MOMENTS in snapshots,
+                  "laplace": self.spec.laplace is not None}
         return [name for name, is_wanted in wanted.items()
                 if is_wanted and not self.store.has_result(f"predictions/{name}")]
 
-    def make(self, one: Trained, predict: Predict) -> None:
+    def make(self, one: Trained, predict: Predict, by_laplace: ByLaplace) -> None:
         """Commit what was kept of member 0's training, and predict with it.
+
+        Args:
+            predict: what members say, given whole.
+            by_laplace: what the Gaussian around member 0 says; asked if the run has one.
 
         Raises:
             Interrupted: by ``predict``; what is not committed is predicted again next time.
         """
         self._keep(one)
         for name in self.missing():
+            if name == "laplace":
+                found, facts, cost = by_laplace()
+                self._commit(name, found, cost, {"laplace.json": json.dumps(facts).encode()})
+                continue
             started = time.perf_counter()
             members = self._epoch_ends() if name == "checkpoints" else self._draws(one.plan)
             predictions = predict([{**tensors, **one.frozen_tensors} for tensors in members])
-            self._commit(name, predictions, started, numbers=2 * _size(members[0]) if name == "swag" else
-                         sum(map(_size, members)))
+            numbers = 2 * _size(members[0]) if name == "swag" else sum(map(_size, members))
+            took: BaselineCost = {"predict_s": time.perf_counter() - started, "stored_numbers": numbers}
+            self._commit(name, predictions, took)
 
     def _keep(self, one: Trained) -> None:
         """Commit the moments of the weights before anything else: who is committed is not trained again."""
@@ -102,12 +113,14 @@ class MadeOfMember0:
         moments = _moments(self.store.load_result(f"snapshots/{_MOMENTS}"))
         return [moments.sample(plan.stream("swag", number), swag.variance_scale) for number in range(swag.samples)]
 
-    def _commit(self, name: str, predictions: Sequence[Predictions], started: float, numbers: int) -> None:
-        self.store.commit_result(f"predictions/{name}", serialization.pack_predictions(predictions))
+    def _commit(
+        self, name: str, predictions: Sequence[Predictions], cost: BaselineCost,
+        further: Mapping[str, bytes] | None = None,
+    ) -> None:
+        files = {**serialization.pack_predictions(predictions), **(further or {})}
+        self.store.commit_result(f"predictions/{name}", files)
         # Not in the folder: what is committed is the same whenever it is made again, and seconds are not.
-        costs: dict[str, BaselineCost] = self.store.read_json(COSTS) or {}
-        costs[name] = {"predict_s": time.perf_counter() - started, "stored_numbers": numbers}
-        self.store.write_json(COSTS, costs)
+        self.store.write_json(COSTS, {**(self.store.read_json(COSTS) or {}), name: cost})
 
 
 def _is_epoch_end(name: str) -> bool:

@@ -12,6 +12,7 @@ from raylora import registry
 from raylora.adapters.base import Tensors, WholeModel
 from raylora.adapters.export import to_peft
 from raylora.adapters.packed import stack
+from raylora.data.order import derive_seed
 from raylora.data.sets import DataSets, LoadedSet
 from raylora.data.task import Task
 from raylora.engine.model import serialization
@@ -20,11 +21,13 @@ from raylora.engine.model.member_tensors import frozen_tensors_of
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.derived import MadeOfMember0, Trained
 from raylora.engine.run.finished_members import member_facts, member_tensors
+from raylora.engine.run.laplace_baseline import FittedLaplace
 from raylora.engine.training.member_plan import MemberPlan, PlanRole
-from raylora.engine.training.predict import predict_set
+from raylora.engine.training.predict import as_predictions, predict_set
 from raylora.ensemble.predictions import Predictions, Role
 from raylora.errors import Interrupted, StoreError
 from raylora.progress import Activity, OnProgress, RowCounter
+from raylora.records import BaselineCost, LaplaceFit
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
@@ -72,7 +75,10 @@ class Evaluator:
             return 0.0
         first = done[0]
         if first.plan.name == "member-000":
-            self.made_of_member_0.make(first, lambda members: self._predict(model, members, report, should_stop))
+            self.made_of_member_0.make(
+                first, lambda members: self._predict(model, members, report, should_stop),
+                lambda: self._by_laplace(model, first, report, should_stop),
+            )
         whole = [{**one.tensors, **one.frozen_tensors} for one in done]
         if first.plan.role is PlanRole.MC_DROPOUT:
             assert self.spec.baselines.mc_dropout is not None
@@ -97,10 +103,32 @@ class Evaluator:
             predictions.append(predict_set(
                 model, stacked, loaded.examples, loaded.name, role, self.spec.evaluation.batch, dropout_seeds, rows,
             ))
-            if should_stop():
-                raise Interrupted("stopped while evaluating; the trained state is committed",
-                                  signal_number=should_stop())
+            _check_stop(should_stop)
         return predictions
+
+    def _by_laplace(
+        self, model: PackedModel, one: Trained, report: OnProgress, should_stop: Callable[[], int]
+    ) -> tuple[list[Predictions], LaplaceFit, BaselineCost]:
+        """Fit a Gaussian around member 0 on the training rows and predict all sets by it."""
+        spec, batch, sets = self.spec.baselines.laplace, self.spec.evaluation.batch, evaluated_sets(self.sets)
+        assert spec is not None
+        train = self.sets.train.examples
+        total, done = len(train) + sum(len(part.examples) for part, _ in sets), 0
+        rows = RowCounter(Activity.EVALUATING, total, report)
+
+        def on_rows(count: int) -> None:
+            nonlocal done
+            done += count
+            rows(done, total)
+            _check_stop(should_stop)
+
+        fitted = FittedLaplace.on(spec, model, one.tensors, train, batch, on_rows)
+        started, predictions = time.perf_counter(), []
+        for part, role in sets:
+            seed = derive_seed(one.plan.stream("laplace"), part.name)
+            predictions.append(as_predictions(model.task, part.examples, part.name, role,
+                                              fitted.predict(part.examples, batch, seed, on_rows)))
+        return predictions, fitted.facts(), fitted.cost(time.perf_counter() - started)
 
     def _commit(self, one: Trained, predictions: Sequence[Predictions]) -> None:
         """Publish predictions first: a member's folder is what marks the plan as trained."""
@@ -141,6 +169,11 @@ class Evaluator:
             "member.json": json.dumps(facts, indent=1, sort_keys=True).encode(),
             "README.md": _readme(plan, self.spec, self.base.export_name, bool(config)).encode(),
         })
+
+
+def _check_stop(should_stop: Callable[[], int]) -> None:
+    if should_stop():
+        raise Interrupted("stopped while evaluating; the trained state is committed", signal_number=should_stop())
 
 
 def evaluated_sets(sets: DataSets) -> list[tuple[LoadedSet, Role]]:

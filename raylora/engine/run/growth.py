@@ -134,6 +134,8 @@ def _obstacle(change: str, begun: RunSpec, wanted: RunSpec, rows: int) -> str:
         return "the ends of those epochs were not kept when member 0 was trained"
     if key.startswith("baselines.swag") and begun.baselines.swag is None:
         return "the moments of member 0's weights were not kept when it was trained"
+    if key.startswith("baselines.laplace") and begun.baselines.laplace is None:
+        return "it is made of member 0 when that is predicted with, which has been done"
     section = key.partition(".")[0]
     return _WHY.get(section, "it is part of what the run computes")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -62,6 +63,9 @@ def aggregate(
         summary["baselines"].pop("single", None)
     if spec.baselines.temperature:
         summary["baselines"]["temperature"]["scaled_by"] = fitted.value
+    if "laplace" in groups:
+        fit = json.loads(store.load_result("predictions/laplace")["laplace.json"])
+        summary["baselines"]["laplace"]["laplace_fit"] = fit
     for entry, name in zip(summary["members"], members, strict=True):
         facts = _member(store, name)
         entry["name"], entry["stopped_at"] = name, facts["stopped_at"]
