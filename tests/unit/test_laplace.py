@@ -1,4 +1,4 @@
-"""A Gaussian over LoRA's matrices: its curvature, prior and predictions against float64 references by autograd loops."""
+"""A Gaussian over LoRA's matrices: curvature, prior and predictions against float64 references by autograd loops."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Other ways to say how sure a model is, as baselines of the same run: a temperature, draws of weights."""
+"""Other ways to say how sure a model is, as baselines of the same run: a temperature, draws of its weights."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from ensemble_fakes import fake_group
 from run_helpers import assert_bit_equal, members, run, stop_at
 
+from raylora.client import repair_run
 from raylora.engine.model import serialization
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.training.weight_moments import WeightMoments, collection_steps
@@ -162,3 +165,34 @@ def test_swag_draws_pools_too(make_spec: Make) -> None:
 def test_one_weight_vector_has_no_variance(make_spec: Make) -> None:
     with pytest.raises(SpecError, match=r"counted in once in a training of 6 steps"):
         prepare(make_spec(baselines={"swag": {"last": 0.5, "every_steps": 4}}))
+
+
+# --- what is made of member 0, in a run that grows or was damaged ----------------------------------------
+ALL = {"swag": {"samples": 2, "every_steps": 1}, "laplace": {"samples": 2}, "temperature": True}
+
+
+def test_a_finished_run_gets_further_sets_and_a_temperature_and_nothing_is_trained(
+    make_spec: Make, trained: Callable[[Any], str]
+) -> None:
+    foreign = {"out_of_distribution": {"news": {"source": "pypi:bbc-news", "rows": 20}}, "bootstrap_samples": 10}
+    whole = make_spec(name="whole", baselines=ALL, evaluation=foreign)
+    expected = run(whole)
+    trained(make_spec(name="grown", baselines={**ALL, "temperature": False}, evaluation={"bootstrap_samples": 10}))
+    steps: list[int] = []
+    grown = make_spec(name="grown", baselines=ALL, evaluation=foreign)
+    metrics = run(grown, lambda progress: steps.append(progress.done))
+    assert not steps and metrics["baselines"] == expected["baselines"]
+    for name in ("swag", "laplace"):
+        assert_bit_equal(predictions_of(whole, name), predictions_of(grown, name))
+
+
+def test_moments_that_are_lost_are_made_again_with_member_0(make_spec: Make, trained: Callable[[Any], str]) -> None:
+    spec = make_spec(baselines=ALL, evaluation={"bootstrap_samples": 10})
+    uri = trained(spec)
+    before = {name: predictions_of(spec, name) for name in ("member-000", "swag", "laplace")}
+    moments, weights = moments_of(spec), members(spec)
+    shutil.rmtree(Path(uri, "snapshots", "swag-moments"))
+    assert repair_run(uri, local=True).lost
+    assert_bit_equal(moments, moments_of(spec))
+    assert_bit_equal(weights, members(spec))
+    assert_bit_equal(before, {name: predictions_of(spec, name) for name in before})

@@ -31,7 +31,8 @@ class LogitJacobians:
         """Take a trained member, by name, with its head."""
         self.model = model
         self.member = {name: tensor.to(model.base.device) for name, tensor in member.items()}
-        self.names = [name for name in member if not name.startswith(HEAD)]
+        # In this order: a member that is read from its file has another, and sums over matrices depend on it.
+        self.names = sorted(name for name in member if not name.startswith(HEAD))
 
     def of(self, examples: Sequence[Example]) -> tuple[Tensor, Tensors]:
         """Return logits_NC in float64, and by matrix its Jacobian, N x C x O x I, in float32."""
