@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,13 @@ import torch
 from ensemble_fakes import fake_group
 from run_helpers import assert_bit_equal, members, run, stop_at
 
+from raylora.adapters.base import Site
 from raylora.client import repair_run
 from raylora.engine.model import serialization
+from raylora.engine.run.baseline_checks import baseline_notes
+from raylora.engine.run.derived import MadeOfMember0, Trained
 from raylora.engine.run.plan_run import prepare
+from raylora.engine.training.member_plan import member_plans_of
 from raylora.engine.training.weight_moments import WeightMoments, collection_steps
 from raylora.ensemble.calibration import tempered
 from raylora.ensemble.groups import one_member
@@ -165,6 +170,26 @@ def test_swag_draws_pools_too(make_spec: Make) -> None:
 def test_one_weight_vector_has_no_variance(make_spec: Make) -> None:
     with pytest.raises(SpecError, match=r"counted in once in a training of 6 steps"):
         prepare(make_spec(baselines={"swag": {"last": 0.5, "every_steps": 4}}))
+
+
+def test_a_member_that_stopped_too_early_has_no_draws(make_spec: Make, tmp_path: Path, caplog: Any) -> None:
+    spec = make_spec(baselines={"swag": {"every_steps": 1}})
+    store = RunStore(str(tmp_path / "run"))
+    made = MadeOfMember0(spec.baselines, store)
+    moments = WeightMoments()
+    moments.add({"a": torch.ones(2)})
+    one = Trained(member_plans_of(spec)[0], {"a": torch.ones(2)}, {}, 6, [], 4, moments)
+    with caplog.at_level(logging.WARNING):
+        made.make(one, lambda members: pytest.fail("nothing is to be predicted"), lambda: pytest.fail("no Gaussian"))
+    assert "stopped before its weights were counted in twice" in caplog.text and not store.storage.list("snapshots")
+
+
+def test_wide_kronecker_factors_are_told_of_before_training(make_spec: Make) -> None:
+    wide, narrow = [Site("wide", 8192, 4096, 0)], [Site("narrow", 384, 384, 0)]
+    spec = make_spec(baselines={"laplace": {"structure": "kronecker"}})
+    (note,) = baseline_notes(spec, wide)
+    assert "take 1.3 GiB" in note and "8,192 wide" in note
+    assert not baseline_notes(spec, narrow) and not baseline_notes(make_spec(baselines={"laplace": {}}), wide)
 
 
 # --- what is made of member 0, in a run that grows or was damaged ----------------------------------------

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from raylora.adapters.base import Site
 from raylora.data.task import Task
 from raylora.engine.training.weight_moments import collection_steps
 from raylora.errors import SpecError
 from raylora.placement.plan import Plan
 from raylora.spec import RunSpec
+
+_LARGE_BYTES = 2**30
 
 
 def check_sureness(spec: RunSpec, task: Task) -> None:
@@ -58,6 +63,19 @@ def check_whole_base(spec: RunSpec, plan: Plan) -> None:
             "baselines.laplace: differentiates each row by itself, which a base that is split over workers is not "
             "there for", "leave it out, or use placement.strategy: replicate",
         )
+
+
+def baseline_notes(spec: RunSpec, sites: Sequence[Site]) -> list[str]:
+    """Return what one would not expect of a baseline's cost."""
+    laplace, rank = spec.baselines.laplace, getattr(spec.adapter, "rank", 0)
+    if laplace is None or laplace.structure != "kronecker":
+        return []
+    sides = [side for site in sites for side in (site.in_features, rank, rank, site.out_features)]
+    size = 8 * sum(side**2 for side in sides) * 2  # sums, and axes
+    if size < _LARGE_BYTES:
+        return []
+    return [f"baselines.laplace: Kronecker factors of these layers take {size / 2**30:.1f} GiB of a worker's memory, "
+            f"and eigenvectors of matrices up to {max(sides):,} wide; structure: diagonal takes neither"]
 
 
 def check_lengths(spec: RunSpec, total: int) -> None:

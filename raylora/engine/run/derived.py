@@ -23,6 +23,8 @@ Predict = Callable[[Sequence[Tensors]], Sequence[Predictions]]
 """From whole members, stacked in one forward, to their predictions of every set."""
 ByLaplace = Callable[[], tuple[Sequence[Predictions], LaplaceFit, BaselineCost]]
 COSTS = "baseline_costs.json"
+_FORWARDS_OF_LAPLACE = 5
+"""Of a row: a forward, and for two classes two backward passes, each of which takes twice as long."""
 _MOMENTS = "swag-moments"
 """Beside the epoch ends in ``snapshots``: what only the training can give."""
 
@@ -51,8 +53,9 @@ class MadeOfMember0:
 
     @property
     def forwards(self) -> int:
-        """How often each row is predicted for it."""
-        return self.spec.checkpoints + (self.spec.swag.samples if self.spec.swag is not None else 0)
+        """About how often each row is predicted for it."""
+        draws = self.spec.swag.samples if self.spec.swag is not None else 0
+        return self.spec.checkpoints + draws + (_FORWARDS_OF_LAPLACE if self.spec.laplace is not None else 0)
 
     def missing(self) -> list[str]:
         """Return the baselines whose predictions are to be made yet."""

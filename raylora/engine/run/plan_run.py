@@ -18,7 +18,7 @@ from raylora.engine.model.checkpoint import load_tokenizer, source_folder
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.quantized_layers import bases_folder
 from raylora.engine.quantization.quantize_base import PreparedBase, open_base
-from raylora.engine.run.baseline_checks import check_lengths, check_whole_base
+from raylora.engine.run.baseline_checks import baseline_notes, check_lengths, check_whole_base
 from raylora.engine.run.checks import check_placement, check_start, check_task, differences, doubts
 from raylora.engine.run.demand import batch_of, demand_of, groups_of, shell_of
 from raylora.engine.run.growth import Growth, check_data, check_final_states, clear_outgrown, growth_of
@@ -185,7 +185,7 @@ def prepare(
     check_placement(spec, shell)
     check_trackers(spec)
     own = shell.adapter.notes(shell.sites) if isinstance(shell.adapter, Noted) else ()
-    notes = (*own, *check_trunk(spec, shell.model, shell.sites))
+    notes = (*own, *check_trunk(spec, shell.model, shell.sites), *baseline_notes(spec, shell.sites))
     tokenizer = load_tokenizer(spec.base, task)
     sets = sets_of(spec, task, tokenizer, store)
     check_lengths(spec, total_steps(len(sets.train.examples), spec.optimization))
