@@ -43,7 +43,7 @@ class LaplaceSpec(Frozen):
     """Of the Gaussian prior around zero; by default the one with the greatest marginal likelihood of the training
     rows."""
     samples: int = Field(default=64, ge=2)
-    """Draws of each row's logits, whose probabilities are averaged."""
+    """Draws of each row's logits, in pairs of opposite ones, whose probabilities are averaged."""
 
 
 class BaselinesSpec(Frozen):

@@ -74,12 +74,17 @@ class Posterior:
 
 
 def draw_logits(mean_NC: Tensor, covariance_NCC: Tensor, ids: Sequence[str], seed: int, samples: int) -> Tensor:
-    """Return S draws of each row's logits, S x N x C in float32; a row's draws depend on its id and the seed alone."""
+    """Return S draws of each row's logits, S x N x C in float32; a row's draws depend on its id and the seed alone.
+
+    They come in pairs that lie opposite each other, so that their mean is the model's own: of two classes the likelier
+    one stays the likelier, however few the draws are.
+    """
     values_NC, vectors_NCC = torch.linalg.eigh(covariance_NCC)
     root_NCC = vectors_NCC * values_NC.clamp(min=0).sqrt()[:, None]
     noise_NSC = torch.stack([
-        torch.randn(samples, mean_NC.shape[1], dtype=torch.float64,
+        torch.randn(-(-samples // 2), mean_NC.shape[1], dtype=torch.float64,
                     generator=torch.Generator().manual_seed(derive_seed(seed, row_id)))
         for row_id in ids
     ])
+    noise_NSC = torch.cat([noise_NSC, -noise_NSC], dim=1)[:, :samples]
     return (mean_NC[:, None] + noise_NSC @ root_NCC.transpose(1, 2)).transpose(0, 1).float().contiguous()
