@@ -99,10 +99,22 @@ class Description(TypedDict, total=False):
     noise_fit: NoiseFit
 
 
+class LaplaceFit(TypedDict):
+    """The Gaussian of the ``laplace`` baseline."""
+
+    structure: str
+    prior_precision: float
+    determined: float
+    matrices_numbers: int
+
+
 class GroupMetrics(Description, total=False):
     """The ensemble or a baseline."""
 
     members: int
+    scaled_by: float
+    """What the logits of the ``temperature`` baseline were divided by before anything was scored."""
+    laplace_fit: LaplaceFit
 
 
 class MemberMetrics(Description, total=False):
@@ -492,6 +504,14 @@ class DistillationRecord(TypedDict, total=False):
     retained_metric: str | None
 
 
+class BaselineCost(TypedDict, total=False):
+    """What a baseline took that is made of member 0 and trained by nobody."""
+
+    fit_s: float
+    predict_s: float
+    stored_numbers: int
+
+
 class RunMetrics(Summary, total=False):
     """``metrics.json``, and in a report its students."""
 
@@ -505,6 +525,7 @@ class RunMetrics(Summary, total=False):
     memory: Memory
     parameters: Parameters
     compute: Compute
+    baseline_costs: dict[str, BaselineCost]
     data: list[DataSet]
     training: dict[str, list[HistoryRow]]
     preparation: PreparationSummary

@@ -9,13 +9,17 @@ Shapes: M members, N rows, C classes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
 from raylora.ensemble.aggregate import aggregate_logits
+from raylora.ensemble.groups import Group
 from raylora.ensemble.metrics import score_rows
+from raylora.ensemble.predictions import Predictions
+from raylora.ensemble.threads import one_thread
+from raylora.errors import DataError
 
 LOWEST, HIGHEST = 0.05, 20.0
 
@@ -56,3 +60,25 @@ def fit_temperature(
     if found.fun >= before:
         return Temperature(1.0, before, before, degenerate=False)
     return Temperature(math.exp(found.x), before, float(found.fun), degenerate=False)
+
+
+def tempered(group: Group) -> tuple[list[Predictions], Temperature]:
+    """Return a model's predictions at the temperature of its validation rows, and that temperature.
+
+    Guo et al., arXiv 1706.04599, section 4.2. Of one model the NLL is convex in 1/T, so that the search, which ends
+    when it knows log T to 1e-6, finds the least there is. Where the rows do not tell, T is 1.
+
+    Args:
+        group: one member's predictions of classes; a set with the role ``validation`` among them.
+
+    Raises:
+        DataError: there is no validation set, or its labels fit no class.
+    """
+    validation = next((part for part in group if part.role == "validation"), None)
+    if validation is None:
+        raise DataError("there are no validation rows to fit a temperature on", "predict them too")
+    with one_thread():
+        fitted = fit_temperature(validation.values, validation.labels(), name=validation.name)
+    return [
+        replace(part, values=(part.values.double() / fitted.value).float(), expected_entropy_MN=None) for part in group
+    ], fitted

@@ -70,7 +70,7 @@ def describe_contenders(
     members = [cast(MemberMetrics, {"index": m, **describe(one_member(ensemble, m), False)}) for m in range(size)]
 
     def described(group: Group) -> GroupMetrics:
-        return {"members": group[0].members, **describe(group, True)}
+        return cast(GroupMetrics, {"members": group[0].members, **describe(group, True)})
 
     others = {name: described(group) for name, group in baselines_of(groups).items()}
     weighted = {name: cast(WeightedMetrics, others.pop(name)) for name in FITTED if name in others}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-
-import torch
+from collections.abc import Mapping, Sequence
 
 from raylora.ensemble.groups import Group, Settings, check_groups, with_role
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import Names, check_rule
+from raylora.ensemble.threads import one_thread
 from raylora.ensemble.weights import FittedWeights, fit_weights
 from raylora.errors import DataError
 from raylora.records import SetErrors, SetFacts, Summary
@@ -65,16 +63,3 @@ def fit_group(group: Group, names: Sequence[str], ensemble: EnsembleSpec) -> lis
     with one_thread():
         objective = output_of(validation[0].output).objective(validation[0], ensemble.aggregate)
         return fit_weights(objective, names, ensemble)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread for a while."""
-    # Thousands of small operations: on a machine whose cores are busy training, every one of them would wait for a
-    # thread that is not being scheduled, and a summary of half a second was measured to take fifteen.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

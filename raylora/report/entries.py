@@ -14,6 +14,9 @@ BASELINE_LABELS = {
     "selected": "Selected: {n} of {all}",
     "stacked": "Stacked: {n} of {all}, weighted",
     "single": "Single {one} (member 0)",
+    "swag": "SWAG-diagonal ({n} draws)",
+    "laplace": "Laplace, {structure} ({n} draws)",
+    "temperature": "Single {one} with T = {t}",
     "mc_dropout": "MC dropout ({n} passes)",
     "last_layer": "Last-layer ensemble ({n} heads)",
     "checkpoints": "Checkpoints of one run ({n})",
@@ -76,7 +79,9 @@ def entries(metrics: RunMetrics) -> list[Entry]:
         found.append(Entry("mean_member", "Mean member", metrics["mean_member"]))
     return found + [
         Entry(name, BASELINE_LABELS.get(name, name).format(
-            n=content.get("members", "?"), one=adapter_of(metrics).one), content)
+            n=content.get("members", "?"), one=adapter_of(metrics).one, t=f"{content.get('scaled_by', 1.0):.2f}",
+            structure=content.get("laplace_fit", {}).get("structure", "diagonal"),
+        ), content)
         for name, content in metrics.get("baselines", {}).items()
     ]
 

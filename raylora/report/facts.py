@@ -24,6 +24,9 @@ LABELS = {
     "peak_rss_bytes_per_worker": "Peak memory per worker",
     "peak_device_bytes_per_worker": "Peak GPU memory per worker",
     "peak_rss_bytes": "Peak memory",
+    "fit_s": "Fitting",
+    "predict_s": "Prediction of all sets",
+    "stored_numbers": "Numbers kept",
     "member_bytes": "One member",
     "dense_bytes": "Before quantization",
     "quantized_bytes": "Quantized",
@@ -38,7 +41,7 @@ LABELS = {
 }
 """Field -> what the page calls it; others by their words."""
 _TITLES = {"timing": "Time", "memory": "Memory", "parameters": "Parameters", "compute": "Computation",
-           "machine": "Machine"}
+           "machine": "Machine", "baseline_costs": "Baselines made of member 0"}
 _KINDS = ("task", "phase", "quantization")
 _MOMENTS = ("started_at", "finished_at")
 

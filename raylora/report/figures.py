@@ -28,8 +28,11 @@ COLORS = {
     "mc_dropout": "#009E73",
     "last_layer": "#CC79A7",
     "checkpoints": "#8A6D00",
-    "selected": "#000000",
-    "stacked": "#777777",
+    "selected": "#005A9C",
+    "stacked": "#7FB3D5",
+    "temperature": "#777777",
+    "laplace": "#000000",
+    "swag": "#6A3D9A",
 }
 """Okabe and Ito's palette, the yellow darkened to be seen on white."""
 SPARE = ("#000000", "#777777", "#56B4E9")
@@ -39,8 +42,11 @@ DASHES = {
     "mc_dropout": "-.",
     "last_layer": ":",
     "checkpoints": (0, (5, 1, 1, 1, 1, 1)),
-    "selected": (0, (1, 1)),
+    "selected": (0, (2, 1)),
     "stacked": (0, (3, 1)),
+    "temperature": (0, (1, 1)),
+    "laplace": (0, (6, 2, 1, 2)),
+    "swag": (0, (3, 2)),
 }
 STYLE: dict[str, Any] = {
     "font.size": 10,

@@ -10,9 +10,10 @@ from raylora.spec.base import (
     TaskSpec,
     TrackerSpec,
 )
+from raylora.spec.baselines import BaselinesSpec
 from raylora.spec.data import DataSpec, SetSpec
 from raylora.spec.evaluation import EvaluationSpec, GenerationSpec
-from raylora.spec.members import BaselinesSpec, EnsembleSpec, RegularizersSpec, SelectSpec
+from raylora.spec.members import EnsembleSpec, RegularizersSpec, SelectSpec
 from raylora.spec.model import BaseSpec, CalibrationSpec
 from raylora.spec.placement import PlacementSpec
 from raylora.spec.reading import (

@@ -1,4 +1,4 @@
-"""How many members there are, what makes them differ, and what they are compared with."""
+"""How many members there are, and what makes them differ."""
 
 from __future__ import annotations
 
@@ -57,28 +57,6 @@ class RegularizersSpec(Frozen):
     """Decoupled weight decay on the B matrices, or what takes their place."""
     decay_head: float = Field(default=0.0, ge=0)
     """Decoupled weight decay on the task's head."""
-
-
-class MCDropoutSpec(Frozen):
-    """One member trained and evaluated with dropout on the adapter input."""
-
-    dropout: float = Field(default=0.1, gt=0, lt=1)
-    """The dropout that the member is trained and evaluated with."""
-    passes: int = Field(default=8, ge=2)
-    """How many evaluations with dropout make the prediction."""
-
-
-class BaselinesSpec(Frozen):
-    """Comparisons trained and evaluated in the same run."""
-
-    single: bool = True
-    """One LoRA model: member 0 on its own, at no extra cost."""
-    mc_dropout: MCDropoutSpec | None = None
-    """One member with dropout, evaluated several times; null is off."""
-    last_layer: int = Field(default=0, ge=0)
-    """Members of an ensemble of heads on the untouched base; 0 is off."""
-    checkpoints: int = Field(default=0, ge=0)
-    """The last n epoch ends of member 0 as a cheap ensemble; 0 is off."""
 
 
 class SelectSpec(Frozen):

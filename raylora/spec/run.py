@@ -11,9 +11,10 @@ from typing import Any, cast
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from raylora.spec.base import AnyAdapter, AnyTask, AnyTracker, Frozen
+from raylora.spec.baselines import BaselinesSpec
 from raylora.spec.data import DataSpec
 from raylora.spec.evaluation import EvaluationSpec
-from raylora.spec.members import BaselinesSpec, EnsembleSpec
+from raylora.spec.members import EnsembleSpec
 from raylora.spec.model import BaseSpec
 from raylora.spec.names import NAME_PATTERN
 from raylora.spec.placement import PlacementSpec
@@ -148,6 +149,9 @@ class RunSpec(Frozen):
             del found["ensemble"]["pruning"]
         if self.ensemble.vary is None:  # nor those from before members could differ in more than a seed
             del found["ensemble"]["vary"]
+        for name in ("temperature", "swag", "laplace"):  # nor those from before there were these baselines
+            if not found["baselines"].get(name):
+                found["baselines"].pop(name, None)
         return found
 
     def digest(self) -> str:

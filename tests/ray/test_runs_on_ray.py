@@ -74,6 +74,22 @@ def test_members_trained_on_ray_equal_members_trained_in_process(run_on_ray: Run
     assert store.storage.list("tensorboard") == ["ensemble", "member-000", "member-001", "member-002"]
 
 
+def test_what_is_made_of_member_0_is_the_same_on_ray(make_spec: MakeSpec, tmp_path: Path) -> None:
+    baselines = {"swag": {"samples": 2, "every_steps": 1}, "laplace": {"structure": "kronecker", "samples": 2},
+                 "temperature": True}
+    spec = make_spec(baselines=baselines)
+    handle = launch(spec)
+    on_ray = handle.wait()
+    in_process = run_local(spec.model_copy(update={"storage_path": str(tmp_path / "local")}))
+    assert on_ray["baselines"] == in_process["baselines"] and set(on_ray["baselines"]) == {"single", *baselines}
+    for name in ("swag", "laplace"):
+        one, two = (
+            safetensors.torch.load(store.load_result(f"predictions/{name}")["predictions.safetensors"])
+            for store in (handle.store, RunStore(str(tmp_path / "local" / "demo")))
+        )
+        assert_bit_equal(one, two)
+
+
 def test_a_killed_worker_costs_nothing_but_time(make_spec: MakeSpec, tmp_path: Path) -> None:
     spec = make_spec(optimization__steps=100, checkpointing__every_steps=5, ensemble__members=2, placement__workers=1)
     unbroken = spec.model_copy(update={"storage_path": str(tmp_path / "unbroken")})

@@ -9,6 +9,7 @@ from raylora.data.sets import DataSets
 from raylora.data.task import Task
 from raylora.engine.generation.questions import answers_obstacle
 from raylora.engine.model.blocks import find_blocks
+from raylora.engine.run.baseline_checks import check_sureness
 from raylora.engine.run.demand import Shell
 from raylora.engine.training.member_plan import member_adapters, member_plans_of
 from raylora.engine.training.row_packing import check_packing
@@ -31,6 +32,7 @@ def check_task(spec: RunSpec, task: Task) -> None:
         raise SpecError(f"ensemble.pruning.metric: {spec.task.kind} has no {pruning.metric}",
                         f"use {' or '.join(known)}")
     check_rule(output_of(task.output), spec.ensemble.aggregate)
+    check_sureness(spec, task)
     check_packing(spec, task)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -14,37 +14,24 @@ from raylora.adapters.base import Tensors, WholeModel
 from raylora.adapters.export import to_peft
 from raylora.adapters.packed import stack
 from raylora.adapters.side_by_side import SideBySide, adapter_of
+from raylora.data.order import derive_seed
 from raylora.data.sets import DataSets, LoadedSet
 from raylora.data.task import Task
 from raylora.engine.model import serialization
 from raylora.engine.model.base import Base
 from raylora.engine.model.member_tensors import frozen_tensors_of
 from raylora.engine.model.packed_model import PackedModel
+from raylora.engine.run.derived import MadeOfMember0, Trained
 from raylora.engine.run.finished_members import member_facts, member_tensors
+from raylora.engine.run.laplace_baseline import FittedLaplace
 from raylora.engine.training.member_plan import MemberPlan, PlanRole
-from raylora.engine.training.predict import predict_set
+from raylora.engine.training.predict import as_predictions, predict_set
 from raylora.ensemble.predictions import Predictions, Role
 from raylora.errors import Interrupted, StoreError
 from raylora.progress import Activity, OnProgress, RowCounter
-from raylora.records import HistoryRow
+from raylora.records import BaselineCost, LaplaceFit
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
-
-_CHECKPOINTS = "predictions/checkpoints"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A member at the end of its training."""
-
-    plan: MemberPlan
-    tensors: Tensors
-    frozen_tensors: Tensors
-    """What it needs but did not train."""
-    steps: int
-    history: list[HistoryRow]
-    stopped_at: int | None
-    """The step after which early stopping took it out of the pack."""
 
 
 def read_trained(spec: RunSpec, store: RunStore, base: Base, plan: MemberPlan) -> Trained:
@@ -62,21 +49,19 @@ class Evaluator:
 
     def __init__(self, spec: RunSpec, store: RunStore, task: Task, base: Base, sets: DataSets) -> None:
         self.spec, self.store, self.task, self.base, self.sets = spec, store, task, base, sets
+        self.made_of_member_0 = MadeOfMember0(spec.baselines, store)
 
     def is_predicted(self, plan: MemberPlan) -> bool:
         """Return whether all predictions that belong to a plan are committed."""
-        snapshots = plan.name == "member-000" and self.store.storage.list("snapshots")
-        return self.store.has_result(f"predictions/{plan.name}") and (
-            not snapshots or self.store.has_result(_CHECKPOINTS)
-        )
+        missing = self.made_of_member_0.missing() if plan.name == "member-000" else []
+        return self.store.has_result(f"predictions/{plan.name}") and not missing
 
     def forwards_ahead(self, plans: Sequence[MemberPlan]) -> int:
         """Return how many rows a pack's evaluation will predict, each as often as other dropout or states ask for."""
         rows = sum(len(loaded.examples) for loaded, _ in evaluated_sets(self.sets))
         dropout = self.spec.baselines.mc_dropout
         passes = dropout.passes if dropout is not None and plans[0].role is PlanRole.MC_DROPOUT else 1
-        states = self.spec.baselines.checkpoints if plans[0].name == "member-000" else 0
-        return rows * (passes + states)
+        return rows * (passes + (self.made_of_member_0.forwards if plans[0].name == "member-000" else 0))
 
     def evaluate(
         self, model: PackedModel, done: Sequence[Trained], report: OnProgress, should_stop: Callable[[], int]
@@ -93,7 +78,10 @@ class Evaluator:
         first = done[0]
         if first.plan.name == "member-000":
             own = replace(model, adapter=adapter_of(first.plan.adapter))
-            self._evaluate_snapshots(own, first.frozen_tensors, report, should_stop)
+            self.made_of_member_0.make(
+                first, lambda members: self._predict(own, members, report, should_stop),
+                lambda: self._by_laplace(own, first, report, should_stop),
+            )
         whole = [{**one.tensors, **one.frozen_tensors} for one in done]
         beside = SideBySide.of([one.plan.adapter for one in done])
         model = replace(model, adapter=beside.adapters)
@@ -108,19 +96,6 @@ class Evaluator:
                 self._commit(one, [part.member(index) for part in sets])
         return time.perf_counter() - started
 
-    def _evaluate_snapshots(
-        self, model: PackedModel, frozen_tensors: Tensors, report: OnProgress, should_stop: Callable[[], int]
-    ) -> None:
-        """Predict with the last epoch ends of member 0, if the run keeps them."""
-        snapshots = [
-            serialization.from_bytes(self.store.load_result(f"snapshots/{name}")["member.safetensors"]) | frozen_tensors
-            for name in self.store.storage.list("snapshots")
-            if self.store.has_result(f"snapshots/{name}")
-        ]
-        if snapshots and not self.store.has_result(_CHECKPOINTS):
-            predictions = self._predict(model, snapshots, report, should_stop)
-            self.store.commit_result(_CHECKPOINTS, serialization.pack_predictions(predictions))
-
     def _predict(
         self, model: PackedModel, members: Sequence[Tensors], report: OnProgress, should_stop: Callable[[], int],
         dropout_seeds: Sequence[int] | None = None, parts: Sequence[int] | None = None,
@@ -133,10 +108,32 @@ class Evaluator:
             predictions.append(predict_set(
                 model, stacked, loaded.examples, loaded.name, role, self.spec.evaluation.batch, dropout_seeds, rows,
             ))
-            if should_stop():
-                raise Interrupted("stopped while evaluating; the trained state is committed",
-                                  signal_number=should_stop())
+            _check_stop(should_stop)
         return predictions
+
+    def _by_laplace(
+        self, model: PackedModel, one: Trained, report: OnProgress, should_stop: Callable[[], int]
+    ) -> tuple[list[Predictions], LaplaceFit, BaselineCost]:
+        """Fit a Gaussian around member 0 on the training rows and predict all sets by it."""
+        spec, batch, sets = self.spec.baselines.laplace, self.spec.evaluation.batch, evaluated_sets(self.sets)
+        assert spec is not None
+        train = self.sets.train.examples
+        total, done = len(train) + sum(len(part.examples) for part, _ in sets), 0
+        rows = RowCounter(Activity.EVALUATING, total, report)
+
+        def on_rows(count: int) -> None:
+            nonlocal done
+            done += count
+            rows(done, total)
+            _check_stop(should_stop)
+
+        fitted = FittedLaplace.on(spec, model, one.tensors, train, batch, on_rows)
+        started, predictions = time.perf_counter(), []
+        for part, role in sets:
+            seed = derive_seed(one.plan.stream("laplace"), part.name)
+            predictions.append(as_predictions(model.task, part.examples, part.name, role,
+                                              fitted.predict(part.examples, batch, seed, on_rows)))
+        return predictions, fitted.facts(), fitted.cost(time.perf_counter() - started)
 
     def _commit(self, one: Trained, predictions: Sequence[Predictions]) -> None:
         """Publish predictions first: a member's folder is what marks the plan as trained."""
@@ -177,6 +174,11 @@ class Evaluator:
             "member.json": json.dumps(facts, indent=1, sort_keys=True).encode(),
             "README.md": _readme(plan, self.spec, self.base.export_name, bool(config)).encode(),
         })
+
+
+def _check_stop(should_stop: Callable[[], int]) -> None:
+    if should_stop():
+        raise Interrupted("stopped while evaluating; the trained state is committed", signal_number=should_stop())
 
 
 def evaluated_sets(sets: DataSets) -> list[tuple[LoadedSet, Role]]:

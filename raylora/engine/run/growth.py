@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raylora.engine.training.answer_validation import watched_by_answers
-from raylora.engine.training.member_plan import MemberPlan, member_plans_of
+from raylora.engine.training.member_plan import MADE_OF_MEMBER_0, MemberPlan, member_plans_of
 from raylora.engine.training.schedule import DEFAULT_EPOCHS, learning_rate_factor, restart_steps, total_steps
 from raylora.errors import RunDirectoryError
 from raylora.records import DataRecord
@@ -27,7 +27,7 @@ _WHY = {
     "distill_from": "a student belongs to the targets that it was taught",
 }
 _FREE = ("evaluation.", "ensemble.min_members", "ensemble.aggregate", "ensemble.select", "ensemble.weights",
-         "baselines.single")
+         "baselines.single", "baselines.temperature")
 """Only the evaluation depends on these."""
 _STOPPED_BY = tuple(f"evaluation.generation.{key}" for key in ("max_new_tokens", "normalize", "rows"))
 """But for members that are stopped early by their answers."""
@@ -111,7 +111,8 @@ def clear_outgrown(store: RunStore, units: Sequence[MemberPlan], growth: Growth)
         if growth.trains_on:
             store.storage.delete(unit.folder)
     if units:
-        store.storage.delete("predictions/checkpoints")
+        for name in MADE_OF_MEMBER_0:
+            store.storage.delete(f"predictions/{name}")
 
 
 def _obstacle(change: str, begun: RunSpec, wanted: RunSpec, rows: int) -> str:
@@ -131,6 +132,10 @@ def _obstacle(change: str, begun: RunSpec, wanted: RunSpec, rows: int) -> str:
         return ""
     if key == "baselines.checkpoints" and wanted.baselines.checkpoints > begun.baselines.checkpoints:
         return "the ends of those epochs were not kept when member 0 was trained"
+    if key.startswith("baselines.swag") and begun.baselines.swag is None:
+        return "the moments of member 0's weights were not kept when it was trained"
+    if key.startswith("baselines.laplace") and begun.baselines.laplace is None:
+        return "it is made of member 0 when that is predicted with, which has been done"
     section = key.partition(".")[0]
     return _WHY.get(section, "it is part of what the run computes")
 
@@ -148,6 +153,8 @@ def _other_steps(begun: RunSpec, wanted: RunSpec, rows: int) -> str:
         return f"the members have taken {before} steps"
     if wanted.baselines.checkpoints and after > before:
         return "the checkpoints baseline is made of the last epochs, which would no longer be the last"
+    if wanted.baselines.swag is not None and after > before:
+        return "the swag baseline is made of the last steps, which would no longer be the last"
     rates = [
         [learning_rate_factor(spec.optimization, step, total, restart_steps(rows, spec.optimization))
          for step in range(before)]

@@ -18,6 +18,7 @@ from raylora.engine.model.checkpoint import load_tokenizer, source_folder
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.quantized_layers import bases_folder
 from raylora.engine.quantization.quantize_base import PreparedBase, open_base
+from raylora.engine.run.baseline_checks import baseline_notes, check_lengths, check_whole_base
 from raylora.engine.run.checks import check_placement, check_start, check_task, differences, doubts
 from raylora.engine.run.demand import batch_of, demand_of, groups_of, shell_of
 from raylora.engine.run.growth import Growth, check_data, check_final_states, clear_outgrown, growth_of
@@ -184,9 +185,10 @@ def prepare(
     check_placement(spec, shell)
     check_trackers(spec)
     own = shell.adapter.notes(shell.sites) if isinstance(shell.adapter, Noted) else ()
-    notes = (*own, *check_trunk(spec, shell.model, shell.sites))
+    notes = (*own, *check_trunk(spec, shell.model, shell.sites), *baseline_notes(spec, shell.sites))
     tokenizer = load_tokenizer(spec.base, task)
     sets = sets_of(spec, task, tokenizer, store)
+    check_lengths(spec, total_steps(len(sets.train.examples), spec.optimization))
     check_generation(spec, task, shell.model.config, tokenizer, sets)
     found, obstacle = _Begun(), ""
     try:
@@ -207,6 +209,7 @@ def prepare(
     inventory = with_expected_nodes(inventory or local_inventory(), spec.placement)
     demand = demand_of(spec, shell, batch_of(spec, sets), units if found.reopens or not new else new, inventory)
     plan = make_plan(demand, inventory, spec.placement)
+    check_whole_base(spec, plan)
     if found.kept:
         packs = make_plan(replace(demand, groups=groups_of(new)), inventory, spec.placement).packs if new else ()
         plan = replace(plan, packs=packs)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raylora import control
-from raylora.engine.training.member_plan import MemberPlan, PlanRole, member_plans_of
+from raylora.engine.training.member_plan import MADE_OF_MEMBER_0, MemberPlan, PlanRole, member_plans_of
 from raylora.errors import RunDirectoryError, StoreError
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
@@ -127,10 +127,10 @@ def damages_of(store: RunStore, spec: RunSpec) -> list[Damage]:
     finished = set(state.finished_units())
     folders = [(plan.name, folder) for plan in member_plans_of(spec) if plan.name in finished
                for folder in folders_of(plan)]
-    # A baseline made of checkpoints of member 0 is lost with member 0.
-    checkpoints = [folder for folder in (sealed.folders() if sealed is not None else ())
-                   if folder == "predictions/checkpoints" or folder.startswith("snapshots/")]
-    folders += [("member-000", folder) for folder in checkpoints]
+    # What was made of member 0, or kept of its training, is made again with member 0.
+    made_of_it = {f"predictions/{name}" for name in MADE_OF_MEMBER_0}
+    folders += [("member-000", folder) for folder in (sealed.folders() if sealed is not None else ())
+                if folder in made_of_it or folder.startswith("snapshots/")]
     found = ((unit, folder, _damage_of(store, folder, sealed)) for unit, folder in folders)
     return [Damage(unit, folder, why) for unit, folder, why in found if why]
 
@@ -139,8 +139,9 @@ def clear(store: RunStore, damages: Sequence[Damage]) -> None:
     """Delete what is damaged, so that it is made again."""
     for damage in damages:
         store.storage.delete(damage.folder)
-        if damage.folder.startswith("snapshots/"):  # only a training from its start passes that epoch again
-            for folder in (f"members/{damage.unit}", f"checkpoints/{damage.unit}", "predictions/checkpoints"):
+        if damage.folder.startswith("snapshots/"):  # only a training from its start passes those steps again
+            of_member_0 = (f"predictions/{name}" for name in MADE_OF_MEMBER_0)
+            for folder in (f"members/{damage.unit}", f"checkpoints/{damage.unit}", *of_member_0):
                 store.storage.delete(folder)
 
 

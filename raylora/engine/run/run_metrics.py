@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,10 +12,12 @@ from typing import Any, Literal
 from raylora.adapters.names import adapter_name
 from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
+from raylora.engine.run.derived import COSTS
 from raylora.engine.run.finished_members import member_facts
 from raylora.engine.run.speakers import predictions_of
-from raylora.engine.training.member_plan import PlanRole, member_adapters, member_plans_of
-from raylora.ensemble.groups import Group
+from raylora.engine.training.member_plan import MADE_OF_MEMBER_0, PlanRole, member_adapters, member_plans_of
+from raylora.ensemble.calibration import tempered
+from raylora.ensemble.groups import Group, one_member
 from raylora.ensemble.outputs.base import Names
 from raylora.ensemble.summary import find_errors, fit_group, summarize
 from raylora.records import Compute, HistoryRow, JobTiming, RunMetrics, Timing
@@ -49,8 +52,11 @@ def aggregate(
         groups["mc_dropout"] = predictions_of(store, dropped)
     if heads:
         groups["last_layer"] = predictions_of(store, heads)
-    if store.has_result("predictions/checkpoints"):
-        groups["checkpoints"] = predictions_of(store, ["checkpoints"])
+    for name in MADE_OF_MEMBER_0:
+        if store.has_result(f"predictions/{name}"):
+            groups[name] = predictions_of(store, [name])
+    if spec.baselines.temperature:
+        groups["temperature"], fitted = tempered(one_member(groups["ensemble"], 0))
     fits = fit_group(groups["ensemble"], members, spec.ensemble) if spec.ensemble.is_fitted else []
     for fit in fits:
         chosen = [members.index(name) for name in fit.weights.names]
@@ -60,6 +66,11 @@ def aggregate(
         summary["weighted"][fit.name].update(fit.record())
     if not spec.baselines.single:
         summary["baselines"].pop("single", None)
+    if spec.baselines.temperature:
+        summary["baselines"]["temperature"]["scaled_by"] = fitted.value
+    if "laplace" in groups:
+        found = json.loads(store.load_result("predictions/laplace")["laplace.json"])
+        summary["baselines"]["laplace"]["laplace_fit"] = found
     for entry, name in zip(summary["members"], members, strict=True):
         facts = _member(store, name)
         entry["name"], entry["stopped_at"] = name, facts["stopped_at"]
@@ -113,6 +124,9 @@ def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: f
         "data": (store.read_json("data.json") or {}).get("sets", []),
         "training": histories,
     }
+    costs = store.read_json(COSTS)
+    if costs:
+        facts["baseline_costs"] = costs
     prepared = prepared_store(store)
     if prepared is not None:
         facts["preparation"] = summary_of(prepared)

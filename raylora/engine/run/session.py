@@ -214,8 +214,10 @@ class TrainingSession:
             tracking.close(complete)
         trained_s = time.perf_counter() - meter.started
         done = [
-            Trained(state.plan, state.result(), state.frozen_tensors, trainer.step, state.history, state.stopped_at)
-            for state in trainer.states if not state.failure
+            Trained(
+                state.plan, state.result(), state.frozen_tensors, trainer.step, state.history, state.stopped_at,
+                state.moments,
+            ) for state in trainer.states if not state.failure
         ]
         logger.info("%s: trained in %.1f s", job, trained_s)
         evaluate_s = self.evaluator.evaluate(model, done, report, should_stop) if self._is_first else 0.0

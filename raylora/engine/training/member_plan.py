@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -13,6 +13,10 @@ from raylora.adapters.side_by_side import adapter_of
 from raylora.data.order import derive_seed
 from raylora.errors import BaseError
 from raylora.spec import AdapterSpec, EnsembleSpec, OptimizationSpec, RegularizersSpec, RunSpec
+from raylora.spec.baselines import SwagSpec
+
+MADE_OF_MEMBER_0 = ("checkpoints", "swag", "laplace")
+"""Baselines that are no units of their own: their predictions are made with member 0, where a run has them."""
 
 
 class PlanRole(str, Enum):
@@ -35,6 +39,8 @@ class MemberPlan:
     regularizers: RegularizersSpec
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What it has that is not the run's (``ensemble.vary``), by dotted key."""
+    swag: SwagSpec | None = None
+    """When its weights are counted in, where a baseline draws from their moments; its training knows nothing of it."""
 
     @property
     def folder(self) -> str:
@@ -56,6 +62,7 @@ def member_plans_of(spec: RunSpec) -> list[MemberPlan]:
         if key not in own:
             own[key] = spec.with_settings(varied)
         plans.append(_plan(f"member-{m:03d}", PlanRole.MEMBER, seed, own[key], settings=varied))
+    plans[0] = replace(plans[0], swag=spec.baselines.swag)
     first = own[repr(settings[0])]
     if spec.baselines.mc_dropout is not None:  # a baseline of one member is trained as the first one
         dropped = first.adapter.model_copy(update={"dropout": spec.baselines.mc_dropout.dropout})

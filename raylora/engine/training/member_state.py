@@ -19,6 +19,7 @@ from raylora.engine.model.serialization import check_layout, layout_of
 from raylora.engine.training.member_plan import MemberPlan, order_seed
 from raylora.engine.training.optimizer import MemberOptimizer
 from raylora.engine.training.schedule import restart_steps, total_steps
+from raylora.engine.training.weight_moments import WeightMoments
 from raylora.ensemble.outputs import output_of
 from raylora.records import HistoryRow
 from raylora.spec import EnsembleSpec, OptimizationSpec
@@ -44,6 +45,8 @@ class MemberState:
     stopped_at: int | None = None
     """The step after which early stopping took the member out of the pack."""
     failure: str = ""
+    moments: WeightMoments = field(default_factory=WeightMoments)
+    """Of its weights after some of its steps, where a baseline draws from them."""
 
     @property
     def training(self) -> bool:
@@ -66,6 +69,7 @@ class MemberState:
         sections = {"member": self.optimizer.tensors(), "optimizer": self.optimizer.state()}
         if self.best_tensors is not None:
             sections["best"] = self.best_tensors
+        sections |= self.moments.sections()
         facts = {
             "step": step,
             "updates": self.optimizer.steps_done,
@@ -74,6 +78,7 @@ class MemberState:
             "bad_epochs": self.bad_epochs,
             "stopped_at": self.stopped_at,
             "layout": layout_of(sections["member"], self.frozen_tensors),
+            **({"moments": self.moments.count} if self.moments.count else {}),
         }
         return sections, facts
 
@@ -142,6 +147,7 @@ class MemberBuilder:
             state.history, state.best_value = facts["history"], facts["best_value"]
             state.bad_epochs, state.stopped_at = facts["bad_epochs"], facts["stopped_at"]
             state.best_tensors = {n: sections["best"][n] for n in tensors} if "best" in sections else None
+            state.moments = WeightMoments.restored(sections, facts.get("moments", 0))
         return state
 
     def _optimizer(self, plan: MemberPlan, tensors: Mapping[str, Tensor]) -> MemberOptimizer:

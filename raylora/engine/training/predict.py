@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raylora.adapters.packed import member_count
 from raylora.data.order import derive_seed
-from raylora.data.task import CutsRows, Example
+from raylora.data.task import CutsRows, Example, Task
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.training.distillation_loss import read_outputs
 from raylora.ensemble.outputs import output_of
@@ -41,7 +41,7 @@ def predict(
     members, output = member_count(stacked), output_of(model.task.output)
     document = model.task.document if isinstance(model.task, CutsRows) else str
     found: dict[int, tuple[Tensor, list[str]]] = {}
-    for indices in _batches(examples, max(1, batch // members)):
+    for indices in batches_by_length(examples, max(1, batch // members)):
         chosen = [examples[i] for i in indices]
         seeds = [derive_seed(s, examples[indices[0]].id) for s in dropout_seeds] if dropout_seeds else None
         scores, joined = model.scores(stacked, model.task.collate(chosen, model.base.tokenizer), seeds)
@@ -63,13 +63,25 @@ def predict_set(
 ) -> Predictions:
     """Return checked predictions of one named set."""
     values, ids = predict(model, stacked, examples, batch, dropout_seeds, report)
-    labels = [example.label for example in examples if example.label is not None]
-    output = output_of(model.task.output)
-    labeled = not output.per_token and len(labels) == len(examples)
     values, expected_MN = read_outputs(model.task, values)
+    return as_predictions(model.task, examples, name, role, values, ids, expected_MN)
+
+
+def as_predictions(
+    task: Task, examples: Sequence[Example], name: str, role: Role, values: Tensor, ids: Sequence[str] | None = None,
+    expected_entropy_MN: Tensor | None = None,
+) -> Predictions:
+    """Return checked predictions of one named set from what members say of its rows.
+
+    Args:
+        ids: where a row is answered token by token, one per token; by default one per row.
+    """
+    labels = [example.label for example in examples if example.label is not None]
+    output = output_of(task.output)
+    labeled = not output.per_token and len(labels) == len(examples)
     return output.predictions(
-        name=name, role=role, ids=ids, values=values, labels_N=torch.tensor(labels) if labeled else None,
-        expected_entropy_MN=expected_MN,
+        name=name, role=role, ids=[example.id for example in examples] if ids is None else list(ids), values=values,
+        labels_N=torch.tensor(labels) if labeled else None, expected_entropy_MN=expected_entropy_MN,
     )
 
 
@@ -82,7 +94,8 @@ def validation_metrics(
     return output_of(model.task.output).validation_metrics(found, evaluation)
 
 
-def _batches(examples: Sequence[Example], rows: int) -> Iterator[list[int]]:
+def batches_by_length(examples: Sequence[Example], rows: int) -> Iterator[list[int]]:
+    """Yield the indices of so many rows of like length at a time, the longest first."""
     by_length = sorted(range(len(examples)), key=lambda i: (-max(map(len, examples[i].sequences)), i))
     for start in range(0, len(by_length), rows):
         yield by_length[start : start + rows]

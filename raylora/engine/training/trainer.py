@@ -26,6 +26,7 @@ from raylora.engine.training.own_answers import OwnAnswers
 from raylora.engine.training.predict import validation_metrics
 from raylora.engine.training.row_packing import first_epoch_of
 from raylora.engine.training.schedule import epochs_done, total_steps
+from raylora.engine.training.weight_moments import collection_steps
 from raylora.ensemble.metric_table import METRICS
 from raylora.errors import Interrupted, TrainingError
 from raylora.progress import Activity, OnProgress, Progress, Span, unmarked
@@ -83,6 +84,8 @@ class PackTrainer:
         self.own_answers = None
         if writing is not None and writing.share:
             self.own_answers = OwnAnswers(model, writing, self.stack)
+        self._collected = {t.plan.name: frozenset(collection_steps(t.plan.swag, self.total))
+                           for t in self.states if t.plan.swag is not None}
         self._frozen_of: tuple[tuple[str, ...], Tensors] = (), {}
         self._ready: tuple[tuple[int, tuple[str, ...]], StepTensors] | None = None
 
@@ -110,6 +113,7 @@ class PackTrainer:
                 training = [t for t in self.states if t.training]
                 with self.span("step"):
                     progress = self.take_step(collator)
+                self._collect()
                 ended_epoch = self.step == self.total or self.epochs(self.step) > self.epochs(self.step - 1)
                 told = self._validate() if ended_epoch else []
                 told += [f"{t.plan.name} failed: {t.failure}" for t in training if t.failure]
@@ -226,6 +230,12 @@ class PackTrainer:
             state.history.append(
                 {"step": self.step, "loss": loss, "lr": optimizer.lr, "grad_norm": optimizer.grad_norm}
             )
+
+    def _collect(self) -> None:
+        """Count in the weights of members whose moments a baseline draws from."""
+        for state in self.states:
+            if state.training and self.step in self._collected.get(state.plan.name, ()):
+                state.moments.add(state.optimizer.tensors())
 
     # --- epochs and early stopping ------------------------------------------------------------------
     def _validate(self) -> list[str]:

@@ -1,0 +1,92 @@
+"""What baselines ask of a run that its task, its adapters or its length cannot give: refused before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raylora.adapters.base import Site
+from raylora.data.task import Task
+from raylora.engine.training.weight_moments import collection_steps
+from raylora.errors import SpecError
+from raylora.placement.plan import Plan
+from raylora.spec import RunSpec
+
+_LARGE_BYTES = 2**30
+
+
+def check_sureness(spec: RunSpec, task: Task) -> None:
+    """Refuse ways to say how sure a model is that mean nothing for a task or an adapter. Raises: SpecError."""
+    if spec.baselines.temperature:
+        _check_temperature(spec, task)
+    if spec.baselines.laplace is not None:
+        _check_laplace(spec, task)
+
+
+def _check_temperature(spec: RunSpec, task: Task) -> None:
+    if task.output == "tokens":
+        raise SpecError(
+            f"baselines.temperature: a temperature of {spec.task.kind} needs every token's logits over the whole "
+            "vocabulary, of which a run keeps the log-probability of the row's own token only", "leave it out",
+        )
+    if task.output == "value":
+        raise SpecError(
+            f"baselines.temperature: a model of {spec.task.kind} has no logits, and its noise is fitted on the "
+            "validation rows in any case, for every row of the report", "leave it out",
+        )
+
+
+def _check_laplace(spec: RunSpec, task: Task) -> None:
+    if task.output != "classes":
+        raise SpecError(
+            f"baselines.laplace: is there for classes, and {spec.task.kind} predicts none",
+            "leave it out, or use task.kind: classification or multiple_choice",
+        )
+    if spec.adapter.kind != "lora":
+        raise SpecError(
+            f"baselines.laplace: is over LoRA's matrices, and adapter.kind is {spec.adapter.kind}",
+            "leave it out, or use baselines.swag, which takes any adapter",
+        )
+    if spec.ensemble.aggregate != "mean_probabilities":
+        raise SpecError(
+            f"baselines.laplace: its draws of logits are averaged as probabilities; under {spec.ensemble.aggregate} "
+            "they would say what member 0 says", "leave it out, or use ensemble.aggregate: mean_probabilities",
+        )
+    if spec.distill_from is not None:
+        raise SpecError("baselines.laplace: a student's outputs may be no logits, and its loss is its teacher's",
+                        "leave it out")
+
+
+def check_whole_base(spec: RunSpec, plan: Plan) -> None:
+    """Refuse Jacobians by a base that no worker has whole. Raises: SpecError."""
+    if spec.baselines.laplace is not None and plan.strategy == "shard":
+        raise SpecError(
+            "baselines.laplace: differentiates each row by itself, which a base that is split over workers is not "
+            "there for", "leave it out, or use placement.strategy: replicate",
+        )
+
+
+def baseline_notes(spec: RunSpec, sites: Sequence[Site]) -> list[str]:
+    """Return what one would not expect of a baseline's cost."""
+    laplace, rank = spec.baselines.laplace, getattr(spec.adapter, "rank", 0)
+    if laplace is None or laplace.structure != "kronecker":
+        return []
+    sides = [side for site in sites for side in (site.in_features, rank, rank, site.out_features)]
+    size = 8 * sum(side**2 for side in sides) * 2  # sums, and axes
+    if size < _LARGE_BYTES:
+        return []
+    return [f"baselines.laplace: Kronecker factors of these layers take {size / 2**30:.1f} GiB of a worker's memory, "
+            f"and eigenvectors of matrices up to {max(sides):,} wide; structure: diagonal takes neither"]
+
+
+def check_lengths(spec: RunSpec, total: int) -> None:
+    """Refuse moments of weights that are counted in less than twice in a training of ``total`` steps.
+
+    Raises:
+        SpecError: one weight vector has no variance.
+    """
+    swag = spec.baselines.swag
+    if swag is not None and len(collection_steps(swag, total)) < 2:
+        raise SpecError(
+            f"baselines.swag: weights are counted in once in a training of {total} steps, and one has no variance",
+            "lower baselines.swag.every_steps, or raise baselines.swag.last",
+        )
