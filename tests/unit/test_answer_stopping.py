@@ -106,7 +106,7 @@ def test_a_resume_stops_where_the_whole_run_stops(make_spec: Callable[..., Any],
                 for name in members(broken)] == [fact["history"] for fact in facts]
 
 
-@pytest.mark.parametrize("partners", [1, 2])
+@pytest.mark.parametrize("partners", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ranks_that_share_a_split_base_answer_as_workers_of_their_own(
     make_spec: Callable[..., Any], content: dict[str, Any], changes: dict[str, Any], partners: int
 ) -> None:

@@ -240,6 +240,7 @@ def test_answers_are_written_once_for_all_students_and_taken_up_again(
     assert sum(made) == 60
 
 
+@pytest.mark.slow
 def test_a_killed_student_of_answers_goes_on_bit_for_bit(teacher: str, tiny_model: Make) -> None:
     found = {}
     for name in ("whole", "broken"):
@@ -257,6 +258,7 @@ def test_a_killed_student_of_answers_goes_on_bit_for_bit(teacher: str, tiny_mode
     assert_bit_equal(found["whole"], found["broken"])
 
 
+@pytest.mark.slow
 def test_a_teacher_beside_its_student_can_also_have_answered(teacher: str, tiny_model: Make) -> None:
     wanted = settings(tiny_model("llama"), loss={"kind": "gkd", "on_policy": 0.0})
     result = distill_run(teacher, wanted, local=True)

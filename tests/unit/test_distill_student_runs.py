@@ -322,6 +322,7 @@ def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "_in_process", here)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_fresh_process(teacher: str) -> None:
     one = costs.Contender("one", teacher, ("member-000",))
     there = costs._in_process([one], "memory")["peak_memory_bytes"]

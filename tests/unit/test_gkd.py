@@ -444,6 +444,7 @@ def test_a_single_member_can_be_asked_and_another_teacher_is_refused(teacher: st
         load_teacher(changed, RunStore.for_spec(work.student), session.base)
 
 
+@pytest.mark.slow
 def test_memory_is_planned_with_the_teacher(teacher: str, tiny_model: Make) -> None:
     from raylora.engine.run.plan_run import prepare
 

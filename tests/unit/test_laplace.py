@@ -291,7 +291,7 @@ def test_multiple_choice_has_it_too(make_spec: Make, tiny_model: Any) -> None:
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"task": {"kind": "regression", "max_length": 24}}, "is there for classes, and regression predicts none"),
-    ({"adapter": {"kind": "lora_xs", "rank": 4}}, "is over LoRA's matrices, and adapter.kind is lora_xs"),
+    ({"adapter": {"kind": "lora_xs", "rank": 4}}, "is over LoRA's matrices, and adapter.kind of member 0 is lora_xs"),
     ({"ensemble__aggregate": "mean_logits"}, "would say what member 0 says"),
     ({"placement": {"strategy": "shard", "workers": 2, "cpus_per_worker": 1}}, "a base that is split over workers"),
 ])

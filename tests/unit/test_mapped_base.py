@@ -271,6 +271,7 @@ def _load_in_a_process(content: dict[str, Any], start: Any, said: Any) -> None:
     said.put((len(made), float(base.weight_of(base.sites[0].name).sum())))
 
 
+@pytest.mark.slow
 def test_workers_that_start_together_make_one_file(
     make_spec: Make, tiny_model: Any, content: dict[str, Any], cache: Path
 ) -> None:

@@ -155,6 +155,7 @@ def test_everything_that_reads_a_run_reads_one_in_a_bucket(finished: str, tmp_pa
     assert again.exit_code == 0, again.output
 
 
+@pytest.mark.slow
 def test_a_lost_member_in_a_bucket_is_refused_and_repaired_bit_for_bit(finished: str) -> None:
     before, store = members(finished), RunStore(finished)
     content = store.storage.read("members/member-001/adapter_model.safetensors")

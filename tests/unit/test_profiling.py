@@ -57,6 +57,7 @@ def test_an_interrupted_job_writes_what_it_has(make_spec: Make) -> None:
     assert optimizer_steps(RunStore.for_spec(spec).storage.read("profile/job-00.json.gz")) == 1
 
 
+@pytest.mark.slow
 def test_a_profile_that_cannot_be_written_stops_no_run(
     make_spec: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_profile_that_cannot_be_written_stops_no_run(
     assert ["there is no profile" in line for line in said] == [True, True] and "already" in said[1]
 
 
+@pytest.mark.slow
 def test_the_option_asks_for_a_profile_and_says_how_to_open_it(make_spec: Make, tmp_path: Path) -> None:
     spec = make_spec(ensemble__members=1, optimization__steps=2)
     path = tmp_path / "spec.yaml"

@@ -91,6 +91,7 @@ def test_what_a_run_writes_is_what_the_types_say(make_spec: Callable[..., Any]) 
     assert misfits(prepared.read_json("summary/summary.json"), records.PreparationSummary) == []
 
 
+@pytest.mark.slow
 def test_what_a_distillation_writes_is_what_the_types_say(
     trained: Callable[[Any], str], make_spec: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

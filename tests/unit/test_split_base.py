@@ -157,7 +157,7 @@ def most_gathered(session: Any) -> int:
     ("ranks", "names"),
     [
         pytest.param(2, ALWAYS, id="2"),
-        pytest.param(4, ["dense"], id="4"),
+        pytest.param(4, ["dense"], id="4", marks=pytest.mark.slow),
         pytest.param(2, [name for name in CASES if name not in ALWAYS], id="2, the others", marks=pytest.mark.slow),
         pytest.param(4, ["tied embeddings", "int8"], id="4, others", marks=pytest.mark.slow),
     ],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from raylora.adapters.base import Site
 from raylora.data.task import Task
+from raylora.engine.training.member_plan import member_plans_of
 from raylora.engine.training.weight_moments import collection_steps
 from raylora.errors import SpecError
 from raylora.placement.plan import Plan
@@ -41,9 +42,10 @@ def _check_laplace(spec: RunSpec, task: Task) -> None:
             f"baselines.laplace: is there for classes, and {spec.task.kind} predicts none",
             "leave it out, or use task.kind: classification or multiple_choice",
         )
-    if spec.adapter.kind != "lora":
+    kind = member_plans_of(spec)[0].adapter.kind
+    if kind != "lora":
         raise SpecError(
-            f"baselines.laplace: is over LoRA's matrices, and adapter.kind is {spec.adapter.kind}",
+            f"baselines.laplace: is over LoRA's matrices, and adapter.kind of member 0 is {kind}",
             "leave it out, or use baselines.swag, which takes any adapter",
         )
     if spec.ensemble.aggregate != "mean_probabilities":
