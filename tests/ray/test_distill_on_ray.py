@@ -124,6 +124,7 @@ def test_a_language_model_taught_on_ray_equals_one_taught_in_process(
     assert distill_run(uris[1], settings) == record
 
 
+@pytest.mark.slow
 def test_answers_made_on_ray_and_a_teacher_beside_its_student_give_the_student_of_one_process(
     make_spec: Callable[..., RunSpec], tiny_model: Callable[[str], str], trained: Trained, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_a_run_whose_driver_ends_without_waiting_commits_first_and_is_found_mean
     assert 5000 > steps[0] == steps[1] >= 5
 
 
+@pytest.mark.slow
 def test_a_detached_run_goes_on_without_its_driver(
     make_spec: Callable[..., RunSpec], tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_members_trained_on_ray_equal_members_trained_in_process(run_on_ray: Run
     assert store.storage.list("tensorboard") == ["ensemble", "member-000", "member-001", "member-002"]
 
 
+@pytest.mark.slow
 def test_what_is_made_of_member_0_is_the_same_on_ray(make_spec: MakeSpec, tmp_path: Path) -> None:
     baselines = {"swag": {"samples": 2, "every_steps": 1}, "laplace": {"structure": "kronecker", "samples": 2},
                  "temperature": True}
@@ -182,6 +183,7 @@ def test_a_base_is_prepared_on_the_cluster_and_members_on_it_equal_those_in_proc
     assert_bit_equal(members(handle.uri), members(str(Path(handle.uri).parent / "in-process")))
 
 
+@pytest.mark.slow
 def test_a_preparation_that_fails_fails_the_run_with_its_reason(
     make_spec: MakeSpec, tiny_model: Callable[[str], str], tmp_path: Path
 ) -> None:

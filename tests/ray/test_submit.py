@@ -130,6 +130,7 @@ def test_a_job_is_submitted_followed_stopped_and_submitted_again_and_ends_as_an_
     assert_bit_equal(members(spec), members(unbroken))
 
 
+@pytest.mark.slow
 def test_logs_and_status_of_a_job_are_found_by_its_run(desk: Desk, make_spec: MakeSpec, tmp_path: Path) -> None:
     (desk.folder / "rows.jsonl").write_text("".join(
         json.dumps({"text": f"text {n}", "label": "positive" if n % 2 else "negative"}) + "\n"
