@@ -36,7 +36,7 @@ THREE = {
     "baselines": {"mc_dropout": {"passes": 2, "dropout": 0.1}, "checkpoints": 2, "last_layer": 1},
     "optimization": {"lr": 0.005, "epochs": 2, "micro_batch": 8},
 }
-UNSEALED = {"events.jsonl", "MANIFEST.json", "report.html"}
+UNSEALED = {"events.jsonl", "MANIFEST.json", "report.html", "baseline_costs.json"}
 
 
 def call(*arguments: str) -> Any:

@@ -164,13 +164,17 @@ def test_a_row_that_is_written_moves_no_further_than_the_model_can_read(make_par
     ]
 
 
+def own_answers(parts: Any, writing: Writing) -> OwnAnswers:
+    return OwnAnswers(parts.model, writing, lambda _, tensors: stack(tensors))
+
+
 def test_a_share_of_the_steps_is_a_members_own_and_rows_keep_their_prompts(make_parts_of: Make) -> None:
     parts, _ = make_parts_of()
     trainer = parts.trainer()
-    writer = OwnAnswers(parts.model, Writing(0.5, 0.0, 6, 1.0))
+    writer = own_answers(parts, Writing(0.5, 0.0, 6, 1.0))
     due = [[writer.is_due(state, step) for step in range(400)] for state in trainer.states]
     assert all(150 < sum(steps) < 250 for steps in due) and len({tuple(steps) for steps in due}) == 3
-    always, never = (OwnAnswers(parts.model, Writing(share, 0.0, 6, 1.0)) for share in (1.0, 0.0))
+    always, never = (own_answers(parts, Writing(share, 0.0, 6, 1.0)) for share in (1.0, 0.0))
     assert all(always.is_due(trainer.states[0], step) for step in range(50))
     assert not any(never.is_due(trainer.states[0], step) for step in range(50))
     with trainer.collator() as collator:
@@ -184,7 +188,7 @@ def test_a_share_of_the_steps_is_a_members_own_and_rows_keep_their_prompts(make_
                 assert row.id == before.id and row.sequences[0][:first] == before.sequences[0][:first]
                 assert row.target_ranges == ((first, len(row.sequences[0])),)
                 assert first < len(row.sequences[0]) <= min(80, first + 6)
-        late = OwnAnswers(parts.model, Writing(1.0, 0.4, 6, 1.0))
+        late = own_answers(parts, Writing(1.0, 0.4, 6, 1.0))
         assert not late.of_step(2, 6, 1, trainer.states, collator) and late.of_step(3, 6, 1, trainer.states, collator)
         batch = collator.batch(2, orders, found)
         assert batch.own_K == (True, True, True) and bool((labels_of(batch) == -1).all())
@@ -216,7 +220,7 @@ def test_long_answers_weigh_what_they_are_long_where_tokens_count_alike(make_par
     collator = Collator(parts.model, parts.sets.train.examples, 8, accumulation=2)
     with collator:
         orders = {state.plan.name: state.order for state in trainer.states}
-        own = OwnAnswers(parts.model, Writing(1.0, 0.0, 6, 1.0)).of_step(1, 6, 2, trainer.states, collator)
+        own = own_answers(parts, Writing(1.0, 0.0, 6, 1.0)).of_step(1, 6, 2, trainer.states, collator)
         batches = [collator.batch(number, orders, own) for number in (2, 3)]
         for k, name in enumerate(orders):
             learned = [[len(e.sequences[0]) - e.target_ranges[0][0] for e in own[n, name]] for n in (2, 3)]

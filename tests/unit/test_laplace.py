@@ -21,6 +21,7 @@ from raylora.engine.training.curvature import Curvature, diagonal_curvature, kro
 from raylora.engine.training.laplace import Posterior, best_precision, draw_logits
 from raylora.engine.training.logit_jacobians import LogitJacobians
 from raylora.errors import Interrupted, RunDirectoryError, SpecError, TrainingError
+from raylora.placement.inventory import Inventory, Node
 from raylora.store.run_store import RunStore
 
 Make = Callable[..., Any]
@@ -289,6 +290,9 @@ def test_multiple_choice_has_it_too(make_spec: Make, tiny_model: Any) -> None:
     assert metrics["baselines"]["laplace"]["members"] == 3
 
 
+TWO_CORES = Inventory((Node("a", 2, 16 * 2**30),), "two cores")
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"task": {"kind": "regression", "max_length": 24}}, "is there for classes, and regression predicts none"),
     ({"adapter": {"kind": "lora_xs", "rank": 4}}, "is over LoRA's matrices, and adapter.kind of member 0 is lora_xs"),
@@ -297,4 +301,4 @@ def test_multiple_choice_has_it_too(make_spec: Make, tiny_model: Any) -> None:
 ])
 def test_what_has_no_such_gaussian_is_refused_before_training(make_spec: Make, changes: Any, words: str) -> None:
     with pytest.raises(SpecError, match=words):
-        prepare(make_spec(baselines={"laplace": {}}, **changes))
+        prepare(make_spec(baselines={"laplace": {}}, **changes), TWO_CORES)
