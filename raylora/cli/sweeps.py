@@ -81,6 +81,7 @@ def _value(text: str) -> Any:
 
 def _show(found: Sweep) -> None:
     from raylora.ensemble.metric_table import METRICS
+    from raylora.spec.vary import in_words
     from raylora.sweeping import BEST, FIGURE
 
     keys = list(dict.fromkeys(key for one in found.tried for key in one.settings))
@@ -91,7 +92,7 @@ def _show(found: Sweep) -> None:
             more = f"± {one.standard_error:.2g} over {len(one.members)} members"
         if one.left_at is not None:
             more = f"left at step {one.left_at}"
-        table.add_row(*(str(one.settings.get(key, "")) for key in keys), f"{one.value:.4g}", more)
+        table.add_row(*(in_words(one.settings.get(key, "")) for key in keys), f"{one.value:.4g}", more)
     out.print(table)
     out.print(f"\nthe best settings are in {found.run}/{BEST}, the picture is {found.run}/{FIGURE}\n"
               f"next: raylora run {found.run}/{BEST}")

@@ -9,6 +9,7 @@ from typing import Any
 from raylora.adapters.names import AdapterName, named
 from raylora.ensemble.metric_table import METRICS
 from raylora.records import MemberMetrics, RunMetrics
+from raylora.spec.vary import in_words
 
 BASELINE_LABELS = {
     "selected": "Selected: {n} of {all}",
@@ -94,7 +95,7 @@ def member_entries(metrics: RunMetrics) -> list[Entry]:
 
 def _member_label(one: MemberMetrics) -> str:
     """Return a member's number, and what it has that others have not."""
-    own = [f"{key.rpartition('.')[2]} {value}" for key, value in one.get("settings", {}).items()]
+    own = [f"{key.rpartition('.')[2]} {in_words(value)}" for key, value in one.get("settings", {}).items()]
     return f"Member {one['index']}" + (f": {', '.join(own)}" if own else "")
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from raylora.ensemble.metric_table import METRICS
 from raylora.report.figures import COLORS, STYLE
+from raylora.spec.vary import in_words
 
 _WIDE = 20.0
 """From what ratio of the largest value to the smallest on an axis is logarithmic."""
@@ -34,8 +35,9 @@ def draw_sweep(tried: Sequence[Mapping[str, Any]], metric: str) -> Figure:
 def _panel(axes: Axes, key: str, tried: Sequence[Mapping[str, Any]]) -> None:
     values = [one["settings"].get(key) for one in tried]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    known = sorted(dict.fromkeys(map(str, values)))
-    places = [float(value) for value in values] if numeric else [float(known.index(str(value))) for value in values]
+    words = [in_words(value) for value in values]
+    known = sorted(dict.fromkeys(words))
+    places = [float(value) for value in values] if numeric else [float(known.index(one)) for one in words]
     for number, (place, one) in reversed(list(enumerate(zip(places, tried, strict=True)))):
         best = number == 0
         axes.errorbar(
@@ -44,7 +46,7 @@ def _panel(axes: Axes, key: str, tried: Sequence[Mapping[str, Any]]) -> None:
             color=COLORS["single"] if best else COLORS["ensemble"],
         )
     if not numeric:
-        axes.set_xticks(range(len(known)), known)
+        axes.set_xticks(range(len(known)), [label.replace(" (", "\n(") for label in known])
     elif min(places) > 0 and max(places) / min(places) >= _WIDE:
         axes.set_xscale("log")
     axes.set_xlabel(key)

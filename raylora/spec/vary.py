@@ -121,6 +121,14 @@ def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
     return found
 
 
+def in_words(value: Any) -> str:
+    """Return a value of a setting as tables show it: of an adapter its kind, and its keys in brackets."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    others = ", ".join(f"{key} {own}" for key, own in sorted(value.items()) if key != "kind")
+    return " ".join(filter(None, (str(value.get("kind", "")), f"({others})" if others else "")))
+
+
 def _grid(vary: Mapping[str, list[Any] | RangeSpec]) -> list[dict[str, Any]]:
     # In an order that no file changes: two specs with one digest have one grid.
     lists = {key: values for key, values in sorted(vary.items()) if isinstance(values, list)}

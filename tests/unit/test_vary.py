@@ -173,6 +173,9 @@ def test_members_of_several_ranks_alphas_and_kinds_share_a_forward_and_equal_tho
     metrics = run(varied)
     found = members(varied)
     assert metrics["run"]["adapter"] == "LoRA and MoS"
+    label = "Member 2: adapter mos (equivalent_rank 2, private_rank 1, rank 3, shards 4)"
+    assert member_entries(metrics)[2].label == label
+    assert any("adapter (mos (equivalent_rank 2" in note for note in prepared.notes)
     assert found["member-001"]["base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"].shape[0] == 4
     for m, own in enumerate(KINDS):
         alike = make_spec(name=f"kind-{m}", ensemble__members=5, ensemble__vary=[own] * 5)

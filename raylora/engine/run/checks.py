@@ -18,7 +18,7 @@ from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import check_rule
 from raylora.errors import BaseError, SpecError
 from raylora.spec import RegularizersSpec, RunSpec
-from raylora.spec.vary import OWN_FORWARD
+from raylora.spec.vary import OWN_FORWARD, in_words
 
 _LARGE_LR = 0.1
 
@@ -132,7 +132,7 @@ def differences(spec: RunSpec) -> list[str]:
         return []
     settings = spec.ensemble.member_settings()
     keys = dict.fromkeys(key for own in settings for key in own)
-    values = {key: list(dict.fromkeys(str(own[key]) for own in settings if key in own)) for key in keys}
+    values = {key: list(dict.fromkeys(in_words(own[key]) for own in settings if key in own)) for key in keys}
     shown = [f"{key} ({', '.join(own[:8])}{', ...' if len(own) > 8 else ''})" for key, own in values.items()]
     apart = [key for key in values if key.startswith(OWN_FORWARD) and len(values[key]) > 1]
     told = [f"members differ in {' and '.join(shown)}"]
