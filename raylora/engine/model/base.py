@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raylora import registry
 from raylora.adapters.base import Adapter, Site, WholeModel
 from raylora.adapters.packed import Slot, attach
+from raylora.adapters.side_by_side import adapter_of
 from raylora.data.task import Task
 from raylora.engine.model.checkpoint import (
     attention_of,
@@ -132,7 +132,7 @@ def load_base(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     heads = find_heads(model, missing)
-    adapter: Adapter = registry.load("adapter", adapter_spec.kind).build(adapter_spec)
+    adapter: Adapter = adapter_of(adapter_spec)
     # A prepared base's sites are those of the original: a layer that is stored the other way round is exported so.
     original = shell_model(spec, task) if spec.grid is not None else model
     sites = adapter_sites(original, adapter, list(heads))

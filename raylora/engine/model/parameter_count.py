@@ -11,6 +11,7 @@ from torch import nn
 
 from raylora import registry
 from raylora.adapters.base import Adapter, Site, WholeModel
+from raylora.adapters.side_by_side import adapter_of
 from raylora.engine.model.checkpoint import is_decoder, quiet
 from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.errors import SpecError, combine
@@ -41,7 +42,7 @@ def parameter_count(model: Any, adapter: AdapterSpec | Mapping[str, Any]) -> int
     shell = model if isinstance(model, nn.Module) else _shell(model)
     backbone_only = getattr(shell, "base_model", None) is shell
     heads = [] if backbone_only else list(find_heads(shell, []))
-    built: Adapter = registry.load("adapter", spec.kind).build(spec)
+    built: Adapter = adapter_of(spec)
     return adapter_parameters(built, adapter_sites(shell, built, heads), shell, heads)
 
 

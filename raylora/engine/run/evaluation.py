@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import torch
 
-from raylora import registry
 from raylora.adapters.base import Tensors, WholeModel
 from raylora.adapters.export import to_peft
 from raylora.adapters.packed import stack
@@ -36,7 +35,7 @@ from raylora.store.run_store import RunStore
 
 def read_trained(spec: RunSpec, store: RunStore, base: Base, plan: MemberPlan) -> Trained:
     """Return a committed member. Raises: StoreError for a damaged one, RunDirectoryError for one of another base."""
-    adapter = registry.load("adapter", plan.adapter.kind).build(plan.adapter)
+    adapter = adapter_of(plan.adapter)
     files = store.load_result(plan.folder)
     facts, tensors = member_facts(files), member_tensors(files)
     frozen_tensors = frozen_tensors_of(base, adapter, plan.stream("fixed"))
@@ -204,7 +203,7 @@ def check_finite(tensors: Tensors, plan: MemberPlan) -> None:
 
 
 def _readme(plan: MemberPlan, spec: RunSpec, base_name: str, in_peft: bool) -> str:
-    whole = isinstance(registry.load("adapter", plan.adapter.kind).build(plan.adapter), WholeModel)
+    whole = isinstance(adapter_of(plan.adapter), WholeModel)
     head_only = plan.role is PlanRole.LAST_LAYER
     kind = "last-layer head" if head_only else "whole model" if whole else f"{plan.adapter.kind} adapter"
     library = "peft" if in_peft else "raylora"

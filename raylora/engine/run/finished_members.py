@@ -39,7 +39,8 @@ def stacked_members(
         check_layout(name, (layouts or {}).get(name), expected_layout(base, adapter, frozen_tensors))
         whole.append({n: t.to(base.device) for n, t in tensors.items()} | frozen_tensors)
     everyone = list(members if among is None else among)
-    return _beside(spec, everyone).stack(whole, [everyone.index(name) for name in members])
+    places = {name: place for place, name in enumerate(everyone)}
+    return _beside(spec, everyone).stack(whole, [places[name] for name in members])
 
 
 def adapters_of(spec: RunSpec, names: Sequence[str]) -> Adapter | Sequence[Adapter]:
