@@ -13,6 +13,8 @@ from run_helpers import prepared_base
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+LANGUAGE_TOKENS = 16384
+"""What a tiny language model's tokenizer keeps of 49,152."""
 TINY = ("bert", "bert_without_pooler", "roberta", "gpt2", "llama")
 
 
@@ -54,6 +56,8 @@ def _save_tiny(kind: str, folder: Path) -> Path:
 
     encoder = not kind.startswith(("gpt2", "llama", "gemma3"))
     tokenizer = t.AutoTokenizer.from_pretrained(model_folder("minilm-l6" if encoder else "smollm2-135m"))
+    if not encoder:
+        tokenizer = _with_fewer_tokens(tokenizer)
     torch.manual_seed(0)  # after all loading: nothing but the weights below is drawn from it
     small: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "intermediate_size": 64, "initializer_range": 0.1}
@@ -81,6 +85,23 @@ def _save_tiny(kind: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _with_fewer_tokens(tokenizer: Any) -> Any:
+    """Return a byte-pair tokenizer with its first and most frequent tokens only, and the special ones.
+
+    A tiny model with a whole vocabulary does little but multiply with it.
+    """
+    import json
+
+    from tokenizers import Tokenizer
+
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = parts["model"]
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < LANGUAGE_TOKENS}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(parts))
+    return tokenizer
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def writer(make_spec: Callable[..., Any], tiny_model: Callable[[str], str], trai
     """Return a finished run on chats."""
     return trained(make_spec(
         base__source=tiny_model("llama"), adapter__target_modules="auto", evaluation__out_of_distribution={},
-        task={"kind": "instruction", "max_length": 96}, optimization={"lr": 0.01, "steps": 2, "micro_batch": 2},
+        task={"kind": "instruction", "max_length": 112}, optimization={"lr": 0.01, "steps": 2, "micro_batch": 2},
         data={"train": {"source": "pypi:soc-codes"}, "train_rows": 4, "validation_rows": 2, "test_rows": 2},
     ))
 

@@ -34,7 +34,7 @@ def make_writer(make_parts: Make, tiny_model: Callable[[str], str]) -> Make:
     def make(kind: str = "llama", members: int = 3, noise: float = 0.3, **changes: Any) -> Any:
         parts = make_parts(**{
             "base__source": tiny_model(kind), "adapter__target_modules": "all-linear",
-            "task": {"kind": "instruction", "max_length": 96}, "evaluation__out_of_distribution": {},
+            "task": {"kind": "instruction", "max_length": 112}, "evaluation__out_of_distribution": {},
             "data": {"train": {"source": "pypi:soc-codes"}, "train_rows": 4, "validation_rows": 2, "test_rows": 2},
             "ensemble__members": members, **changes,
         })
@@ -250,7 +250,7 @@ def test_temperature_and_nucleus_are_the_mixtures() -> None:
 def test_a_finished_run_answers(make_spec: Make, tiny_model: Callable[[str], str]) -> None:
     spec = make_spec(
         base__source=tiny_model("llama"), adapter__target_modules="auto", evaluation__out_of_distribution={},
-        task={"kind": "instruction", "max_length": 96}, optimization={"lr": 0.01, "steps": 2, "micro_batch": 2},
+        task={"kind": "instruction", "max_length": 112}, optimization={"lr": 0.01, "steps": 2, "micro_batch": 2},
         data={"train": {"source": "pypi:soc-codes"}, "train_rows": 4, "validation_rows": 2, "test_rows": 2},
     )
     run(spec)

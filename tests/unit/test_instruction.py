@@ -58,7 +58,7 @@ def on_chats(tiny_model: Callable[[str], str], tmp_path: Path) -> dict[str, Any]
     """Return what makes the small spec one of a tiny Llama on chats."""
     return {
         "base__source": tiny_model("llama"), "adapter__target_modules": "auto",
-        "task": {"kind": "instruction", "max_length": 96}, "evaluation__out_of_distribution": {},
+        "task": {"kind": "instruction", "max_length": 112}, "evaluation__out_of_distribution": {},
         "data": {"train": {"files": chats(tmp_path)}, "validation_rows": 4, "test_rows": 6},
         "optimization": {"lr": 0.01, "steps": 4, "micro_batch": 4, "warmup": 0.0},
     }
@@ -226,7 +226,7 @@ def test_token_mean_is_the_loss_of_most_trainers(
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model("llama"), attn_implementation="eager").double()
     for token_mean in (True, False):
         parts = chat_parts(
-            task={"kind": "instruction", "max_length": 96, "token_mean": token_mean},
+            task={"kind": "instruction", "max_length": 112, "token_mean": token_mean},
             optimization={"lr": 0.01, "steps": 1, "micro_batch": 3, "accumulation": accumulation},
         )
         trainer = parts.trainer()

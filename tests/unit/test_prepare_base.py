@@ -372,18 +372,19 @@ def test_with_adapters_off_the_pair_stays_on(make_spec: Make, tiny_model: Any) -
 
 
 # --- a pair that is trained ---------------------------------------------------------------------------------------
-def trained_pair(make_spec: Make, source: str, **changes: Any) -> Any:
-    spec = spec_for(make_spec, source, base__compensation={**CLOQ, "trainable": True}, **changes)
+def trained_pair(make_spec: Make, source: str, start: str = "fresh", **changes: Any) -> Any:
+    spec = spec_for(make_spec, source, base__compensation={**CLOQ, "trainable": True, "start": start}, **changes)
     return spec.model_copy(update={"adapter": spec.adapter.model_copy(update={"target_modules": "all-linear"})})
 
 
-def test_a_trainable_pair_is_where_members_start(make_spec: Make, tiny_model: Any) -> None:
+@pytest.mark.parametrize("start", ["fresh", "solved"])
+def test_a_trainable_pair_is_where_members_start(start: str, make_spec: Make, tiny_model: Any) -> None:
     source = tiny_model("llama")
     language = {"kind": "language_modeling", "max_length": 32}
     frozen = spec_for(make_spec, source, task=language)
     found, _ = prepared(frozen)
-    spec = trained_pair(make_spec, source, task=language)
-    assert prepare(spec).base.store.uri == found.store.uri  # who owns the pair does not change what it is
+    spec = trained_pair(make_spec, source, start, task=language)
+    assert prepare(spec).base.store.uri == found.store.uri  # who trains the pair, and how, does not change what it is
     base = load_base(spec.base, spec.adapter, task_of(spec), CPU, found.store)
     assert all(m.pair_A_RI is None for m in base.model.modules() if isinstance(m, QuantizedLinear))
     adapter = registry.load("adapter", "lora").build(spec.adapter)
@@ -397,6 +398,12 @@ def test_a_trainable_pair_is_where_members_start(make_spec: Make, tiny_model: An
     with torch.no_grad():
         torch.testing.assert_close(started, with_pair.model(**batch).logits, rtol=1e-3, atol=1e-3)
     assert spec.adapter.alpha / spec.adapter.rank != 1.0  # so the scale had to be divided out
+    rows_R = torch.cat([tensor.norm(dim=1) for name, tensor in member.items() if name.endswith(".lora_A")])
+    columns_R = torch.cat([tensor.norm(dim=0) for name, tensor in member.items() if name.endswith(".lora_B")])
+    if start == "fresh":
+        torch.testing.assert_close(rows_R, torch.full_like(rows_R, 3**-0.5))  # of U(-1/sqrt I, 1/sqrt I), nearly
+    else:  # CLoQ's B is orthonormal, and kept in half precision
+        torch.testing.assert_close(columns_R * adapter.scale, torch.ones_like(columns_R), rtol=2e-3, atol=0)
 
 
 def test_a_trainable_pair_needs_a_lora_that_holds_it(make_spec: Make, tiny_model: Any) -> None:

@@ -41,6 +41,7 @@ from raylora.engine.model.trunk import Trunk, find_trunk
 from raylora.engine.model.twin import twin_of
 from raylora.ensemble.outputs import output_of
 from raylora.errors import BaseError
+from raylora.init.factors import as_fresh, as_solved
 from raylora.quant.base import Quantizer
 from raylora.quant.linear import QuantizedLinear
 from raylora.quant.nf4 import logical_size
@@ -223,8 +224,10 @@ def _is_trainable(spec: BaseSpec) -> bool:
 def _start_pairs(spec: BaseSpec, prepared: RunStore | None) -> dict[str, tuple[Tensor, Tensor]]:
     if spec.grid is None or prepared is None or not _is_trainable(spec):
         return {}
+    assert spec.compensation is not None
+    shared_out = as_fresh if spec.compensation.start == "fresh" else as_solved
     layers = (layer for block in all_layers(prepared, spec.grid) for layer in block)
-    return {layer.name: layer.pair for layer in layers if layer.pair is not None}
+    return {layer.name: shared_out(*layer.pair) for layer in layers if layer.pair is not None}
 
 
 def head_tensors(base: Base) -> dict[str, Tensor]:

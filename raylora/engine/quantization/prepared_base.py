@@ -21,11 +21,11 @@ _FORMAT = 1
 def identity_of(spec: BaseSpec, calibration: Calibration | None, weights_sha256: str) -> dict[str, Any]:
     """Return everything that decides a prepared base: the weights, the tokens that it reads, the settings.
 
-    ``trainable`` is not among them: it says who owns the pair, not what it is.
+    ``trainable`` and ``start`` are not among them: they say who owns the pair and how it is trained, not what it is.
     """
     compensation = None
     if spec.compensation is not None:
-        compensation = spec.compensation.model_dump(mode="json", exclude={"trainable"})
+        compensation = spec.compensation.model_dump(mode="json", exclude={"trainable", "start"})
     return {
         "format": _FORMAT,
         "weights_sha256": weights_sha256,

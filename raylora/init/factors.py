@@ -1,0 +1,36 @@
+"""How the product of a pair is shared out between the two factors that a member trains.
+
+B A = (B D^-1)(D A) for any diagonal D, and before the first step nothing tells the choices apart. AdamW does: its steps
+are about as long as the rate whatever a factor's scale, so one step moves the weight by
+
+    dW = dB A + B dA,    |dB A| ~ rate * sqrt(O) |A|,    |B dA| ~ rate * sqrt(I) |B|
+
+and to scale A by c and B by 1/c is to multiply the rate of B by c^2 against that of A (compare LoRA+, arXiv 2402.12354).
+The solutions in closed form give lengths that say something about the calibration data (CLoQ's A carries singular
+values of X D^T, which grow with its rows), and nothing about a good step.
+
+Shapes: O outputs, I inputs, R rank.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+FRESH_LENGTH = 3**-0.5
+"""Of a row of A ~ U(-1/sqrt I, 1/sqrt I), nearly: what a LoRA begins with that starts from no pair."""
+
+
+def as_fresh(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of the same product, with A's rows as long as a newly drawn LoRA's, in float32.
+
+    The rate that suits a LoRA from nothing then moves B's part of the weight as it does there. Rows of zeros, for
+    directions that calibration never saw, stay.
+    """
+    length_R = a_RI.double().norm(dim=1)
+    by_R = (FRESH_LENGTH / length_R.where(length_R > 0, FRESH_LENGTH)).double()
+    return (a_RI.double() * by_R[:, None]).float(), (b_OR.double() / by_R).float()
+
+
+def as_solved(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors as the method gives them."""
+    return a_RI, b_OR
