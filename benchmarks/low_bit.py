@@ -4,9 +4,9 @@
 
 On a causal LM (SmolLM2-135M): perplexity on held-out news at step 0, and after fine-tuning on news. On an encoder
 (MiniLM-L6): accuracy and NLL on movie reviews after fine-tuning. Every contender is fine-tuned at the same rates, with
-several seeds at each, as the members of one run; the validation rows choose its rate, and the test rows are read at that
-one alone. The encoder reads every row once, so that nobody learns rows by heart. LoftQ and CLoQ start the LoRA from
-their pair, as their papers do; "frozen" leaves the pair in the base under a LoRA of its own, as runs do by default.
+several seeds at each, as the members of one run; the validation rows choose its rate, and the test rows are read at
+that one alone. The encoder reads every row once, so that nobody learns rows by heart. LoftQ and CLoQ start the LoRA
+from their pair, as their papers do; "frozen" leaves the pair in the base under a LoRA of its own, as runs do by default.
 The LM's weights went through a 4-bit file once, so its 4-bit rows are optimistic; the encoder's are float32.
 """
 
@@ -245,6 +245,14 @@ def in_own_process(model: str, method: str, bits: int, seeds: int, folder: str, 
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def command_of(arguments: argparse.Namespace) -> str:
+    """Return the command without the folder that this machine keeps bases in."""
+    options = f"--models {' '.join(arguments.models)} --bits {' '.join(map(str, arguments.bits))}"
+    tuned = f" --tuned-bits {' '.join(map(str, arguments.tuned_bits))}" if "smollm2-135m" in arguments.models else ""
+    go_on = " --go-on" if arguments.go_on else ""
+    return f"python -m benchmarks.low_bit {options}{tuned} --seeds {arguments.seeds}{go_on}"
+
+
 def main() -> None:
     """Measure every cell and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -281,7 +289,7 @@ def main() -> None:
             ) if key in row)
             print(f"{model} {method} {bits} bits: {told}", flush=True)
             # After every cell: what is measured is kept if a later one fails.
-            path = record.write("low_bit", rows, summarize(rows), "benchmarks.low_bit")
+            path = record.write("low_bit", rows, summarize(rows), "benchmarks.low_bit", command_of(arguments))
     plot(rows)
     print(path)
 

@@ -5,9 +5,9 @@ are about as long as the rate whatever a factor's scale, so one step moves the w
 
     dW = dB A + B dA,    |dB A| ~ rate * sqrt(O) |A|,    |B dA| ~ rate * sqrt(I) |B|
 
-and to scale A by c and B by 1/c is to multiply the rate of B by c^2 against that of A (compare LoRA+, arXiv 2402.12354).
-The solutions in closed form give lengths that say something about the calibration data (CLoQ's A carries singular
-values of X D^T, which grow with its rows), and nothing about a good step.
+and to train c A and B / c at one rate is to train A at 1 / c and B at c times that rate (compare LoRA+,
+arXiv 2402.12354). The solutions in closed form give lengths that say something about the residual and the calibration
+data (``left`` of CLoQ makes B longer with the root of how many rows were read), and nothing about a good step.
 
 Shapes: O outputs, I inputs, R rank.
 """

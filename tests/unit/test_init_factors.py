@@ -19,7 +19,8 @@ def pair(outputs: int = 40, inputs: int = 48, rank: int = 5) -> tuple[torch.Tens
 def test_the_product_stays_and_rows_are_as_long_as_a_fresh_lora_s() -> None:
     a_RI, b_OR = pair()
     found_RI, found_OR = as_fresh(a_RI, b_OR)
-    torch.testing.assert_close(found_OR.double() @ found_RI.double(), b_OR.double() @ a_RI.double(), rtol=1e-5, atol=1e-6)
+    product_OI = b_OR.double() @ a_RI.double()
+    torch.testing.assert_close(found_OR.double() @ found_RI.double(), product_OI, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found_RI.norm(dim=1), torch.full((5,), FRESH_LENGTH))
     assert as_solved(a_RI, b_OR) == (a_RI, b_OR)
 
