@@ -6,7 +6,7 @@ On a causal LM (SmolLM2-135M): perplexity on held-out news at step 0, and after 
 (MiniLM-L6): accuracy and NLL on movie reviews after fine-tuning. Every contender is fine-tuned at the same rates, with
 several seeds at each, as the members of one run; the validation rows choose its rate, and the test rows are read at
 that one alone. The encoder reads every row once, so that nobody learns rows by heart. LoftQ and CLoQ start the LoRA
-from their pair, as their papers do; "frozen" leaves the pair in the base under a LoRA of its own, as runs do by default.
+from their pair, as their papers do; "frozen" leaves the pair in the base, under a fresh LoRA, as runs do by default.
 The LM's weights went through a 4-bit file once, so its 4-bit rows are optimistic; the encoder's are float32.
 """
 
