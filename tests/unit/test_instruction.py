@@ -264,7 +264,7 @@ def test_a_run_learns_its_answers_by_heart_and_reports_both_mixtures(chat_spec: 
     metrics = run(spec)
     history = metrics["training"]["member-000"]
     losses = [row["loss"] for row in history if "loss" in row]
-    assert losses[-1] < losses[0] - 1 and any("validation_nll" in row for row in history)
+    assert losses[-1] < losses[0] - 0.5 and any("validation_nll" in row for row in history)
     test = metrics["ensemble"]["eval"]["test"]
     assert test["perplexity"] == pytest.approx(math.exp(test["nll"])) and test["documents"] == 6
     # Of M members no mixture is worse than their mean, and the mixture of whole answers is 1/M of the best at least.
