@@ -29,12 +29,12 @@ class WorkerHandle:
     run: str = ""
     """Whose worker it is, for what people are shown."""
 
-    def load(self) -> list[Any]:
+    def load(self, coordinator: Any) -> list[Any]:
         """Start loading; of a gang, every rank is told where rank 0 listens."""
         if len(self.actors) == 1:
-            return [self.actors[0].load.remote()]
+            return [self.actors[0].load.remote(coordinator)]
         first = self.actors[0].listen.remote(len(self.actors), self.partners, self.is_split)
-        return [actor.load.remote(rank, first) for rank, actor in enumerate(self.actors)]
+        return [actor.load.remote(coordinator, rank, first) for rank, actor in enumerate(self.actors)]
 
     def run_job(self, job: str, units: Sequence[str], coordinator: Any) -> list[Any]:
         """Start a job; the ranks of a gang, or groups of partners among them, train even shares of its units."""

@@ -29,6 +29,7 @@ from raylora.errors import Interrupted, PlacementError, RayloraError
 from raylora.placement.plan import Plan
 from raylora.progress import BlockDone, Progress
 from raylora.spec import RunSpec
+from raylora.store.inputs import Publication, Publisher
 from raylora.store.probe import judge, look_for_probe, remove_probe
 from raylora.store.run_store import RunStore
 
@@ -80,6 +81,7 @@ class Coordinator:
         """The preparer's answer, while it is waited for."""
         self.gang_progress = GangProgress()
         self.board = StatusBoard(spec.run_name())
+        self.publisher = Publisher(self.store)
         self.reporter = Reporter(spec.run_name())
         name = coordinator_name(store_uri).removeprefix("coordinator-")
         self.placing = Placing(plan, spec.placement, NAMESPACE, Worker, name, spec.run_name())
@@ -217,7 +219,7 @@ class Coordinator:
             self.events.put(control.BaseFailed(why))
             return
         self.preparer = Preparer.options(num_gpus=self.plan.gpus_per_worker).remote(  # type: ignore[attr-defined]
-            self.spec, self.plan.gpus_per_worker
+            self.spec, self.plan.gpus_per_worker, self.store.uri
         )
         me = ray.get_runtime_context().current_actor
         self.preparing = self.preparer.prepare.remote(self.base[0], me)
@@ -230,7 +232,7 @@ class Coordinator:
             self.nonce,
         ))
         self.workers[command.worker] = worker
-        self._call(worker, command, worker.load())
+        self._call(worker, command, worker.load(ray.get_runtime_context().current_actor))
 
     def _release(self, name: str) -> None:
         """End a worker that nothing is left for, so that its machine is free; that is no loss to be told."""
@@ -257,6 +259,14 @@ class Coordinator:
     def report_preparation(self, done: BlockDone) -> None:
         """Take how far the base is."""
         self.board.preparation = done
+
+    def publish(self, role: str) -> Publication:
+        """Publish what a node does not have, and say how far that is; it answers at once."""
+        return self.publisher.ask(role)
+
+    def tell(self, text: str) -> None:
+        """Take a piece of news that no job has."""
+        self.board.tell(text)
 
     def interrupt(self, signal_number: int) -> None:
         """Ask the run to commit and stop."""

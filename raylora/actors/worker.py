@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from raylora import logs
+from raylora.actors.inputs import spec_here
 from raylora.actors.names import actor_title
 from raylora.actors.telemetry import Telemetry
 from raylora.progress import Progress, Throttle
@@ -64,22 +65,25 @@ class Worker:
         self.place = GangPlace.listening(ray.util.get_node_ip_address(), size, partners, is_split)
         return replace(self.place, store=None)
 
-    def load(self, rank: int = 0, first: GangPlace | None = None) -> None:
+    def load(self, coordinator: Any = None, rank: int = 0, first: GangPlace | None = None) -> None:
         """Import the libraries and load base and data; the slow part of a start.
 
         Args:
+            coordinator: who publishes what this node does not have.
             rank: this worker's number in a gang.
             first: the place of its rank 0, or None for a worker of its own.
 
         Raises:
             PlacementError: this node does not see the run directory.
+            StoreError: this node cannot get the files of a model.
         """
         store = opened_where_seen(self.store_uri, self.epoch, self.nonce, this_node())
         logs.configure()
         self.telemetry = Telemetry(self.spec.run_name())
         if first is not None and rank:
             self.place = replace(first, rank=rank)
-        self.session = self.assignment.make_session(self.spec, store, self.cpus, self.gpus, self.place)
+        spec = spec_here(self.spec, store, coordinator)
+        self.session = self.assignment.make_session(spec, store, self.cpus, self.gpus, self.place)
         self.session.span = self.telemetry.span
         self.session.load()
         self.telemetry.loaded(self.session.base_bytes)
