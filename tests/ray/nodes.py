@@ -25,6 +25,24 @@ from raylora.handle import RunHandle
 _TRIES = 3
 
 
+def strangers(spec: str) -> dict[str, Any]:
+    """Train on a node with a folder and a cache of its own: what the spec names is only where the driver is."""
+    cluster = cluster_of(head_cpus=0)  # its processes start where this one is
+    here, there = Path.cwd(), Path(spec).parent / "there"
+    there.mkdir()
+    os.chdir(there)
+    cluster.add_node(num_cpus=2, env_vars={"RAYLORA_CACHE": str(there / "cache")})
+    os.chdir(here)
+    handle = launch(read_spec(spec))
+    news: list[str] = []
+    metrics = handle.wait(lambda status: news.extend(text for text in status.news if text not in news))
+    copies = [path.relative_to(there).as_posix() for path in (there / "cache/inputs").rglob("*.safetensors")]
+    pids = {handle.store.read_json(f"timing/{name}")["pid"] for name in handle.store.storage.list("timing")}
+    return {
+        "phase": metrics["run"]["phase"], "news": news, "copies": copies, "processes": len(pids), "run": handle.uri,
+    }
+
+
 def cluster_of(head_cpus: int) -> Cluster:
     """Start a head and connect to it; a busy machine can start Ray too slowly for its own time limits."""
     for attempt in range(_TRIES):
@@ -125,5 +143,8 @@ def worker_pids() -> list[int]:
 
 
 if __name__ == "__main__":
-    scenario = {"grow": grow_and_lose, "gang": gang_over_nodes, "coordinator": lose_coordinator}[sys.argv[1]]
+    scenarios = {
+        "grow": grow_and_lose, "gang": gang_over_nodes, "coordinator": lose_coordinator, "strangers": strangers,
+    }
+    scenario = scenarios[sys.argv[1]]
     print(json.dumps(scenario(sys.argv[2])), flush=True)

@@ -69,11 +69,10 @@ def _asked(
     """Return the sets as they were read, from where they are kept if they are."""
     beside = RunStore(f"{run.uri.rpartition('/')[0]}/{FOLDER}")
     note = f"{FOLDER}/{wish_key(spec.data, spec.evaluation, task.spec, tokenizer, extra, asks)}.json"
-    noted = _noted(run, note)
+    noted = _noted(run, note) if as_begun or keep else None
     key = noted if as_begun else None
     if key is None or not beside.storage.exists(f"{key}/{MANIFEST}"):
-        # Where text is gone, or cannot be told from what it was: what this run was begun with.
-        key = sets_key(spec.data, spec.evaluation, task.spec, tokenizer, extra, asks=asks) or noted
+        key = sets_key(spec.data, spec.evaluation, task.spec, tokenizer, extra, asks=asks)
     sets = (_loaded.get(key) or _kept(beside, key)) if key is not None else None
     if sets is None:
         try:
