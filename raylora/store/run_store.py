@@ -63,6 +63,10 @@ class RunStore:
         """The number of the holder that is written for, or None if nobody's."""
         return self._lock.epoch
 
+    def write_for(self, epoch: int | None) -> None:
+        """Write for another holder of the directory from now on, as a worker does whose coordinator was replaced."""
+        self._lock.epoch = epoch
+
     # --- the spec -----------------------------------------------------------------------------------
     def is_begun(self) -> bool:
         """Return whether there is a run.

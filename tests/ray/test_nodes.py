@@ -77,12 +77,18 @@ def test_a_gang_on_two_nodes_survives_the_loss_of_one(make_spec: MakeSpec, tmp_p
 
 
 @pytest.mark.slow
-def test_a_coordinator_that_dies_is_started_again_and_goes_on_from_the_log(
+def test_a_coordinator_that_dies_is_started_again_and_its_worker_goes_on_with_the_base_that_it_has(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:
-    spec = make_spec(optimization__steps=300, checkpointing__every_steps=20)
+    spec = make_spec(optimization__steps=1000, checkpointing__every_steps=50)
     found = scenario("coordinator", spec, tmp_path)
     assert found["phase"] == "succeeded" and found["starts"] == 2
+    assert found["before"] == found["after"] and len(found["after"]) == 1 and found["after"][0][1] is not None
+    assert found["left"] == []
+    timing = json.loads((Path(found["run"]) / "timing/job-00.json").read_text())
+    assert timing["pid"] == found["before"][0][0] and 0 < timing["resumed_at_step"] < 1000
+    events = [json.loads(line) for line in (Path(found["run"]) / "events.jsonl").read_text().splitlines()]
+    assert not [event for event in events if event["event"] == "WorkerLost"]
     run_local(spec.model_copy(update={"storage_path": str(tmp_path / "local")}))
     assert_bit_equal(members(found["run"]), members(str(tmp_path / "local" / "demo")))
 
