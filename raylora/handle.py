@@ -171,13 +171,20 @@ class RunHandle:
         with signals_handled_by(self.interrupt):
             try:
                 state = self._final_state(on_status)
+            except RayloraError:
+                if self._outcome is not None:  # it is over, and nobody has a use for who directed it
+                    self._put_away()
+                raise
             finally:
                 self.on_end()
         if self._outcome is not None or ray.get(self._coordinator.is_detached.remote()):
-            put_away(self._coordinator, coordinator_name(self.uri))
+            self._put_away()
         metrics = self.store.read_json("metrics.json")
         found: RunMetrics = metrics if metrics is not None else {}
         return conclude(state, found, self.uri)
+
+    def _put_away(self) -> None:
+        put_away(self._coordinator, coordinator_name(self.uri))
 
     def _final_state(self, on_status: OnStatus) -> control.State:
         while True:
