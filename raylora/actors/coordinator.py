@@ -134,9 +134,9 @@ class Coordinator:
             judge(self.store.uri, self.nonce, look_for_probe(self.store.uri, self.nonce, this_node()))
             with self.store.held({RAY_ADDRESS: ray.get_runtime_context().gcs_address, **dashboard_fact()}):
                 try:
+                    self._take_over()
                     records = self.store.read_events()
                     self.state = control.replay(control.from_record(record) for record in records)
-                    self._take_over()
                     self._fold(self._start_event(records))
                     self._loop()
                     return self.state

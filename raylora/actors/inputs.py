@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import RayActorError
 
 from raylora.spec import RunSpec
 from raylora.store.inputs import Publication
@@ -31,7 +31,7 @@ def spec_here(spec: RunSpec, store: RunStore, coordinator: Any) -> RunSpec:
             try:
                 found: Publication = ray.get(coordinator.publish.remote(role))
                 return found
-            except ActorUnavailableError:  # its process died, and another is being started
+            except RayActorError:  # its process died, and another is started; if none is, this process is ended
                 time.sleep(_AGAIN_S)
 
     return on_this_node(spec, store, ask, lambda text: coordinator.tell.remote(text))

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 FOLDER = "inputs"
 _SPARE_BYTES = 64 << 20
 """So much of a disk is left free."""
+_LARGE_BYTES = 10**9
+"""That so much begins to be fetched is news; of the rest it is news when it is there."""
 _TELL_S = 10.0
 Say = Callable[[str], None]
 
@@ -60,6 +62,8 @@ def _fetch(storage: Storage, folder: str, path: Path, say: Say) -> None:
             f"{socket.gethostname()}: {size / 1e9:.2f} GB are to be fetched from {storage.path(folder)}, and "
             f"{free / 1e9:.2f} GB are free in {cache_folder()}", _ROOM,
         )
+    if size > _LARGE_BYTES:
+        say(f"{socket.gethostname()} fetches {path.parent.name[:8]} ({size / 1e9:.1f} GB)")
     done, told = 0, started
 
     def on_bytes(count: int) -> None:

@@ -120,8 +120,8 @@ def gang_over_nodes(spec: str) -> dict[str, Any]:
 
 
 def lose_coordinator(spec: str) -> dict[str, Any]:
-    """Kill the coordinator while its worker trains; the driver only waits."""
-    cluster_of(head_cpus=1)
+    """Kill the coordinator while its worker, or gang, trains; the driver only waits."""
+    cluster_of(head_cpus=2)
     handle = launch(read_spec(spec))
     wait_for(lambda: busy(handle) == 1, "the worker trains")
     before = workers_of(handle)

@@ -77,19 +77,26 @@ def test_a_gang_on_two_nodes_survives_the_loss_of_one(make_spec: MakeSpec, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_coordinator_that_dies_is_started_again_and_its_worker_goes_on_with_the_base_that_it_has(
-    make_spec: MakeSpec, tmp_path: Path
+    make_spec: MakeSpec, tmp_path: Path, ranks: int
 ) -> None:
-    spec = make_spec(optimization__steps=1000, checkpointing__every_steps=50)
+    gang = {"strategy": "shard", "ranks": 2, "cpus_per_worker": 1, "members_per_worker": 1}
+    spec = make_spec(
+        optimization__steps=1000 // ranks, checkpointing__every_steps=20, base__quantization="nf4",
+        placement=gang if ranks == 2 else {"workers": 1, "cpus_per_worker": 1},
+    )
     found = scenario("coordinator", spec, tmp_path)
     assert found["phase"] == "succeeded" and found["starts"] == 2
-    assert found["before"] == found["after"] and len(found["after"]) == 1 and found["after"][0][1] is not None
+    assert found["before"] == found["after"] and len(found["after"]) == ranks and found["after"][0][1] is not None
     assert found["left"] == []
-    timing = json.loads((Path(found["run"]) / "timing/job-00.json").read_text())
-    assert timing["pid"] == found["before"][0][0] and 0 < timing["resumed_at_step"] < 1000
+    timings = [json.loads(path.read_text()) for path in (Path(found["run"]) / "timing").glob("*.json")]
+    assert sorted(one["pid"] for one in timings) == sorted(pid for pid, _ in found["before"])
+    assert all(0 < one["resumed_at_step"] < 1000 // ranks for one in timings)
     events = [json.loads(line) for line in (Path(found["run"]) / "events.jsonl").read_text().splitlines()]
     assert not [event for event in events if event["event"] == "WorkerLost"]
-    run_local(spec.model_copy(update={"storage_path": str(tmp_path / "local")}))
+    alone = {"workers": ranks, "cpus_per_worker": 1, "members_per_worker": 2 // ranks}
+    run_local(make_spec(storage_path=str(tmp_path / "local"), placement=alone))
     assert_bit_equal(members(found["run"]), members(str(tmp_path / "local" / "demo")))
 
 
