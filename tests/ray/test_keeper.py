@@ -18,8 +18,8 @@ from ray.util import list_named_actors
 
 from raylora.actors.calls import WorkerHandle, taken_over
 from raylora.actors.coordinator import NAMESPACE, coordinator_name
-from raylora.actors.worker import Worker
-from raylora.client import launch
+from raylora.actors.worker import Worker, WorkerFacts
+from raylora.client import attach, launch
 from raylora.engine.run.work import TrainingAssignment
 from raylora.errors import Interrupted, LostRunError, PlacementError
 from raylora.spec import RunSpec, dump_spec
@@ -87,9 +87,13 @@ def driver(make_spec: MakeSpec, tmp_path: Path) -> Callable[[str], tuple[str, su
     return start
 
 
-def pids_of(uri: str) -> list[int]:
+def facts_of(uri: str) -> list[WorkerFacts]:
     own = [ray.get_actor(name, namespace=NAMESPACE) for name in actors_of(uri) if "-worker-" in name]
-    return [ray.get(actor.facts.remote()).pid for actor in own]
+    return [ray.get(actor.facts.remote()) for actor in own]
+
+
+def pids_of(uri: str) -> list[int]:
+    return [facts.pid for facts in facts_of(uri)]
 
 
 @pytest.mark.slow
@@ -110,6 +114,35 @@ def test_no_actor_stays_when_a_detached_coordinator_is_gone_for_good(driver: Cal
     assert len(pids) == 1, "it goes on without its driver"
     ray.kill(ray.get_actor(coordinator_name(uri), namespace=NAMESPACE))
     wait_for(lambda: not actors_of(uri) and not any(map(psutil.pid_exists, pids)), "nobody is left")
+
+
+@pytest.mark.slow
+def test_a_detached_coordinator_goes_on_by_itself_with_the_workers_that_it_had(driver: Callable[[str], Any]) -> None:
+    uri, process = driver("detached")
+    process.communicate("go\n", timeout=60)
+    before, store = facts_of(uri), RunStore(uri)
+    ray.kill(ray.get_actor(coordinator_name(uri), namespace=NAMESPACE), no_restart=False)
+    wait_for(lambda: [e["event"] for e in store.read_events()].count("RunStarted") == 2, "the next one has begun", 120)
+    assert facts_of(uri) == before and before[0].loaded_at is not None
+    handle = attach(uri)
+    assert handle.cancel()
+    with pytest.raises(Interrupted):
+        handle.result()
+    wait_for(lambda: not actors_of(uri), "nobody is left")
+
+
+@pytest.mark.slow
+def test_a_keeper_that_dies_takes_its_workers_along_and_the_run_starts_others(make_spec: MakeSpec) -> None:
+    handle = launch(make_spec(optimization__steps=400, checkpointing__every_steps=20))
+    wait_for(lambda: handle.store.storage.list("checkpoints/member-000"), "a checkpoint is committed", 120)
+    before = facts_of(handle.uri)
+    (keeper,) = [name for name in actors_of(handle.uri) if name.startswith("keeper")]
+    ray.kill(ray.get_actor(keeper, namespace=NAMESPACE), no_restart=False)
+    assert handle.wait(lambda status: None)["run"]["phase"] == "succeeded"
+    (lost,) = [event for event in handle.store.read_events() if event["event"] == "WorkerLost"]
+    timing = handle.store.read_json("timing/job-00.json")
+    assert lost["by_machine"] and timing["pid"] != before[0].pid and timing["resumed_at_step"] >= 20
+    wait_for(lambda: not actors_of(handle.uri), "nobody is left")
 
 
 def test_a_worker_commits_for_the_coordinator_that_took_it_over_and_one_that_was_not_never_does(
