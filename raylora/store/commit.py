@@ -119,6 +119,8 @@ def fetch(
     target.mkdir(parents=True)
     for name, entry in entries.items():
         place = target / name
+        if not place.resolve().is_relative_to(target.resolve()):
+            raise StoreError(f"{storage.path(folder)}: is damaged: {name} lies outside of it")
         place.parent.mkdir(parents=True, exist_ok=True)
         for is_last in (False, True):  # what the network has damaged is whole the next time
             try:

@@ -7,8 +7,9 @@ import logging
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from raylora.errors import StoreError
 from raylora.machine_cache import cache_folder, is_old, made_once, remove, used
@@ -26,20 +27,26 @@ _TELL_S = 10.0
 Say = Callable[[str], None]
 
 
-def node_copy(storage: Storage, folder: str, key: str, name: str, say: Say = lambda text: None) -> Path:
+def node_copy(
+    storage: Storage, folder: str, key: str, name: str, say: Say = lambda text: None,
+    expected: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
     """Return this machine's copy of a committed folder, fetched first where there is none.
 
     Args:
         key: of its content; what has the same content is fetched once.
         name: of the copy.
         say: told in words of what was fetched, by the process that fetched it.
+        expected: size and SHA-256 of its files, where others know them.
 
     Raises:
         StoreError: it was never committed, is damaged, or does not find room.
     """
     target = kept_copy(key, name)
     try:
-        if made_once(target, target.parent.with_suffix(".lock"), lambda path: _fetch(storage, folder, path, say)):
+        if made_once(
+            target, target.parent.with_suffix(".lock"), lambda path: _fetch(storage, folder, path, say, expected)
+        ):
             _sweep(target.parent.parent, target)
         used(target)
     except OSError as error:
@@ -48,14 +55,20 @@ def node_copy(storage: Storage, folder: str, key: str, name: str, say: Say = lam
 
 
 def kept_copy(key: str, name: str) -> Path:
-    """Return where this machine keeps the copy of a content, or would."""
+    """Return where this machine keeps the copy of a content, or would. Raises: StoreError for what is no name."""
+    if name in ("", ".", "..") or "/" in name:
+        raise StoreError(f"{name!r} is no folder's name", "the run's record of its inputs is damaged: resume the run")
     return cache_folder() / FOLDER / key[:32] / name
 
 
-def _fetch(storage: Storage, folder: str, path: Path, say: Say) -> None:
+def _fetch(
+    storage: Storage, folder: str, path: Path, say: Say, expected: Mapping[str, Mapping[str, Any]] | None
+) -> None:
     entries = commit.listing_of(storage, folder)
     if entries is None:
         raise StoreError(f"{storage.path(folder)}: is missing")
+    if expected is not None and {name: commit.digest_of_entry(one) for name, one in entries.items()} != expected:
+        raise StoreError(f"{storage.path(folder)}: is damaged: it holds other files than those it is named for")
     size, free, started = sum(int(e["size_bytes"]) for e in entries.values()), _free_bytes(path), time.monotonic()
     if size + _SPARE_BYTES > free:
         raise StoreError(

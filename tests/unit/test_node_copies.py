@@ -129,6 +129,24 @@ def test_a_published_copy_that_is_damaged_is_refused_by_name(there: RunStore, tm
     assert not list(cache.glob("inputs/*/mini")) and not list(cache.glob("inputs/*/.mini*"))
 
 
+def test_a_published_copy_of_something_else_is_refused_and_nothing_is_written_outside_of_a_copy(
+    tmp_path: Path, cache: Path
+) -> None:
+    item, other = item_of(folder_of(tmp_path / "mini", 1)), item_of(folder_of(tmp_path / "other", 1))
+    inputs = Inputs(str(tmp_path / "in"), {"base": item})
+    publish(other, inputs.store_of(item))
+    with pytest.raises(StoreError, match="other files than those it is named for"):
+        model_files._copy_of(inputs, item, lambda text: None)
+    storage = Storage(str(tmp_path / "bad"))
+    storage.write("deep/escaped", b"content")
+    entries = {"../../escaped": commit.digest_of(b"content")}
+    with pytest.raises(StoreError, match="lies outside of it"):
+        commit.fetch(storage, "deep/a/b", entries, cache / "one/two")
+    with pytest.raises(StoreError, match="is no folder's name"):
+        node_copy.kept_copy("0" * 64, "../..")
+    assert not list(cache.rglob("escaped")) and not list(cache.glob("inputs/*/mini"))
+
+
 def test_what_the_network_damages_once_is_fetched_again(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,7 +149,7 @@ def _copy_of(inputs: Inputs, item: Input, say: Say) -> Path:
         say(f"{text}: {item.source}")
 
     try:
-        return node_copy(there.storage, FILES, item.key, item.name, told)
+        return node_copy(there.storage, FILES, item.key, item.name, told, item.files)
     except StoreError as error:
         if error.hint:
             raise
