@@ -6,6 +6,7 @@ import atexit
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylora import logs
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
+from raylora.actors.keeper import Keeper
 from raylora.actors.preparer import solve_on_cluster
 from raylora.connection import clear_name, connect, find_run, inventory_of_cluster
 from raylora.engine.distillation.compare import compare, made_before
@@ -333,10 +335,11 @@ def _start(prepared: Work, detach: bool = False) -> RunHandle:
     start = prepared.start_event([f"worker-{index}" for index in range(prepared.plan.workers)])
     # It stays where its driver is: workers' nodes may come and go.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    coordinator = Coordinator.options(  # type: ignore[attr-defined]
-        name=name, namespace=NAMESPACE, scheduling_strategy=here, **options
-    ).remote(
-        prepared.spec, prepared.store.uri, prepared.plan, start, prepared.assignment, detach,
+    options |= {"namespace": NAMESPACE, "scheduling_strategy": here}
+    keeper_name = f"{name.replace('coordinator', 'keeper', 1)}-{uuid.uuid4().hex[:8]}"
+    keeper = Keeper.options(name=keeper_name, **options).remote(prepared.spec.run_name())  # type: ignore[attr-defined]
+    coordinator = Coordinator.options(name=name, **options).remote(  # type: ignore[attr-defined]
+        prepared.spec, prepared.store.uri, prepared.plan, start, prepared.assignment, keeper, detach,
         leave_probe(prepared.store.storage),
     )
-    return RunHandle(coordinator, prepared.store, [ray.put(prepared.base)])
+    return RunHandle(coordinator, prepared.store, [ray.put(prepared.base)], keeper)

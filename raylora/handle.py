@@ -42,10 +42,16 @@ def shown(on_status: OnStatus | None) -> Iterator[OnStatus]:
 class RunHandle:
     """A run in a Ray cluster."""
 
-    def __init__(self, coordinator: Any, store: RunStore, base: list[Any] | None = None) -> None:
-        """Follow a run; given a reference to its base, drive it too, and again if its coordinator is restarted."""
+    def __init__(
+        self, coordinator: Any, store: RunStore, base: list[Any] | None = None, keeper: Any = None
+    ) -> None:
+        """Follow a run; given a reference to its base, drive it too, and again if its coordinator is restarted.
+
+        Args:
+            keeper: who owns the workers. It is held here: Ray ends an actor of whom nobody alive has a handle.
+        """
         self.store = store
-        self._coordinator, self._base = coordinator, base
+        self._coordinator, self._base, self._keeper = coordinator, base, keeper
         self._outcome = coordinator.run.remote(base) if base is not None else None
         self.on_end: Callable[[], object] = lambda: None
         """Called when the run has been followed to its end."""
@@ -165,13 +171,20 @@ class RunHandle:
         with signals_handled_by(self.interrupt):
             try:
                 state = self._final_state(on_status)
+            except RayloraError:
+                if self._outcome is not None:  # it is over, and nobody has a use for who directed it
+                    self._put_away()
+                raise
             finally:
                 self.on_end()
         if self._outcome is not None or ray.get(self._coordinator.is_detached.remote()):
-            put_away(self._coordinator, coordinator_name(self.uri))
+            self._put_away()
         metrics = self.store.read_json("metrics.json")
         found: RunMetrics = metrics if metrics is not None else {}
         return conclude(state, found, self.uri)
+
+    def _put_away(self) -> None:
+        put_away(self._coordinator, coordinator_name(self.uri))
 
     def _final_state(self, on_status: OnStatus) -> control.State:
         while True:

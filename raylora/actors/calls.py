@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from raylora import control
 from raylora.actors.names import task_name
@@ -29,12 +30,12 @@ class WorkerHandle:
     run: str = ""
     """Whose worker it is, for what people are shown."""
 
-    def load(self) -> list[Any]:
+    def load(self, coordinator: Any) -> list[Any]:
         """Start loading; of a gang, every rank is told where rank 0 listens."""
         if len(self.actors) == 1:
-            return [self.actors[0].load.remote()]
+            return [self.actors[0].load.remote(coordinator)]
         first = self.actors[0].listen.remote(len(self.actors), self.partners, self.is_split)
-        return [actor.load.remote(rank, first) for rank, actor in enumerate(self.actors)]
+        return [actor.load.remote(coordinator, rank, first) for rank, actor in enumerate(self.actors)]
 
     def run_job(self, job: str, units: Sequence[str], coordinator: Any) -> list[Any]:
         """Start a job; the ranks of a gang, or groups of partners among them, train even shares of its units."""
@@ -58,6 +59,27 @@ class WorkerHandle:
         """End every rank at once: one that is left waits for the others, and nothing else frees it."""
         for actor in self.actors:
             ray.kill(actor)
+
+
+def taken_over(workers: Sequence[WorkerHandle], epoch: int | None, timeout_s: float) -> set[str]:
+    """Let workers of an earlier coordinator commit for this epoch and end what they are at.
+
+    Returns:
+        Those that are ready for other jobs by then, by name: all their ranks are alive, and have the base loaded.
+    """
+    deadline, ready = time.monotonic() + timeout_s, {worker.name for worker in workers}
+    for ask in (lambda actor: actor.serve.remote(epoch), lambda actor: actor.take_over.remote()):
+        asked = {ask(actor): worker.name for worker in workers if worker.name in ready for actor in worker.actors}
+        done, _ = ray.wait(list(asked), num_returns=max(1, len(asked)), timeout=max(0.0, deadline - time.monotonic()))
+        ready -= {name for reference, name in asked.items() if reference not in done or not _is_well(reference)}
+    return ready
+
+
+def _is_well(reference: Any) -> bool:
+    try:
+        return bool(ray.get(reference))
+    except (RayError, RayloraError):  # it died, or its task failed
+        return False
 
 
 @dataclass

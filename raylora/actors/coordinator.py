@@ -8,35 +8,42 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import queue
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from raylora import control
-from raylora.actors.calls import Call, GangProgress, WorkerHandle, first_line
+from raylora.actors.calls import Call, GangProgress, WorkerHandle, first_line, taken_over
 from raylora.actors.placing import Placing
 from raylora.actors.preparer import Preparer
 from raylora.actors.reporter import Reporter, dashboard_fact
-from raylora.actors.worker import Worker, this_node
+from raylora.actors.worker import this_node
 from raylora.engine.run.run_status import RunStatus, StatusBoard
 from raylora.engine.run.work import Assignment
 from raylora.errors import Interrupted, PlacementError, RayloraError
 from raylora.placement.plan import Plan
 from raylora.progress import BlockDone, Progress
 from raylora.spec import RunSpec
+from raylora.store.inputs import Publication, Publisher
 from raylora.store.probe import judge, look_for_probe, remove_probe
 from raylora.store.run_store import RunStore
+
+logger = logging.getLogger(__name__)
 
 NAMESPACE = "raylora"
 RAY_ADDRESS = "ray_address"
 """Under this name the holder of a run directory says in which cluster it is."""
 _POLL_S = 0.2
 _STATUS_S = 2.0
+_STOP_S = 120.0
+"""So long a worker whose coordinator died may take to end its step and commit."""
 _RESTARTS = 3
 """How often a coordinator's process may die."""
 
@@ -60,12 +67,13 @@ class Coordinator:
 
     def __init__(
         self, spec: RunSpec, store_uri: str, plan: Plan, start: control.RunStarted, assignment: Assignment,
-        detached: bool = False, nonce: str = "",
+        keeper: Any, detached: bool = False, nonce: str = "",
     ) -> None:
         """Begin nothing yet.
 
         The assignment goes to the workers: of jobs and units the coordinator sees the names and nothing else. The nonce
-        is what the driver left in the run directory: here and at every worker it has to be found.
+        is what the driver left in the run directory: here and at every worker it has to be found. The keeper owns the
+        workers.
         """
         self.spec, self.store, self.plan, self.base = spec, RunStore(store_uri), plan, list[Any]()
         self.start, self.assignment, self.detached, self.nonce = start, assignment, detached, nonce
@@ -80,9 +88,12 @@ class Coordinator:
         """The preparer's answer, while it is waited for."""
         self.gang_progress = GangProgress()
         self.board = StatusBoard(spec.run_name())
+        self.publisher = Publisher(self.store)
         self.reporter = Reporter(spec.run_name())
         name = coordinator_name(store_uri).removeprefix("coordinator-")
-        self.placing = Placing(plan, spec.placement, NAMESPACE, Worker, name, spec.run_name())
+        self.placing = Placing(plan, spec.placement, NAMESPACE, keeper, name, spec.run_name())
+        self.kept: dict[str, WorkerHandle] = {}
+        """Workers that an earlier process of this actor has left, ready for jobs."""
         self.board.nodes = self.placing.nodes
         if detached and ray.get_runtime_context().was_current_actor_reconstructed:
             threading.Thread(target=self._go_on, daemon=True).start()
@@ -119,16 +130,46 @@ class Coordinator:
         return state
 
     def _drive(self) -> control.State:
-        judge(self.store.uri, self.nonce, look_for_probe(self.store.uri, self.nonce, this_node()))
-        with self.store.held({RAY_ADDRESS: ray.get_runtime_context().gcs_address, **dashboard_fact()}):
-            try:
-                self.state = control.replay(control.from_record(r) for r in self.store.read_events())
-                self.events.put(self.start)
-                self._loop()
-                return self.state
-            finally:
-                self._stop_workers()
-                remove_probe(self.store.storage, self.nonce)
+        try:
+            judge(self.store.uri, self.nonce, look_for_probe(self.store.uri, self.nonce, this_node()))
+            with self.store.held({RAY_ADDRESS: ray.get_runtime_context().gcs_address, **dashboard_fact()}):
+                try:
+                    self._take_over()
+                    records = self.store.read_events()
+                    self.state = control.replay(control.from_record(record) for record in records)
+                    self._fold(self._start_event(records))
+                    self._loop()
+                    return self.state
+                finally:
+                    self._stop_workers()
+                    remove_probe(self.store.storage, self.nonce)
+        finally:
+            self._stop_workers()  # a directory that was not got has had none, but there is their keeper
+
+    def _take_over(self) -> None:
+        """Take the workers that an earlier process of this actor has left, once they have ended what it asked for.
+
+        They commit for this epoch from now on, and none is at a job that another is given. Who does not get done, or
+        has no base loaded, is ended, and started anew.
+        """
+        left = self.placing.attend(ray.get_runtime_context().current_actor)
+        workers = {name: self.placing.placed(name, actors) for name, actors in left.items()}
+        ready = taken_over(list(workers.values()), self.store.epoch, _STOP_S) if workers else set()
+        for name, worker in workers.items():
+            if name in ready and name in self.start.workers:
+                self.kept[name] = worker
+            else:
+                self.placing.leave(name)
+        if workers:
+            logger.info("%d of %d workers are taken over with what they have loaded", len(self.kept), len(workers))
+
+    def _start_event(self, records: list[dict[str, Any]]) -> control.RunStarted:
+        """Return the event that begins the run; what an earlier process of this actor has prepared stays prepared."""
+        if not self.start.prepare_base or not ray.get_runtime_context().was_current_actor_reconstructed:
+            return self.start
+        names = [record["event"] for record in records]
+        since = names[len(names) - names[::-1].index("RunStarted") :] if "RunStarted" in names else []
+        return replace(self.start, prepare_base="BasePrepared" not in since)
 
     def _go_on(self) -> None:
         """Drive the run again without being asked: whoever asked may be gone."""
@@ -149,13 +190,15 @@ class Coordinator:
     def _fold_events(self) -> None:
         while not self.events.empty():
             event = self.events.get()
-            if self.state.phase.terminal and not isinstance(event, control.RunStarted):
-                continue
-            self.store.append_event({**control.to_record(event), "at": time.time()})
-            self.state, commands = control.transition(self.state, event)
-            self.reporter.happened(event, self.state)
-            for command in commands:
-                self._carry_out(command)
+            if not self.state.phase.terminal:
+                self._fold(event)
+
+    def _fold(self, event: control.Event) -> None:
+        self.store.append_event({**control.to_record(event), "at": time.time()})
+        self.state, commands = control.transition(self.state, event)
+        self.reporter.happened(event, self.state)
+        for command in commands:
+            self._carry_out(command)
 
     def _collect(self) -> None:
         """Turn finished calls into events."""
@@ -217,20 +260,25 @@ class Coordinator:
             self.events.put(control.BaseFailed(why))
             return
         self.preparer = Preparer.options(num_gpus=self.plan.gpus_per_worker).remote(  # type: ignore[attr-defined]
-            self.spec, self.plan.gpus_per_worker
+            self.spec, self.plan.gpus_per_worker, self.store.uri
         )
         me = ray.get_runtime_context().current_actor
         self.preparing = self.preparer.prepare.remote(self.base[0], me)
 
     def _start_worker(self, command: control.StartWorker) -> None:
         self._let_preparer_go()
+        kept = self.kept.pop(command.worker, None)
+        if kept is not None:
+            self.workers[command.worker] = kept
+            self.events.put(control.WorkerReady(command.worker))
+            return
         plan = self.plan
         worker = self.placing.start(command.worker, (
             self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.assignment, self.store.epoch,
             self.nonce,
         ))
         self.workers[command.worker] = worker
-        self._call(worker, command, worker.load())
+        self._call(worker, command, worker.load(ray.get_runtime_context().current_actor))
 
     def _release(self, name: str) -> None:
         """End a worker that nothing is left for, so that its machine is free; that is no loss to be told."""
@@ -245,8 +293,6 @@ class Coordinator:
 
     def _stop_workers(self) -> None:
         self._let_preparer_go()
-        for worker in self.workers.values():
-            worker.kill()
         self.placing.leave_all()
 
     # --- answered while running ---------------------------------------------------------------------
@@ -257,6 +303,14 @@ class Coordinator:
     def report_preparation(self, done: BlockDone) -> None:
         """Take how far the base is."""
         self.board.preparation = done
+
+    def publish(self, role: str) -> Publication:
+        """Publish what a node does not have, and say how far that is; it answers at once."""
+        return self.publisher.ask(role)
+
+    def tell(self, text: str) -> None:
+        """Take a piece of news that no job has."""
+        self.board.tell(text)
 
     def interrupt(self, signal_number: int) -> None:
         """Ask the run to commit and stop."""

@@ -6,77 +6,76 @@ autoscaler sees. Only the ranks of a gang, which share a base or a member, are p
 
 from __future__ import annotations
 
-import os
+import contextlib
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
-from raylora import logs
 from raylora.actors.calls import WorkerHandle
+from raylora.actors.keeper import Order
 from raylora.errors import PlacementError
 from raylora.placement.plan import Plan
 from raylora.spec import PlacementSpec
 
+_AGAIN_S = 0.5
+_LEAVE_S = 30.0
+
 
 @dataclass
 class Placing:
-    """Starts workers' actors, and knows which of them have a place."""
+    """Has workers' actors started, and knows which of them have a place."""
 
     plan: Plan
     spec: PlacementSpec
     namespace: str
-    worker_class: Any
+    keeper: Any
+    """Who owns the actors."""
     name: str
     """What actors' names begin with."""
     run: str
     """What people call the run."""
     nodes: dict[str, str] = field(default_factory=dict)
     """Worker -> the nodes that it is on; a worker without a place is not in it."""
-    _groups: dict[str, Any] = field(default_factory=dict)
     _arriving: dict[Any, str] = field(default_factory=dict)
-    _starts: int = 0
     _short_since: float | None = None
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """What Ray is asked for, for one process."""
-        gpus = {"GPU": float(self.plan.gpus_per_worker)} if self.plan.gpus_per_worker else {}
-        return {"CPU": float(self.plan.cpus_per_worker), **gpus, **self.spec.resources}
 
     def start(self, worker: str, arguments: tuple[Any, ...]) -> WorkerHandle:
         """Start a worker's processes; they exist once there is room for all of them."""
-        plan, self._starts = self.plan, self._starts + 1
         self.leave(worker)
-        group = None
-        if plan.ranks > 1:
-            group = placement_group([self.bundle] * plan.ranks, strategy=self.spec.scheduling)
-            self._groups[worker] = group
-        actors = [self._actor(worker, rank, group, arguments) for rank in range(plan.ranks)]
-        handle = WorkerHandle(worker, actors, plan.partners, plan.strategy == "shard", self.run)
-        self._arriving.update({actor.node.remote(): worker for actor in actors})
-        return handle
+        order = Order(self.plan, self.spec, self.namespace, self.name, arguments)
+        return self.placed(worker, self.kept(lambda keeper: keeper.start.remote(worker, order)))
 
-    def _actor(self, worker: str, rank: int, group: Any, arguments: tuple[Any, ...]) -> Any:
-        # A coordinator that was restarted may meet the names of its predecessor's workers.
-        plan, name = self.plan, f"{self.name}-{worker}-{os.getpid()}-{self._starts}"
-        # Equal threads are equal float sums: without this every worker would use all cores.
-        environment = {"OMP_NUM_THREADS": str(plan.cpus_per_worker), **logs.environment()}
-        if plan.ranks > 1:  # what a block was gathered into goes back to the system, not to the heap
-            environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        spread = "SPREAD" if self.spec.scheduling.endswith("SPREAD") else "DEFAULT"
-        return self.worker_class.options(
-            name=name if plan.ranks == 1 else f"{name}-rank-{rank}",
-            namespace=self.namespace,
-            num_cpus=plan.cpus_per_worker,
-            num_gpus=plan.gpus_per_worker,
-            resources=self.spec.resources or None,
-            scheduling_strategy=spread if group is None else PlacementGroupSchedulingStrategy(group, rank),
-            runtime_env={"env_vars": environment},
-        ).remote(*arguments)
+    def placed(self, worker: str, actors: Sequence[Any]) -> WorkerHandle:
+        """Return a worker of these actors, and look from now on where they are."""
+        self._arriving.update({actor.node.remote(): worker for actor in actors})
+        plan = self.plan
+        return WorkerHandle(worker, actors, plan.partners, plan.strategy == "shard", self.run)
+
+    def attend(self, coordinator: Any) -> dict[str, list[Any]]:
+        """Return the workers that an earlier process of the coordinator has left, by name."""
+        found: dict[str, list[Any]] = self.kept(lambda keeper: keeper.attend.remote(coordinator))
+        return found
+
+    def kept(self, ask: Callable[[Any], Any]) -> Any:
+        """Return the keeper's answer, of the next one if its process dies meanwhile.
+
+        Raises:
+            PlacementError: it has died too often.
+        """
+        while True:
+            try:
+                return ray.get(ask(self.keeper))
+            except ActorUnavailableError:
+                time.sleep(_AGAIN_S)
+            except RayActorError as error:
+                raise PlacementError(
+                    f"the process that keeps the workers of {self.run} is gone: {str(error).splitlines()[0]}",
+                    "see whether its node has memory left, then resume the run",
+                ) from error
 
     def look(self) -> None:
         """Take note of the workers that have got a place since.
@@ -106,23 +105,26 @@ class Placing:
         now = time.monotonic()
         self._short_since = self._short_since or now
         if now - self._short_since > self.spec.start_timeout_s:
-            free = {k: v for k, v in ray.available_resources().items() if k in self.bundle}
+            bundle = Order(self.plan, self.spec, self.namespace, self.name, ()).bundle
+            free = {k: v for k, v in ray.available_resources().items() if k in bundle}
             processes = wanted * self.plan.ranks
             raise PlacementError(
-                f"placement: {processes} x {self.bundle} were not free within {self.spec.start_timeout_s:.0f} s; "
+                f"placement: {processes} x {bundle} were not free within {self.spec.start_timeout_s:.0f} s; "
                 f"free now: {free}",
                 "wait for other work to end, ask for less, or raise placement.start_timeout_s",
             )
 
     def leave(self, worker: str) -> None:
-        """Give a worker's place back; its processes are ended already."""
+        """End a worker's processes and give its place back."""
         self.nodes.pop(worker, None)
         self._arriving = {ref: name for ref, name in self._arriving.items() if name != worker}
-        group = self._groups.pop(worker, None)
-        if group is not None:
-            remove_placement_group(group)
+        self.keeper.leave.remote(worker)
 
     def leave_all(self) -> None:
-        """Give all places back."""
-        for worker in [*self.nodes, *self._groups]:
-            self.leave(worker)
+        """End all workers, and who keeps them."""
+        for worker in list(self.nodes):
+            self.nodes.pop(worker)
+        self._arriving.clear()
+        with contextlib.suppress(RayError):
+            ray.get(self.keeper.leave_all.remote(), timeout=_LEAVE_S)
+        ray.kill(self.keeper)

@@ -7,33 +7,37 @@ from typing import Any
 
 import ray
 
+from raylora.actors.inputs import spec_here
 from raylora.engine.model.quantized_layers import Solved
 from raylora.engine.quantization.layer_solver import GroupJob, solve_group
 from raylora.spec import RunSpec
+from raylora.store.run_store import RunStore
 
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 1})  # type: ignore[call-overload]
 class Preparer:
     """Runs the blocks one after another; within a block, its groups of linears are solved side by side."""
 
-    def __init__(self, spec: RunSpec, gpus: int) -> None:
-        self.spec, self.gpus, self.signal_number = spec, gpus, 0
+    def __init__(self, spec: RunSpec, gpus: int, store_uri: str) -> None:
+        self.spec, self.gpus, self.store_uri, self.signal_number = spec, gpus, store_uri, 0
 
     def prepare(self, base: Any, coordinator: Any) -> None:
         """Prepare a base and commit it.
 
         Raises:
             Interrupted: the blocks so far are committed.
+            StoreError: this node cannot get the model's files.
         """
         from raylora.engine.model.machine import compute_device
         from raylora.engine.quantization.layer_solver import solve_here
         from raylora.engine.quantization.quantize_base import ensure_prepared
         from raylora.engine.training.distillation_loss import task_of
 
-        task = task_of(self.spec)
+        spec = spec_here(self.spec, RunStore(self.store_uri), coordinator)
+        task = task_of(spec)
         device = compute_device(self.gpus)
         ensure_prepared(
-            self.spec.base, task, base, device, solve_here if device.type == "cuda" else solve_on_cluster,
+            spec.base, task, base, device, solve_here if device.type == "cuda" else solve_on_cluster,
             lambda done: coordinator.report_preparation.remote(done), lambda: self.signal_number,
         )
 

@@ -37,8 +37,28 @@ def sets_key(
     named = {**evaluation.in_distribution, **evaluation.out_of_distribution}
     sources = [data.train, data.validation, data.test, transfer, *named.values()]
     contents = [_content(source, base_dir or Path()) for source in sources if source is not None]
-    if None in contents:
-        return None
+    return None if None in contents else _key(contents, data, evaluation, task, tokenizer, transfer, asks)
+
+
+def wish_key(
+    data: DataSpec, evaluation: EvaluationSpec, task: TaskSpec, tokenizer: PreTrainedTokenizerBase,
+    transfer: SetSpec | None = None, asks: bool = False,
+) -> str:
+    """Return a hash of what is asked of a run's data, whatever that is: the specs and the tokenizer, no content."""
+    return _key(None, data, evaluation, task, tokenizer, transfer, asks)
+
+
+def content_key(packed: Mapping[str, bytes]) -> str:
+    """Return a hash of sets that were packed: by what they are known whose source has no content to go by."""
+    digests = [[name, hashlib.sha256(packed[name]).hexdigest()] for name in sorted(packed)]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:20]
+
+
+def _key(
+    contents: list[Any] | None, data: DataSpec, evaluation: EvaluationSpec, task: TaskSpec,
+    tokenizer: PreTrainedTokenizerBase, transfer: SetSpec | None, asks: bool,
+) -> str:
+    named = {**evaluation.in_distribution, **evaluation.out_of_distribution}
     sections: list[Any] = [data, task, transfer, *named.values()]
     facts = [
         _FORMAT, contents, [section and section.model_dump(mode="json") for section in sections],

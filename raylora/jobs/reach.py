@@ -15,7 +15,7 @@ from raylora.jobs.upload import Upload
 from raylora.spec import RunSpec
 from raylora.spec.paths import local_paths
 
-_SEND = "move it into the working directory, or put it where every node has it and give its absolute path there"
+_SEND = "move it into the working directory, or put it where the cluster's head has it and give its absolute path there"
 
 
 @dataclass(frozen=True)

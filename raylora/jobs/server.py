@@ -236,7 +236,7 @@ def _judge(address: str, said: dict[str, Any]) -> None:
         (said["raylora"] is None, f"raylora is not installed in the cluster's image ({said.get('why')})",
          "use an image that has it (cluster/Dockerfile), or a working directory with raylora's sources"),
         (bool(said["missing"]), f"{', '.join(said['missing'])}: is not there on the cluster's head",
-         "copy it to a place that every node has, or into the working directory and give a relative path"),
+         "copy it there, from where every node gets it, or into the working directory and give a relative path"),
         (bool(said["closed"]), f"storage_path: {', '.join(said['closed'])}: the cluster's head has neither it nor the "
          "folder above it, or may not write there", "give a folder that every node of the cluster shares"),
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from raylora.spec.base import AnyCompensation, AnyQuantization, GridSpec, Located
 from raylora.spec.data import SetSpec
@@ -45,6 +45,20 @@ class BaseSpec(Located):
     """``auto`` is eager on CPU (several times faster backward in bfloat16) and sdpa on GPU."""
     trust_remote_code: bool = False
     """Run code from the model's repository; allowed together with a ``revision`` only."""
+
+    _held: dict[str, Path] = PrivateAttr(default_factory=dict)
+
+    def held(self, role: str = "base") -> Path | None:
+        """Return the folder in which this machine has the files of a run's model, if it was looked for."""
+        return self._held.get(role)
+
+    def hold(self, folders: Mapping[str, Path]) -> None:
+        """Read the files of a run's models there from now on, whatever their sources are.
+
+        Args:
+            folders: ``base``, this one; and that of a teacher that is loaded beside it.
+        """
+        self._held.update(folders)
 
     def local_paths(self) -> list[str]:
         """Return the source, where it is a folder, or was when the run was begun."""

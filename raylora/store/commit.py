@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from raylora.errors import StoreError
@@ -22,6 +23,8 @@ MANIFEST = "MANIFEST.json"
 _STORED = "stored_as"
 _READS = 5
 """How often a folder that is replaced while it is read is read anew."""
+OnBytes = Callable[[int], None]
+"""Told of every piece of a large file how long it was."""
 Entries = dict[str, dict[str, Any]]
 """File -> size and SHA-256, and under what name it lies if not under its own."""
 
@@ -49,6 +52,86 @@ def commit(storage: Storage, folder: str, files: Mapping[str, bytes], lock: Lock
     if not storage.publish(staging, folder):
         _commit_in_place(storage, folder, files, lock)
     storage.delete(staging)
+
+
+def commit_files(
+    storage: Storage, folder: str, sources: Mapping[str, Path], listing: Mapping[str, Mapping[str, Any]],
+    on_bytes: OnBytes, lock: Lock,
+) -> None:
+    """Publish files of this machine, which are too large to be held, if they are what a listing says.
+
+    A folder of that name is there only if it is damaged; it is deleted first.
+
+    Args:
+        listing: file -> size and SHA-256.
+        on_bytes: told of every piece that is written how long it was.
+
+    Raises:
+        StoreError: a file is another one by now; nothing was published.
+        FileNotFoundError: a file is gone; nothing was published.
+    """
+    lock.check()
+    storage.delete(folder)
+    staging = f"{folder}.tmp-{uuid.uuid4().hex[:8]}" if storage.is_local else folder
+    try:
+        for name, source in sources.items():
+            if storage.copy_in(f"{staging}/{name}", source, on_bytes) != listing[name]["sha256"]:
+                raise StoreError(f"{source}: has changed since the run was begun", "put it back as it was, and resume")
+            lock.check()
+        storage.write(f"{staging}/{MANIFEST}", _manifest({name: dict(listing[name]) for name in sources}, lock.epoch))
+        if staging != folder:
+            storage.publish(staging, folder)
+    finally:
+        if staging != folder:
+            storage.delete(staging)
+
+
+def manifest_of(storage: Storage, folder: str) -> bytes:
+    """Return a committed folder's manifest. Raises: StoreError if nothing was committed."""
+    try:
+        return storage.read(f"{folder}/{MANIFEST}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{storage.path(folder)}: is missing") from None
+
+
+def listing_of(storage: Storage, folder: str) -> Entries | None:
+    """Return what a committed folder says that it holds, unread; None where nothing was committed.
+
+    Raises:
+        StoreError: its manifest is damaged.
+    """
+    try:
+        return _entries_of(manifest_of(storage, folder)) if storage.exists(f"{folder}/{MANIFEST}") else None
+    except ValueError:
+        raise StoreError(f"{storage.path(folder)}: has no readable manifest: it is damaged") from None
+
+
+def fetch(
+    storage: Storage, folder: str, entries: Mapping[str, Mapping[str, Any]], target: Path,
+    on_bytes: OnBytes = lambda count: None,
+) -> None:
+    """Write a committed folder's files into a new folder of this machine, piece by piece; each is compared.
+
+    Raises:
+        StoreError: a file is missing, truncated or changed.
+        OSError: it cannot be written here.
+    """
+    target.mkdir(parents=True)
+    for name, entry in entries.items():
+        place = target / name
+        if not place.resolve().is_relative_to(target.resolve()):
+            raise StoreError(f"{storage.path(folder)}: is damaged: {name} lies outside of it")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for is_last in (False, True):  # what the network has damaged is whole the next time
+            try:
+                found = storage.copy_out(f"{folder}/{_stored(name, entry)}", place, on_bytes)
+            except FileNotFoundError:
+                raise StoreError(f"{storage.path(folder)}: is damaged: {name} is missing") from None
+            if found == entry["sha256"]:
+                break
+            place.unlink()
+            if is_last:
+                raise StoreError(f"{storage.path(folder)}: is damaged: {name} differs from its checksum")
 
 
 def _commit_in_place(storage: Storage, folder: str, files: Mapping[str, bytes], lock: Lock) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raylora.errors import RunDirectoryError, StoreError
@@ -16,6 +17,7 @@ from raylora.spec.paths import found_again, located, places_here, recorded
 from raylora.store import commit
 from raylora.store.events import EventLog
 from raylora.store.lock import BEFORE_EPOCHS, LOCK, STALE_S, Holder, Lock
+from raylora.store.node_copy import node_copy
 from raylora.store.seal import seal
 from raylora.store.storage import Storage
 
@@ -60,6 +62,10 @@ class RunStore:
     def epoch(self) -> int | None:
         """The number of the holder that is written for, or None if nobody's."""
         return self._lock.epoch
+
+    def write_for(self, epoch: int | None) -> None:
+        """Write for another holder of the directory from now on, as a worker does whose coordinator was replaced."""
+        self._lock.epoch = epoch
 
     # --- the spec -----------------------------------------------------------------------------------
     def is_begun(self) -> bool:
@@ -198,6 +204,36 @@ class RunStore:
             StoreError: it is not there or does not verify.
         """
         return commit.load(self.storage, folder)
+
+    def commit_files(
+        self, folder: str, sources: Mapping[str, Path], listing: Mapping[str, Mapping[str, Any]],
+        on_bytes: commit.OnBytes = lambda count: None,
+    ) -> None:
+        """Publish files of this machine, of any size. Raises: StoreError if one is not what a listing says."""
+        commit.commit_files(self.storage, folder, sources, listing, on_bytes, self._lock)
+
+    def folder_here(self, folder: str) -> Path | None:
+        """Return this machine's copy of a finished part, fetched once and compared; None of a part on a disk.
+
+        Raises:
+            StoreError: it is not there, or does not verify, or does not find room.
+        """
+        if self.storage.is_local:
+            return None
+        manifest = commit.manifest_of(self.storage, folder)
+        key = str(commit.identity_of(manifest)["sha256"])
+        return node_copy(self.storage, folder, key, folder.rpartition("/")[2])
+
+    def load_shared(self, folder: str) -> dict[str, bytes]:
+        """Return the files of a part that all workers read: of one in a bucket, from this machine's copy.
+
+        Raises:
+            StoreError: as :meth:`load_result`, :meth:`folder_here`.
+        """
+        there = self.folder_here(folder)
+        if there is None:
+            return self.load_result(folder)
+        return {path.relative_to(there).as_posix(): path.read_bytes() for path in there.rglob("*") if path.is_file()}
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import posixpath
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +16,8 @@ from raylora.store.exchange import exchange
 from raylora.store.remote import check_bucket, open_file_system, reaching
 
 _BLOCK = 1 << 16
+_PIECE = 8 << 20
+"""Of a file that is too large to be held, so much is read at a time."""
 
 
 class Storage:
@@ -100,6 +104,47 @@ class Storage:
             sync_folder(os.path.dirname(target))
         except OSError as error:
             raise _explain(error, target, len(content)) from error
+
+    def copy_in(self, relative: str, source: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+        """Write a file of this machine, of any size, and return the SHA-256 of what was written.
+
+        Unlike :meth:`write` it does not publish: a manifest that is written later does.
+
+        Args:
+            on_bytes: told of every piece how long it was.
+
+        Raises:
+            StoreError: the disk is full or refuses.
+        """
+        target = self.path(relative)
+        try:
+            if self.is_local:
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+            with reaching(self.uri), source.open("rb") as stream, self.fs.open(target, "wb") as out:
+                digest = _copy(stream, out, on_bytes)
+                if self.is_local:
+                    out.flush()
+                    os.fsync(out.fileno())
+            return digest
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise _explain(error, target, source.stat().st_size) from error
+
+    def copy_out(self, relative: str, target: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+        """Write a file of any size to this machine, as far as the disk, and return its SHA-256.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            OSError: it cannot be written here.
+        """
+        # Pieces are asked for one after the other, and none twice.
+        options = {} if self.is_local else {"block_size": _PIECE, "cache_type": "readahead"}
+        with reaching(self.uri), self.fs.open(self.path(relative), "rb", **options) as stream, target.open("xb") as out:
+            digest = _copy(stream, out, on_bytes)
+            out.flush()
+            os.fsync(out.fileno())
+        return digest
 
     def append(self, relative: str, line: bytes) -> None:
         """Add a line to a file of a local disk, durably; what a crash left of an unfinished last line is dropped first.
@@ -194,6 +239,16 @@ class Storage:
                 return False
         sync_folder(os.path.dirname(there))
         return True
+
+
+def _copy(stream: IO[bytes], out: IO[bytes], on_bytes: Callable[[int], None]) -> str:
+    """Copy piece by piece and return the SHA-256."""
+    digest = hashlib.sha256()
+    while piece := stream.read(_PIECE):
+        digest.update(piece)
+        out.write(piece)
+        on_bytes(len(piece))
+    return digest.hexdigest()
 
 
 def _write_synced(path: str, content: bytes) -> None:

@@ -17,12 +17,31 @@ from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.util import list_named_actors
 
 from raylora import launch, read_spec
 from raylora.control import WorkerState
 from raylora.handle import RunHandle
 
 _TRIES = 3
+
+
+def strangers(spec: str) -> dict[str, Any]:
+    """Train on a node with a folder and a cache of its own: what the spec names is only where the driver is."""
+    cluster = cluster_of(head_cpus=0)  # its processes start where this one is
+    here, there = Path.cwd(), Path(spec).parent / "there"
+    there.mkdir()
+    os.chdir(there)
+    cluster.add_node(num_cpus=2, env_vars={"RAYLORA_CACHE": str(there / "cache")})
+    os.chdir(here)
+    handle = launch(read_spec(spec))
+    news: list[str] = []
+    metrics = handle.wait(lambda status: news.extend(text for text in status.news if text not in news))
+    copies = [path.relative_to(there).as_posix() for path in (there / "cache/inputs").rglob("*.safetensors")]
+    pids = {handle.store.read_json(f"timing/{name}")["pid"] for name in handle.store.storage.list("timing")}
+    return {
+        "phase": metrics["run"]["phase"], "news": news, "copies": copies, "processes": len(pids), "run": handle.uri,
+    }
 
 
 def cluster_of(head_cpus: int) -> Cluster:
@@ -101,15 +120,53 @@ def gang_over_nodes(spec: str) -> dict[str, Any]:
 
 
 def lose_coordinator(spec: str) -> dict[str, Any]:
-    """Kill the coordinator while its worker trains; the driver only waits."""
-    cluster_of(head_cpus=1)
+    """Kill the coordinator while its worker, or gang, trains; the driver only waits."""
+    cluster_of(head_cpus=2)
     handle = launch(read_spec(spec))
     wait_for(lambda: busy(handle) == 1, "the worker trains")
-    (pid,) = [pid for pid, title in titles().items() if title.startswith("ray::raylora:") and "coordinator" in title]
+    before = workers_of(handle)
+    wait_for(lambda: handle.store.storage.list("checkpoints/member-000"), "a checkpoint is committed")
+    kill_coordinator()
+    after: list[list[float]] = []
+
+    def on_status(status: Any) -> None:
+        if not after and len(starts_of(handle)) == 2 and status.workers.get("worker-0") is WorkerState.BUSY:
+            after.extend(workers_of(handle))
+
+    metrics = handle.wait(on_status)
+    time.sleep(1)
+    return {
+        "phase": metrics["run"]["phase"], "starts": len(starts_of(handle)), "run": handle.uri, "before": before,
+        "after": after, "left": left_behind(),
+    }
+
+
+def kill_coordinator() -> None:
+    (pid,) = [pid for pid, title in titles().items() if "coordinator" in title.lower() and ours(title)]
     os.kill(pid, signal.SIGKILL)
-    metrics = handle.wait(lambda status: None)
-    events = [event["event"] for event in handle.store.read_events()]
-    return {"phase": metrics["run"]["phase"], "starts": events.count("RunStarted"), "run": handle.uri}
+
+
+def starts_of(handle: RunHandle) -> list[Any]:
+    return [event for event in handle.store.read_events() if event["event"] == "RunStarted"]
+
+
+def workers_of(handle: RunHandle) -> list[list[float]]:
+    """Return process and time of loading of the run's workers."""
+    names = [actor["name"] for actor in list_named_actors(all_namespaces=True) if "-worker-" in actor["name"]]
+    found = [ray.get(ray.get_actor(name, namespace="raylora").facts.remote()) for name in sorted(names)]
+    return [[facts.pid, facts.loaded_at] for facts in found]
+
+
+def left_behind() -> list[str]:
+    """Return raylora's actors that are in the cluster, and those of its processes that are there."""
+    named = [actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == "raylora"]
+    return [*named, *filter(ours, titles().values())]
+
+
+def ours(title: str) -> bool:
+    """Return whether a process is an actor of raylora, at work or idle."""
+    names = ("raylora:", "Coordinator", "Keeper", "Worker", "Preparer")
+    return title.startswith(tuple(f"ray::{name}" for name in names))
 
 
 def titles() -> dict[int, str]:
@@ -125,5 +182,8 @@ def worker_pids() -> list[int]:
 
 
 if __name__ == "__main__":
-    scenario = {"grow": grow_and_lose, "gang": gang_over_nodes, "coordinator": lose_coordinator}[sys.argv[1]]
+    scenarios = {
+        "grow": grow_and_lose, "gang": gang_over_nodes, "coordinator": lose_coordinator, "strangers": strangers,
+    }
+    scenario = scenarios[sys.argv[1]]
     print(json.dumps(scenario(sys.argv[2])), flush=True)

@@ -24,9 +24,11 @@ from raylora.engine.distillation.plan import check_ahead, prepare_distillation
 from raylora.engine.generation.generator import Generator, sampling
 from raylora.engine.generation.own_answers import OwnPrompt, _drawn, write_own
 from raylora.engine.model.base import load_base
+from raylora.engine.model.model_files import on_this_node
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.token_losses import next_tokens, predicting
 from raylora.engine.run.finished_members import read_members
+from raylora.engine.run.plan_run import prepare
 from raylora.engine.run.session import TrainingSession
 from raylora.engine.run.teaching import load_teacher
 from raylora.engine.training.collator import Collator
@@ -35,6 +37,7 @@ from raylora.engine.training.own_answers import OwnAnswers
 from raylora.errors import DataError, Interrupted, SpecError
 from raylora.report.distillation import distillation_table, sections
 from raylora.spec import DistillSpec
+from raylora.store.inputs import Inputs, publish
 from raylora.store.run_store import RunStore
 
 Make = Callable[..., Any]
@@ -518,3 +521,25 @@ def test_classes_have_no_such_loss(make_spec: Make, tiny_model: Make) -> None:
         check_ahead(spec)
 
 
+@pytest.mark.slow
+def test_a_teacher_whose_base_is_not_on_a_node_is_loaded_from_what_the_node_fetched(
+    teacher: str, tiny_model: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYLORA_CACHE", str(tmp_path / "node"))
+    prepared = prepare(prepare_distillation(teacher, settings(tiny_model("gpt2"))).student)
+    prepared.begin()
+    inputs = Inputs.read(prepared.store)
+    assert inputs is not None and set(inputs.by_role) == {"base", "teacher"}
+    publish(inputs.by_role["teacher"], inputs.store_of(inputs.by_role["teacher"]))
+    llama, away = Path(tiny_model("llama")), tmp_path / "away"
+    llama.rename(away)
+    try:
+        spec = on_this_node(prepared.spec, prepared.store, lambda role: pytest.fail(f"{role} is published"))
+        session = TrainingSession(spec, prepared.store, 1, 0)
+        session.load()
+    finally:
+        away.rename(llama)
+    assert spec.base.held("teacher") == next((tmp_path / "node/inputs").glob(f"*/{llama.name}"))
+    assert spec.base.held() == Path(tiny_model("gpt2"))
+    loss = session.distillation_loss
+    assert isinstance(loss, LiveDistillationLoss) and loss.teacher.model.base.export_name == llama.name

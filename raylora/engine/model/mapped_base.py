@@ -13,32 +13,27 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from raylora.adapters.base import is_linear
-from raylora.data.catalog.assets import cache_folder
 from raylora.data.catalog.isolation import global_state_kept
 from raylora.engine.model.mapped_file import map_tensors, write_tensors
 from raylora.engine.model.quantized_layers import Coder, weight_of
 from raylora.errors import BaseError
+from raylora.machine_cache import cache_folder, is_old, made_once, used
 from raylora.quant.base import Quantizer
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-_KEPT_S = 30 * 24 * 3600.0
-"""A base that nobody mapped for so long is deleted when another one is made."""
 _FACTS = "base.json"
 _LIBRARIES = ("torch", "transformers", "bitsandbytes")
 
@@ -84,7 +79,7 @@ def shared_model(source: Source) -> tuple[nn.Module, Sequence[str]]:
         tensors: dict[str, Tensor] = {}
         for part in sorted(folder.glob("*.safetensors")):
             tensors |= map_tensors(part)
-        os.utime(folder)  # used: it is kept
+        used(folder)
         model = _assembled(tensors, facts, source)
         logger.info("mapped the base in %.3f s", time.perf_counter() - started)
         return model, facts["missing"]
@@ -93,25 +88,18 @@ def shared_model(source: Source) -> tuple[nn.Module, Sequence[str]]:
 # --- made once ------------------------------------------------------------------------------------------
 def _make(folder: Path, source: Source) -> None:
     """Write a base's files unless they are there, while other workers wait. Raises: OSError."""
-    if folder.exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if folder.exists():  # another worker made it while this one waited
-            return
-        started = time.perf_counter()
-        unfinished = folder.with_name(f".{folder.name}.tmp-{uuid4().hex}")
+    started = time.perf_counter()
+
+    def make(unfinished: Path) -> None:
         unfinished.mkdir()
-        try:
-            parts = _Parts(unfinished)
-            facts = _convert(source, parts.add)
-            parts.flush()
-            (unfinished / _FACTS).write_text(json.dumps({**facts, "weights": str(source.weights)}))
-            unfinished.replace(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        parts = _Parts(unfinished)
+        facts = _convert(source, parts.add)
+        parts.flush()
+        (unfinished / _FACTS).write_text(json.dumps({**facts, "weights": str(source.weights)}))
+
+    if made_once(folder, folder.with_suffix(".lock"), make):
         _sweep(folder.parent)
-    logger.info("made the base %s in %.1f s", folder.name, time.perf_counter() - started)
+        logger.info("made the base %s in %.1f s", folder.name, time.perf_counter() - started)
 
 
 def _convert(source: Source, add: Callable[[str, Tensor], None]) -> dict[str, Any]:
@@ -234,11 +222,10 @@ def _sweep(folder: Path) -> None:
     """Delete the bases of checkpoints that are gone, and those that nobody has mapped for long."""
     for facts in folder.glob(f"*/{_FACTS}"):
         try:
-            unused_s = time.time() - facts.parent.stat().st_mtime
-            if unused_s > _KEPT_S or not Path(json.loads(facts.read_text())["weights"]).is_dir():
+            if is_old(facts.parent) or not Path(json.loads(facts.read_text())["weights"]).is_dir():
                 shutil.rmtree(facts.parent)  # whoever has it mapped keeps it
         except OSError:
             continue
     for lock in folder.glob("*.lock"):
-        if not lock.with_suffix("").exists() and time.time() - lock.stat().st_mtime > _KEPT_S:
+        if not lock.with_suffix("").exists() and is_old(lock):
             lock.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raylora.adapters.base import is_linear
+from raylora.engine.model.mapped_file import map_tensors
 from raylora.engine.model.serialization import from_bytes
 from raylora.errors import BaseError
 from raylora.quant.base import Quantizer
@@ -38,11 +39,16 @@ def prepared_store(run: RunStore) -> RunStore | None:
 
 
 def solved_layers(store: RunStore, block: int, spec: GridSpec) -> list[Solved]:
-    """Return the layers of a committed block."""
-    files = store.load_result(block_folder(block))
-    facts = json.loads(files["facts.json"])
+    """Return the layers of a committed block; of one in a bucket, over the pages of this machine's copy."""
+    there = store.folder_here(block_folder(block))
+    if there is None:
+        files = store.load_result(block_folder(block))
+        facts, tensors = json.loads(files["facts.json"]), from_bytes(files["layers.safetensors"])
+    else:
+        facts = json.loads((there / "facts.json").read_text())
+        tensors = map_tensors(there / "layers.safetensors")
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in from_bytes(files["layers.safetensors"]).items():
+    for key, tensor in tensors.items():
         name, _, part = key.rpartition("|")
         parts.setdefault(name, {})[part] = tensor
     found = []

@@ -18,6 +18,7 @@ from raylora import control
 from raylora.data.sets import DataSets
 from raylora.engine.generation.questions import check_answers, check_lengths
 from raylora.engine.model.checkpoint import load_config, load_tokenizer
+from raylora.engine.model.model_files import record_models
 from raylora.engine.run.answer_job import ANSWERS, SHARDS, AnswerJob
 from raylora.engine.run.answer_summary import FACTS as ANSWERS_FACTS
 from raylora.engine.run.answer_summary import describe, evaluation_job
@@ -73,6 +74,7 @@ class AnswerPlan:
         self.store.write_json(FACTS, _facts(self.job, self.rows) | {"done": False})
         task, run = task_of(self.spec), RunStore(self.job.run_uri)
         sets_of(self.spec, task, load_tokenizer(self.spec.base, task), run, self.job.transfer, keep=True, asks=True)
+        record_models(self.spec, self.store, run)
 
     def start_event(self, workers: list[str]) -> control.RunStarted:
         """Return the event that begins the work or takes it up again; every shard is needed."""

@@ -34,4 +34,6 @@ class AskingSession:
         session.load()
         if transfer is None:
             return session.sets
-        return sets_of(self.spec, session.task, session.base.tokenizer, session.store, transfer, asks=asks)
+        return sets_of(
+            self.spec, session.task, session.base.tokenizer, session.store, transfer, asks=asks, as_begun=True
+        )

@@ -16,6 +16,7 @@ from raylora.data.sets import DataSets
 from raylora.engine.model.blocks import base_linears
 from raylora.engine.model.checkpoint import load_tokenizer, source_folder
 from raylora.engine.model.machine import compute_dtype
+from raylora.engine.model.model_files import check_unchanged, record_models, with_published
 from raylora.engine.model.quantized_layers import bases_folder
 from raylora.engine.quantization.quantize_base import PreparedBase, open_base
 from raylora.engine.run.baseline_checks import baseline_notes, check_lengths, check_whole_base
@@ -153,6 +154,7 @@ class Prepared:
         if not self.is_resume and self.base is not None:
             self.store.write_json("base.json", {"prepared": self.base.store.uri.rpartition("/")[2]})
         self.store.write_spec(self.spec)  # on resume too: placement and checkpointing may have changed
+        record_models(self.spec, self.store)
         task = task_of(self.spec)
         sets_of(self.spec, task, load_tokenizer(self.spec.base, task), self.store, keep=True)
 
@@ -177,6 +179,7 @@ def prepare(
         store.check_unlocked()
         store.is_begun()
     task = task_of(spec)
+    spec = with_published(spec, store)
     source_folder(spec.base)
     shell = shell_of(spec, task)
     check_baselines(spec, bool(shell.heads))
@@ -245,6 +248,7 @@ def _begun(store: RunStore, spec: RunSpec, sets: DataSets, repair: bool) -> _Beg
         return _Begun()
     growth = growth_of(store, spec, len(sets.train.examples))
     check_data(store, data_record(sets), growth)
+    check_unchanged(spec, store)
     damages = damages_of(store, store.read_spec())
     if damages and not repair:
         raise StoreError(

@@ -133,6 +133,12 @@ class StatusBoard:
             if job in self._jobs:
                 self._jobs[job] = replace(self._jobs[job], progress=progress)
 
+    def tell(self, text: str) -> None:
+        """Take a piece of news that is no job's."""
+        with self._lock:
+            self._news.append(text)
+            self._news_count += 1
+
     def status(self, state: control.State) -> RunStatus:
         """Return where the run is."""
         with self._lock:

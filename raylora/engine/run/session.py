@@ -103,7 +103,7 @@ class TrainingSession:
         )
         if self.spec.optimization.pack_rows:
             check_shared_sequences(self.base)
-        self.sets = sets_of(self.spec, self.task, self.base.tokenizer, self.store)
+        self.sets = sets_of(self.spec, self.task, self.base.tokenizer, self.store, as_begun=True)
         recorded = self.store.read_json("data.json")
         if recorded and recorded["content_hash"] != self.sets.content_hash():
             raise RunDirectoryError(

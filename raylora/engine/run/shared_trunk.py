@@ -11,13 +11,13 @@ from pathlib import Path
 from torch import nn
 
 from raylora.adapters.base import Site
-from raylora.data.catalog.assets import cache_folder
 from raylora.data.task import Example
 from raylora.engine.model.base import Base
 from raylora.engine.model.blocks import find_blocks
 from raylora.engine.model.trunk import trunk_blocks
 from raylora.engine.model.trunk_cache import TrunkCache
 from raylora.errors import BaseError, SpecError
+from raylora.machine_cache import cache_folder
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from raylora.data.sets import DataSets
 from raylora.distill import AsksTeacher, LearnsAnswers
 from raylora.engine.model.base import Base, load_base
+from raylora.engine.model.model_files import BASE, TEACHER
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import content_hash, prepared_store
 from raylora.engine.model.shared_sequences import check_shared_sequences
@@ -48,6 +49,9 @@ def load_teacher(student: RunSpec, store: RunStore, base: Base) -> LiveTeacher:
     assert student.distill_from is not None and student.distill_from.members is not None
     run, names = RunStore(store.uri.rpartition("/")[0]), student.distill_from.members
     spec = run.read_spec()
+    folder = student.base.held(TEACHER)
+    if folder is not None:
+        spec.base.hold({BASE: folder})
     shares = student.distill_from.weights
     if teacher_digest(spec, run, names, shares) != student.distill_from.teacher:
         raise DataError(

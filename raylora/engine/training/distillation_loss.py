@@ -187,8 +187,14 @@ def load_targets(store: RunStore) -> MemberTargets | TokenTargets:
     if facts is None or not facts["done"]:
         raise StoreError(f"{store.uri}: the targets are not complete", "run `raylora distill` again: it continues")
     if facts["tokens"] is not None:
-        return TokenTargets(lambda file: store.storage.read(f"shards/{_shard_of(file)}/{file}"), facts["shards"])
-    return merge([read_targets(store.load_result(f"shards/{name}")) for name in facts["shards"]])
+        return TokenTargets(lambda file: _read_shard_file(store, file), facts["shards"])
+    return merge([read_targets(store.load_shared(f"shards/{name}")) for name in facts["shards"]])
+
+
+def _read_shard_file(store: RunStore, file: str) -> bytes:
+    folder = f"shards/{_shard_of(file)}"
+    there = store.folder_here(folder)
+    return store.storage.read(f"{folder}/{file}") if there is None else (there / file).read_bytes()
 
 
 def _shard_of(file: str) -> str:
