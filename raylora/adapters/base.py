@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,13 @@ class Unpackable(Protocol):
 
     def unpackable_reason(self) -> str:
         """Return the reason that a plan gives."""
+
+
+@runtime_checkable
+class TwoFactors(Protocol):
+    """A kind whose decay groups are the two factors of a product, B zero at first: LoRA+ can give each its own rate."""
+
+    two_factors: Literal[True]
 
 
 @runtime_checkable

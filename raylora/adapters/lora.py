@@ -35,6 +35,8 @@ FIRST: tuple[dict[str, Any], ...] = ({"rank": 8, "alpha": 16}, {"rank": 2, "alph
 class Lora:
     """The LoRA adapter; a member holds ``<site>.lora_A`` (R x I) and ``<site>.lora_B`` (O x R)."""
 
+    two_factors: Literal[True] = True
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.scale = spec.alpha / spec.rank

@@ -12,12 +12,12 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from raylora.adapters.base import HEAD, Adapter, Tensors
+from raylora.adapters.base import HEAD, Adapter, Tensors, TwoFactors
 from raylora.engine.model.gang import Gang, GangPlace, backend_for
 from raylora.engine.training.schedule import learning_rate_factor
 from raylora.spec import OptimizationSpec, RegularizersSpec
@@ -107,7 +107,11 @@ class MemberOptimizer:
         restarts: Sequence[int] = (),
         gang: Gang | None = None,
     ) -> None:
-        """Build the engine; every decay is its own parameter group, so that A, B and the head decay on their own.
+        """Build the engine; every decay and every rate is its own parameter group: A, B and the head have theirs.
+
+        With LoRA+ (arXiv 2402.12354, section 4) ``A <- A - eta G_A`` and ``B <- B - lambda eta G_B``, where G is what
+        the optimizer makes of the gradient, eta the scheduled rate and lambda ``optimization.lora_plus_ratio``; the
+        decoupled decay of B goes by B's rate, too.
 
         Args:
             anchors: what a tensor's weight decay pulls towards, where that is not zero.
@@ -124,14 +128,16 @@ class MemberOptimizer:
         self.steps_done = 0
         self.grad_norm = 0.0
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self._groups = _groups_by_decay(self.names, adapter, regularizers)
+        self.lr = optimization.lr
+        """The scheduled learning rate of the latest update, that of all but LoRA+'s B."""
+        self._groups = _groups_by_rule(self.names, adapter, optimization, regularizers)
         container = nn.Module()
         container.flat = nn.ParameterList(
             [nn.Parameter(_flat(tensors, names, device)) for names in self._groups.values()]
         )
         self._flat_P = list(container.flat)
         groups = [
-            {"params": [p_P], "weight_decay": decay} for decay, p_P in zip(self._groups, self._flat_P, strict=True)
+            {"params": [p_P], "weight_decay": rule.decay} for rule, p_P in zip(self._groups, self._flat_P, strict=True)
         ]
         self._anchors_P = [self._flat_anchor(names, anchors or {}) for names in self._groups.values()]
         self.engine, self._optimizer, *_ = deepspeed.initialize(
@@ -158,8 +164,9 @@ class MemberOptimizer:
         boundary = self.engine.is_gradient_accumulation_boundary()
         if boundary:
             factor = learning_rate_factor(self.optimization, self.steps_done, self.total_steps, self.restarts)
-            for group in self._optimizer.param_groups:
-                group["lr"] = self.optimization.lr * factor
+            self.lr = self.optimization.lr * factor
+            for rule, group in zip(self._groups, self._optimizer.param_groups, strict=True):
+                group["lr"] = self.lr * rule.rate
             if self.optimization.zero_stage == 0:
                 self.grad_norm = _norm([p_P.grad for p_P in self._flat_P])
         self.engine.step()
@@ -173,19 +180,14 @@ class MemberOptimizer:
     @torch.no_grad()
     def _pull_back(self) -> None:
         """Turn decay towards zero into decay towards the anchors: give back ``lr * decay * anchor``."""
-        for index, (decay, p_P, anchor_P) in enumerate(zip(self._groups, self._flat_P, self._anchors_P, strict=True)):
-            if anchor_P is None or not decay:
+        for index, (rule, p_P, anchor_P) in enumerate(zip(self._groups, self._flat_P, self._anchors_P, strict=True)):
+            if anchor_P is None or not rule.decay:
                 continue
-            given_P = self.lr * decay * anchor_P
+            given_P = self.lr * rule.rate * rule.decay * anchor_P
             p_P.add_(given_P)
             updated = self._updated(index)
             if updated is not p_P:  # ZeRO updates a padded copy, or this rank's part of one
                 updated.add_(self._part(given_P, updated))
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the latest update."""
-        return float(self._optimizer.param_groups[0]["lr"])
 
     def state(self) -> Tensors:
         """Return the optimizer's moments as ``<name>|<moment>``, in the matrices' shapes whatever the ZeRO stage."""
@@ -261,18 +263,30 @@ def _flat(tensors: Mapping[str, Tensor], names: Sequence[str], device: torch.dev
     return torch.cat([tensors[name].detach().to(device, torch.float32).flatten() for name in names])
 
 
-def _groups_by_decay(names: Sequence[str], adapter: Adapter, rules: RegularizersSpec) -> dict[float, list[str]]:
-    """Return the names by their decay, in the order of their first."""
-    groups: dict[float, list[str]] = {}
+class _Rule(NamedTuple):
+    """What the numbers of one flat parameter have in common."""
+
+    decay: float
+    rate: float
+    """By what the scheduled learning rate is multiplied."""
+
+
+def _groups_by_rule(
+    names: Sequence[str], adapter: Adapter, optimization: OptimizationSpec, rules: RegularizersSpec
+) -> dict[_Rule, list[str]]:
+    """Return the names by their decay and rate, in the order of their first."""
+    groups: dict[_Rule, list[str]] = {}
     for name in names:
-        groups.setdefault(_decay(name, adapter, rules), []).append(name)
+        groups.setdefault(_rule(name, adapter, optimization, rules), []).append(name)
     return groups
 
 
-def _decay(name: str, adapter: Adapter, rules: RegularizersSpec) -> float:
+def _rule(name: str, adapter: Adapter, optimization: OptimizationSpec, rules: RegularizersSpec) -> _Rule:
     if name.startswith(HEAD):
-        return rules.decay_head
-    return rules.decay_a if adapter.decay_group(name) == "a" else rules.decay_b
+        return _Rule(rules.decay_head, 1.0)
+    if adapter.decay_group(name) == "a":
+        return _Rule(rules.decay_a, 1.0)
+    return _Rule(rules.decay_b, optimization.lora_plus_ratio if isinstance(adapter, TwoFactors) else 1.0)
 
 
 def _optimizer(groups: list[dict[str, Any]], spec: OptimizationSpec) -> torch.optim.Optimizer:
