@@ -124,6 +124,24 @@ class TwoFactors(Protocol):
 
 
 @runtime_checkable
+class PartlyTrained(Protocol):
+    """A kind that may train a part of a member's tensors: the rest is saved with it, and has no gradient or moments."""
+
+    keeps_inputs: bool
+    """Whether gradients need what the adapted layers were given."""
+
+    def parted(self, tensors: Mapping[str, Tensor], round: int = 0) -> tuple[Tensors, Tensors]:
+        """Return what is trained of a member without its head, and what is kept; ``materialize`` takes both.
+
+        Args:
+            round: the number, from 0, of the round that training is in, for kinds that train in rounds.
+        """
+
+    def joined(self, trained: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensors:
+        """Return the member that was parted so."""
+
+
+@runtime_checkable
 class LoraExpandable(Protocol):
     """A kind that PEFT does not know, whose change can be written out as a pair of matrices per layer."""
 

@@ -42,7 +42,11 @@ def _check_laplace(spec: RunSpec, task: Task) -> None:
             f"baselines.laplace: is there for classes, and {spec.task.kind} predicts none",
             "leave it out, or use task.kind: classification or multiple_choice",
         )
-    kind = member_plans_of(spec)[0].adapter.kind
+    adapter = member_plans_of(spec)[0].adapter
+    kind = adapter.kind
+    if getattr(adapter, "freeze_a", False):
+        raise SpecError("baselines.laplace: is over both of LoRA's matrices, and adapter.freeze_a trains B alone",
+                        "leave it out, or use baselines.swag, which takes any adapter")
     if kind != "lora":
         raise SpecError(
             f"baselines.laplace: is over LoRA's matrices, and adapter.kind of member 0 is {kind}",

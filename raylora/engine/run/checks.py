@@ -62,8 +62,11 @@ def _check_regularizers(regularizers: RegularizersSpec, spec: RunSpec, task: Tas
 
 
 def _check_rates(spec: RunSpec) -> None:
-    """Refuse LoRA+ for members that have no A and B. Raises: SpecError."""
+    """Refuse LoRA+ for members that have no A and B, and decay of an A that is not trained. Raises: SpecError."""
     for plan in member_plans_of(spec):
+        if getattr(plan.adapter, "freeze_a", False) and plan.regularizers.decay_a:
+            raise SpecError("ensemble.regularizers.decay_a: adapter.freeze_a keeps A as it was drawn",
+                            "leave one of them out, or use decay_b")
         if plan.role is PlanRole.LAST_LAYER or isinstance(adapter_of(plan.adapter), TwoFactors):
             continue
         if plan.optimization.lora_plus_ratio != 1:

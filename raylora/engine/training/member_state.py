@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from raylora.adapters.base import HEAD, Tensors
+from raylora.adapters.base import HEAD, Adapter, PartlyTrained, Tensors
 from raylora.adapters.side_by_side import adapter_of
 from raylora.data.order import Order
 from raylora.data.task import Example
@@ -37,7 +38,9 @@ class MemberState:
     order: Order
     initial_head: Tensors
     frozen_tensors: Tensors
-    """What the adapter needs but does not train."""
+    """What the adapter needs but does not train, and can make again."""
+    kept: Tensors = field(default_factory=dict)
+    """What is saved with the member and is not trained, if its adapter parts it so."""
     history: list[HistoryRow] = field(default_factory=list)
     best_value: float | None = None
     best_tensors: Tensors | None = None
@@ -53,20 +56,32 @@ class MemberState:
         """Whether the member still takes steps."""
         return self.stopped_at is None and not self.failure
 
+    def tensors(self) -> Tensors:
+        """Return the live member: what is trained, and what is saved with it."""
+        trained, adapter = self.optimizer.tensors(), adapter_of(self.plan.adapter)
+        if not isinstance(adapter, PartlyTrained):
+            return trained
+        heads = {name: tensor for name, tensor in trained.items() if name.startswith(HEAD)}
+        return adapter.joined({n: t for n, t in trained.items() if n not in heads}, self.kept) | heads
+
+    def beside(self) -> Tensors:
+        """Return what a forward needs beside the tensors that are trained."""
+        return {**self.kept, **self.frozen_tensors}
+
     def whole(self) -> Tensors:
         """Return the live member with what is fixed, as a forward needs it."""
-        return {**self.optimizer.tensors(), **self.frozen_tensors}
+        return {**self.tensors(), **self.frozen_tensors}
 
     def result(self) -> Tensors:
         """Return the member: its best state if early stopping watched it, else its last."""
-        final = self.best_tensors if self.best_tensors is not None else self.optimizer.tensors()
+        final = self.best_tensors if self.best_tensors is not None else self.tensors()
         return {name: t.detach().cpu().clone() for name, t in final.items()}
 
     def saved(self, step: int) -> SavedState:
         """Return what a commit after a step holds; of a member that failed, no tensors."""
         if self.failure:
             return {}, {"step": step, "failure": self.failure}
-        sections = {"member": self.optimizer.tensors(), "optimizer": self.optimizer.state()}
+        sections = {"member": self.tensors(), "optimizer": self.optimizer.state()}
         if self.best_tensors is not None:
             sections["best"] = self.best_tensors
         sections |= self.moments.sections()
@@ -87,7 +102,7 @@ class MemberState:
         best = self.best_value
         if best is None or (value < best if lower_is_better else value > best):
             self.best_value, self.bad_epochs = value, 0
-            self.best_tensors = {n: t.cpu().clone() for n, t in self.optimizer.tensors().items()}
+            self.best_tensors = {n: t.cpu().clone() for n, t in self.tensors().items()}
             return
         self.bad_epochs += 1
         if self.bad_epochs >= patience:
@@ -107,6 +122,15 @@ def order_of(
         len(lengths), optimization.micro_batch, order_seed(plan, ensemble),
         plan.stream("bootstrap") if ensemble.bootstrap else None, lengths if optimization.group_by_length else None,
     )
+
+
+def _parted(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
+    """Return what is trained of a member, its head too, and what is not."""
+    if not isinstance(adapter, PartlyTrained):
+        return dict(tensors), {}
+    heads = {name: tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
+    trained, kept = adapter.parted({n: t for n, t in tensors.items() if n not in heads})
+    return {**trained, **heads}, kept
 
 
 class MemberBuilder:
@@ -140,7 +164,9 @@ class MemberBuilder:
             # In this order: a file has its own, and sums depend on it.
             tensors = {name: sections["member"][name] for name in tensors}
         order = order_of(plan, self._lengths, self.optimization, self.ensemble)
-        state = MemberState(plan, self._optimizer(plan, tensors), order, initial_head, frozen_tensors)
+        trained, kept = _parted(adapter, tensors)
+        kept = {n: t.to(model.base.device, torch.float32) for n, t in kept.items()}
+        state = MemberState(plan, self._optimizer(plan, trained), order, initial_head, frozen_tensors, kept)
         state.failure = facts.get("failure", "")
         if "member" in sections:
             state.optimizer.load_state(sections.get("optimizer", {}), facts["updates"])

@@ -147,6 +147,11 @@ class MemberOptimizer:
         # ZeRO moves the flat parameters once, while it is built; views made before that would be left behind.
         self.parameters = self._by_name([p_P.detach() for p_P in self._flat_P])
 
+    @property
+    def size(self) -> int:
+        """How many numbers are trained."""
+        return sum(p_P.numel() for p_P in self.parameters.values())
+
     def tensors(self) -> Tensors:
         """Return the live parameters, views into the flat ones; read them, do not write them."""
         return dict(self.parameters)

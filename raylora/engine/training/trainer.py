@@ -217,7 +217,7 @@ class PackTrainer:
         """Return the pack's tensors for this step, made anew after an update and when a member has left."""
         names = tuple(t.plan.name for t in stepping)
         if self._frozen_of[0] != names:
-            self._frozen_of = names, self.stack(stepping, [t.frozen_tensors for t in stepping])
+            self._frozen_of = names, self.stack(stepping, [t.beside() for t in stepping])
         if self._ready is None or self._ready[0] != (self.step, names):
             stacked = self.stack(stepping, [t.optimizer.tensors() for t in stepping])
             step = self.model.step_tensors(stacked, self._frozen_of[1], accumulation)
@@ -235,7 +235,7 @@ class PackTrainer:
         """Count in the weights of members whose moments a baseline draws from."""
         for state in self.states:
             if state.training and self.step in self._collected.get(state.plan.name, ()):
-                state.moments.add(state.optimizer.tensors())
+                state.moments.add(state.tensors())
 
     # --- epochs and early stopping ------------------------------------------------------------------
     def _validate(self) -> list[str]:
