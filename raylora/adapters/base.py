@@ -142,6 +142,18 @@ class PartlyTrained(Protocol):
 
 
 @runtime_checkable
+class InRounds(PartlyTrained, Protocol):
+    """A kind that trains in rounds, equal parts of the steps, each with a part of the member and moments of its own."""
+
+    rounds: int
+
+    def begin_round(
+        self, tensors: Mapping[str, Tensor], sites: Sequence[Site], round: int, generator: torch.Generator
+    ) -> Tensors:
+        """Return a member without its head as a later round finds it, from what the round before made of it."""
+
+
+@runtime_checkable
 class LoraExpandable(Protocol):
     """A kind that PEFT does not know, whose change can be written out as a pair of matrices per layer."""
 

@@ -82,7 +82,7 @@ def test_b_takes_steps_of_its_own_rate_and_decays_by_it(stage: int) -> None:
         torch.testing.assert_close(again.tensors()[name], tensor, rtol=0, atol=1e-7 if stage else 0)
 
 
-@pytest.mark.parametrize("kind", ["lora", "mos", "melora", "prolora"])
+@pytest.mark.parametrize("kind", ["lora", "mos", "melora", "prolora", "boosted_lora"])
 def test_every_kind_with_two_factors_moves_its_second_one_ratio_times_as_far(kind: str) -> None:
     module = registry.load("adapter", kind)
     adapter = module.build(module.Spec(**module.FIRST[-1]))

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from raylora import registry
-from raylora.adapters.base import Adapter, PartlyTrained, Site, Tensors, WholeModel
+from raylora.adapters.base import Adapter, InRounds, PartlyTrained, Site, Tensors, WholeModel
 from raylora.adapters.side_by_side import adapter_of
 from raylora.engine.model.checkpoint import is_decoder, quiet
 from raylora.engine.model.sites import adapter_sites, find_heads
@@ -31,9 +31,11 @@ def kept_parameters(adapter: Adapter, sites: Sequence[Site]) -> int:
 
 
 def _parted(adapter: Adapter, sites: Sequence[Site]) -> tuple[Tensors, Tensors]:
-    """Return what is trained and what is kept of a member, without its head, of numbers that are nowhere."""
+    """Return what is trained and what is kept of a member in its last round, without its head; nothing is allocated."""
     with torch.device("meta"):
         tensors = adapter.build(sites, torch.Generator("cpu")) if sites else {}
+    if isinstance(adapter, InRounds):
+        return adapter.parted(tensors, adapter.rounds - 1)
     return adapter.parted(tensors) if isinstance(adapter, PartlyTrained) else (tensors, {})
 
 

@@ -72,7 +72,7 @@ def _check_rates(spec: RunSpec) -> None:
         if plan.optimization.lora_plus_ratio != 1:
             raise SpecError(
                 f"optimization.lora_plus_ratio: adapter.kind {plan.adapter.kind} has no pair of A and B whose rates "
-                "could differ", "leave it out (1), or use adapter.kind lora, mos, melora or prolora",
+                "could differ", "leave it out (1), or use adapter.kind lora, mos, melora, prolora or boosted_lora",
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylora.adapters.base import HEAD, Adapter, PartlyTrained, Tensors
+from raylora.adapters.base import HEAD, Adapter, InRounds, PartlyTrained, Tensors
 from raylora.adapters.side_by_side import adapter_of
 from raylora.data.order import Order
 from raylora.data.task import Example
@@ -19,7 +19,7 @@ from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.serialization import check_layout, layout_of
 from raylora.engine.training.member_plan import MemberPlan, order_seed
 from raylora.engine.training.optimizer import MemberOptimizer
-from raylora.engine.training.schedule import restart_steps, total_steps
+from raylora.engine.training.schedule import restart_steps, round_starts, total_steps
 from raylora.engine.training.weight_moments import WeightMoments
 from raylora.ensemble.outputs import output_of
 from raylora.records import HistoryRow
@@ -58,11 +58,11 @@ class MemberState:
 
     def tensors(self) -> Tensors:
         """Return the live member: what is trained, and what is saved with it."""
-        trained, adapter = self.optimizer.tensors(), adapter_of(self.plan.adapter)
+        adapter = adapter_of(self.plan.adapter)
         if not isinstance(adapter, PartlyTrained):
-            return trained
-        heads = {name: tensor for name, tensor in trained.items() if name.startswith(HEAD)}
-        return adapter.joined({n: t for n, t in trained.items() if n not in heads}, self.kept) | heads
+            return self.optimizer.tensors()
+        trained, heads = _without_head(self.optimizer.tensors())
+        return adapter.joined(trained, self.kept) | heads
 
     def beside(self) -> Tensors:
         """Return what a forward needs beside the tensors that are trained."""
@@ -124,13 +124,10 @@ def order_of(
     )
 
 
-def _parted(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
-    """Return what is trained of a member, its head too, and what is not."""
-    if not isinstance(adapter, PartlyTrained):
-        return dict(tensors), {}
+def _without_head(tensors: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
+    """Return the adapter's tensors of a member, and its head's."""
     heads = {name: tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
-    trained, kept = adapter.parted({n: t for n, t in tensors.items() if n not in heads})
-    return {**trained, **heads}, kept
+    return {name: tensor for name, tensor in tensors.items() if name not in heads}, heads
 
 
 class MemberBuilder:
@@ -146,6 +143,7 @@ class MemberBuilder:
         labels = [example.label for example in train if example.label is not None]
         self._start_value = output_of(model.task.output).start_value(labels)
         self._lengths = lengths_of(train)
+        self._total = total_steps(self.rows, optimization)
 
     def build(self, plan: MemberPlan, saved: SavedState | None = None) -> MemberState:
         """Return a member at its start, or as it was saved.
@@ -164,8 +162,9 @@ class MemberBuilder:
             # In this order: a file has its own, and sums depend on it.
             tensors = {name: sections["member"][name] for name in tensors}
         order = order_of(plan, self._lengths, self.optimization, self.ensemble)
-        trained, kept = _parted(adapter, tensors)
-        kept = {n: t.to(model.base.device, torch.float32) for n, t in kept.items()}
+        starts = self._round_starts(plan)
+        # A round begins with its first step: what is saved after the last step of one is that one's still.
+        trained, kept = self._parted(adapter, tensors, sum(0 < start < facts.get("step", 0) for start in starts))
         state = MemberState(plan, self._optimizer(plan, trained), order, initial_head, frozen_tensors, kept)
         state.failure = facts.get("failure", "")
         if "member" in sections:
@@ -176,10 +175,42 @@ class MemberBuilder:
             state.moments = WeightMoments.restored(sections, facts.get("moments", 0))
         return state
 
+    def begin_rounds(self, states: Sequence[MemberState], step: int) -> bool:
+        """Give a fresh part to the members of whom a round begins with this step, from 0; return whether there are any.
+
+        What their round before trained is kept. The head goes on with its moments, the part begins without.
+        """
+        beginning = [state for state in states if step and step in self._round_starts(state.plan)]
+        for state in beginning:
+            adapter, plan = adapter_of(state.plan.adapter), state.plan
+            assert isinstance(adapter, InRounds)
+            number = self._round_starts(plan).index(step)
+            own, heads = _without_head(state.tensors())
+            generator = torch.Generator().manual_seed(plan.stream("round", number))
+            begun = adapter.begin_round(own, self.model.base.sites, number, generator)
+            trained, state.kept = self._parted(adapter, {**begun, **heads}, number)
+            moments = {name: t for name, t in state.optimizer.state().items() if name.startswith(HEAD)}
+            updates = state.optimizer.steps_done
+            state.optimizer = self._optimizer(plan, trained)
+            state.optimizer.load_state(moments, updates)
+        return bool(beginning)
+
+    def _round_starts(self, plan: MemberPlan) -> list[int]:
+        adapter = adapter_of(plan.adapter)
+        return round_starts(self._total, adapter.rounds) if isinstance(adapter, InRounds) else [0]
+
+    def _parted(self, adapter: Adapter, tensors: Mapping[str, Tensor], number: int) -> tuple[Tensors, Tensors]:
+        """Return what a round trains of a member, its head too, and what it keeps."""
+        if not isinstance(adapter, PartlyTrained):
+            return dict(tensors), {}
+        own, heads = _without_head(tensors)
+        trained, kept = adapter.parted(own, number)
+        return {**trained, **heads}, {n: t.to(self.model.base.device, torch.float32) for n, t in kept.items()}
+
     def _optimizer(self, plan: MemberPlan, tensors: Mapping[str, Tensor]) -> MemberOptimizer:
         model, adapter = self.model, adapter_of(plan.adapter)
         return MemberOptimizer(
             tensors, adapter, plan.optimization, plan.regularizers,
-            total_steps(self.rows, plan.optimization), model.base.device, start_tensors(model.base, adapter),
-            restart_steps(self.rows, plan.optimization), model.base.gang,
+            self._total, model.base.device, start_tensors(model.base, adapter),
+            restart_steps(self.rows, plan.optimization), model.base.gang, self._round_starts(plan)[1:],
         )

@@ -106,6 +106,7 @@ class MemberOptimizer:
         anchors: Mapping[str, Tensor] | None = None,
         restarts: Sequence[int] = (),
         gang: Gang | None = None,
+        renewals: Sequence[int] = (),
     ) -> None:
         """Build the engine; every decay and every rate is its own parameter group: A, B and the head have theirs.
 
@@ -117,6 +118,7 @@ class MemberOptimizer:
             anchors: what a tensor's weight decay pulls towards, where that is not zero.
             restarts: steps at which the schedule starts anew.
             gang: the ranks that this process is one of; the member lives on it, or on it and its partners.
+            renewals: steps at which the adapter's tensors are others, with moments of their own.
         """
         import deepspeed
 
@@ -124,13 +126,13 @@ class MemberOptimizer:
         self.device = device
         self.partners = gang.partners if gang is not None else None
         self.optimization = optimization
-        self.total_steps, self.restarts = total_steps, restarts
+        self.total_steps, self.restarts, self.renewals = total_steps, restarts, renewals
         self.steps_done = 0
         self.grad_norm = 0.0
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.lr = optimization.lr
         """The scheduled learning rate of the latest update, that of all but LoRA+'s B."""
-        self._groups = _groups_by_rule(self.names, adapter, optimization, regularizers)
+        self._groups = _groups_by_rule(self.names, adapter, optimization, regularizers, bool(renewals))
         container = nn.Module()
         container.flat = nn.ParameterList(
             [nn.Parameter(_flat(tensors, names, device)) for names in self._groups.values()]
@@ -208,16 +210,19 @@ class MemberOptimizer:
         return {f"{name}|{key}": by_name[name].clone() for name in self.names for key, by_name in moments.items()}
 
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
-        """Continue from saved moments; the parameters were given to the constructor."""
+        """Continue from saved moments; the parameters were given to the constructor. What has none begins anew."""
         self.steps_done = steps_done
         if not steps_done or not state:
             return
-        for index, names in enumerate(self._groups.values()):
+        for index, (rule, names) in enumerate(self._groups.items()):
+            if not all(f"{names[0]}|{key}" in state for key in _STATE_KEYS[self.optimization.optimizer]):
+                continue
             updated, own = self._updated(index), self._state_of(index)
             for key in _STATE_KEYS[self.optimization.optimizer]:
                 saved_P = _flat(state, [f"{name}|{key}" for name in names], self.device)
                 own[key] = self._part(saved_P, updated).to(updated.dtype).clone()
-            own["step"] = torch.tensor(float(steps_done))  # bias correction depends on how many updates there were
+            begun = max((at for at in self.renewals if at < steps_done), default=0) if rule.is_renewed else 0
+            own["step"] = torch.tensor(float(steps_done - begun))  # bias correction depends on how many there were
 
     def _by_name(self, flat_P: Sequence[Tensor]) -> Tensors:
         """Return the matrices, in the order they were given in, as views into one flat tensor per group."""
@@ -274,15 +279,18 @@ class _Rule(NamedTuple):
     decay: float
     rate: float
     """By what the scheduled learning rate is multiplied."""
+    is_renewed: bool = False
+    """They become others in the course of training, so their updates are counted apart."""
 
 
 def _groups_by_rule(
-    names: Sequence[str], adapter: Adapter, optimization: OptimizationSpec, rules: RegularizersSpec
+    names: Sequence[str], adapter: Adapter, optimization: OptimizationSpec, rules: RegularizersSpec, renews: bool
 ) -> dict[_Rule, list[str]]:
     """Return the names by their decay and rate, in the order of their first."""
     groups: dict[_Rule, list[str]] = {}
     for name in names:
-        groups.setdefault(_rule(name, adapter, optimization, rules), []).append(name)
+        rule = _rule(name, adapter, optimization, rules)
+        groups.setdefault(rule._replace(is_renewed=renews and not name.startswith(HEAD)), []).append(name)
     return groups
 
 

@@ -77,8 +77,8 @@ class PackTrainer:
         """Marks each step on a timeline."""
         self.total = total_steps(len(train), settings.optimization)
         self.step = next(iter(saved.values()))[1]["step"] if saved else 0
-        builder = MemberBuilder(model, train, settings.optimization, settings.ensemble)
-        self.states = [builder.build(plan, (saved or {}).get(plan.name)) for plan in plans]
+        self._builder = MemberBuilder(model, train, settings.optimization, settings.ensemble)
+        self.states = [self._builder.build(plan, (saved or {}).get(plan.name)) for plan in plans]
         self._side_by_side = SideBySide.of([plan.adapter for plan in plans])
         self._places = {plan.name: place for place, plan in enumerate(plans)}
         self.own_answers = None
@@ -155,6 +155,8 @@ class PackTrainer:
         started = time.perf_counter()
         accumulation = self.settings.optimization.accumulation
         active = [t for t in self.states if t.training]
+        if self._builder.begin_rounds(active, self.step):
+            self._frozen_of = (), {}
         sums = dict.fromkeys((t.plan.name for t in active), 0.0)
         tokens = 0
         own = {}
