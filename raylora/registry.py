@@ -38,6 +38,7 @@ REGISTRY: dict[str, dict[str, str]] = {
     "compensation": {
         "cloq": "raylora.init.cloq",
         "loftq": "raylora.init.loftq",
+        "apiq": "raylora.init.apiq",
     },
     "loss": {
         "kl": "raylora.distill.losses.kl",

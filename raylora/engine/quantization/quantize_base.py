@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -44,7 +44,7 @@ from raylora.engine.quantization.layer_solver import GroupJob, Solve, layer_tens
 from raylora.engine.quantization.prepared_base import identity_of, store_of, weights_sha256
 from raylora.errors import BaseError, Interrupted, RunDirectoryError
 from raylora.progress import BlockDone, OnBlock
-from raylora.quant.gram import Gram
+from raylora.quant.gram import Cross, Gram
 from raylora.records import LayerErrors, PreparationSummary
 from raylora.spec import BaseSpec, RunSpec, SetSpec
 from raylora.store.run_store import RunStore
@@ -149,11 +149,15 @@ class _Preparation:
         dense_bytes = sum(layer_weight.nbytes for layer_weight in _dense_weights(model, blocks))
         before = self._perplexity(model)
         stream = self._timed("forward", lambda: self._open(model, blocks))
+        reference = self._reference(stream)
         for index, block in enumerate(blocks):
             started = time.perf_counter()
             fresh = not self.store.has_result(block_folder(index))
             if fresh:
-                self._commit(index, self._quantize(block, stream), time.perf_counter() - started)
+                self._commit(index, self._quantize(block, stream, reference), time.perf_counter() - started)
+            if reference is not None and index + 1 < len(blocks):
+                block.module.to(self.dtype)
+                self._timed("forward", partial(advance, block, reference))
             layers = solved_layers(self.store, index, self.grid)
             self.layers += layers
             install(model, layers, self.dtype)
@@ -173,20 +177,27 @@ class _Preparation:
         self.short_of = widest if stream.tokens < widest else 0
         return stream
 
-    def _quantize(self, block: Block, stream: Stream | None) -> list[Solved]:
+    def _reference(self, stream: Stream | None) -> Stream | None:
+        """Return where calibration stands in the full model, for methods that compare with it."""
+        compensation = self.spec.compensation
+        if stream is None or compensation is None or not compensation.reads_full_model:
+            return None
+        return replace(stream, hidden=list(stream.hidden))
+
+    def _quantize(self, block: Block, stream: Stream | None, reference: Stream | None) -> list[Solved]:
         """Return a block's quantized layers; its weights are read as the checkpoint holds them, before any cast."""
         weights = {name: weight_of(block.module.get_submodule(name.removeprefix(block.name + ".")))
                    for name in block.linears}
         for name, weight in weights.items():
             if not bool(torch.isfinite(weight).all()):
                 raise BaseError(f"{name}: its weights are not finite", "the checkpoint is damaged: fetch it again")
-        grams: dict[tuple[str, ...], Tensor | None] = {tuple(block.linears): None}
+        grams: dict[tuple[str, ...], tuple[Tensor | None, Tensor | None]] = {tuple(block.linears): (None, None)}
         if stream is not None:
             block.module.to(self.dtype)
-            grams = self._timed("forward", lambda: _grams(block, stream, self.device))
+            grams = self._timed("forward", lambda: _grams(block, stream, self.device, reference))
         jobs = [
-            GroupJob({name: weights[name] for name in names}, gram_II, self.grid, self.spec.compensation)
-            for names, gram_II in grams.items()
+            GroupJob({name: weights[name] for name in names}, gram_II, self.grid, self.spec.compensation, cross_II)
+            for names, (gram_II, cross_II) in grams.items()
         ]
         solved = self._timed("solve", lambda: self.solve(jobs))
         by_name = {layer.name: layer for group in solved for layer in group}
@@ -274,16 +285,22 @@ def perplexity(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> float:
     return math.exp(total / count)
 
 
-def _grams(block: Block, stream: Stream, device: torch.device) -> dict[tuple[str, ...], Tensor]:
+def _grams(
+    block: Block, stream: Stream, device: torch.device, reference: Stream | None
+) -> dict[tuple[str, ...], tuple[Tensor, Tensor | None]]:
+    """Return by group of linears X'^T X' of what they read, and X'^T X with what they read in the reference."""
     grams: dict[tuple[str, ...], Gram] = {}
+    crosses: dict[tuple[str, ...], Cross] = {}
 
-    def take(names: tuple[str, ...], x_NI: Tensor) -> None:
+    def take(names: tuple[str, ...], x_NI: Tensor, reference_NI: Tensor | None) -> None:
         if names not in grams:
             grams[names] = Gram(x_NI.shape[1], device)
         grams[names].add(x_NI, "/".join(names))
+        if reference_NI is not None:
+            crosses.setdefault(names, Cross(x_NI.shape[1], device)).add(x_NI, reference_NI)
 
-    observe(block, stream, take)
-    return {names: gram.matrix_II for names, gram in grams.items()}
+    observe(block, stream, take, reference)
+    return {names: (gram.matrix_II, crosses[names].matrix_II if crosses else None) for names, gram in grams.items()}
 
 
 def _dense_weights(model: Any, blocks: Sequence[Block]) -> list[Tensor]:
