@@ -111,6 +111,8 @@ def compress_run(run: str, budget: float, out: str | None = None, allow_missing:
     for name in _COPIED:
         if store.storage.exists(name):
             target.storage.write(name, store.storage.read(name))
+    for event in store.read_events():  # what happened to these members is their history still
+        target.append_event(event)
     for name in store.storage.list("timing"):
         target.storage.write(f"timing/{name}", store.storage.read(f"timing/{name}"))
     for name, found in files.items():

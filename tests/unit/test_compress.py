@@ -13,7 +13,10 @@ import torch
 from run_helpers import weights
 
 from raylora.adapters.base import HEAD
+from raylora.control import Phase
 from raylora.engine.run.compressed_members import compress_member, decompress_member
+from raylora.engine.run.roster import read_state
+from raylora.engine.run.verify import verify_run
 from raylora.errors import RunDirectoryError, UsageError
 from raylora.quant.pair import (
     WIDTHS,
@@ -163,6 +166,8 @@ def test_a_compressed_run_predicts_is_reported_and_exports(make_spec: Make, trai
         assert "adapter_model.safetensors" not in stored
         assert len(stored["compressed.safetensors"]) == one.compressed_bytes <= 0.4 * one.size_bytes
         assert 0 < one.change_error < 0.1
+    assert verify_run(done.folder) and not [part for part in verify_run(done.folder) if part.problem]
+    assert read_state(RunStore(done.folder)).phase is Phase.SUCCEEDED
     record = RunStore(done.folder).read_json("compression.json")
     assert record["budget"] == 0.4 and record["of"] == "whole"
     metrics = [RunStore(folder).read_json("metrics.json") for folder in (run, done.folder)]
@@ -187,6 +192,19 @@ def test_a_compressed_run_predicts_is_reported_and_exports(make_spec: Make, trai
     site = "bert.encoder.layer.0.attention.self.query"
     assert torch.equal(found[f"base_model.model.{site}.lora_A.weight"], again[f"{site}.lora_A"])
     assert exported.size_bytes == done.members[0].compressed_bytes
+
+
+def test_the_command_shows_sizes_and_what_the_ensemble_loses(make_spec: Make, trained: Make) -> None:
+    from typer.testing import CliRunner
+
+    from raylora.cli.app import app
+
+    run = trained(make_spec(name="whole"))
+    shown = CliRunner().invoke(app, ["compress", run, "--budget", "0.5"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    assert "change lost" in shown.output and "NLL" in shown.output and f"wrote {run}-compressed" in shown.output
+    refused = CliRunner().invoke(app, ["compress", run, "--json"])
+    assert refused.exit_code == 2 and "is not empty" in refused.output
 
 
 def test_what_cannot_be_compressed_is_refused_and_nothing_is_written(make_spec: Make, trained: Make) -> None:
