@@ -1,10 +1,10 @@
-"""What 2, 3 and 4 bits cost, and who gets it back: RTN, NF4, OPTQ, OPTQ + MagR, LoftQ, ApiQ and CLoQ in one harness.
+"""What 2, 3 and 4 bits cost, and who gets it back: RTN, NF4, OPTQ and MagR, LoftQ, ApiQ, RILQ and CLoQ in one harness.
 
     python -m benchmarks.low_bit
 
 On a causal LM (SmolLM2-135M): perplexity on held-out news at step 0, and after fine-tuning on news. On an encoder
-(MiniLM-L6): accuracy and NLL on movie reviews after fine-tuning. Fine-tuned rows are several seeds; LoftQ, ApiQ and
-CLoQ start the LoRA from their pair, as their papers do, the others from B = 0.
+(MiniLM-L6): accuracy and NLL on movie reviews after fine-tuning. Fine-tuned rows are several seeds; LoftQ, ApiQ,
+RILQ and CLoQ start the LoRA from their pair, as their papers do, the others from B = 0.
 The LM's weights went through a 4-bit file once, so its 4-bit rows are optimistic; the encoder's are float32.
 """
 
@@ -34,6 +34,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "OPTQ + MagR": ({"kind": "optq", **_MAGR, **_GRID}, None),
     "LoftQ": ({"kind": "rtn", **_GRID}, {"kind": "loftq", "rank": RANK}),
     "ApiQ": ({"kind": "rtn", **_GRID}, {"kind": "apiq", "rank": RANK}),
+    "RILQ": ({"kind": "rtn", **_GRID}, {"kind": "rilq", "rank": RANK}),
     "CLoQ": ({"kind": "optq", **_MAGR, **_GRID}, {"kind": "cloq", "rank": RANK}),
 }
 MODELS: dict[str, dict[str, Any]] = {

@@ -39,6 +39,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "cloq": "raylora.init.cloq",
         "loftq": "raylora.init.loftq",
         "apiq": "raylora.init.apiq",
+        "rilq": "raylora.init.rilq",
     },
     "loss": {
         "kl": "raylora.distill.losses.kl",

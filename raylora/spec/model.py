@@ -38,7 +38,8 @@ class BaseSpec(Located):
     quantization: AnyQuantization = Field(default_factory=lambda: cast(Any, {"kind": "nf4"}))
     """How the frozen weights are stored."""
     compensation: AnyCompensation | None = None
-    """A low-rank pair computed with the quantized weights, by ``cloq``, ``loftq`` or ``apiq``; needs rtn or optq."""
+    """A low-rank pair computed with the quantized weights, by ``cloq``, ``loftq``, ``apiq`` or ``rilq``; needs rtn or
+    optq."""
     calibration: CalibrationSpec | None = None
     """The text that optq and a compensation read; for rtn and optq only."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"

@@ -37,12 +37,14 @@ from raylora.engine.model.quantized_layers import (
     summary_of,
     weight_of,
 )
-from raylora.engine.model.serialization import to_bytes
+from raylora.engine.model.serialization import from_bytes, to_bytes
 from raylora.engine.quantization.block_activations import Stream, advance, observe, open_stream
 from raylora.engine.quantization.calibration import Calibration, load_calibration
 from raylora.engine.quantization.layer_solver import GroupJob, Solve, layer_tensors, solve_here
+from raylora.engine.quantization.model_tuning import tune_pairs
 from raylora.engine.quantization.prepared_base import identity_of, store_of, weights_sha256
 from raylora.errors import BaseError, Interrupted, RunDirectoryError
+from raylora.init.rilq import Spec as RilqSpec
 from raylora.progress import BlockDone, OnBlock
 from raylora.quant.gram import Cross, Gram
 from raylora.records import LayerErrors, PreparationSummary
@@ -50,6 +52,8 @@ from raylora.spec import BaseSpec, RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
 _WAIT_S = 2.0
+_TUNED = "tuned"
+"""All pairs after they were tuned together, before the blocks have them."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,9 @@ class _Preparation:
             started = time.perf_counter()
             fresh = not self.store.has_result(block_folder(index))
             if fresh:
-                self._commit(index, self._quantize(block, stream, reference), time.perf_counter() - started)
-            if reference is not None and index + 1 < len(blocks):
+                beside = None if self._tunes else reference
+                self._commit(index, self._quantize(block, stream, beside), time.perf_counter() - started)
+            if reference is not None and (self._tunes or index + 1 < len(blocks)):
                 block.module.to(self.dtype)
                 self._timed("forward", partial(advance, block, reference))
             layers = solved_layers(self.store, index, self.grid)
@@ -165,7 +170,11 @@ class _Preparation:
             if stream is not None and index + 1 < len(blocks):
                 self._timed("forward", partial(advance, block, stream))
             self._say(index, len(blocks), time.perf_counter() - started, layers)
-        after = self._perplexity(model.to(self.dtype))
+        model.to(self.dtype)
+        if self._tunes:
+            assert reference is not None
+            self._timed("solve", partial(self._tune, model, blocks, reference))
+        after = self._perplexity(model)
         self._finish(model, blocks, dense_bytes, before, after)
 
     def _open(self, model: Any, blocks: Sequence[Block]) -> Stream | None:
@@ -183,6 +192,40 @@ class _Preparation:
         if stream is None or compensation is None or not compensation.reads_full_model:
             return None
         return replace(stream, hidden=list(stream.hidden))
+
+    @property
+    def _tunes(self) -> bool:
+        return self.spec.compensation is not None and self.spec.compensation.tunes_together
+
+    def _tune(self, model: Any, blocks: Sequence[Block], reference: Stream) -> None:
+        """Tune all pairs together, commit them, and then each block again with its own; each is done once."""
+        if not self.store.has_result(_TUNED):
+            assert self.calibration is not None
+            batches = [_to(batch, self.device) for batch in self.calibration.batches]
+            is_causal = self.task.auto_class == "AutoModelForCausalLM"
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                found = tune_pairs(
+                    model, blocks, batches, reference, cast(RilqSpec, self.spec.compensation), is_causal,
+                    self.should_stop,
+                )
+            factors = {f"{name}|A": a_RI for name, (a_RI, _) in found.items()}
+            factors |= {f"{name}|B": b_OR for name, (_, b_OR) in found.items()}
+            self.store.commit_result(_TUNED, {"pairs.safetensors": to_bytes(factors)})
+        pairs = from_bytes(self.store.load_result(_TUNED)["pairs.safetensors"])
+        self.layers = []
+        for index in range(len(blocks)):
+            layers = [
+                # What a pair leaves of its layer's own error says nothing here, and is not what was minimized.
+                replace(layer, pair=(pairs[f"{layer.name}|A"], pairs[f"{layer.name}|B"]),
+                        errors={key: layer.errors[key] for key in ("weight", "quantized")})
+                for layer in solved_layers(self.store, index, self.grid)
+            ]
+            self._commit(index, layers, sum(layer.seconds for layer in layers))
+            self.layers += layers
+        for layer in self.layers:
+            linear: Any = model.get_submodule(layer.name)
+            assert layer.pair is not None
+            linear.pair_A_RI, linear.pair_B_OR = (each.to(self.device, self.dtype) for each in layer.pair)
 
     def _quantize(self, block: Block, stream: Stream | None, reference: Stream | None) -> list[Solved]:
         """Return a block's quantized layers; its weights are read as the checkpoint holds them, before any cast."""
