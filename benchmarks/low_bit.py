@@ -1,12 +1,12 @@
-"""What 2, 3 and 4 bits cost, and who gets it back: RTN, NF4, OPTQ, OPTQ + MagR, LoftQ and CLoQ in one harness.
+"""What 2, 3 and 4 bits cost, and who gets it back: RTN, NF4, OPTQ and MagR, LoftQ, ApiQ, RILQ and CLoQ in one harness.
 
     python -m benchmarks.low_bit
 
 On a causal LM (SmolLM2-135M): perplexity on held-out news at step 0, and after fine-tuning on news. On an encoder
 (MiniLM-L6): accuracy and NLL on movie reviews after fine-tuning. Every contender is fine-tuned at the same rates, with
 several seeds at each, as the members of one run; the validation rows choose its rate, and the test rows are read at
-that one alone. The encoder reads every row once, so that nobody learns rows by heart. LoftQ and CLoQ start the LoRA
-from their pair, as their papers do; "frozen" leaves the pair in the base, under a fresh LoRA, as runs do by default.
+that one alone. The encoder reads every row once, so that nobody learns rows by heart. LoftQ, ApiQ, RILQ and CLoQ start
+the LoRA from their pair, as their papers do; "frozen" leaves it in the base, under a fresh LoRA, as runs do by default.
 The LM's weights went through a 4-bit file once, so its 4-bit rows are optimistic; the encoder's are float32.
 """
 
@@ -37,6 +37,8 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "OPTQ": ({"kind": "optq", "magr": False, **_GRID}, None),
     "OPTQ + MagR": ({"kind": "optq", **_MAGR, **_GRID}, None),
     "LoftQ": ({"kind": "rtn", **_GRID}, {"kind": "loftq", **_PAIR}),
+    "ApiQ": ({"kind": "rtn", **_GRID}, {"kind": "apiq", **_PAIR}),
+    "RILQ": ({"kind": "rtn", **_GRID}, {"kind": "rilq", **_PAIR}),
     "CLoQ": ({"kind": "optq", **_MAGR, **_GRID}, {"kind": "cloq", **_PAIR}),
     "LoftQ, frozen": ({"kind": "rtn", **_GRID}, {"kind": "loftq", **_PAIR, "trainable": False}),
     "CLoQ, frozen": ({"kind": "optq", **_MAGR, **_GRID}, {"kind": "cloq", **_PAIR, "trainable": False}),

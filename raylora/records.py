@@ -396,6 +396,8 @@ class JobTiming(TypedDict):
     base_parameters: int
     head_parameters: int
     member_parameters: int
+    trained_parameters: int
+    """Fewer where a member keeps tensors that are not trained."""
     compute_dtype: str
     device: str
     threads: int

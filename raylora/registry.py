@@ -24,6 +24,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "melora": "raylora.adapters.melora",
         "lora_xs": "raylora.adapters.lora_xs",
         "nola": "raylora.adapters.nola",
+        "boosted_lora": "raylora.adapters.boosted_lora",
         "peft": "raylora.adapters.peft",
         "full": "raylora.adapters.full",
     },
@@ -37,6 +38,8 @@ REGISTRY: dict[str, dict[str, str]] = {
     "compensation": {
         "cloq": "raylora.init.cloq",
         "loftq": "raylora.init.loftq",
+        "apiq": "raylora.init.apiq",
+        "rilq": "raylora.init.rilq",
     },
     "loss": {
         "kl": "raylora.distill.losses.kl",

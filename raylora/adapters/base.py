@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,43 @@ class Unpackable(Protocol):
 
     def unpackable_reason(self) -> str:
         """Return the reason that a plan gives."""
+
+
+@runtime_checkable
+class TwoFactors(Protocol):
+    """A kind whose decay groups are the two factors of a product, B zero at first: LoRA+ can give each its own rate."""
+
+    two_factors: Literal[True]
+
+
+@runtime_checkable
+class PartlyTrained(Protocol):
+    """A kind that may train a part of a member's tensors: the rest is saved with it, and has no gradient or moments."""
+
+    keeps_inputs: bool
+    """Whether gradients need what the adapted layers were given."""
+
+    def parted(self, tensors: Mapping[str, Tensor], round: int = 0) -> tuple[Tensors, Tensors]:
+        """Return what is trained of a member without its head, and what is kept; ``materialize`` takes both.
+
+        Args:
+            round: the number, from 0, of the round that training is in, for kinds that train in rounds.
+        """
+
+    def joined(self, trained: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensors:
+        """Return the member that was parted so."""
+
+
+@runtime_checkable
+class InRounds(PartlyTrained, Protocol):
+    """A kind that trains in rounds, equal parts of the steps, each with a part of the member and moments of its own."""
+
+    rounds: int
+
+    def begin_round(
+        self, tensors: Mapping[str, Tensor], sites: Sequence[Site], round: int, generator: torch.Generator
+    ) -> Tensors:
+        """Return a member without its head as a later round finds it, from what the round before made of it."""
 
 
 @runtime_checkable

@@ -58,7 +58,7 @@ def to_peft(
         "modules_to_save": heads or None,
     }
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}
-    files = {_to_peft_name(name): tensor for name, tensor in tensors.items()}
+    files = peft_names(tensors)
     if isinstance(adapter, PeftWritten):
         files = {_to_peft_name(name): tensors[name] for name in tensors.keys() - own.keys()}
         files |= adapter.peft_tensors(own, sites)
@@ -66,6 +66,11 @@ def to_peft(
     if isinstance(adapter, PeftWritten):  # not every method has every setting
         settings = {key: value for key, value in settings.items() if key in config}
     return PeftFiles(files, {**config, **settings})
+
+
+def peft_names(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Return a member's tensors under the names that PEFT's LoRA and its like have for them."""
+    return {_to_peft_name(name): tensor for name, tensor in tensors.items()}
 
 
 def from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Tensors:

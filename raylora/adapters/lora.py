@@ -1,5 +1,8 @@
 """LoRA: ``y = W x + (alpha / R) B A x`` with A random and B zero (Hu et al., arXiv 2106.09685).
 
+LoRA-FA (Zhang et al., arXiv 2308.03303, section 3) is the same with A left as it was drawn: the change stays in the
+space that A spans, ``dL/dB = (alpha / R) (dL/dy) (A x)^T`` needs A x alone, of R numbers, and x is not kept for it.
+
 Shapes: K members, N tokens, I inputs, O outputs, R rank.
 """
 
@@ -9,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from raylora.adapters.base import Site, Tensors, WeightOf
@@ -26,6 +29,15 @@ class Spec(AdapterSpec):
     alpha: float = Field(default=16.0, gt=0)
     """The change is scaled by ``alpha / rank``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    freeze_a: bool = False
+    """LoRA-FA (arXiv 2308.03303): A stays as it was drawn, and B alone is trained, for less memory."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if not self.freeze_a:  # runs from before there was the key keep their digest
+            content.pop("freeze_a", None)
+        return content
 
 
 FIRST: tuple[dict[str, Any], ...] = ({"rank": 8, "alpha": 16}, {"rank": 2, "alpha": 4})
@@ -35,9 +47,12 @@ FIRST: tuple[dict[str, Any], ...] = ({"rank": 8, "alpha": 16}, {"rank": 2, "alph
 class Lora:
     """The LoRA adapter; a member holds ``<site>.lora_A`` (R x I) and ``<site>.lora_B`` (O x R)."""
 
+    two_factors: Literal[True] = True
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.scale = spec.alpha / spec.rank
+        self.keeps_inputs = not spec.freeze_a
 
     def check(self, sites: Sequence[Site]) -> None:
         """Raise BaseError for a rank beyond a layer's smaller side: more rank than a full matrix has."""
@@ -61,8 +76,17 @@ class Lora:
         return tensors
 
     def frozen_tensors(self, sites: Sequence[Site], seed: int, weight_of: WeightOf) -> Tensors:
-        """Return nothing: all of a member is trained."""
+        """Return nothing: all of a member is saved."""
         return {}
+
+    def parted(self, tensors: Mapping[str, Tensor], round: int = 0) -> tuple[Tensors, Tensors]:
+        """Return all tensors, or B alone and A apart from it if A is frozen."""
+        kept = {n: t for n, t in tensors.items() if self.spec.freeze_a and n.endswith(".lora_A")}
+        return {n: t for n, t in tensors.items() if n not in kept}, kept
+
+    def joined(self, trained: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensors:
+        """Return both."""
+        return {**trained, **kept}
 
     def decay_group(self, name: str) -> str:
         """Return which decay a tensor takes, by its name."""

@@ -44,6 +44,8 @@ FIRST: tuple[dict[str, Any], ...] = ({"rank": 4, "minis": 2}, {"rank": 1, "minis
 class MeLora:
     """The MELoRA adapter; a member holds ``<site>.mini_A`` (G x R x I/G) and ``<site>.mini_B`` (G x O/G x R)."""
 
+    two_factors: Literal[True] = True
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.scale = spec.alpha / spec.rank

@@ -82,6 +82,8 @@ class Mos:
     layer reads is drawn from the member's seed: ``<site>.index`` (2 x r*l, for A and for B) is fixed, never saved.
     """
 
+    two_factors: Literal[True] = True
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
 

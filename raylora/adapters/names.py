@@ -33,6 +33,7 @@ NAMES: dict[str, AdapterName] = {
     "melora": AdapterName("MELoRA"),
     "lora_xs": AdapterName("LoRA-XS"),
     "nola": AdapterName("NOLA"),
+    "boosted_lora": AdapterName("XGBLoRA", article="An"),
     "full": AdapterName("full fine-tuning", "fully fine-tuned model", "whole models", "from one base"),
     "none": AdapterName("head-only", "head", "heads"),
     # PEFT's methods, and what some of LoRA's options make of it

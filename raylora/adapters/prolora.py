@@ -69,6 +69,8 @@ FIRST: tuple[dict[str, Any], ...] = ({"rank": 8, "reduction": 4}, {"rank": 8, "r
 class ProLora:
     """Holds ``.shared_A`` (S x I/m), ``.shared_B`` (O/m x S), ``.unshared_A`` (U x I), ``.unshared_B`` (O x U)."""
 
+    two_factors: Literal[True] = True
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.scale = spec.alpha / spec.rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -133,6 +134,30 @@ def export(
     for item in exported:
         table.add_row(item.member, f"{item.size_bytes:,}", f"{item.exported_bytes:,}", item.folder)
     out.print(table)
+
+
+@app.command()
+@command
+def compress(
+    run_path: RunPath,
+    budget: Annotated[float, typer.Option(help="The share of a member's bytes that is left, such as 0.1.")] = 0.1,
+    output: Annotated[str | None, typer.Option("--out", help=(
+        "The run directory that is written; by default RUN-compressed."
+    ))] = None,
+    allow_missing: AllowMissing = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run with its members in a fraction of their bytes, and show what that costs (Delta-CoMe)."""
+    from raylora.cli.tables import compression_tables
+    from raylora.serve.compress import compress_run
+
+    done = compress_run(run_path, budget, output, allow_missing)
+    if as_json:
+        print(json.dumps(asdict(done)))
+        return
+    for table in compression_tables(done):
+        out.print(table)
+    out.print(f"wrote {done.folder}, which predict, evaluate, export and report take as they take a run", markup=False)
 
 
 @app.command()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
+
+from raylora.ensemble.metric_table import METRICS
+
+if TYPE_CHECKING:
+    from raylora.serve.compress import Compressed
 
 
 def predictions_table(predictions: Sequence[Any], texts: Sequence[str], answers: Sequence[str | None]) -> Table:
@@ -34,6 +39,23 @@ def answer_tables(described: dict[str, Any]) -> list[Table]:
                 told.add_row(name, *(("-", "") if one is None else (f"{one['value']:.3f}", _interval(one))))
             tables.append(told)
     return tables
+
+
+def compression_tables(done: Compressed) -> list[Table]:
+    """Return tables of what members became, and of what the ensemble's metrics were and are."""
+    sizes = Table("member", "bytes", "compressed", "share", "change lost", "vectors of 8 / 3 / 2 / no bits")
+    for one in done.members:
+        vectors = " / ".join(str(one.vectors[bits]) for bits in (8, 3, 2, 0))
+        sizes.add_row(one.member, f"{one.size_bytes:,}", f"{one.compressed_bytes:,}",
+                      f"{one.compressed_bytes / one.size_bytes:.1%}", f"{one.change_error:.1%}", vectors)
+    lost = Table("set", "metric of the ensemble", "whole", "compressed", "difference")
+    for found in done.differences:
+        metric = METRICS[found.metric]
+        scale, digits, unit = (100, 1, " %") if metric.percent else (1, metric.digits + 1, "")
+        whole, after = scale * found.whole, scale * found.compressed
+        lost.add_row(escape(found.set), metric.label, f"{whole:.{digits}f}{unit}", f"{after:.{digits}f}{unit}",
+                     f"{after - whole:+.{digits}f}")
+    return [sizes, lost]
 
 
 def _interval(one: dict[str, Any]) -> str:

@@ -77,6 +77,9 @@ class MemberShape:
     asked_bytes: int = 0
     """What a teacher that is asked about a token takes for it, its members together."""
 
+    kept_parameters: int = 0
+    """What it has beside what it trains, without gradients and moments."""
+
     recomputed: bool = False
     """Blocks are run again in the backward pass, and only their inputs are kept."""
 
@@ -142,7 +145,7 @@ def parts_of(model: ModelShape, member: MemberShape, members: int, ranks: int = 
         embeddings=math.ceil(model.embedding_bytes / ranks),
         workspace=model.workspace_bytes,
         gathered=max(_GATHERED_BLOCKS * block, model.largest_table_bytes) if ranks > 1 else 0,
-        adapters=ADAPTER_BYTES * trained,
+        adapters=ADAPTER_BYTES * (trained + members * member.kept_parameters),
         optimizer=OPTIMIZER_BYTES * trained,
         activations=activations,
         logits=logits,

@@ -50,6 +50,20 @@ class Gram:
             self.rows += len(part_NI)
 
 
+class Cross:
+    """X'^T X of the same rows in two models, summed over batches as :class:`Gram` does."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.matrix_II = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+
+    def add(self, x_NI: Tensor, other_NI: Tensor) -> None:
+        """Add rows x_NI of the first model and the same rows of the second."""
+        for part_NI, own_NI in zip(x_NI.split(_ROWS_AT_ONCE), other_NI.split(_ROWS_AT_ONCE), strict=True):
+            self.matrix_II += part_NI.to(self.matrix_II.device, torch.float32).T @ own_NI.to(
+                self.matrix_II.device, torch.float32
+            )
+
+
 def damped(gram_II: Tensor, damping: float) -> Tensor:
     """Return H + damping * mean(diag H) * I in float64, or damping * I where H is zero altogether."""
     gram_II = gram_II.double()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raylora.adapters.base import HEAD, Adapter, LoraExpandable, PeftNative, Site, WholeModel
-from raylora.adapters.export import to_peft
+from raylora.adapters.export import peft_names, to_peft
 from raylora.adapters.side_by_side import adapter_of
 from raylora.data.task import Task
 from raylora.engine.model.base import Base, load_base
@@ -34,7 +34,8 @@ from raylora.engine.model.quantized_layers import prepared_store
 from raylora.engine.model.serialization import check_layout, layout_of, to_bytes
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
 from raylora.engine.quantization.prepared_base import weights_sha256
-from raylora.engine.run.finished_members import member_facts, member_tensors
+from raylora.engine.run.compressed_members import FILE
+from raylora.engine.run.finished_members import member_facts, member_tensors, weights_of
 from raylora.engine.run.roster import Roster, read_roster
 from raylora.engine.run.speakers import read_speakers
 from raylora.engine.training.distillation_loss import task_of
@@ -100,13 +101,23 @@ def export_run(
         if form == "checkpoint":
             exported = _as_checkpoint(spec, adapter, files)
         else:
-            exported = _as_lora(store, spec, adapter, name, files) if not isinstance(adapter, PeftNative) else files
+            exported = _as_lora(store, spec, adapter, name, files) if not isinstance(adapter, PeftNative) else (
+                _whole(files)
+            )
             exported = _with_base(exported, spec.base, base_name)
         if speakers.is_fitted:
             exported = {**exported, "ensemble.json": _weights_file(name, spec, speakers.weights)}
         commit.commit(target, name, exported)
-        written.append(Exported(name, target.path(name), len(files[_WEIGHTS]), _weights_size(exported)))
+        written.append(Exported(name, target.path(name), len(weights_of(files)), _weights_size(exported)))
     return written
+
+
+def _whole(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """Return the folder of a member that PEFT loads; of a compressed one with the weights that come out of it."""
+    if FILE not in files:
+        return files
+    return {**{name: content for name, content in files.items() if name != FILE},
+            _WEIGHTS: to_bytes(peft_names(member_tensors(files)))}
 
 
 def _weights_file(name: str, spec: RunSpec, weights: MemberWeights) -> bytes:

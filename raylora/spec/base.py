@@ -109,6 +109,13 @@ class GridSpec(QuantizationSpec):
 class CompensationSpec(KindSpec):
     """A low-rank pair that makes up for what quantization lost, computed once per base."""
 
+    rounds_itself: ClassVar[bool] = False
+    """Whether it takes the grid's place, and of the quantization no more than bits and groups."""
+    reads_full_model: ClassVar[bool] = False
+    """Whether it compares with what layers read where nothing is quantized."""
+    tunes_together: ClassVar[bool] = False
+    """Whether its pairs are tuned together when all blocks are quantized."""
+
     rank: int = Field(default=64, ge=1)
     """Rank of the pair at every quantized layer."""
     trainable: bool = False

@@ -38,7 +38,8 @@ class BaseSpec(Located):
     quantization: AnyQuantization = Field(default_factory=lambda: cast(Any, {"kind": "nf4"}))
     """How the frozen weights are stored."""
     compensation: AnyCompensation | None = None
-    """A low-rank pair computed with the quantized weights, by ``cloq`` or ``loftq``; needs rtn or optq."""
+    """A low-rank pair computed with the quantized weights, by ``cloq``, ``loftq``, ``apiq`` or ``rilq``; needs rtn or
+    optq."""
     calibration: CalibrationSpec | None = None
     """The text that optq and a compensation read; for rtn and optq only."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
@@ -92,6 +93,9 @@ class BaseSpec(Located):
         if self.compensation is not None and not grid:
             raise ValueError(f"compensation is computed while weights are put on a grid, not for {kind}: "
                              "use quantization kind optq or rtn")
+        if self.compensation is not None and self.compensation.rounds_itself and kind != "rtn":
+            raise ValueError(f"compensation {self.compensation.kind} rounds by itself and takes bits and groups from "
+                             f"the quantization: use kind rtn in place of {kind}")
         if self.calibration is not None and not grid:
             raise ValueError(f"quantization {kind} reads no calibration text: use kind optq or rtn, or leave it out")
         reads = [kind] if self.quantization.reads_calibration else []

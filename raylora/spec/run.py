@@ -83,15 +83,16 @@ class RunSpec(Frozen):
 
     @model_validator(mode="after")
     def _decay_is_stable(self) -> RunSpec:
-        lr, rules = self.optimization.lr, self.ensemble.regularizers
+        rules, ratio = self.ensemble.regularizers, self.optimization.lora_plus_ratio
         for key in ("decay_a", "decay_b", "decay_head"):
-            decay = getattr(rules, key)
+            decay, factor = getattr(rules, key), ratio if key == "decay_b" else 1.0
+            lr, rate = self.optimization.lr * factor, "lr" if factor == 1 else "lr * lora_plus_ratio"
             if decay and self.optimization.optimizer == "sgd":
                 raise ValueError(f"ensemble.regularizers.{key} is decoupled decay, which sgd lacks: use adamw")
             if lr * decay >= 1:
                 raise ValueError(
-                    f"lr * {key} = {lr * decay:.3g} >= 1: each step would multiply by {1 - lr * decay:.3g}; "
-                    f"lower ensemble.regularizers.{key} below {1 / lr:.3g} or optimization.lr below {1 / decay:.3g}"
+                    f"{rate} * {key} = {lr * decay:.3g} >= 1: each step would multiply by {1 - lr * decay:.3g}; lower "
+                    f"ensemble.regularizers.{key} below {1 / lr:.3g} or optimization.lr below {1 / decay / factor:.3g}"
                 )
         return self
 
@@ -139,6 +140,8 @@ class RunSpec(Frozen):
             del found["optimization"]["cache_trunk"], found["optimization"]["cache_trunk_gb"]
         if not self.optimization.pack_rows:  # nor those from before rows were packed
             del found["optimization"]["pack_rows"]
+        if self.optimization.lora_plus_ratio == 1:  # nor those from before A and B could have rates of their own
+            del found["optimization"]["lora_plus_ratio"]
         if self.evaluation.generation is None:  # nor those from before answers were part of a run
             del found["evaluation"]["generation"]
         if self.ensemble.select is None:  # nor those from before members could be chosen, or weighted

@@ -20,6 +20,10 @@ class OptimizationSpec(Frozen):
     """AdamW with decoupled weight decay, or plain gradient descent without momentum."""
     lr: float = Field(default=5e-4, gt=0)
     """The highest learning rate of the schedule."""
+    lora_plus_ratio: float = Field(default=1.0, gt=0)
+    """LoRA+ (Hayou et al., arXiv 2402.12354): B learns at ``lora_plus_ratio * lr``, A and the head at ``lr``; 1 is off.
+    The paper advises about 16 with a smaller ``lr``. For kinds that are two factors: lora, mos, melora, prolora,
+    boosted_lora."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay rates of the first and the second moment."""
     eps: float = Field(default=1e-8, gt=0)

@@ -18,8 +18,9 @@ from pydantic import Field, model_validator
 from raylora.spec.base import Frozen
 
 SHARED_FORWARD = (
-    "optimization.lr", "optimization.warmup", "optimization.schedule", "optimization.optimizer", "optimization.betas",
-    "optimization.eps", "optimization.clip_norm", "ensemble.regularizers.decay_a", "ensemble.regularizers.decay_b",
+    "optimization.lr", "optimization.lora_plus_ratio", "optimization.warmup", "optimization.schedule",
+    "optimization.optimizer", "optimization.betas", "optimization.eps", "optimization.clip_norm",
+    "ensemble.regularizers.decay_a", "ensemble.regularizers.decay_b",
     "ensemble.regularizers.decay_head", "ensemble.regularizers.early_stopping",
     "adapter",
 )

@@ -43,6 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
     **{kind: {"kind": kind} for kind in KINDS},
     "lora-rank-1": {"kind": "lora", "rank": 1, "alpha": 1},
     "lora-dropout": {"kind": "lora", "rank": 3, "alpha": 6, "dropout": 0.5},
+    "boosted-ranks": {"kind": "boosted_lora", "rounds": 3, "rank_per_round": 2},
+    "lora-fa": {"kind": "lora", "rank": 2, "freeze_a": True},
     "mos-nothing-private": {"kind": "mos", "rank": 4, "equivalent_rank": 2, "private_rank": 0},
     "mos-all-private": {"kind": "mos", "rank": 2, "equivalent_rank": 2, "private_rank": 2},
     "mos-whole-vectors": {"kind": "mos", "rank": 4, "equivalent_rank": 2, "private_rank": 1, "shards": 1},

@@ -28,7 +28,8 @@ def cases_in(folder: Path, content: dict[str, Any], stages: list[int], ranks: in
         own["adapter"]["dropout"] = 0.1
         own["base"]["quantization"] = "nf4"
         # 40 rows in batches of 7: the last one of an epoch has 5, which are no even number of parts
-        own["optimization"] |= {"zero_stage": stage, "micro_batch": 7, "accumulation": 2, "steps": 8}
+        own["optimization"] |= {"zero_stage": stage, "micro_batch": 7, "accumulation": 2, "steps": 8,
+                                "lora_plus_ratio": 2.0}
         own["ensemble"] |= {"members": 2 * ranks // partners, "regularizers": RULES}
         prepared = prepare(build_spec(own))
         prepared.begin()

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from raylora import registry
-from raylora.adapters.base import Adapter, Site, WholeModel
+from raylora.adapters.base import Adapter, InRounds, PartlyTrained, Site, Tensors, WholeModel
 from raylora.adapters.side_by_side import adapter_of
 from raylora.engine.model.checkpoint import is_decoder, quiet
 from raylora.engine.model.sites import adapter_sites, find_heads
@@ -22,8 +22,24 @@ def adapter_parameters(adapter: Adapter, sites: Sequence[Site], model: nn.Module
     """Return the numbers that an adapter trains on these layers of a model; nothing is allocated."""
     if isinstance(adapter, WholeModel):
         return sum(p.numel() for p in adapter.own_weights(model, heads).values())
+    return _size(_parted(adapter, sites)[0])
+
+
+def kept_parameters(adapter: Adapter, sites: Sequence[Site]) -> int:
+    """Return the numbers that a member keeps beside those and does not train; nothing is allocated."""
+    return 0 if isinstance(adapter, WholeModel) else _size(_parted(adapter, sites)[1])
+
+
+def _parted(adapter: Adapter, sites: Sequence[Site]) -> tuple[Tensors, Tensors]:
+    """Return what is trained and what is kept of a member in its last round, without its head; nothing is allocated."""
     with torch.device("meta"):
         tensors = adapter.build(sites, torch.Generator("cpu")) if sites else {}
+    if isinstance(adapter, InRounds):
+        return adapter.parted(tensors, adapter.rounds - 1)
+    return adapter.parted(tensors) if isinstance(adapter, PartlyTrained) else (tensors, {})
+
+
+def _size(tensors: Tensors) -> int:
     return sum(t.numel() for t in tensors.values())
 
 

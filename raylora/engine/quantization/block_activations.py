@@ -72,31 +72,26 @@ def advance(block: Block, stream: Stream) -> None:
 
 
 @torch.no_grad()
-def observe(block: Block, stream: Stream, take: Callable[[tuple[str, ...], Tensor], None]) -> list[tuple[str, ...]]:
+def observe(
+    block: Block, stream: Stream, take: Callable[[tuple[str, ...], Tensor, Tensor | None], None],
+    reference: Stream | None = None,
+) -> list[tuple[str, ...]]:
     """Run a block once over all batches, and hand on what its linears read.
 
     Linears that are given one and the same tensor (query, key and value; gate and up) are a group and are handed on
     together.
 
     Args:
-        take: called with a group's names and its real tokens, N x I.
+        take: called with a group's names, its real tokens, N x I, and what the same tokens are in the reference.
+        reference: where the same batches stand in the full model.
 
     Returns:
         The groups, in the order they are computed.
     """
     groups: list[tuple[str, ...]] = []
     for index in range(len(stream.hidden)):
-        inputs: list[tuple[Tensor, list[str]]] = []
-        handles = [
-            block.module.get_submodule(name.removeprefix(block.name + ".")).register_forward_pre_hook(
-                _noter(name, inputs)
-            ) for name in block.linears
-        ]
-        try:
-            _run(block, stream, index)
-        finally:
-            for handle in handles:
-                handle.remove()
+        inputs = _inputs(block, stream, index)
+        others = [None] * len(inputs) if reference is None else [x for x, _ in _inputs(block, reference, index)]
         found = [tuple(names) for _, names in inputs]
         if groups and found != groups:
             raise BaseError(
@@ -105,10 +100,30 @@ def observe(block: Block, stream: Stream, take: Callable[[tuple[str, ...], Tenso
             )
         groups = found
         mask_N = stream.masks_BT[index].flatten()
-        for x, names in inputs:
-            rows_NI = x.reshape(-1, x.shape[-1])
-            take(tuple(names), rows_NI[mask_N] if len(rows_NI) == len(mask_N) else rows_NI)
+        for (x, names), other in zip(inputs, others, strict=True):
+            take(tuple(names), _real(x, mask_N), None if other is None else _real(other, mask_N))
     return groups
+
+
+def _inputs(block: Block, stream: Stream, index: int) -> list[tuple[Tensor, list[str]]]:
+    """Return what a block's linears read of one batch, each tensor with the names of those that read it."""
+    inputs: list[tuple[Tensor, list[str]]] = []
+    handles = [
+        block.module.get_submodule(name.removeprefix(block.name + ".")).register_forward_pre_hook(
+            _noter(name, inputs)
+        ) for name in block.linears
+    ]
+    try:
+        _run(block, stream, index)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def _real(x: Tensor, mask_N: Tensor) -> Tensor:
+    rows_NI = x.reshape(-1, x.shape[-1])
+    return rows_NI[mask_N] if len(rows_NI) == len(mask_N) else rows_NI
 
 
 def _run(block: Block, stream: Stream, index: int) -> Tensor:

@@ -33,6 +33,8 @@ class GroupJob:
     """None where nothing was calibrated."""
     quantization: GridSpec
     compensation: CompensationSpec | None = None
+    cross_II: Tensor | None = None
+    """Of those inputs with what the full model has in their place, where a method compares with it."""
 
 
 Solve = Callable[[Sequence[GroupJob]], list[list[Solved]]]
@@ -69,7 +71,8 @@ def solve_group(job: GroupJob) -> list[Solved]:
             quantized = quantize(weight_OI)
         else:
             assert factor is not None
-            quantized, a_RI, b_OR = method.solve(weight_OI, quantize, factor.gram_II, name)
+            towards = {} if job.cross_II is None else {"cross_II": job.cross_II}
+            quantized, a_RI, b_OR = method.solve(weight_OI, quantize, factor.gram_II, name, **towards)
             pair = compact(a_RI), compact(b_OR)
         seconds = time.perf_counter() - started
         errors = errors_of(weight_OI, quantized, pair, factor) if factor is not None else {}

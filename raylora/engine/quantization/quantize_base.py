@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -37,19 +37,23 @@ from raylora.engine.model.quantized_layers import (
     summary_of,
     weight_of,
 )
-from raylora.engine.model.serialization import to_bytes
+from raylora.engine.model.serialization import from_bytes, to_bytes
 from raylora.engine.quantization.block_activations import Stream, advance, observe, open_stream
 from raylora.engine.quantization.calibration import Calibration, load_calibration
 from raylora.engine.quantization.layer_solver import GroupJob, Solve, layer_tensors, solve_here
+from raylora.engine.quantization.model_tuning import tune_pairs
 from raylora.engine.quantization.prepared_base import identity_of, store_of, weights_sha256
 from raylora.errors import BaseError, Interrupted, RunDirectoryError
+from raylora.init.rilq import Spec as RilqSpec
 from raylora.progress import BlockDone, OnBlock
-from raylora.quant.gram import Gram
+from raylora.quant.gram import Cross, Gram
 from raylora.records import LayerErrors, PreparationSummary
 from raylora.spec import BaseSpec, RunSpec, SetSpec
 from raylora.store.run_store import RunStore
 
 _WAIT_S = 2.0
+_TUNED = "tuned"
+"""All pairs after they were tuned together, before the blocks have them."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +153,16 @@ class _Preparation:
         dense_bytes = sum(layer_weight.nbytes for layer_weight in _dense_weights(model, blocks))
         before = self._perplexity(model)
         stream = self._timed("forward", lambda: self._open(model, blocks))
+        reference = self._reference(stream)
         for index, block in enumerate(blocks):
             started = time.perf_counter()
             fresh = not self.store.has_result(block_folder(index))
             if fresh:
-                self._commit(index, self._quantize(block, stream), time.perf_counter() - started)
+                beside = None if self._tunes else reference
+                self._commit(index, self._quantize(block, stream, beside), time.perf_counter() - started)
+            if reference is not None and (self._tunes or index + 1 < len(blocks)):
+                block.module.to(self.dtype)
+                self._timed("forward", partial(advance, block, reference))
             layers = solved_layers(self.store, index, self.grid)
             self.layers += layers
             install(model, layers, self.dtype)
@@ -161,7 +170,11 @@ class _Preparation:
             if stream is not None and index + 1 < len(blocks):
                 self._timed("forward", partial(advance, block, stream))
             self._say(index, len(blocks), time.perf_counter() - started, layers)
-        after = self._perplexity(model.to(self.dtype))
+        model.to(self.dtype)
+        if self._tunes:
+            assert reference is not None
+            self._timed("solve", partial(self._tune, model, blocks, reference))
+        after = self._perplexity(model)
         self._finish(model, blocks, dense_bytes, before, after)
 
     def _open(self, model: Any, blocks: Sequence[Block]) -> Stream | None:
@@ -173,20 +186,61 @@ class _Preparation:
         self.short_of = widest if stream.tokens < widest else 0
         return stream
 
-    def _quantize(self, block: Block, stream: Stream | None) -> list[Solved]:
+    def _reference(self, stream: Stream | None) -> Stream | None:
+        """Return where calibration stands in the full model, for methods that compare with it."""
+        compensation = self.spec.compensation
+        if stream is None or compensation is None or not compensation.reads_full_model:
+            return None
+        return replace(stream, hidden=list(stream.hidden))
+
+    @property
+    def _tunes(self) -> bool:
+        return self.spec.compensation is not None and self.spec.compensation.tunes_together
+
+    def _tune(self, model: Any, blocks: Sequence[Block], reference: Stream) -> None:
+        """Tune all pairs together, commit them, and then each block again with its own; each is done once."""
+        if not self.store.has_result(_TUNED):
+            assert self.calibration is not None
+            batches = [_to(batch, self.device) for batch in self.calibration.batches]
+            is_causal = self.task.auto_class == "AutoModelForCausalLM"
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                found = tune_pairs(
+                    model, blocks, batches, reference, cast(RilqSpec, self.spec.compensation), is_causal,
+                    self.should_stop,
+                )
+            factors = {f"{name}|A": a_RI for name, (a_RI, _) in found.items()}
+            factors |= {f"{name}|B": b_OR for name, (_, b_OR) in found.items()}
+            self.store.commit_result(_TUNED, {"pairs.safetensors": to_bytes(factors)})
+        pairs = from_bytes(self.store.load_result(_TUNED)["pairs.safetensors"])
+        self.layers = []
+        for index in range(len(blocks)):
+            layers = [
+                # What a pair leaves of its layer's own error says nothing here, and is not what was minimized.
+                replace(layer, pair=(pairs[f"{layer.name}|A"], pairs[f"{layer.name}|B"]),
+                        errors={key: layer.errors[key] for key in ("weight", "quantized")})
+                for layer in solved_layers(self.store, index, self.grid)
+            ]
+            self._commit(index, layers, sum(layer.seconds for layer in layers))
+            self.layers += layers
+        for layer in self.layers:
+            linear: Any = model.get_submodule(layer.name)
+            assert layer.pair is not None
+            linear.pair_A_RI, linear.pair_B_OR = (each.to(self.device, self.dtype) for each in layer.pair)
+
+    def _quantize(self, block: Block, stream: Stream | None, reference: Stream | None) -> list[Solved]:
         """Return a block's quantized layers; its weights are read as the checkpoint holds them, before any cast."""
         weights = {name: weight_of(block.module.get_submodule(name.removeprefix(block.name + ".")))
                    for name in block.linears}
         for name, weight in weights.items():
             if not bool(torch.isfinite(weight).all()):
                 raise BaseError(f"{name}: its weights are not finite", "the checkpoint is damaged: fetch it again")
-        grams: dict[tuple[str, ...], Tensor | None] = {tuple(block.linears): None}
+        grams: dict[tuple[str, ...], tuple[Tensor | None, Tensor | None]] = {tuple(block.linears): (None, None)}
         if stream is not None:
             block.module.to(self.dtype)
-            grams = self._timed("forward", lambda: _grams(block, stream, self.device))
+            grams = self._timed("forward", lambda: _grams(block, stream, self.device, reference))
         jobs = [
-            GroupJob({name: weights[name] for name in names}, gram_II, self.grid, self.spec.compensation)
-            for names, gram_II in grams.items()
+            GroupJob({name: weights[name] for name in names}, gram_II, self.grid, self.spec.compensation, cross_II)
+            for names, (gram_II, cross_II) in grams.items()
         ]
         solved = self._timed("solve", lambda: self.solve(jobs))
         by_name = {layer.name: layer for group in solved for layer in group}
@@ -274,16 +328,22 @@ def perplexity(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> float:
     return math.exp(total / count)
 
 
-def _grams(block: Block, stream: Stream, device: torch.device) -> dict[tuple[str, ...], Tensor]:
+def _grams(
+    block: Block, stream: Stream, device: torch.device, reference: Stream | None
+) -> dict[tuple[str, ...], tuple[Tensor, Tensor | None]]:
+    """Return by group of linears X'^T X' of what they read, and X'^T X with what they read in the reference."""
     grams: dict[tuple[str, ...], Gram] = {}
+    crosses: dict[tuple[str, ...], Cross] = {}
 
-    def take(names: tuple[str, ...], x_NI: Tensor) -> None:
+    def take(names: tuple[str, ...], x_NI: Tensor, reference_NI: Tensor | None) -> None:
         if names not in grams:
             grams[names] = Gram(x_NI.shape[1], device)
         grams[names].add(x_NI, "/".join(names))
+        if reference_NI is not None:
+            crosses.setdefault(names, Cross(x_NI.shape[1], device)).add(x_NI, reference_NI)
 
-    observe(block, stream, take)
-    return {names: gram.matrix_II for names, gram in grams.items()}
+    observe(block, stream, take, reference)
+    return {names: (gram.matrix_II, crosses[names].matrix_II if crosses else None) for names, gram in grams.items()}
 
 
 def _dense_weights(model: Any, blocks: Sequence[Block]) -> list[Tensor]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from raylora.adapters.base import Site
 from raylora.data.task import Task
-from raylora.engine.training.member_plan import member_plans_of
+from raylora.engine.training.member_plan import member_plans_of, rounds_of
+from raylora.engine.training.schedule import round_starts
 from raylora.engine.training.weight_moments import collection_steps
 from raylora.errors import SpecError
 from raylora.placement.plan import Plan
@@ -42,7 +43,11 @@ def _check_laplace(spec: RunSpec, task: Task) -> None:
             f"baselines.laplace: is there for classes, and {spec.task.kind} predicts none",
             "leave it out, or use task.kind: classification or multiple_choice",
         )
-    kind = member_plans_of(spec)[0].adapter.kind
+    adapter = member_plans_of(spec)[0].adapter
+    kind = adapter.kind
+    if getattr(adapter, "freeze_a", False):
+        raise SpecError("baselines.laplace: is over both of LoRA's matrices, and adapter.freeze_a trains B alone",
+                        "leave it out, or use baselines.swag, which takes any adapter")
     if kind != "lora":
         raise SpecError(
             f"baselines.laplace: is over LoRA's matrices, and adapter.kind of member 0 is {kind}",
@@ -81,12 +86,25 @@ def baseline_notes(spec: RunSpec, sites: Sequence[Site]) -> list[str]:
 
 
 def check_lengths(spec: RunSpec, total: int) -> None:
-    """Refuse moments of weights that are counted in less than twice in a training of ``total`` steps.
+    """Refuse what a training of ``total`` steps is too short for.
 
     Raises:
-        SpecError: one weight vector has no variance.
+        SpecError: rounds without a step; moments of weights that are counted in once, or over several rounds.
     """
-    swag = spec.baselines.swag
+    swag, plans = spec.baselines.swag, member_plans_of(spec)
+    for rounds in {rounds_of(plan) for plan in plans}:
+        if rounds > total:
+            raise SpecError(f"adapter.rounds: {rounds} rounds have no steps of their own in a training of {total}",
+                            f"use at most {total}, or train longer")
+    if swag is not None and rounds_of(plans[0]) > 1:
+        begins = round_starts(total, rounds_of(plans[0]))[-1]
+        counted = collection_steps(swag, total)[0]
+        if counted <= begins:
+            raise SpecError(
+                f"baselines.swag: counts weights in from step {counted} on, and the last round of member 0 begins with "
+                f"step {begins + 1}: before, other weights are trained",
+                "lower baselines.swag.last, or leave it out",
+            )
     if swag is not None and len(collection_steps(swag, total)) < 2:
         raise SpecError(
             f"baselines.swag: weights are counted in once in a training of {total} steps, and one has no variance",

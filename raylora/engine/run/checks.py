@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raylora.adapters.base import WholeModel
+from raylora.adapters.base import TwoFactors, WholeModel
+from raylora.adapters.side_by_side import adapter_of
 from raylora.data.sets import DataSets
 from raylora.data.task import Task
 from raylora.engine.generation.questions import answers_obstacle
 from raylora.engine.model.blocks import find_blocks
 from raylora.engine.run.baseline_checks import check_sureness
 from raylora.engine.run.demand import Shell
-from raylora.engine.training.member_plan import member_adapters, member_plans_of
+from raylora.engine.training.member_plan import PlanRole, member_adapters, member_plans_of
 from raylora.engine.training.row_packing import check_packing
 from raylora.ensemble.answer_metrics import ANSWER_METRICS
 from raylora.ensemble.outputs import output_of
@@ -34,6 +35,7 @@ def check_task(spec: RunSpec, task: Task) -> None:
     check_rule(output_of(task.output), spec.ensemble.aggregate)
     check_sureness(spec, task)
     check_packing(spec, task)
+    _check_rates(spec)
 
 
 def _check_regularizers(regularizers: RegularizersSpec, spec: RunSpec, task: Task) -> None:
@@ -57,6 +59,21 @@ def _check_regularizers(regularizers: RegularizersSpec, spec: RunSpec, task: Tas
             "base's, and the base's own head is not trained",
             "use early_stopping, decay_a, decay_b or decay_head",
         )
+
+
+def _check_rates(spec: RunSpec) -> None:
+    """Refuse LoRA+ for members that have no A and B, and decay of an A that is not trained. Raises: SpecError."""
+    for plan in member_plans_of(spec):
+        if getattr(plan.adapter, "freeze_a", False) and plan.regularizers.decay_a:
+            raise SpecError("ensemble.regularizers.decay_a: adapter.freeze_a keeps A as it was drawn",
+                            "leave one of them out, or use decay_b")
+        if plan.role is PlanRole.LAST_LAYER or isinstance(adapter_of(plan.adapter), TwoFactors):
+            continue
+        if plan.optimization.lora_plus_ratio != 1:
+            raise SpecError(
+                f"optimization.lora_plus_ratio: adapter.kind {plan.adapter.kind} has no pair of A and B whose rates "
+                "could differ", "leave it out (1), or use adapter.kind lora, mos, melora, prolora or boosted_lora",
+            )
 
 
 def check_placement(spec: RunSpec, shell: Shell) -> None:
@@ -110,13 +127,15 @@ def check_start(spec: RunSpec, quantized: Sequence[str], sites: Sequence[str]) -
 def doubts(spec: RunSpec, sets: DataSets) -> list[str]:
     """Return what is allowed and most likely a mistake."""
     found = []
-    rates = {
-        plan.optimization.lr: None for plan in member_plans_of(spec)
-        if plan.optimization.optimizer == "adamw" and plan.optimization.lr > _LARGE_LR
-    }
-    for lr in rates:
+    rates: dict[str, None] = {}
+    for own in (plan.optimization for plan in member_plans_of(spec)):
+        if own.optimizer == "adamw" and own.lr > _LARGE_LR:
+            rates[f"lr: {own.lr:g}"] = None
+        elif own.optimizer == "adamw" and own.lr * own.lora_plus_ratio > _LARGE_LR:
+            rates[f"lora_plus_ratio: {own.lr:g} * {own.lora_plus_ratio:g} = {own.lr * own.lora_plus_ratio:g}"] = None
+    for rate in rates:
         found.append(
-            f"optimization.lr: {lr:g} is far beyond what trains (1e-5 to 1e-2 is usual): expect losses "
+            f"optimization.{rate} is far beyond what trains (1e-5 to 1e-2 is usual): expect losses "
             "that are not finite"
         )
     seen = {example.label for example in sets.train.examples}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raylora import registry
-from raylora.adapters.base import Adapter, NeedsBaseWeights, Site, WholeModel, is_linear, site_of
+from raylora.adapters.base import Adapter, NeedsBaseWeights, PartlyTrained, Site, WholeModel, is_linear, site_of
 from raylora.adapters.side_by_side import adapter_of
 from raylora.data.answered import prompt_length
 from raylora.data.sets import DataSets
@@ -20,7 +20,7 @@ from raylora.distill import AsksTeacher
 from raylora.engine.model.blocks import find_blocks
 from raylora.engine.model.checkpoint import quantizer_of, shell_model
 from raylora.engine.model.machine import compute_dtype
-from raylora.engine.model.parameter_count import adapter_parameters
+from raylora.engine.model.parameter_count import adapter_parameters, kept_parameters
 from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.model.split_base import MOST_PARTS
 from raylora.engine.training.distillation_loss import loss_of, task_of
@@ -44,7 +44,9 @@ class Shell:
     sites: Sequence[Site]
     heads: Sequence[str]
     member_parameters: int
-    """Those of the largest member."""
+    """What is trained of the largest member."""
+    kept_parameters: int = 0
+    """What is kept beside it and is not trained, of the member that keeps most."""
 
 
 def shell_of(spec: RunSpec, task: Task) -> Shell:
@@ -58,7 +60,8 @@ def shell_of(spec: RunSpec, task: Task) -> Shell:
     parameters = max(adapter_parameters(adapter_of(one), sites, model, heads) for one in own) + sum(
         p.numel() for name in heads for p in model.get_submodule(name).parameters()
     )
-    return Shell(model, adapter, sites, heads, parameters)
+    kept = max(kept_parameters(adapter_of(one), sites) for one in own)
+    return Shell(model, adapter, sites, heads, parameters, kept)
 
 
 def _check_side_by_side(adapters: Sequence[AdapterSpec], sites: Sequence[Site]) -> None:
@@ -79,7 +82,8 @@ def demand_of(
     beside_bytes, asked = _teacher_bytes(spec, batch.time, on_gpu)
     model = replace(_model_shape(spec, shell, on_gpu), beside_bytes=beside_bytes)
     member = replace(
-        batch, parameters=shell.member_parameters, input_widths=_input_widths(spec, shell.sites, model),
+        batch, parameters=shell.member_parameters, kept_parameters=shell.kept_parameters,
+        input_widths=_input_widths(spec, shell.sites, model),
         logit_chunk=_logit_chunk(spec, shell, model.vocabulary, on_gpu), asked_bytes=asked,
     )
     return Demand(groups_of(units), model, member, unpackable_reason(units[0]), _unsplittable_reason(spec, shell))
@@ -97,7 +101,8 @@ def _teacher_bytes(spec: RunSpec, time: int, on_gpu: bool) -> tuple[int, int]:
     shell = shell_of(teacher, task_of(teacher))
     shape = _model_shape(teacher, shell, on_gpu)
     base = 0 if teacher.base == spec.base else shape.block_bytes + shape.embedding_bytes + shape.workspace_bytes
-    return base + ADAPTER_BYTES * members * shell.member_parameters, asked_bytes(shape, members, time, on_gpu)
+    size = shell.member_parameters + shell.kept_parameters
+    return base + ADAPTER_BYTES * members * size, asked_bytes(shape, members, time, on_gpu)
 
 
 def groups_of(units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:
@@ -213,11 +218,18 @@ def _feed_forward(block: nn.Module, hidden: int) -> tuple[int, bool]:
 
 def _input_widths(spec: RunSpec, sites: Sequence[Site], model: ModelShape) -> int:
     """Return the widths of what the adapters keep of their inputs; neighbors read the same tensor."""
-    if any(own.dropout for own in member_adapters(spec)):  # each drops other numbers: a copy and its mask
-        return 2 * sum(site.in_features for site in sites)
-    if model.keeps_inputs:
+    own = member_adapters(spec)
+    is_kept = any(_keeps_inputs(one) for one in own)
+    if any(one.dropout for one in own):  # each drops other numbers: a mask, and a copy where it is kept
+        return (1 + is_kept) * sum(site.in_features for site in sites)
+    if model.keeps_inputs or not is_kept:
         return 0
     return sum(width for _, width in {(site.name.rpartition(".")[0], site.in_features) for site in sites})
+
+
+def _keeps_inputs(spec: AdapterSpec) -> bool:
+    adapter = adapter_of(spec)
+    return adapter.keeps_inputs if isinstance(adapter, PartlyTrained) else True
 
 
 class _Asked(Exception):

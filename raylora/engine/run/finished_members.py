@@ -13,6 +13,7 @@ from raylora.adapters.side_by_side import SideBySide, adapter_of
 from raylora.engine.model.base import Base
 from raylora.engine.model.member_tensors import expected_layout, frozen_tensors_of
 from raylora.engine.model.serialization import check_layout, from_bytes
+from raylora.engine.run.compressed_members import FILE, decompress_member
 from raylora.engine.training.member_plan import member_plans_of
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
@@ -68,7 +69,7 @@ def read_members(
 def weight_digests(store: RunStore, names: Sequence[str]) -> list[list[str]]:
     """Return each finished member's name with the SHA-256 of its weights. Raises: StoreError for a damaged one."""
     files = ((name, store.load_result(f"members/{name}")) for name in names)
-    return [[name, hashlib.sha256(found["adapter_model.safetensors"]).hexdigest()] for name, found in files]
+    return [[name, hashlib.sha256(weights_of(found)).hexdigest()] for name, found in files]
 
 
 def members_digest(spec: RunSpec, store: RunStore, names: Sequence[str]) -> str:
@@ -84,8 +85,15 @@ def members_digest(spec: RunSpec, store: RunStore, names: Sequence[str]) -> str:
 
 def member_tensors(files: Mapping[str, bytes]) -> Tensors:
     """Return what a member's folder holds, under raylora's names."""
+    if FILE in files:
+        return decompress_member(files[FILE])
     config = files.get("adapter_config.json")
     return from_peft(from_bytes(files["adapter_model.safetensors"]), json.loads(config) if config else None)
+
+
+def weights_of(files: Mapping[str, bytes]) -> bytes:
+    """Return the file of a member's folder that holds its weights."""
+    return files[FILE] if FILE in files else files["adapter_model.safetensors"]
 
 
 def member_facts(files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raylora.engine.training.answer_validation import watched_by_answers
-from raylora.engine.training.member_plan import MADE_OF_MEMBER_0, MemberPlan, member_plans_of
+from raylora.engine.training.member_plan import MADE_OF_MEMBER_0, MemberPlan, member_plans_of, rounds_of
 from raylora.engine.training.schedule import DEFAULT_EPOCHS, learning_rate_factor, restart_steps, total_steps
 from raylora.errors import RunDirectoryError
 from raylora.records import DataRecord
@@ -151,6 +151,8 @@ def _other_steps(begun: RunSpec, wanted: RunSpec, rows: int) -> str:
     before, after = (total_steps(rows, spec.optimization) for spec in (begun, wanted))
     if after < before:
         return f"the members have taken {before} steps"
+    if after > before and any(rounds_of(plan) > 1 for plan in member_plans_of(begun)):
+        return "members train in rounds, which are equal parts of the whole training"
     if wanted.baselines.checkpoints and after > before:
         return "the checkpoints baseline is made of the last epochs, which would no longer be the last"
     if wanted.baselines.swag is not None and after > before:

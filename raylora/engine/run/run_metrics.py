@@ -118,7 +118,8 @@ def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: f
         "parameters": {
             "base": max((job["base_parameters"] for job in jobs), default=0),
             "head": max((job.get("head_parameters", 0) for job in jobs), default=0),
-            "per_member_trainable": max((job["member_parameters"] for job in jobs), default=0),
+            "per_member_trainable": max((job.get("trained_parameters", job["member_parameters"]) for job in jobs),
+                                        default=0),
         },
         "compute": _compute(jobs),
         "data": (store.read_json("data.json") or {}).get("sets", []),

@@ -235,6 +235,7 @@ class TrainingSession:
             "base_parameters": self.base.parameters,
             "head_parameters": sum(p.numel() for head in self.base.heads.values() for p in head.parameters()),
             "member_parameters": max((sum(t.numel() for t in one.tensors.values()) for one in done), default=0),
+            "trained_parameters": max((state.optimizer.size for state in trainer.states), default=0),
             "compute_dtype": str(self.base.dtype).removeprefix("torch."),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
@@ -302,7 +303,7 @@ class TrainingSession:
         first = next((t for t in trainer.states if t.plan.name == "member-000"), None)
         epochs = trainer.epochs(trainer.total - 1) + 1
         if self._is_first and wanted and first is not None and first.training and epoch > epochs - wanted:
-            content = serialization.to_bytes(first.optimizer.tensors())
+            content = serialization.to_bytes(first.tensors())
             self.store.commit_result(f"snapshots/epoch-{epoch:03d}", {"member.safetensors": content})
 
 

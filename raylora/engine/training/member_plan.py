@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from raylora import registry
-from raylora.adapters.base import NeedsBaseWeights, Unpackable, WholeModel
+from raylora.adapters.base import InRounds, NeedsBaseWeights, Unpackable, WholeModel
 from raylora.adapters.side_by_side import adapter_of
 from raylora.data.order import derive_seed
 from raylora.errors import BaseError
@@ -116,6 +116,12 @@ def member_adapters(spec: RunSpec) -> list[AdapterSpec]:
     """Return the adapters that a run's members have, each once."""
     found = {repr(plan.adapter): plan.adapter for plan in member_plans_of(spec) if plan.role is PlanRole.MEMBER}
     return list(found.values())
+
+
+def rounds_of(plan: MemberPlan) -> int:
+    """Return in how many rounds a plan trains."""
+    adapter = adapter_of(plan.adapter)
+    return adapter.rounds if isinstance(adapter, InRounds) else 1
 
 
 def unpackable_reason(plan: MemberPlan) -> str:

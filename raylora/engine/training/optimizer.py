@@ -12,12 +12,12 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from raylora.adapters.base import HEAD, Adapter, Tensors
+from raylora.adapters.base import HEAD, Adapter, Tensors, TwoFactors
 from raylora.engine.model.gang import Gang, GangPlace, backend_for
 from raylora.engine.training.schedule import learning_rate_factor
 from raylora.spec import OptimizationSpec, RegularizersSpec
@@ -106,13 +106,19 @@ class MemberOptimizer:
         anchors: Mapping[str, Tensor] | None = None,
         restarts: Sequence[int] = (),
         gang: Gang | None = None,
+        renewals: Sequence[int] = (),
     ) -> None:
-        """Build the engine; every decay is its own parameter group, so that A, B and the head decay on their own.
+        """Build the engine; every decay and every rate is its own parameter group: A, B and the head have theirs.
+
+        With LoRA+ (arXiv 2402.12354, section 4) ``A <- A - eta G_A`` and ``B <- B - lambda eta G_B``, where G is what
+        the optimizer makes of the gradient, eta the scheduled rate and lambda ``optimization.lora_plus_ratio``; the
+        decoupled decay of B goes by B's rate, too.
 
         Args:
             anchors: what a tensor's weight decay pulls towards, where that is not zero.
             restarts: steps at which the schedule starts anew.
             gang: the ranks that this process is one of; the member lives on it, or on it and its partners.
+            renewals: steps at which the adapter's tensors are others, with moments of their own.
         """
         import deepspeed
 
@@ -120,18 +126,20 @@ class MemberOptimizer:
         self.device = device
         self.partners = gang.partners if gang is not None else None
         self.optimization = optimization
-        self.total_steps, self.restarts = total_steps, restarts
+        self.total_steps, self.restarts, self.renewals = total_steps, restarts, renewals
         self.steps_done = 0
         self.grad_norm = 0.0
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self._groups = _groups_by_decay(self.names, adapter, regularizers)
+        self.lr = optimization.lr
+        """The scheduled learning rate of the latest update, that of all but LoRA+'s B."""
+        self._groups = _groups_by_rule(self.names, adapter, optimization, regularizers, bool(renewals))
         container = nn.Module()
         container.flat = nn.ParameterList(
             [nn.Parameter(_flat(tensors, names, device)) for names in self._groups.values()]
         )
         self._flat_P = list(container.flat)
         groups = [
-            {"params": [p_P], "weight_decay": decay} for decay, p_P in zip(self._groups, self._flat_P, strict=True)
+            {"params": [p_P], "weight_decay": rule.decay} for rule, p_P in zip(self._groups, self._flat_P, strict=True)
         ]
         self._anchors_P = [self._flat_anchor(names, anchors or {}) for names in self._groups.values()]
         self.engine, self._optimizer, *_ = deepspeed.initialize(
@@ -140,6 +148,11 @@ class MemberOptimizer:
         )
         # ZeRO moves the flat parameters once, while it is built; views made before that would be left behind.
         self.parameters = self._by_name([p_P.detach() for p_P in self._flat_P])
+
+    @property
+    def size(self) -> int:
+        """How many numbers are trained."""
+        return sum(p_P.numel() for p_P in self.parameters.values())
 
     def tensors(self) -> Tensors:
         """Return the live parameters, views into the flat ones; read them, do not write them."""
@@ -158,8 +171,9 @@ class MemberOptimizer:
         boundary = self.engine.is_gradient_accumulation_boundary()
         if boundary:
             factor = learning_rate_factor(self.optimization, self.steps_done, self.total_steps, self.restarts)
-            for group in self._optimizer.param_groups:
-                group["lr"] = self.optimization.lr * factor
+            self.lr = self.optimization.lr * factor
+            for rule, group in zip(self._groups, self._optimizer.param_groups, strict=True):
+                group["lr"] = self.lr * rule.rate
             if self.optimization.zero_stage == 0:
                 self.grad_norm = _norm([p_P.grad for p_P in self._flat_P])
         self.engine.step()
@@ -173,19 +187,14 @@ class MemberOptimizer:
     @torch.no_grad()
     def _pull_back(self) -> None:
         """Turn decay towards zero into decay towards the anchors: give back ``lr * decay * anchor``."""
-        for index, (decay, p_P, anchor_P) in enumerate(zip(self._groups, self._flat_P, self._anchors_P, strict=True)):
-            if anchor_P is None or not decay:
+        for index, (rule, p_P, anchor_P) in enumerate(zip(self._groups, self._flat_P, self._anchors_P, strict=True)):
+            if anchor_P is None or not rule.decay:
                 continue
-            given_P = self.lr * decay * anchor_P
+            given_P = self.lr * rule.rate * rule.decay * anchor_P
             p_P.add_(given_P)
             updated = self._updated(index)
             if updated is not p_P:  # ZeRO updates a padded copy, or this rank's part of one
                 updated.add_(self._part(given_P, updated))
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the latest update."""
-        return float(self._optimizer.param_groups[0]["lr"])
 
     def state(self) -> Tensors:
         """Return the optimizer's moments as ``<name>|<moment>``, in the matrices' shapes whatever the ZeRO stage."""
@@ -201,16 +210,19 @@ class MemberOptimizer:
         return {f"{name}|{key}": by_name[name].clone() for name in self.names for key, by_name in moments.items()}
 
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
-        """Continue from saved moments; the parameters were given to the constructor."""
+        """Continue from saved moments; the parameters were given to the constructor. What has none begins anew."""
         self.steps_done = steps_done
         if not steps_done or not state:
             return
-        for index, names in enumerate(self._groups.values()):
+        for index, (rule, names) in enumerate(self._groups.items()):
+            if not all(f"{names[0]}|{key}" in state for key in _STATE_KEYS[self.optimization.optimizer]):
+                continue
             updated, own = self._updated(index), self._state_of(index)
             for key in _STATE_KEYS[self.optimization.optimizer]:
                 saved_P = _flat(state, [f"{name}|{key}" for name in names], self.device)
                 own[key] = self._part(saved_P, updated).to(updated.dtype).clone()
-            own["step"] = torch.tensor(float(steps_done))  # bias correction depends on how many updates there were
+            begun = max((at for at in self.renewals if at < steps_done), default=0) if rule.is_renewed else 0
+            own["step"] = torch.tensor(float(steps_done - begun))  # bias correction depends on how many there were
 
     def _by_name(self, flat_P: Sequence[Tensor]) -> Tensors:
         """Return the matrices, in the order they were given in, as views into one flat tensor per group."""
@@ -261,18 +273,33 @@ def _flat(tensors: Mapping[str, Tensor], names: Sequence[str], device: torch.dev
     return torch.cat([tensors[name].detach().to(device, torch.float32).flatten() for name in names])
 
 
-def _groups_by_decay(names: Sequence[str], adapter: Adapter, rules: RegularizersSpec) -> dict[float, list[str]]:
-    """Return the names by their decay, in the order of their first."""
-    groups: dict[float, list[str]] = {}
+class _Rule(NamedTuple):
+    """What the numbers of one flat parameter have in common."""
+
+    decay: float
+    rate: float
+    """By what the scheduled learning rate is multiplied."""
+    is_renewed: bool = False
+    """They become others in the course of training, so their updates are counted apart."""
+
+
+def _groups_by_rule(
+    names: Sequence[str], adapter: Adapter, optimization: OptimizationSpec, rules: RegularizersSpec, renews: bool
+) -> dict[_Rule, list[str]]:
+    """Return the names by their decay and rate, in the order of their first."""
+    groups: dict[_Rule, list[str]] = {}
     for name in names:
-        groups.setdefault(_decay(name, adapter, rules), []).append(name)
+        rule = _rule(name, adapter, optimization, rules)
+        groups.setdefault(rule._replace(is_renewed=renews and not name.startswith(HEAD)), []).append(name)
     return groups
 
 
-def _decay(name: str, adapter: Adapter, rules: RegularizersSpec) -> float:
+def _rule(name: str, adapter: Adapter, optimization: OptimizationSpec, rules: RegularizersSpec) -> _Rule:
     if name.startswith(HEAD):
-        return rules.decay_head
-    return rules.decay_a if adapter.decay_group(name) == "a" else rules.decay_b
+        return _Rule(rules.decay_head, 1.0)
+    if adapter.decay_group(name) == "a":
+        return _Rule(rules.decay_a, 1.0)
+    return _Rule(rules.decay_b, optimization.lora_plus_ratio if isinstance(adapter, TwoFactors) else 1.0)
 
 
 def _optimizer(groups: list[dict[str, Any]], spec: OptimizationSpec) -> torch.optim.Optimizer:

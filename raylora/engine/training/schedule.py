@@ -32,6 +32,11 @@ def restart_steps(rows: int, spec: OptimizationSpec) -> tuple[int, ...]:
     return tuple(int(at) if spec.steps is not None else _steps_of(at, rows, spec) for at in spec.restarts)
 
 
+def round_starts(total: int, rounds: int) -> list[int]:
+    """Return the steps, from 0, with which the rounds of a training begin: equal parts of it, but for rounding."""
+    return [total * number // rounds for number in range(rounds)]
+
+
 def _steps_of(epochs: float, rows: int, spec: OptimizationSpec) -> int:
     return max(1, math.ceil(epochs * micro_batches_per_epoch(rows, spec) / spec.accumulation))
 

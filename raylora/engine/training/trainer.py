@@ -77,8 +77,8 @@ class PackTrainer:
         """Marks each step on a timeline."""
         self.total = total_steps(len(train), settings.optimization)
         self.step = next(iter(saved.values()))[1]["step"] if saved else 0
-        builder = MemberBuilder(model, train, settings.optimization, settings.ensemble)
-        self.states = [builder.build(plan, (saved or {}).get(plan.name)) for plan in plans]
+        self._builder = MemberBuilder(model, train, settings.optimization, settings.ensemble)
+        self.states = [self._builder.build(plan, (saved or {}).get(plan.name)) for plan in plans]
         self._side_by_side = SideBySide.of([plan.adapter for plan in plans])
         self._places = {plan.name: place for place, plan in enumerate(plans)}
         self.own_answers = None
@@ -155,6 +155,8 @@ class PackTrainer:
         started = time.perf_counter()
         accumulation = self.settings.optimization.accumulation
         active = [t for t in self.states if t.training]
+        if self._builder.begin_rounds(active, self.step):
+            self._frozen_of = (), {}
         sums = dict.fromkeys((t.plan.name for t in active), 0.0)
         tokens = 0
         own = {}
@@ -217,7 +219,7 @@ class PackTrainer:
         """Return the pack's tensors for this step, made anew after an update and when a member has left."""
         names = tuple(t.plan.name for t in stepping)
         if self._frozen_of[0] != names:
-            self._frozen_of = names, self.stack(stepping, [t.frozen_tensors for t in stepping])
+            self._frozen_of = names, self.stack(stepping, [t.beside() for t in stepping])
         if self._ready is None or self._ready[0] != (self.step, names):
             stacked = self.stack(stepping, [t.optimizer.tensors() for t in stepping])
             step = self.model.step_tensors(stacked, self._frozen_of[1], accumulation)
@@ -235,7 +237,7 @@ class PackTrainer:
         """Count in the weights of members whose moments a baseline draws from."""
         for state in self.states:
             if state.training and self.step in self._collected.get(state.plan.name, ()):
-                state.moments.add(state.optimizer.tensors())
+                state.moments.add(state.tensors())
 
     # --- epochs and early stopping ------------------------------------------------------------------
     def _validate(self) -> list[str]:
