@@ -381,6 +381,37 @@ class DataRecord(TypedDict):
     sets: list[DataSet]
 
 
+class CompressedSize(TypedDict):
+    """What one member became when its run was compressed."""
+
+    member: str
+    size_bytes: int
+    compressed_bytes: int
+    change_error: float
+    vectors: dict[str, int]
+    """Bits -> how many pairs of singular vectors have them; 0 are left out."""
+
+
+class MetricDifference(TypedDict):
+    """A metric of the ensemble on a set, before and after."""
+
+    set: str
+    metric: str
+    whole: float
+    compressed: float
+
+
+class Compression(TypedDict):
+    """``compression.json`` of a run that ``raylora compress`` wrote."""
+
+    budget: float
+    of: str
+    """The run that was compressed."""
+    folder: str
+    members: list[CompressedSize]
+    differences: list[MetricDifference]
+
+
 class JobTiming(TypedDict):
     """``timing/<job>.json``: what one job took, and where."""
 

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from raylora.ensemble.metric_table import METRICS
-
 if TYPE_CHECKING:
     from raylora.serve.compress import Compressed
 
@@ -43,6 +41,8 @@ def answer_tables(described: dict[str, Any]) -> list[Table]:
 
 def compression_tables(done: Compressed) -> list[Table]:
     """Return tables of what members became, and of what the ensemble's metrics were and are."""
+    from raylora.ensemble.metric_table import METRICS  # brings torch, which other commands need not wait for
+
     sizes = Table("member", "bytes", "compressed", "share", "change lost", "vectors of 8 / 3 / 2 / no bits")
     for one in done.members:
         vectors = " / ".join(str(one.vectors[bits]) for bits in (8, 3, 2, 0))

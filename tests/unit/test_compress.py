@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from run_helpers import weights
+from test_records import misfits
 
 from raylora.adapters.base import HEAD
 from raylora.control import Phase
@@ -28,6 +29,7 @@ from raylora.quant.pair import (
     singular_factors,
     whole_error,
 )
+from raylora.records import Compression
 from raylora.serve.compress import compress_run
 from raylora.serve.export import export_run
 from raylora.serve.predictor import load_ensemble
@@ -169,6 +171,7 @@ def test_a_compressed_run_predicts_is_reported_and_exports(make_spec: Make, trai
     assert verify_run(done.folder) and not [part for part in verify_run(done.folder) if part.problem]
     assert read_state(RunStore(done.folder)).phase is Phase.SUCCEEDED
     record = RunStore(done.folder).read_json("compression.json")
+    assert not misfits(record, Compression)
     assert record["budget"] == 0.4 and record["of"] == "whole"
     metrics = [RunStore(folder).read_json("metrics.json") for folder in (run, done.folder)]
     test = {d.metric: d for d in done.differences if d.set == "test"}

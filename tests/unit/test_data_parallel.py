@@ -16,6 +16,7 @@ from raylora.engine.run.plan_run import prepare
 from raylora.spec import build_spec
 from raylora.store.run_store import RunStore
 
+BOOSTED = {"kind": "boosted_lora", "rounds": 3, "rank_per_round": 2, "target_modules": ["query", "value"]}
 RULES = {"decay_a": 0.1, "kl": {"beta": 0.5}}
 
 
@@ -56,18 +57,21 @@ def optimizer_bytes(session: Any, rank: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "partners", "is_split", "stages"),
+    ("ranks", "partners", "is_split", "stages", "adapter"),
     [
-        pytest.param(2, 2, False, [0, 2], id="two ranks"),
-        pytest.param(2, 2, False, [0, 1], id="two ranks, the other stage", marks=pytest.mark.slow),
-        pytest.param(4, 2, True, [0, 2], id="two pairs over a split base", marks=pytest.mark.slow),
-        pytest.param(2, 2, True, [1], id="two ranks over a split base", marks=pytest.mark.slow),
-        pytest.param(3, 3, False, [0], id="three ranks", marks=pytest.mark.slow),
+        pytest.param(2, 2, False, [0, 2], {}, id="two ranks"),
+        pytest.param(2, 2, False, [0, 1], {}, id="two ranks, the other stage", marks=pytest.mark.slow),
+        pytest.param(4, 2, True, [0, 2], {}, id="two pairs over a split base", marks=pytest.mark.slow),
+        pytest.param(2, 2, True, [1], {}, id="two ranks over a split base", marks=pytest.mark.slow),
+        pytest.param(2, 2, False, [0, 2], BOOSTED, id="two ranks, members in rounds", marks=pytest.mark.slow),
+        pytest.param(3, 3, False, [0], {}, id="three ranks", marks=pytest.mark.slow),
     ],
 )
 def test_partners_train_the_member_that_one_rank_trains(
-    ranks: int, partners: int, is_split: bool, stages: list[int], content: dict[str, Any], tmp_path: Path
+    ranks: int, partners: int, is_split: bool, stages: list[int], adapter: dict[str, Any], content: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
+    content["adapter"] = adapter or content["adapter"]
     alone = cases_in(tmp_path / "alone", content, stages, ranks, partners)
     together = cases_in(tmp_path / "together", content, stages, ranks, partners)
     first = [Case(c.content, [dict(p for jobs in c.jobs_of_ranks[::partners] for p in jobs.items())]) for c in alone]

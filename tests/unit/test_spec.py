@@ -248,7 +248,7 @@ def test_every_kind_loads_and_says_its_own_name(seam: str) -> None:
 
 
 def test_an_unknown_kind_lists_the_known_ones() -> None:
-    with pytest.raises(SpecError, match="known: dora, .*full, .*lora, .*mos, .*none"):
+    with pytest.raises(SpecError, match="known: boosted_lora, dora, .*full, .*lora, .*mos, .*none"):
         registry.load("adapter", "zzz")
 
 
