@@ -6,7 +6,8 @@ On a causal LM (SmolLM2-135M): perplexity on held-out news at step 0, and after 
 (MiniLM-L6): accuracy and NLL on movie reviews after fine-tuning. Every contender is fine-tuned at the same rates, with
 several seeds at each, as the members of one run; the validation rows choose its rate, and the test rows are read at
 that one alone. The encoder reads every row once, so that nobody learns rows by heart. LoftQ, ApiQ, RILQ and CLoQ start
-the LoRA from their pair, as their papers do; "frozen" leaves it in the base, under a fresh LoRA, as runs do by default.
+the LoRA from their pair, as their papers do, with factors as solved, or with A as long as a fresh LoRA's ("fresh
+start"); "frozen" leaves the pair in the base, under a fresh LoRA, as runs do by default.
 The LM's weights went through a 4-bit file once, so its 4-bit rows are optimistic; the encoder's are float32.
 """
 
@@ -28,7 +29,7 @@ from benchmarks import record
 RANK = 16
 """On layers this small a pair of rank 64, the paper's, would take more bits than the codes."""
 RATES = (5e-4, 1e-3, 2e-3)
-_PAIR = {"rank": RANK, "trainable": True, "start": "fresh"}
+_PAIR = {"rank": RANK, "trainable": True}
 _GRID = {"group_size": 64}
 _MAGR = {"magr": True, "magr_iterations": 25}
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
@@ -40,11 +41,12 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "ApiQ": ({"kind": "rtn", **_GRID}, {"kind": "apiq", **_PAIR}),
     "RILQ": ({"kind": "rtn", **_GRID}, {"kind": "rilq", **_PAIR}),
     "CLoQ": ({"kind": "optq", **_MAGR, **_GRID}, {"kind": "cloq", **_PAIR}),
+    "LoftQ, fresh start": ({"kind": "rtn", **_GRID}, {"kind": "loftq", **_PAIR, "start": "fresh"}),
+    "CLoQ, fresh start": ({"kind": "optq", **_MAGR, **_GRID}, {"kind": "cloq", **_PAIR, "start": "fresh"}),
     "LoftQ, frozen": ({"kind": "rtn", **_GRID}, {"kind": "loftq", **_PAIR, "trainable": False}),
     "CLoQ, frozen": ({"kind": "optq", **_MAGR, **_GRID}, {"kind": "cloq", **_PAIR, "trainable": False}),
-    "CLoQ, as solved": ({"kind": "optq", **_MAGR, **_GRID}, {"kind": "cloq", **_PAIR, "start": "solved"}),
 }
-_SAME_BASE = ("LoftQ, frozen", "CLoQ, frozen", "CLoQ, as solved")
+_SAME_BASE = tuple(name for name in METHODS if "," in name)
 """Differ from another by how they are tuned alone: measured where that is, on the encoder."""
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -215,12 +217,15 @@ def plot(rows: list[dict[str, Any]]) -> None:
         ("minilm-l6", "tuned_nll", "MiniLM-L6: NLL on movie reviews after fine-tuning"),
     ]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.4))
-    colors = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
+    colors = dict(zip(METHODS, plt.get_cmap("tab20").colors, strict=False))
     for axis, (model, key, title) in zip(axes, panels, strict=True):
         for index, method in enumerate(METHODS):
-            chosen = sorted((r for r in rows if (r["model"], r["method"]) == (model, method) and key in r),
-                            key=lambda row: row["bits"])
-            shift = 0.03 * (index - len(METHODS) / 2)
+            # What was tuned at one rate only compares with nothing that was tuned at its own.
+            chosen = sorted((r for r in rows if (r["model"], r["method"]) == (model, method) and key in r
+                             and ("lr" in r or key != "tuned_nll")), key=lambda row: row["bits"])
+            if not chosen:
+                continue
+            shift = 0.05 * (index - len(METHODS) / 2)
             axis.errorbar([row["bits"] + shift for row in chosen], [row[key] for row in chosen],
                           yerr=[row.get(f"{key}_se", 0.0) for row in chosen], marker="o", capsize=3, label=method,
                           color=colors[method])
@@ -233,7 +238,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
         if "perplexity" in key:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    for axis in (axes[0], axes[2]):
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(record.RESULTS / "low_bit.png", dpi=130)
 

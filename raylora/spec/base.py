@@ -121,10 +121,10 @@ class CompensationSpec(KindSpec):
     trainable: bool = False
     """False: the pair is frozen and belongs to the base, under every member. True: it is where a member's own LoRA
     starts, as in the CLoQ paper; members then start alike."""
-    start: Literal["fresh", "solved"] = "fresh"
-    """How the pair's product is shared out between a member's factors, where it is ``trainable``: ``fresh`` gives A's
-    rows the length that a newly drawn LoRA's have and B the rest, so that a rate which suits LoRA suits this too;
-    ``solved`` leaves the factors as the method gives them."""
+    start: Literal["solved", "fresh"] = "solved"
+    """How the pair's product is shared out between a member's factors, where it is ``trainable``: ``solved`` leaves
+    them as the method gives them; ``fresh`` gives A's rows the length that a newly drawn LoRA's have and B the rest,
+    whatever the method. Products are equal; optimizers that normalize their steps move them differently."""
 
 
 class TrackerSpec(KindSpec):

@@ -372,7 +372,7 @@ def test_with_adapters_off_the_pair_stays_on(make_spec: Make, tiny_model: Any) -
 
 
 # --- a pair that is trained ---------------------------------------------------------------------------------------
-def trained_pair(make_spec: Make, source: str, start: str = "fresh", **changes: Any) -> Any:
+def trained_pair(make_spec: Make, source: str, start: str = "solved", **changes: Any) -> Any:
     spec = spec_for(make_spec, source, base__compensation={**CLOQ, "trainable": True, "start": start}, **changes)
     return spec.model_copy(update={"adapter": spec.adapter.model_copy(update={"target_modules": "all-linear"})})
 
