@@ -225,7 +225,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
                              and ("lr" in r or key != "tuned_nll")), key=lambda row: row["bits"])
             if not chosen:
                 continue
-            shift = 0.05 * (index - len(METHODS) / 2)
+            shift = 0.03 * (index - len(METHODS) / 2)
             axis.errorbar([row["bits"] + shift for row in chosen], [row[key] for row in chosen],
                           yerr=[row.get(f"{key}_se", 0.0) for row in chosen], marker="o", capsize=3, label=method,
                           color=colors[method])

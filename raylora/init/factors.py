@@ -6,8 +6,8 @@ are about as long as the rate whatever a factor's scale, so one step moves the w
     dW = dB A + B dA,    |dB A| ~ rate * sqrt(O) |A|,    |B dA| ~ rate * sqrt(I) |B|
 
 and to train c A and B / c at one rate is to train A at 1 / c and B at c times that rate (compare LoRA+,
-arXiv 2402.12354). The solutions in closed form give lengths that depend on the residual and the method (``left`` of CLoQ
-makes B longer with the root of how many rows were read): rates that suit one do not suit another.
+arXiv 2402.12354). The solutions in closed form give lengths that depend on the residual and the method (``left`` of
+CLoQ makes B longer with the root of how many rows were read): rates that suit one do not suit another.
 
 Shapes: O outputs, I inputs, R rank.
 """
