@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raylora.errors import BaseError
+from raylora.init.factors import check_rank
 from raylora.spec import CompensationSpec
 
 _OPEN = 4.0
@@ -98,9 +99,7 @@ def apiq(
     Raises:
         BaseError: a rank beyond the smaller side, or entries that are not finite.
     """
-    if not 0 < rank <= min(weight_OI.shape):
-        raise BaseError(f"rank: {rank} for {name} ({weight_OI.shape[0]} x {weight_OI.shape[1]})",
-                        f"use 1 to {min(weight_OI.shape)}")
+    check_rank(rank, weight_OI.shape[0], weight_OI.shape[1], name)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in (weight_OI, gram_II, cross_II)):
         raise BaseError(f"{name}: its weights or calibration inputs have NaN or infinite entries")
     weight_OI = weight_OI.detach().float()

@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raylora.errors import BaseError
+from raylora.init.factors import check_rank
 from raylora.spec import CompensationSpec
 
 Split = Literal["right", "balanced", "left"]
@@ -153,8 +154,7 @@ def _check(residual_OI: Tensor, gram_II: Tensor, rank: int, name: str) -> None:
     outputs, inputs = residual_OI.shape
     if tuple(gram_II.shape) != (inputs, inputs):
         raise BaseError(f"{name}: {inputs} inputs, and a Gram matrix of {tuple(gram_II.shape)}")
-    if not 0 < rank <= min(outputs, inputs):
-        raise BaseError(f"rank: {rank} for {name} ({outputs} x {inputs})", f"use 1 to {min(outputs, inputs)}")
+    check_rank(rank, outputs, inputs, name)
     for what, tensor in (("residual", residual_OI), ("Gram matrix", gram_II)):
         if not bool(torch.isfinite(tensor).all()):
             raise BaseError(f"{name}: the {what} has NaN or infinite entries")

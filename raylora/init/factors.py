@@ -1,4 +1,4 @@
-"""How the product of a pair is shared out between the two factors that a member trains.
+"""The factors of a pair: what rank they can have, and how their product is shared out where a member trains them.
 
 B A = (B D^-1)(D A) for any diagonal D, and before the first step nothing tells the choices apart. AdamW does: its steps
 are about as long as the rate whatever a factor's scale, so one step moves the weight by
@@ -16,8 +16,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from raylora.errors import BaseError
+
 FRESH_LENGTH = 3**-0.5
 """Of a row of A ~ U(-1/sqrt I, 1/sqrt I), nearly: what a LoRA begins with that starts from no pair."""
+
+
+def check_rank(rank: int, outputs: int, inputs: int, name: str) -> None:
+    """Raise BaseError for a rank that a layer's pair cannot have."""
+    if not 0 < rank <= min(outputs, inputs):
+        raise BaseError(f"rank: {rank} for {name} ({outputs} x {inputs})", f"use 1 to {min(outputs, inputs)}")
 
 
 def as_fresh(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raylora.errors import BaseError
+from raylora.init.factors import check_rank
 from raylora.spec import CompensationSpec
 
 
@@ -51,8 +51,7 @@ class Rilq:
     ) -> tuple[Any, Tensor, Tensor]:
         """Return (Q, A_RI drawn by the layer's name, B_OR zero). Raises: BaseError for a rank beyond a side."""
         (outputs, inputs), rank = weight_OI.shape, self.spec.rank
-        if rank > min(outputs, inputs):
-            raise BaseError(f"rank: {rank} for {name} ({outputs} x {inputs})", f"use 1 to {min(outputs, inputs)}")
+        check_rank(rank, outputs, inputs, name)
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
         a_RI = torch.empty(rank, inputs).uniform_(
             -inputs**-0.5, inputs**-0.5, generator=torch.Generator().manual_seed(seed)
