@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from raylora.actors.inputs import spec_here
-from raylora.engine.model.quantized_layers import Solved
-from raylora.engine.quantization.layer_solver import GroupJob, solve_group
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
+
+if TYPE_CHECKING:  # torch is imported where it computes: the coordinator starts this actor and needs none of it
+    from raylora.engine.model.quantized_layers import Solved
+    from raylora.engine.quantization.layer_solver import GroupJob
 
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 1})  # type: ignore[call-overload]
@@ -60,6 +62,8 @@ def solve_on_cluster(jobs: Sequence[GroupJob]) -> list[list[Solved]]:
 @ray.remote(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
 def _solve(job: GroupJob) -> list[Solved]:
     import torch
+
+    from raylora.engine.quantization.layer_solver import solve_group
 
     torch.set_num_threads(1)
     return solve_group(job)
