@@ -163,15 +163,26 @@ def _sha256(path: Path) -> str:
 
 def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        content: Any = sorted(tokenizer.get_vocab().items())
-    else:
-        content = json.loads(backend.to_str())
-        for key in ("truncation", "padding"):  # what the latest call asked for, not what the tokenizer is
-            content.pop(key, None)
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    digest = _digest_of(text)
     return [
         type(tokenizer).__name__, digest, tokenizer.padding_side, tokenizer.model_max_length,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         getattr(tokenizer, "chat_template", None),
     ]
+
+
+_digests: dict[bytes, str] = {}
+"""By a tokenizer's text; to sort a vocabulary takes a second for a large one, and a run asks several times."""
+
+
+def _digest_of(text: str) -> str:
+    """Return a hash of a tokenizer's JSON that does not depend on how it was used last."""
+    seen = hashlib.sha256(text.encode()).digest()
+    if seen not in _digests:
+        content = json.loads(text)
+        if isinstance(content, dict):
+            for key in ("truncation", "padding"):  # what the latest call asked for, not what the tokenizer is
+                content.pop(key, None)
+        _digests[seen] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return _digests[seen]

@@ -64,6 +64,7 @@ def writer(spec_of: Callable[..., Any], trained: Callable[[Any], str]) -> str:
     return trained(spec_of())
 
 
+@pytest.mark.slow
 def test_members_of_several_ranks_answer_as_those_among_their_like(
     spec_of: Callable[..., Any], trained: Callable[[Any], str]
 ) -> None:
@@ -113,6 +114,7 @@ def test_answers_are_scored_against_the_rows_own(writer: str) -> None:
     assert nlls == sorted(nlls) and store.read_json("answers.json") == json.loads(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_what_is_committed_is_not_written_again(writer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = Generator.voices, []
 
@@ -143,6 +145,7 @@ def test_what_is_committed_is_not_written_again(writer: str, monkeypatch: pytest
     assert fewer["sets"]["test"]["ensemble"]["answers"] == 32
 
 
+@pytest.mark.slow
 def test_what_is_alike_is_said_by_the_settings(writer: str) -> None:
     found = {
         how: evaluate_run(writer, SETTINGS.model_copy(update={"normalize": how}), local=True)["sets"]["test"]
@@ -220,6 +223,7 @@ def test_a_run_answers_as_a_part_of_it_what_the_command_would(
     assert run_local(more, lambda status: None)["answers"]["sets"]["test"]["ensemble"]["metrics"].keys() == {"contains"}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_answers_goes_on_there(
     spec_of: Callable[..., Any], writer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +249,7 @@ def test_a_run_that_is_stopped_while_it_answers_goes_on_there(
     assert answers_of(uri) == answers_of(writer) and len(answers_of(uri)) == 3
 
 
+@pytest.mark.slow
 def test_a_shard_that_cannot_be_written_ends_the_run_with_the_reason_and_is_tried_again(
     spec_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +272,7 @@ def test_a_shard_that_cannot_be_written_ends_the_run_with_the_reason_and_is_trie
     assert run_local(store.spec_in_place(), lambda status: None)["run"]["phase"] == "succeeded" and asked == [8]
 
 
+@pytest.mark.slow
 def test_members_that_are_left_answer_without_the_lost_one(writer: str) -> None:
     both = evaluate_run(writer, SETTINGS, local=True)
     RunStore(writer).storage.delete("members/member-001")
@@ -294,6 +300,7 @@ def test_a_forward_pass_has_no_more_rows_than_an_evaluation_is_allowed(
     assert rows == [4, 4, 3, 2]  # of two members
 
 
+@pytest.mark.slow
 def test_members_that_are_added_are_asked_with_the_others(spec_of: Callable[..., Any]) -> None:
     spec = spec_of(optimization__steps=4, evaluation__generation={"max_new_tokens": 2, "rows": 3})
     run_local(spec, lambda status: None)
@@ -302,6 +309,7 @@ def test_members_that_are_added_are_asked_with_the_others(spec_of: Callable[...,
     assert len(list(Path(RunStore.for_spec(spec).uri).glob("answers/*"))) == 2
 
 
+@pytest.mark.slow
 def test_prompts_without_answers_are_answered_and_told_from_the_familiar_ones(
     spec_of: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -106,7 +106,8 @@ def test_a_resume_stops_where_the_whole_run_stops(make_spec: Callable[..., Any],
                 for name in members(broken)] == [fact["history"] for fact in facts]
 
 
-@pytest.mark.parametrize("partners", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("partners", [1, 2])
 def test_ranks_that_share_a_split_base_answer_as_workers_of_their_own(
     make_spec: Callable[..., Any], content: dict[str, Any], changes: dict[str, Any], partners: int
 ) -> None:
@@ -141,6 +142,7 @@ def test_ranks_that_share_a_split_base_answer_as_workers_of_their_own(
         assert sum(map(len, found.values())) == 34
 
 
+@pytest.mark.slow
 def test_how_answers_were_judged_stays_as_members_were_stopped_by_it(
     make_spec: Callable[..., Any], changes: dict[str, Any]
 ) -> None:

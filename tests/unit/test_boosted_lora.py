@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from run_helpers import assert_bit_equal, members, run, stop_at, weights
+from sweeps import sweep
 
 from raylora import registry
 from raylora.adapters import lora
@@ -100,7 +101,7 @@ def test_a_single_round_is_lora_bit_for_bit(boosted: Make, make_spec: Make, trai
     assert_bit_equal(members(one), members(two))
 
 
-@pytest.mark.parametrize("step", [4, 5])
+@pytest.mark.parametrize("step", sweep([4, 5], [5]))
 def test_a_run_that_stops_within_a_round_or_between_two_goes_on_as_if_it_had_not(
     step: int, boosted: Make, trained: Callable[[Any], str]
 ) -> None:
@@ -123,6 +124,7 @@ def test_packed_equals_alone_in_every_round(make_parts: Make, trajectory: Make) 
                 torch.testing.assert_close(packed[step][plan.name][name], tensor, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_chains_beside_lora_and_of_other_rounds_are_what_they_are_among_their_like(
     boosted: Make, trained: Callable[[Any], str]
 ) -> None:

@@ -217,7 +217,7 @@ def test_a_run_without_a_readable_seal_is_judged_by_its_log(three: str) -> None:
 
 
 # --- repair ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("damage", sweep(DAMAGES, ["a flipped bit", "another member in its place"]))
+@pytest.mark.parametrize("damage", sweep(DAMAGES, ["a flipped bit"]))
 def test_repair_makes_what_was_lost_again_bit_for_bit_and_touches_nothing_else(three: str, damage: str) -> None:
     before, said = digests(three), scores(three)
     others = {path: path.stat().st_mtime_ns for path in (Path(three) / "members/member-000").iterdir()}
@@ -255,7 +255,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("loss", sweep(LOSSES, ["predictions alone", "checkpoints of member 0", "the metrics"]))
+@pytest.mark.parametrize("loss", sweep(LOSSES, ["predictions alone"]))
 def test_repair_makes_any_part_again(three: str, loss: str) -> None:
     before, said = digests(three), scores(three)
     for place in LOSSES[loss]:

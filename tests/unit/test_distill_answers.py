@@ -211,6 +211,7 @@ def test_the_student_learns_what_the_ensemble_writes(
     assert said[-1] == "student is distilled already, and nothing has changed"
 
 
+@pytest.mark.slow
 def test_answers_are_written_once_for_all_students_and_taken_up_again(
     teacher: str, tiny_model: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +274,7 @@ def test_a_teacher_beside_its_student_can_also_have_answered(teacher: str, tiny_
     assert session.distillation_loss is not None
 
 
+@pytest.mark.slow
 def test_answers_of_another_teacher_or_to_other_rows_are_refused(teacher: str, tiny_model: Make) -> None:
     wanted = settings(tiny_model("gpt2"))
     distill_run(teacher, wanted, local=True)
@@ -309,6 +311,7 @@ def test_what_has_nobody_to_write_or_to_learn_is_refused_ahead(
     assert not Path(teacher, "targets").exists() and not Path(teacher, "answers").exists()
 
 
+@pytest.mark.slow
 def test_a_good_section_passes_ahead_and_one_whose_answers_never_end_says_so(
     teacher: str, tiny_model: Make, files: dict[str, str]
 ) -> None:

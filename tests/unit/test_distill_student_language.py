@@ -106,6 +106,7 @@ def test_token_losses_are_means_over_each_blocks_targets(teacher: str, tiny_mode
     assert found.losses_K[0] == pytest.approx(float(expected), abs=2e-3, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_member_that_teaches_itself_has_nothing_to_learn(teacher: str, tiny_model: Callable[[str], str]) -> None:
     loss = {"kind": "topk_kl", "top_k": 64, "task_weight": 0.0}
     work = prepare_distillation(teacher, settings(tiny_model("llama"), loss=loss, teacher="single"))
@@ -139,6 +140,7 @@ def traced_peak(session: TargetSession, shards: Sequence[str]) -> int:
     return peak
 
 
+@pytest.mark.slow
 def test_a_growing_transfer_set_takes_no_more_memory(
     teacher: str, tiny_model: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

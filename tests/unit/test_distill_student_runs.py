@@ -99,6 +99,7 @@ def test_targets_are_what_the_members_say(teacher: str, settings: Make) -> None:
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_targets_are_taken_up_again_and_asked_for_once(
     teacher: str, settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +161,7 @@ def test_every_loss_trains_a_student_that_predicts(
     assert exported.exported_bytes > 0
 
 
+@pytest.mark.slow
 def test_what_is_distilled_is_not_distilled_again(teacher: str, settings: Make) -> None:
     from raylora.client import distill_run
 
@@ -177,6 +179,7 @@ def test_what_is_distilled_is_not_distilled_again(teacher: str, settings: Make) 
         distill_run(teacher, wanted, local=True)
 
 
+@pytest.mark.slow
 def test_a_single_member_can_teach(teacher: str, settings: Make) -> None:
     both = carry_out(teacher, settings(name="both", alone=False))
     one = carry_out(teacher, settings(name="one", teacher="single", alone=False))
@@ -188,6 +191,7 @@ def test_a_single_member_can_teach(teacher: str, settings: Make) -> None:
     torch.testing.assert_close(single, first, atol=2e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_unlabeled_text_is_taught_on_and_left_to_the_teacher(teacher: str, settings: Make, tmp_path: Path) -> None:
     file = tmp_path / "more.jsonl"
     seen = RunStore(teacher).read_spec()
@@ -240,6 +244,7 @@ def test_a_student_is_checked_before_its_teacher_is_trained(
     assert not Path(RunStore.for_spec(spec).uri).exists()
 
 
+@pytest.mark.slow
 def test_a_shorter_student_of_the_same_labels_is_fine(teacher: str, settings: Make) -> None:
     task = {"kind": "classification", "labels": ["negative", "positive"], "max_length": 12}
     work = carry_out(teacher, settings(student={"task": task}, alone=False))
@@ -260,6 +265,7 @@ def test_fewer_heads_than_members_are_refused_before_anything(teacher: str, sett
     assert not Path(teacher, "targets").exists()
 
 
+@pytest.mark.slow
 def test_targets_of_another_teacher_or_other_data_are_refused(teacher: str, settings: Make) -> None:
     work = carry_out(teacher, settings(alone=False))
     other = work.student.model_copy(update={
@@ -288,6 +294,7 @@ def test_rows_that_the_teacher_read_differently_are_refused(
         prepare_distillation(teacher, settings())
 
 
+@pytest.mark.slow
 def test_another_student_needs_another_name(teacher: str, settings: Make) -> None:
     carry_out(teacher, settings(alone=False))
     with pytest.raises(RunDirectoryError, match="choose another name"):

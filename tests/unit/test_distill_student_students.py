@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sweeps import sweep
 
 from raylora.engine.distillation.plan import prepare_distillation
 from raylora.engine.model.checkpoint import load_tokenizer
@@ -47,7 +48,7 @@ def taught(teacher: RunSpec, student: dict[str, Any], **changes: Any) -> RunSpec
     return work.student
 
 
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name", sweep(STUDENTS, ["other tokenizer", "mos"]))
 def test_a_student_may_be_another_model(teacher: RunSpec, tiny_model: Callable[[str], str], name: str) -> None:
     architecture, more, adapter = STUDENTS[name]
     base = {"source": tiny_model(architecture), "dtype": "float32", "quantization": "none", **more}

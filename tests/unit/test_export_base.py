@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from sweeps import sweep
 from typer.testing import CliRunner
 
 from raylora import registry
@@ -87,7 +88,7 @@ def test_transformers_and_peft_compute_the_same(kind: str, begun: Any, tmp_path:
     assert config["lora_alpha"] == config["r"] == 4 and config["fan_in_fan_out"] == (kind == "gpt2")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", sweep([2, 3, 4], [3]))
 def test_the_packed_form_loads_in_transformers(bits: int, begun: Any) -> None:
     run = begun("llama", bits)
     exported = export_base(run.store.uri, "base-packed", dtype="float32")

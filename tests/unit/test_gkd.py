@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from run_helpers import assert_bit_equal, members, run, stop_at
+from sweeps import sweep
 
 from raylora import registry
 from raylora.adapters.packed import make_pack, stack
@@ -354,6 +355,7 @@ def test_a_killed_student_is_taken_up_again_bit_for_bit(teacher: str, tiny_model
     assert_bit_equal(members(whole.student), members(broken.student))
 
 
+@pytest.mark.slow
 def test_students_in_a_pack_equal_students_alone(teacher: str, tiny_model: Make) -> None:
     plan = {"optimization": {"lr": 0.01, "steps": 5, "micro_batch": 3, "warmup": 0.0}, "members": 2}
     found = {}
@@ -405,7 +407,7 @@ def pointers(model: Any) -> set[int]:
     return {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", sweep(["none", "nf4"], ["nf4"]))
 def test_one_base_is_held_once_and_two_slots_never_meet(
     quantization: str, make_spec: Make, on_chats: dict[str, Any], trained: Make, tiny_model: Make
 ) -> None:
@@ -432,6 +434,7 @@ def test_one_base_is_held_once_and_two_slots_never_meet(
     assert torch.equal(found_PV, expected_PV)
 
 
+@pytest.mark.slow
 def test_another_base_is_loaded_for_itself(teacher: str, tiny_model: Make) -> None:
     work = prepare_distillation(teacher, settings(tiny_model("gpt2")))
     session = session_of(work.student)
@@ -483,6 +486,7 @@ def test_what_cannot_learn_from_itself_is_refused_ahead(
     assert not Path(teacher, "student").exists()
 
 
+@pytest.mark.slow
 def test_plain_text_has_no_answers_to_write_but_a_teacher_to_ask(
     make_spec: Make, on_chats: dict[str, Any], trained: Make, tiny_model: Make
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from run_helpers import assert_bit_equal, members, run, stop_at, weights
+from sweeps import sweep
 from typer.testing import CliRunner
 
 from raylora.cli import app
@@ -40,7 +41,7 @@ def scores(metrics: Any) -> Any:
     return json.loads(json.dumps({key: metrics[key] for key in ("members", "ensemble", "baselines", "gains", "sets")}))
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", sweep([True, False], [False]))
 def test_more_members_train_alone_and_equal_a_run_that_began_with_them(
     make_spec: Make, trained: Callable[[Any], str], packed: bool
 ) -> None:
@@ -65,6 +66,7 @@ def test_more_members_train_alone_and_equal_a_run_that_began_with_them(
     assert not [part for part in verify_run(RunStore.for_spec(grown).uri) if part.problem]
 
 
+@pytest.mark.slow
 def test_growth_that_is_interrupted_goes_on(make_spec: Make, trained: Callable[[Any], str]) -> None:
     trained(make_spec(name="grown"))
     grown = make_spec(name="grown", ensemble__members=3)
@@ -91,7 +93,7 @@ def test_other_bins_and_bootstrap_train_and_predict_nothing(make_spec: Make, tra
     assert scores(metrics) == scores(expected) and metrics["confidence"] == 0.9
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kept", sweep([True, False], [True]))
 def test_further_sets_are_predicted_by_the_members_that_are_there(
     make_spec: Make, trained: Callable[[Any], str], kept: bool
 ) -> None:
@@ -109,6 +111,7 @@ def test_further_sets_are_predicted_by_the_members_that_are_there(
     assert scores(run(make_spec(name="grown", evaluation={"bootstrap_samples": 10})))["ensemble"]["ood"] == {}
 
 
+@pytest.mark.slow
 def test_baselines_are_added_later(make_spec: Make, trained: Callable[[Any], str]) -> None:
     baselines = {"mc_dropout": {"passes": 2, "dropout": 0.1}, "last_layer": 2}
     whole = make_spec(name="whole", baselines=baselines)
@@ -120,11 +123,14 @@ def test_baselines_are_added_later(make_spec: Make, trained: Callable[[Any], str
     assert scores(metrics) == scores(expected)
 
 
-@pytest.mark.parametrize(("begun", "later", "watched"), [
+LONGER = ({"schedule": "cosine", "epochs": 1}, {"epochs": 2, "restarts": [1]}, True)
+
+
+@pytest.mark.parametrize(("begun", "later", "watched"), sweep([
     ({"schedule": "constant", "warmup": 0.0, "steps": 6}, {"steps": 10}, False),
     ({"schedule": "linear", "steps": 6}, {"steps": 10, "restarts": [6]}, False),
-    ({"schedule": "cosine", "epochs": 1}, {"epochs": 2, "restarts": [1]}, True),
-])
+    LONGER,
+], [LONGER]))
 def test_members_train_on_as_if_they_had_never_stopped(
     make_spec: Make, trained: Callable[[Any], str], begun: Any, later: Any, watched: bool
 ) -> None:

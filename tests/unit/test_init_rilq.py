@@ -141,6 +141,7 @@ def test_a_tuned_base_is_nearer_to_the_full_model_and_has_a_report(spec_for: Cal
     assert all(layer["name"] in page for layer in summary["layers"]) and page.count("data:image/png") == 1
 
 
+@pytest.mark.slow
 def test_a_preparation_that_stops_while_or_after_tuning_ends_the_same(
     spec_for: Callable[..., Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

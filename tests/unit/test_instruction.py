@@ -309,6 +309,7 @@ def test_other_members_and_bases_are_trained_on_chats(changes: dict[str, Any], c
     assert metrics["run"]["phase"] == "succeeded" and losses[-1] < losses[0] - 0.3
 
 
+@pytest.mark.slow
 def test_a_student_learns_the_answers_tokens(chat_spec: Make, tiny_model: Callable[[str], str]) -> None:
     spec = chat_spec()
     run(spec)

@@ -66,6 +66,7 @@ def test_a_stopped_process_is_told_from_a_dead_one(going_on: RunStore) -> None:
     assert not lifelessness(going_on, read_state(going_on))
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_needs_no_sign(make_spec: Make) -> None:
     spec = make_spec()
     with pytest.raises(Interrupted):

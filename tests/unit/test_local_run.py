@@ -68,6 +68,7 @@ def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Make, traine
     assert store.read_json("metrics.json")["members"] == RunStore.for_spec(whole).read_json("metrics.json")["members"]
 
 
+@pytest.mark.slow
 def test_several_interruptions_and_a_second_pack_change_nothing(make_spec: Make) -> None:
     whole = make_spec(name="whole", placement__members_per_worker=1, **BREAKABLE)
     run(whole)

@@ -90,6 +90,7 @@ def test_a_frozen_a_keeps_no_inputs_for_the_backward_pass_and_the_planner_knows_
     assert dropped.demand.member.input_widths == 4 * 32  # a mask, and no copy
 
 
+@pytest.mark.slow
 def test_it_shares_a_forward_with_lora_and_each_is_what_it_is_among_its_like(
     make_spec: Make, trained: Callable[[Any], str]
 ) -> None:

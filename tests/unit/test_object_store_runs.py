@@ -140,6 +140,7 @@ def test_a_run_that_is_taken_over_while_it_trains_stops_and_commits_nothing_more
     store.unlock()
 
 
+@pytest.mark.slow
 def test_everything_that_reads_a_run_reads_one_in_a_bucket(finished: str, tmp_path: Path) -> None:
     predicted = call("predict", finished, "--text", TEXTS[0], "--json")
     assert predicted.exit_code == 0 and "probabilities" in predicted.stdout

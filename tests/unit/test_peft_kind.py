@@ -130,6 +130,7 @@ def test_other_architectures_and_transposed_layers_too(
     torch.testing.assert_close(scores, parts.task.scores(logits, batch), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_fresh_member_is_the_base_but_for_two_methods(make_parts: Make) -> None:
     """VB-LoRA starts from a bank of small vectors, FourierFT from random frequencies: that is how PEFT has them."""
     for name in METHODS:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from run_helpers import assert_bit_equal, members, run, stop_at
+from sweeps import sweep
 from typer.testing import CliRunner
 
 from raylora.cli import app
@@ -43,7 +44,7 @@ def test_a_profiled_run_has_a_trace_per_job_and_bit_equal_members(make_spec: Mak
     assert table.startswith("job-01: steps 3 to 5 ") and "aten::addmm" in table and "Self CPU" in table
 
 
-@pytest.mark.parametrize(("steps", "recorded"), [(1, 1), (2, 2), (4, 3)])
+@pytest.mark.parametrize(("steps", "recorded"), sweep([(1, 1), (2, 2), (4, 3)], [(1, 1)]))
 def test_a_run_that_is_shorter_still_gives_a_trace(make_spec: Make, steps: int, recorded: int) -> None:
     spec = make_spec(optimization__steps=steps, ensemble__members=1, profile={})
     run(spec)

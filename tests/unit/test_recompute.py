@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from run_helpers import assert_bit_equal, members, run
+from sweeps import sweep
 
 from raylora.adapters.packed import stack
 from raylora.engine.model.recompute import recompute_blocks
@@ -26,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sweep(CASES, ["dropout and a reference", "nf4", "llama"]))
 def test_members_are_the_same(name: str, make_spec: Callable[..., Any], tiny_model: Any, tmp_path: Any) -> None:
     changes = dict(CASES[name])
     if "source" in changes:

@@ -212,6 +212,7 @@ def test_an_ensemble_teaches_values_and_the_share_kept_is_one_of_correlation(
     assert ("Pearson kept" in page.read_text()) is (teacher > 0)
 
 
+@pytest.mark.slow
 def test_a_resumed_student_is_bit_equal(make: Make, settings: Make) -> None:
     spec = make(ensemble__members=1)
     run(spec)

@@ -283,6 +283,7 @@ def test_a_distilled_language_model_has_perplexities_and_bytes_per_token(tmp_pat
     assert "130 bytes for each of 1,000 tokens (the 32 most probable" in text and "Accuracy kept" not in text
 
 
+@pytest.mark.slow
 def test_one_member_makes_no_claim(tmp_path):
     found = summarize({"ensemble": fake_group(1)}, FEW)
     assert headline(found) == ["One member was trained, so there is no ensemble to compare with it."]
@@ -311,6 +312,7 @@ def test_a_tie_is_called_a_tie(tmp_path):
     assert (difference(-1e-9, "nll"), difference(-1e-9, "accuracy")) == ("+0.000", "+0.0 pts")
 
 
+@pytest.mark.slow
 def test_a_degraded_run_is_marked(metrics, tmp_path):
     degraded = metrics | {"run": metrics["run"] | {"degraded": True, "members_done": 4}}
     assert headline(degraded)[-1].startswith("Degraded: 4 of 5 members finished")

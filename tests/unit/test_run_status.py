@@ -119,6 +119,7 @@ def test_a_run_in_this_process_tells_every_step_and_every_evaluated_row(make_spe
     assert seen[-1].phase is control.Phase.SUCCEEDED and seen[-1].run == spec.run_name()
 
 
+@pytest.mark.slow
 def test_a_resumed_job_builds_each_optimizer_once(
     make_spec: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

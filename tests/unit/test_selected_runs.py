@@ -165,6 +165,7 @@ def distill(uri: str, student: Any, **changes: Any) -> Any:
     return work
 
 
+@pytest.mark.slow
 def test_a_student_is_taught_the_weighted_mixture(
     make_spec: Make, content: dict[str, Any], trained: Callable[[Any], str]
 ) -> None:

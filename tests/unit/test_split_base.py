@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2": {"source": "gpt2", **LANGUAGE},
 }
 
-ALWAYS = ["nf4", "optq with its pair", "a reference, and members that stop early", "tied embeddings"]
+ALWAYS = ["optq with its pair", "a reference, and members that stop early", "tied embeddings"]
 
 
 def merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def test_swag_rides_on_member_0_changes_no_member_and_survives_a_break(make_spec
         prepare(make_spec(name="plain"))
 
 
+@pytest.mark.slow
 def test_swag_draws_pools_too(make_spec: Make) -> None:
     mos = {"kind": "mos", "rank": 3, "alpha": 8, "target_modules": ["query", "value"]}
     spec = make_spec(adapter=mos, baselines={"swag": {"samples": 2, "last": 0.5, "every_steps": 1}})
@@ -196,6 +197,7 @@ def test_wide_kronecker_factors_are_told_of_before_training(make_spec: Make) -> 
 ALL = {"swag": {"samples": 2, "every_steps": 1}, "laplace": {"samples": 2}, "temperature": True}
 
 
+@pytest.mark.slow
 def test_a_finished_run_gets_further_sets_and_a_temperature_and_nothing_is_trained(
     make_spec: Make, trained: Callable[[Any], str]
 ) -> None:
@@ -211,6 +213,7 @@ def test_a_finished_run_gets_further_sets_and_a_temperature_and_nothing_is_train
         assert_bit_equal(predictions_of(whole, name), predictions_of(grown, name))
 
 
+@pytest.mark.slow
 def test_moments_that_are_lost_are_made_again_with_member_0(make_spec: Make, trained: Callable[[Any], str]) -> None:
     spec = make_spec(baselines=ALL, evaluation={"bootstrap_samples": 10})
     uri = trained(spec)

@@ -73,6 +73,7 @@ def test_the_test_rows_have_no_say(make_spec: Make, monkeypatch: pytest.MonkeyPa
     assert seen == ["validation", "validation"]
 
 
+@pytest.mark.slow
 def test_several_members_of_one_setting_are_averaged(make_spec: Make) -> None:
     found = raylora.sweep(make_spec(), RATES, metric="accuracy", repeats=2, local=True)
     assert [len(one.members) for one in found.tried] == [2, 2]
@@ -179,6 +180,7 @@ def test_two_rules_that_end_members_are_refused_and_so_is_a_metric_that_the_task
         prepare(make_spec(ensemble__pruning={"metric": "rmse"}, ensemble__regularizers=None))
 
 
+@pytest.mark.slow
 def test_another_sweep_of_one_name_is_not_mixed_with_it(make_spec: Make) -> None:
     raylora.sweep(make_spec(), RATES, local=True)
     with pytest.raises(RunDirectoryError, match="ensemble.vary"):

@@ -141,6 +141,7 @@ def test_what_changes_the_forward_is_packed_apart(make_spec: Make) -> None:
     assert_bit_equal(weights(spec, "member-003"), weights(alike, "member-003"))
 
 
+@pytest.mark.slow
 def test_dropout_of_its_own_is_trained_with_and_resumed(make_spec: Make) -> None:
     vary = {"adapter.dropout": [0.0, 0.3]}
     whole = make_spec(name="whole", ensemble__vary=vary)
@@ -195,6 +196,7 @@ def test_members_of_several_ranks_alphas_and_kinds_share_a_forward_and_equal_tho
     assert [kind["r"] for kind in kinds] == [4, 3] and kinds[0]["lora_alpha"] == 1.0
 
 
+@pytest.mark.slow
 def test_members_of_several_kinds_end_on_their_own_and_are_resumed_together(make_spec: Make) -> None:
     rules = [*KINDS[:3], {**KINDS[3], **STANDING}]
     common = {"ensemble__members": 4, "ensemble__vary": rules, "optimization__steps": None, "optimization__epochs": 6}
@@ -215,6 +217,7 @@ def test_kinds_without_layers_of_their_own_are_not_put_beside_others(make_spec: 
         prepare(make_spec(adapter__target_modules="auto", ensemble__vary=[{}, {"adapter": {"kind": "full"}}]))
 
 
+@pytest.mark.slow
 def test_a_finished_run_grows_along_its_grid_and_is_not_given_another(make_spec: Make) -> None:
     spec = make_spec(ensemble__vary=RATES)
     run(spec)
