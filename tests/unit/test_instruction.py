@@ -119,11 +119,11 @@ def test_a_question_is_a_row_up_to_its_answer(chat_spec: Make) -> None:
     for content in (LONG, "Anne. " + LONG):
         long = {"messages": [*chat[:2], {"role": "user", "content": f"{content} Why?"}]}
         alone, is_cut = task.question(long, "x", tokenizer)
-        assert is_cut and len(alone.sequences[0]) <= 64
+        assert is_cut and len(alone.sequences[0]) <= 96
         said = tokenizer.decode(list(alone.sequences[0]))
         assert "Why?" in said and "2 plus 2" not in said
     for rule, error in (("error", BadRow), ("skip", LeftOut)):
-        with pytest.raises(error, match="more than task.max_length 64"):
+        with pytest.raises(error, match="more than task.max_length 96"):
             instruction.build(instruction.Spec(max_length=96, on_too_long=rule)).question(long, "x", tokenizer)
 
 
