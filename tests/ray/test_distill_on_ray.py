@@ -31,9 +31,9 @@ def shards_of(work: Distillation) -> dict[str, bytes]:
 
 
 def coordinator_memory() -> int:
-    """Return what the coordinators hold now, found by what Ray calls them."""
+    """Return what a coordinator holds now, found by what Ray calls it: so is what it forks, until that is another."""
     titles = {p: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
-    return sum(p.memory_info().rss for p, title in titles.items() if "ray::Coordinator" in title)
+    return max((p.memory_info().rss for p, title in titles.items() if "ray::Coordinator" in title), default=0)
 
 
 def make_targets(work: Distillation, grows_at_most: int) -> list[str]:
