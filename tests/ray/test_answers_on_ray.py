@@ -23,6 +23,7 @@ def answers_of(uri: str) -> dict[str, bytes]:
     return {str(file.relative_to(uri)): file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 def test_a_run_on_ray_answers_as_one_in_process_and_can_be_asked_again(
     make_spec: Callable[..., RunSpec], tiny_model: Callable[[str], str], tmp_path: Path
 ) -> None:

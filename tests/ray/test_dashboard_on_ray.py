@@ -61,6 +61,7 @@ def session_logs() -> str:
     return "\n".join(path.read_text(errors="replace") for path in logs.glob("worker-*.err"))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_cluster_can_be_watched(
     make_spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch, ray_cluster: str
 ) -> None:

@@ -50,6 +50,7 @@ def start(script: str, *arguments: str, **environment: str) -> subprocess.Popen[
     )
 
 
+@pytest.mark.slow
 def test_a_run_whose_driver_ends_without_waiting_commits_first_and_is_found_meanwhile(
     make_spec: Callable[..., RunSpec], tmp_path: Path
 ) -> None:

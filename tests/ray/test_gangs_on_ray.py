@@ -51,7 +51,8 @@ def test_members_of_a_gang_equal_those_of_workers_of_their_own(make_spec: MakeSp
     assert len(store.storage.list("timing")) == 2, "every rank says what its share took"
 
 
-@pytest.mark.parametrize("strategy", ["replicate", pytest.param("shard", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["replicate", "shard"])
 def test_members_of_partners_equal_those_of_one_worker_to_tolerance(
     strategy: str, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
@@ -79,7 +80,8 @@ def killed_while_it_trains(handle: RunHandle, rank: int) -> None:
     raise AssertionError("the gang did not train")
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_its_gang_which_goes_on_from_its_commits(
     rank: int, make_spec: MakeSpec, tmp_path: Path
 ) -> None:

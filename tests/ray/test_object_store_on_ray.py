@@ -36,6 +36,7 @@ def ray_bucket(s3_server: str, ray_cluster: str, monkeypatch: pytest.MonkeyPatch
     yield make_bucket()
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_interrupted_resumed_and_equal_to_one_in_process(
     make_spec: MakeSpec, ray_bucket: str
 ) -> None:

@@ -13,6 +13,7 @@ from raylora.client import launch, run_local
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
+@pytest.mark.slow
 def test_weights_are_the_same_with_and_without_ray(make_spec: Callable[..., Any]) -> None:
     changes = {
         "ensemble__members": 3, "ensemble__select": {"size": 4}, "ensemble__weights": "stacked",
