@@ -13,10 +13,8 @@ from run_helpers import prepared_base
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-LANGUAGE_TOKENS = 4096
+LANGUAGE_TOKENS = 16384
 """What a tiny language model's tokenizer keeps of 49,152."""
-ENCODER_TOKENS = 8192
-"""And a tiny encoder's of 30,522."""
 TINY = ("bert", "bert_without_pooler", "roberta", "gpt2", "llama")
 
 
@@ -58,7 +56,8 @@ def _save_tiny(kind: str, folder: Path) -> Path:
 
     encoder = not kind.startswith(("gpt2", "llama", "gemma3"))
     tokenizer = t.AutoTokenizer.from_pretrained(model_folder("minilm-l6" if encoder else "smollm2-135m"))
-    tokenizer = _with_fewer_tokens(tokenizer, ENCODER_TOKENS if encoder else LANGUAGE_TOKENS)
+    if not encoder:
+        tokenizer = _with_fewer_tokens(tokenizer)
     torch.manual_seed(0)  # after all loading: nothing but the weights below is drawn from it
     small: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "intermediate_size": 64, "initializer_range": 0.1}
@@ -88,10 +87,10 @@ def _save_tiny(kind: str, folder: Path) -> Path:
     return folder
 
 
-def _with_fewer_tokens(tokenizer: Any, tokens: int) -> Any:
-    """Return a tokenizer with its first and most frequent tokens only, the special ones among them.
+def _with_fewer_tokens(tokenizer: Any) -> Any:
+    """Return a byte-pair tokenizer with its first and most frequent tokens only, and the special ones.
 
-    A tiny model with a whole vocabulary does little but read it and multiply with it.
+    A tiny model with a whole vocabulary does little but multiply with it.
     """
     import json
 
@@ -99,9 +98,8 @@ def _with_fewer_tokens(tokenizer: Any, tokens: int) -> Any:
 
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     model = parts["model"]
-    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < tokens}
-    if "merges" in model:
-        model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < LANGUAGE_TOKENS}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(parts))
     return tokenizer
 

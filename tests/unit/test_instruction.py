@@ -106,7 +106,7 @@ def test_long_prompts_lose_their_oldest_turns_and_then_their_beginning(chat_spec
 
 def test_a_question_is_a_row_up_to_its_answer(chat_spec: Make) -> None:
     spec = chat_spec()
-    task = instruction.build(instruction.Spec(max_length=96, on_too_long="truncate_prompt"))
+    task = instruction.build(instruction.Spec(max_length=64, on_too_long="truncate_prompt"))
     tokenizer = load_tokenizer(spec.base, task)
     asked = {"role": "user", "content": "What is 2 plus 2?"}
     chat = [asked, {"role": "assistant", "content": "4"}, {"role": "user", "content": "And one more?"}]
@@ -119,12 +119,12 @@ def test_a_question_is_a_row_up_to_its_answer(chat_spec: Make) -> None:
     for content in (LONG, "Anne. " + LONG):
         long = {"messages": [*chat[:2], {"role": "user", "content": f"{content} Why?"}]}
         alone, is_cut = task.question(long, "x", tokenizer)
-        assert is_cut and len(alone.sequences[0]) <= 96
+        assert is_cut and len(alone.sequences[0]) <= 64
         said = tokenizer.decode(list(alone.sequences[0]))
         assert "Why?" in said and "2 plus 2" not in said
     for rule, error in (("error", BadRow), ("skip", LeftOut)):
-        with pytest.raises(error, match="more than task.max_length 96"):
-            instruction.build(instruction.Spec(max_length=96, on_too_long=rule)).question(long, "x", tokenizer)
+        with pytest.raises(error, match="more than task.max_length 64"):
+            instruction.build(instruction.Spec(max_length=64, on_too_long=rule)).question(long, "x", tokenizer)
 
 
 def test_rows_that_only_ask_may_stand_in_a_foreign_set_alone(chat_spec: Make, tmp_path: Path) -> None:
