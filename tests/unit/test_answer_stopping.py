@@ -89,6 +89,7 @@ def test_what_is_watched_is_what_each_member_writes_alone(
     assert any(re.search(r"validation NLL [\d.]+, F1 0\.\d+", line) for line in told)
 
 
+@pytest.mark.slow
 def test_a_resume_stops_where_the_whole_run_stops(make_spec: Callable[..., Any], changes: dict[str, Any]) -> None:
     whole = make_spec(name="whole", **changes)
     run(whole)

@@ -59,6 +59,7 @@ def test_a_student_may_be_another_model(teacher: RunSpec, tiny_model: Callable[[
     assert RunStore.for_spec(student).read_spec().adapter.kind == adapter["kind"]
 
 
+@pytest.mark.slow
 def test_two_tokenizers_read_the_same_rows(teacher: RunSpec, tiny_model: Callable[[str], str]) -> None:
     base = {"source": tiny_model("gpt2"), "dtype": "float32", "quantization": "none"}
     student = taught(teacher, {"base": base, "adapter": GPT2})

@@ -342,6 +342,7 @@ def test_a_student_beside_its_teacher_is_an_ordinary_run(teacher: str, tiny_mode
     assert made_before(work) == record
 
 
+@pytest.mark.slow
 def test_a_killed_student_is_taken_up_again_bit_for_bit(teacher: str, tiny_model: Make) -> None:
     loss = {"on_policy": 0.6, "beta": 0.7, "warmup": 0.3}
     plan = {"optimization": {"lr": 0.02, "steps": 8, "micro_batch": 3, "warmup": 0.0}, "members": 2}

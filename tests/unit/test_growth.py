@@ -93,7 +93,8 @@ def test_other_bins_and_bootstrap_train_and_predict_nothing(make_spec: Make, tra
     assert scores(metrics) == scores(expected) and metrics["confidence"] == 0.9
 
 
-@pytest.mark.parametrize("kept", sweep([True, False], [True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False])
 def test_further_sets_are_predicted_by_the_members_that_are_there(
     make_spec: Make, trained: Callable[[Any], str], kept: bool
 ) -> None:

@@ -278,6 +278,7 @@ def test_a_run_learns_its_answers_by_heart_and_reports_both_mixtures(chat_spec: 
     assert gains["sequencewise_nll"]["gain"] == pytest.approx(sum(means) / len(means) - test["sequencewise_nll"])
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_bit_equal(chat_spec: Make) -> None:
     spec = chat_spec(checkpointing={"every_steps": 1}, adapter__dropout=0.1)
     whole = chat_spec(name="whole", checkpointing={"every_steps": 1}, adapter__dropout=0.1)

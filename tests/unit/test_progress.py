@@ -82,6 +82,7 @@ def test_the_time_left_counts_all_jobs_and_their_evaluation() -> None:
     assert _eta_s({"0": waiting}, {}, busy) is None
 
 
+@pytest.mark.slow
 def test_a_worker_estimates_its_evaluation_from_the_pace_of_its_steps(make_spec: Make) -> None:
     seen: list[Progress] = []
 

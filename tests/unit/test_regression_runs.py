@@ -63,6 +63,7 @@ def settings(content: dict[str, Any]) -> Callable[..., DistillSpec]:
 
 
 # --- training ----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_resumed_regression_has_bit_equal_members_and_the_same_metrics(make: Make) -> None:
     rules = {"early_stopping": {"metric": "rmse", "patience": 9}}
     changes = {"ensemble__regularizers": rules, "optimization": {"lr": 0.005, "epochs": 2, "micro_batch": 8},
@@ -175,6 +176,7 @@ def test_a_students_step_is_plain_torchs(make_parts: Make) -> None:
     torch.testing.assert_close(head.grad[:, 0], value_N.grad)
 
 
+@pytest.mark.slow
 def test_an_ensemble_teaches_values_and_the_share_kept_is_one_of_correlation(
     make: Make, settings: Make, tmp_path: Path
 ) -> None:

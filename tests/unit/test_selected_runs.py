@@ -94,6 +94,7 @@ def test_a_selected_run_reports_both_and_predicts_with_those_it_chose(
     assert load_ensemble(uri)._described["temperature"] == said["temperature"]
 
 
+@pytest.mark.slow
 def test_weights_come_out_the_same_after_a_resume_and_are_fitted_anew_after_growth(make_spec: Make) -> None:
     whole = make_spec(name="whole", ensemble__members=3, **BOTH)
     expected = fitted(run(whole))

