@@ -224,13 +224,15 @@ def test_a_run_that_is_stopped_while_it_answers_goes_on_there(
     spec_of: Callable[..., Any], writer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of(name="whole", evaluation__generation=SETTINGS.model_dump())
-    uri, real, calls = RunStore.for_spec(spec).uri, Generator.voices, []
+    uri, real, calls, tokens = RunStore.for_spec(spec).uri, Generator.voices, [], []
 
     def counted(self: Generator, prompts: Any, *rest: Any) -> Any:
         calls.append(len(prompts))
         if len(calls) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, prompts, *rest)
+        ways = real(self, prompts, *rest)
+        tokens.extend(len(answer.tokens) for way in ways for answers in way for answer in answers)
+        return ways
 
     monkeypatch.setattr(Generator, "voices", counted)
     with pytest.raises(Interrupted):
@@ -240,9 +242,26 @@ def test_a_run_that_is_stopped_while_it_answers_goes_on_there(
     members = {name: store.load_result(f"members/{name}") for name in store.storage.list("members")}
     resumed = run_local(store.spec_in_place(), lambda status: None)
     assert calls == [32, 8, 2] and resumed["run"]["phase"] == "succeeded"
+    timing = resumed["timing"]  # with what was written before the stop
+    assert timing["answer_tokens"] == sum(tokens) and len(tokens) == 42 * 3 and timing["answer_s"] > 0
+    assert timing["answer_tokens_per_s"] == pytest.approx(timing["answer_tokens"] / timing["answer_s"])
+    assert "Tokens per second of writing" in Path(uri, "report.html").read_text()
     assert {name: store.load_result(f"members/{name}") for name in members} == members and len(members) == 2
     evaluate_run(writer, SETTINGS, local=True)
     assert answers_of(uri) == answers_of(writer) and len(answers_of(uri)) == 3
+    _forget_how_long(uri)
+    again = run_local(store.spec_in_place(), lambda status: None)
+    assert calls == [32, 8, 2, 32, 8, 2] and again["answers"] == resumed["answers"]  # the middle ones are the writer's
+    assert not [key for key in again["timing"] if key.startswith("answer_")]
+
+
+def _forget_how_long(uri: str) -> None:
+    """Commit one shard of a run's answers again, as it was before shards kept what it took to write them."""
+    (shard, *_) = Path(uri).glob("answers/*/shards/*")
+    folder, store = str(shard.relative_to(uri)), RunStore(uri)
+    content = store.load_result(folder)["answers.jsonl"]
+    store.storage.delete(folder)
+    store.commit_result(folder, {"answers.jsonl": content})
 
 
 def test_a_shard_that_cannot_be_written_ends_the_run_with_the_reason_and_is_tried_again(

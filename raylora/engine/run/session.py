@@ -20,7 +20,7 @@ from raylora.data.texts import text_finder
 from raylora.engine.model import serialization
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.gang import Gang, GangPlace
-from raylora.engine.model.machine import compute_device, peak_memory_bytes
+from raylora.engine.model.machine import compute_device, peak_device_bytes, peak_memory_bytes
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
 from raylora.engine.model.shared_sequences import check_shared_sequences
@@ -230,7 +230,7 @@ class TrainingSession:
             "resumed_at_step": resumed_at,
             "tokens": meter.tokens,
             "peak_rss_bytes": peak_memory_bytes(),
-            "peak_device_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
+            "peak_device_bytes": peak_device_bytes(self.device),
             "base_bytes": self.base.size_bytes,
             "base_parameters": self.base.parameters,
             "head_parameters": sum(p.numel() for head in self.base.heads.values() for p in head.parameters()),
@@ -261,8 +261,7 @@ class TrainingSession:
         done = set(units)
         trained = [name for name in self.plans if name in done]  # in the run's order, whatever pack each was in
         members = [name for name in trained if self.plans[name].role is PlanRole.MEMBER]
-        answers = self.answers.conclude(members)
-        metrics = aggregate(self.spec, self.store, trained, started_at, names, answers)
+        metrics = aggregate(self.spec, self.store, trained, started_at, names, self.answers.conclude(members))
         self.store.seal(members)
         track_results(self.spec, self.store, metrics)
         discard_trunk_cache(self.store)
