@@ -287,6 +287,8 @@ class _Placing:
         raise _DoesNotFit(
             f"placement: one member needs about {need.total / 1e9:.1f} GB{where} ({named}), "
             f"a {unit} has {room_bytes / 1e9:.1f} GB to be filled",
+            "lower evaluation.batch or evaluation.generation.max_new_tokens, or quantize the base"
+            if need.answers > need.activations + need.logits else
             "lower optimization.micro_batch or task.max_length, or quantize the base",
         )
 

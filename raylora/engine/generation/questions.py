@@ -14,9 +14,7 @@ from raylora.data.task import Asks, Example, Task
 from raylora.engine.generation.decoder import Sampling
 from raylora.engine.generation.generator import Generator, check_length, text_of
 from raylora.errors import DataError, UsageError
-
-_MOST_ROWS = 32
-"""More rows at once hardly save time: the slowest of them decides when the others' places are free."""
+from raylora.placement.answering import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,6 @@ def check_lengths(config: Any, tokenizer: Any, set_name: str, examples: Sequence
     """Refuse a row that with its answer is longer than the model reads. Raises: DataError, naming it."""
     for example in examples:
         check_length(config, tokenizer, f"{set_name}: row {example.id}", question_of(example).prompt, max_new_tokens)
-
-
-def rows_at_once(batch: int, members: int) -> int:
-    """Return how many prompts so many members answer together, where a forward pass is to have ``batch`` rows."""
-    return max(1, min(_MOST_ROWS, batch // members))
 
 
 def answer_records(

@@ -23,6 +23,7 @@ from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.parameter_count import adapter_parameters, kept_parameters
 from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.model.split_base import MOST_PARTS
+from raylora.engine.run.answer_demand import answers_after, answers_within, caches_of
 from raylora.engine.training.distillation_loss import loss_of, task_of
 from raylora.engine.training.member_plan import MemberPlan, member_adapters, packable_groups, unpackable_reason
 from raylora.engine.training.row_packing import packing_of
@@ -80,7 +81,11 @@ def demand_of(
     """Return what these units need on such machines; ``batch`` says how much text they see at once."""
     on_gpu = inventory.gpus > 0 and spec.placement.gpus_per_worker != 0
     beside_bytes, asked = _teacher_bytes(spec, batch.time, on_gpu)
-    model = replace(_model_shape(spec, shell, on_gpu), beside_bytes=beside_bytes)
+    writes = batch.answers is not None or batch.own_answers
+    model = replace(
+        _model_shape(spec, shell, on_gpu), beside_bytes=beside_bytes,
+        caches=caches_of(shell.model.config) if writes else (),
+    )
     member = replace(
         batch, parameters=shell.member_parameters, kept_parameters=shell.kept_parameters,
         input_widths=_input_widths(spec, shell.sites, model),
@@ -129,7 +134,7 @@ def batch_of(spec: RunSpec, sets: DataSets) -> MemberShape:
     return MemberShape(
         rows=rows if packing is None else packing.most_sequences, time=time if packing is None else packing.longest,
         has_token_logits=has_token_logits, evaluated_tokens=read * time,
-        recomputed=spec.placement.recompute,
+        recomputed=spec.placement.recompute, answers=answers_after(spec, sets), own_answers=answers_within(spec, sets),
     )
 
 
@@ -139,6 +144,7 @@ def assumed_batch(spec: RunSpec, task: Task) -> MemberShape:
     return MemberShape(
         rows=spec.optimization.micro_batch, time=time, has_token_logits=task.output == "tokens",
         evaluated_tokens=spec.evaluation.batch * time, recomputed=spec.placement.recompute,
+        answers=answers_after(spec, None), own_answers=answers_within(spec, None),
     )
 
 
