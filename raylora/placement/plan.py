@@ -24,6 +24,8 @@ class Demand:
     """Why the members are groups of their own, if they are."""
     unsplittable_reason: str = ""
     """Why the base cannot be split over several workers, if it cannot."""
+    later_jobs: int = 0
+    """How many jobs begin when all members are finished, each of which any worker does alone."""
 
     @property
     def units(self) -> int:
@@ -47,6 +49,13 @@ class Plan:
     """Processes per worker: a gang, where it is more than one."""
     partners: int = 1
     """How many ranks of a gang train the same members."""
+    later_workers: int = 0
+    """Further workers for the jobs that begin when all members are finished."""
+
+    @property
+    def workers_in_all(self) -> int:
+        """How many workers there are at one time or another."""
+        return self.workers + self.later_workers
 
     @property
     def worker_bytes(self) -> int:

@@ -154,15 +154,36 @@ class _Placing:
         if spec.workers == "auto" and len(packs) < gangs:  # there is nothing for the others to do
             gangs = len(packs)
             cpus_each = self._cpus(rooms, gangs * size)
-        if spec.cpus_per_worker == "auto":
-            self.reasons.append(f"{cpus_each} CPU(s) per worker: an even share of {self.inventory.cpus}")
         biggest = math.ceil(max(map(len, packs)) / self.groups)
         parts = self.parts(biggest)
+        cpus_each, later = self._later(parts, gangs, cpus_each)
+        if spec.cpus_per_worker == "auto":
+            self.reasons.append(f"{cpus_each} CPU(s) per worker: an even share of {self.inventory.cpus}")
         strategy = "shard" if ranks > 1 else "pack" if gangs == 1 and biggest > 1 else "replicate"
         self.reasons.append(f"about {parts.total / 1e9:.2f} GB per worker with {biggest} member(s) in one forward")
         return Plan(
-            gangs, cpus_each, self.gpus_each, packs, parts, tuple(self.reasons), strategy, size, spec.data_parallel
+            gangs, cpus_each, self.gpus_each, packs, parts, tuple(self.reasons), strategy, size, spec.data_parallel,
+            later,
         )
+
+    def _later(self, parts: Parts, workers: int, cpus_each: int) -> tuple[int, int]:
+        """Return the cores of a worker, and how many more of them the jobs have that begin when members are finished.
+
+        On cores a worker of training is not made smaller for them. All workers have as many, since threads decide last
+        bits.
+        """
+        if self.spec.workers != "auto" or self.inventory.in_process or self.size > 1:
+            return cpus_each, 0
+        rooms = rooms_of(self.inventory, parts, bool(self.gpus_each), False, [])
+        least = self.spec.cpus_per_worker if isinstance(self.spec.cpus_per_worker, int) else 1
+        in_all = min(self.demand.later_jobs, capacity(rooms, least if self.gpus_each else cpus_each))
+        if in_all <= workers:
+            return cpus_each, 0
+        self.reasons.append(
+            f"{in_all - workers} more worker(s) when all members are finished, for {self.demand.later_jobs} shards of "
+            "answers"
+        )
+        return self._cpus(rooms, in_all) if self.gpus_each else cpus_each, in_all - workers
 
     def _check_partners(self) -> None:
         """Refuse several processes per member where they cannot be had."""

@@ -123,7 +123,7 @@ def _source(
 def _target_plan(prepared: Prepared, key: str, job: TargetJob, rows: int) -> TargetPlan:
     shards = shard_names(rows, job.shard_rows)
     processes = prepared.plan.workers * prepared.plan.ranks
-    plan = replace(prepared.plan, workers=min(processes, len(shards)), ranks=1, partners=1)
+    plan = replace(prepared.plan, workers=min(processes, len(shards)), ranks=1, partners=1, later_workers=0)
     return TargetPlan(prepared.spec, RunStore(targets_uri(job.run_uri, key)), plan, job, shards, rows)
 
 

@@ -111,7 +111,8 @@ class Prepared:
             changes=list(self.growth.changes) if self.growth is not None else [],
             costs={name: float(len(units) * self.total_steps) for name, units in jobs.items()},
             may_split=self._may_split(jobs),
-            release_idle=self.plan.workers > 1,
+            later_workers=workers[self.plan.workers :],
+            release_idle=self.plan.workers_in_all > 1,
         )
 
     def _later(self) -> dict[str, list[str]]:
@@ -210,7 +211,9 @@ def prepare(
     kept = {name for names in found.kept.values() for name in names}
     new = [unit for unit in units if unit.name not in kept]
     inventory = with_expected_nodes(inventory or local_inventory(), spec.placement)
+    shards = tuple(run_shards(spec, sets))
     demand = demand_of(spec, shell, batch_of(spec, sets), units if found.reopens or not new else new, inventory)
+    demand = replace(demand, later_jobs=len(shards))
     plan = make_plan(demand, inventory, spec.placement)
     check_whole_base(spec, plan)
     if found.kept:
@@ -223,7 +226,7 @@ def prepare(
     return Prepared(
         spec, store, units, plan, demand, sets, total_steps(len(sets.train.examples), spec.optimization),
         found.is_resume, shell.member_parameters, (*notes, obstacle) if obstacle else notes, base, found.damages,
-        found.growth, found.kept, tuple(run_shards(spec, sets)),
+        found.growth, found.kept, shards,
     )
 
 
