@@ -148,13 +148,15 @@ class _Placing:
         gangs = self._gangs(rooms)
         cpus_each = self._cpus(rooms, gangs * size)
         self._check(gangs * size, cpus_each)
-        largest = max(map(len, demand.groups))
+        largest = max(self._at_once(group) for group in demand.groups)
         per_pack = self._per_pack(rooms, gangs, cpus_each, largest)
-        packs = tuple(tuple(pack) for group in demand.groups for pack in _split(group, per_pack * self.groups))
+        packs = demand.groups if demand.places is not None else tuple(
+            tuple(pack) for group in demand.groups for pack in _split(group, per_pack * self.groups)
+        )
         if spec.workers == "auto" and len(packs) < gangs:  # there is nothing for the others to do
             gangs = len(packs)
             cpus_each = self._cpus(rooms, gangs * size)
-        biggest = math.ceil(max(map(len, packs)) / self.groups)
+        biggest = math.ceil(max(map(self._at_once, packs)) / self.groups)
         parts = self.parts(biggest)
         cpus_each, later = self._later(parts, gangs, cpus_each)
         if spec.cpus_per_worker == "auto":
@@ -163,7 +165,7 @@ class _Placing:
         self.reasons.append(f"about {parts.total / 1e9:.2f} GB per worker with {biggest} member(s) in one forward")
         return Plan(
             gangs, cpus_each, self.gpus_each, packs, parts, tuple(self.reasons), strategy, size, spec.data_parallel,
-            later,
+            later, demand.places,
         )
 
     def _later(self, parts: Parts, workers: int, cpus_each: int) -> tuple[int, int]:
@@ -184,6 +186,10 @@ class _Placing:
             "answers"
         )
         return self._cpus(rooms, in_all) if self.gpus_each else cpus_each, in_all - workers
+
+    def _at_once(self, units: Sequence[str]) -> int:
+        """Return how many of some units train at once."""
+        return len(units) if self.demand.places is None else min(len(units), self.demand.places)
 
     def _check_partners(self) -> None:
         """Refuse several processes per member where they cannot be had."""
@@ -273,6 +279,16 @@ class _Placing:
         shared = 0 if self.gpus_each or self.ranks > 1 else self.parts(0).shared
         share = largest_share(rooms, gangs * self.size, cpus_each, shared, bool(self.gpus_each))
         fits = self._most_members(share + shared, largest)
+        if self.demand.places is not None:
+            if fits < 1:
+                self._refuse_size(share + shared)
+            if fits < largest:
+                raise PlacementError(
+                    f"ensemble.pruning.places: {largest} members are to train in one forward, and {fits} fit",
+                    f"use {fits}, or more memory: places decide who is pruned, so no plan changes them",
+                )
+            self.reasons.append(f"{largest} member(s) per forward: the places of a bracket, as asked")
+            return largest
         if self.spec.members_per_worker != "auto":
             if fits < self.spec.members_per_worker:
                 self.reasons.append(

@@ -91,7 +91,11 @@ def demand_of(
         input_widths=_input_widths(spec, shell.sites, model),
         logit_chunk=_logit_chunk(spec, shell, model.vocabulary, on_gpu), asked_bytes=asked,
     )
-    return Demand(groups_of(units), model, member, unpackable_reason(units[0]), _unsplittable_reason(spec, shell))
+    pruning = spec.ensemble.pruning
+    return Demand(
+        groups_of(spec, units), model, member, unpackable_reason(units[0]), _unsplittable_reason(spec, shell),
+        places=pruning.places if pruning is not None else None,
+    )
 
 
 def _teacher_bytes(spec: RunSpec, time: int, on_gpu: bool) -> tuple[int, int]:
@@ -110,9 +114,10 @@ def _teacher_bytes(spec: RunSpec, time: int, on_gpu: bool) -> tuple[int, int]:
     return base + ADAPTER_BYTES * members * size, asked_bytes(shape, members, time, on_gpu)
 
 
-def groups_of(units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:
+def groups_of(spec: RunSpec, units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:
     """Return the units that may share a forward, group by group."""
-    return tuple(tuple(group) for group in packable_groups(units))
+    brackets = spec.ensemble.pruning.brackets if spec.ensemble.pruning is not None else 1
+    return tuple(tuple(group) for group in packable_groups(units, brackets))
 
 
 def batch_of(spec: RunSpec, sets: DataSets) -> MemberShape:
@@ -246,6 +251,8 @@ def _unsplittable_reason(spec: RunSpec, shell: Shell) -> str:
     """Return why no rank may be without the whole base, or nothing if each can."""
     if spec.distill_from is not None and spec.distill_from.members is not None:
         return "a teacher that is asked while its student learns is whole in every worker"
+    if spec.ensemble.pruning is not None and spec.ensemble.pruning.places is not None:
+        return "one worker has all of a bracket (ensemble.pruning.places)"
     adapter = shell.adapter
     if isinstance(adapter, WholeModel):
         return f"members of adapter.kind {adapter.spec.kind} are whole models themselves"

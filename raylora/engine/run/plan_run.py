@@ -29,6 +29,7 @@ from raylora.engine.run.session import TrainingSession
 from raylora.engine.run.shared_trunk import check_trunk
 from raylora.engine.run.tracking import check_trackers
 from raylora.engine.run.work import TrainingAssignment
+from raylora.engine.training.bracket import check_places
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import (
@@ -123,7 +124,7 @@ class Prepared:
 
     def _may_split(self, jobs: Mapping[str, Sequence[str]]) -> list[str]:
         """Return the jobs of several units none of which has begun, if the run lets them be split."""
-        if not self.spec.placement.split_last:
+        if not self.spec.placement.split_last or self.demand.places is not None:
             return []
         begun = {*self.store.storage.list("checkpoints"), *(unit for units in self.kept.values() for unit in units)}
         return [name for name, units in jobs.items() if len(units) > 1 and begun.isdisjoint(units)]
@@ -193,6 +194,7 @@ def prepare(
     tokenizer = load_tokenizer(spec.base, task)
     sets = sets_of(spec, task, tokenizer, store)
     check_lengths(spec, total_steps(len(sets.train.examples), spec.optimization))
+    check_places(spec, len(sets.train.examples))
     check_generation(spec, task, shell.model.config, tokenizer, sets)
     found, obstacle = _Begun(), ""
     try:
@@ -217,7 +219,7 @@ def prepare(
     plan = make_plan(demand, inventory, spec.placement)
     check_whole_base(spec, plan)
     if found.kept:
-        packs = make_plan(replace(demand, groups=groups_of(new)), inventory, spec.placement).packs if new else ()
+        packs = make_plan(replace(demand, groups=groups_of(spec, new)), inventory, spec.placement).packs if new else ()
         plan = replace(plan, packs=packs)
     packing = packing_of(spec, sets.train.examples)
     notes = (*notes, *([] if packing is None else [str(packing)]), *doubts(spec, sets), *differences(spec))

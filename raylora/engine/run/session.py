@@ -14,17 +14,19 @@ from dataclasses import replace
 import torch
 
 from raylora import logs
-from raylora.adapters.side_by_side import SideBySide
+from raylora.adapters.side_by_side import SideBySide, adapter_of
 from raylora.data.sets import DataSets
 from raylora.data.texts import text_finder
 from raylora.engine.model import serialization
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.gang import Gang, GangPlace
 from raylora.engine.model.machine import compute_device, peak_device_bytes, peak_memory_bytes
+from raylora.engine.model.member_tensors import frozen_tensors_of
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
 from raylora.engine.model.shared_sequences import check_shared_sequences
 from raylora.engine.model.trunk_cache import TrunkCache
+from raylora.engine.run.bracket_commits import saved_bracket
 from raylora.engine.run.evaluation import Evaluator, Trained, read_trained
 from raylora.engine.run.profiling import StepProfiler
 from raylora.engine.run.run_answers import RunAnswers
@@ -68,6 +70,7 @@ class TrainingSession:
         self.device = compute_device(gpus)
         self.task = task_of(spec)
         self.plans = {plan.name: plan for plan in member_plans_of(spec)}
+        self.places = spec.ensemble.pruning.places if spec.ensemble.pruning is not None else None
         self.gang: Gang | None
         self.base: Base
         self.sets: DataSets
@@ -165,6 +168,8 @@ class TrainingSession:
         missing = [plan for plan in plans if not self.store.has_result(plan.folder)]
         if not missing:
             return []
+        if self.places is not None:
+            return plans  # who is finished tells by what the others were judged
         if all(self._has_failed(plan) for plan in missing):
             return missing  # tried once more, without those who need not wait for it
         begun = [plan for plan in plans if self.store.checkpoint_steps(plan.name)]
@@ -186,14 +191,15 @@ class TrainingSession:
         model = PackedModel(self.base, adapters, self.task, self.trunk_cache)
         trainer = PackTrainer(
             model, TrainingSettings.of(self.spec), plans, self.sets.train.examples, self.sets.validation.examples,
-            self.distillation_loss, self._saved(plans),
+            self.distillation_loss,
+            self._saved(plans) if self.places is None else saved_bracket(self.spec, self.store, self.base, plans),
         )
         trainer.span = self.span
         resumed_at = trainer.step
-        logger.info("%s: training from step %d to %d", job, resumed_at, trainer.total)
+        logger.info("%s: training from step %d to %d", job, resumed_at, trainer.end)
         tracking = Tracking(self.spec if self._is_first else self.spec.model_copy(update={"tracking": []}), self.store)
         tracked, complete = TrackedPack(tracking, trainer), False
-        profiler = StepProfiler(self.spec.profile, self.store, job, trainer.total - trainer.step)
+        profiler = StepProfiler(self.spec.profile, self.store, job, trainer.end - trainer.step)
         partners = self.gang.partners if self.gang is not None else None
         rows = self.spec.optimization.micro_batch * self.spec.optimization.accumulation
         meter = _Meter(report, tracked, profiler, self.evaluator.forwards_ahead(plans) / rows)
@@ -213,14 +219,16 @@ class TrainingSession:
         finally:
             tracking.close(complete)
         trained_s = time.perf_counter() - meter.started
+        ended = trainer.ended()
         done = [
             Trained(
-                state.plan, state.result(), state.frozen_tensors, trainer.step, state.history, state.stopped_at,
-                state.moments,
-            ) for state in trainer.states if not state.failure
+                one.plan, one.tensors, frozen_tensors_of(self.base, adapter_of(one.plan.adapter),
+                                                         one.plan.stream("fixed")),
+                one.steps, one.history, one.stopped_at, one.moments, one.committed_at,
+            ) for one in ended if not one.failure
         ]
         logger.info("%s: trained in %.1f s", job, trained_s)
-        evaluate_s = self.evaluator.evaluate(model, done, report, should_stop) if self._is_first else 0.0
+        evaluate_s = self._evaluate(model, done, report, should_stop) if self._is_first else 0.0
         logger.info("%s: evaluated in %.1f s", job, evaluate_s)
         self.store.write_json(f"timing/{job}.json", JobTiming({
             "units": [one.plan.name for one in done],
@@ -235,13 +243,21 @@ class TrainingSession:
             "base_parameters": self.base.parameters,
             "head_parameters": sum(p.numel() for head in self.base.heads.values() for p in head.parameters()),
             "member_parameters": max((sum(t.numel() for t in one.tensors.values()) for one in done), default=0),
-            "trained_parameters": max((state.optimizer.size for state in trainer.states), default=0),
+            "trained_parameters": max((one.trained_parameters for one in ended), default=0),
             "compute_dtype": str(self.base.dtype).removeprefix("torch."),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "pid": os.getpid(),
         }))
-        return {t.plan.name: t.failure for t in trainer.states if t.failure}
+        return {one.plan.name: one.failure for one in ended if one.failure}
+
+    def _evaluate(
+        self, model: PackedModel, done: Sequence[Trained], report: OnProgress, should_stop: StopSignal
+    ) -> float:
+        """Predict with all members of a pack together, or, of a bracket, with as many as trained together."""
+        size = self.places or max(1, len(done))
+        return sum(self.evaluator.evaluate(model, done[start : start + size], report, should_stop)
+                   for start in range(0, len(done), size))
 
     def _evaluate_again(
         self, job: str, plans: Sequence[MemberPlan], report: OnProgress, should_stop: StopSignal
@@ -250,7 +266,7 @@ class TrainingSession:
         adapters = SideBySide.of([plan.adapter for plan in plans]).adapters
         done = [read_trained(self.spec, self.store, self.base, plan) for plan in plans]
         model = PackedModel(self.base, adapters, self.task)
-        evaluate_s = self.evaluator.evaluate(model, done, report, should_stop)
+        evaluate_s = self._evaluate(model, done, report, should_stop)
         timing = self.store.read_json(f"timing/{job}.json")
         if timing is not None:
             self.store.write_json(f"timing/{job}.json", {**timing, "evaluate_s": evaluate_s})
@@ -279,7 +295,7 @@ class TrainingSession:
             saved = state.saved(trainer.step)  # partners make it together, and one of them commits it
             if not self._is_first:
                 continue
-            files = serialization.pack_state(*saved)
+            files = serialization.pack_state(saved[0], saved[1] | trainer.facts(state))
             self.store.commit_checkpoint(state.plan.name, trainer.step, files)
         # Only now: until every plan has this step, the one before is the newest that all have.
         for state in trainer.states if self._is_first else ():
