@@ -51,7 +51,8 @@ def sweep(
 
     tried = dict(_given(one) for one in vary or [])
     found = carry_out(
-        read_spec(spec_file, overrides or []), tried, metric, repeats, samples, local, keep, keep_every, places, brackets,
+        read_spec(spec_file, overrides or []), tried, metric, repeats, samples, local, keep, keep_every, places,
+        brackets,
     )
     if as_json:
         print(json.dumps({"run": found.run, "metric": metric, "tried": [one.record() for one in found.tried]}))

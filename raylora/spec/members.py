@@ -39,8 +39,8 @@ class PruningSpec(Frozen):
     left, and are compared with all of the bracket that have come as far by then. By default all begin at once, and each
     pack is a bracket."""
     brackets: int = Field(default=1, ge=1)
-    """With ``places``: how many brackets the members are dealt to in turn. One worker trains a bracket, and who is pruned
-    depends on the brackets and on nothing else."""
+    """With ``places``: how many brackets the members are dealt to in turn. One worker trains a bracket, and who is
+    pruned depends on the brackets and on nothing else."""
 
     @model_validator(mode="after")
     def _brackets_have_places(self) -> PruningSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import raylora
 from raylora.cli import app
 from raylora.engine.model import serialization
+from raylora.engine.run.evaluation import Evaluator
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.run.sweep import sweep_spec
 from raylora.errors import Interrupted, RunDirectoryError, SpecError
@@ -258,6 +260,35 @@ def test_a_sweep_with_places_goes_on_where_it_was_stopped_bit_for_bit(make_spec:
     run(spec)
     assert_bit_equal(members(spec), members(whole))
     assert rungs(spec) == rungs(whole)
+
+
+def test_a_sweep_with_places_that_is_killed_anywhere_comes_out_the_same(
+    make_spec: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, spec = make_spec(name="whole", **PLACED), make_spec(name="killed", **PLACED)
+    run(whole)
+    for owner, method, call in [  # within a commit of two members, and between two packs of predictions
+        (RunStore, "commit_checkpoint", 2), (RunStore, "commit_checkpoint", 4), (Evaluator, "evaluate", 2),
+        (Evaluator, "evaluate", 2),
+    ]:
+        real, calls = getattr(owner, method), itertools.count(1)
+
+        def killed(*arguments: Any, real: Any = real, calls: Any = calls, call: int = call) -> Any:
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, method, killed)
+            run(spec)
+    assert 0 < len(RunStore.for_spec(spec).storage.list("members")) < 6  # some are finished, the others are not
+    trained: list[int] = []
+    run(spec, lambda progress: trained.append(progress.done))
+    assert trained == []
+    assert_bit_equal(members(spec), members(whole))
+    for name in members(whole):
+        one, two = (RunStore.for_spec(each).load_result(f"predictions/{name}") for each in (spec, whole))
+        assert one == two
 
 
 def steps_of(spec: Any) -> list[int]:

@@ -20,7 +20,7 @@ def saved_bracket(
     """Return the newest state of a bracket of which nothing is missing, or None to begin.
 
     A commit of a member says who has begun by then. Of each of them there is a commit of the same step, or its last
-    one, or it is finished.
+    one, or it is finished. Members are finished when all have left, so whoever is finished has begun, too.
 
     Raises:
         StoreError: a finished member is damaged.
@@ -34,7 +34,6 @@ def saved_bracket(
         found: dict[str, SavedState] = {}
         for name in begun:
             if name in finished:
-                found[name] = _finished(spec, store, base, of_name[name])
                 continue
             last = max((own for own in steps[name] if own <= step), default=None)
             saved = None if last is None else _read(store, name, last)
@@ -42,7 +41,7 @@ def saved_bracket(
                 break
             found[name] = saved
         else:
-            return found
+            return found | {name: _finished(spec, store, base, of_name[name]) for name in sorted(finished)}
     return None
 
 

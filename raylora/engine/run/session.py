@@ -255,9 +255,11 @@ class TrainingSession:
         self, model: PackedModel, done: Sequence[Trained], report: OnProgress, should_stop: StopSignal
     ) -> float:
         """Predict with all members of a pack together, or, of a bracket, with as many as trained together."""
-        size = self.places or max(1, len(done))
-        return sum(self.evaluator.evaluate(model, done[start : start + size], report, should_stop)
-                   for start in range(0, len(done), size))
+        if self.places is None:
+            return self.evaluator.evaluate(model, done, report, should_stop)
+        parts = (done[start : start + self.places] for start in range(0, len(done), self.places))
+        return sum(self.evaluator.evaluate(model, part, report, should_stop) for part in parts
+                   if not all(self._is_whole(one.plan) for one in part))
 
     def _evaluate_again(
         self, job: str, plans: Sequence[MemberPlan], report: OnProgress, should_stop: StopSignal
@@ -270,6 +272,10 @@ class TrainingSession:
         timing = self.store.read_json(f"timing/{job}.json")
         if timing is not None:
             self.store.write_json(f"timing/{job}.json", {**timing, "evaluate_s": evaluate_s})
+
+    def _is_whole(self, plan: MemberPlan) -> bool:
+        """Return whether a plan's member and all its predictions are committed."""
+        return self.store.has_result(plan.folder) and self.evaluator.is_predicted(plan)
 
     def aggregate(self, units: Sequence[str], started_at: float) -> RunMetrics:
         """Combine the finished units' predictions and answers into the run's metrics. Raises: StoreError."""

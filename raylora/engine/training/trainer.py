@@ -169,7 +169,8 @@ class PackTrainer:
         """Return what a commit says of a member's bracket, beside what it says of the member."""
         if self.places is None:
             return {}
-        begun = {one.plan.name: one.begun_at for one in (*self.left, *self.states)}
+        everyone: list[Ended | MemberState] = [*self.left, *self.states]
+        begun = {one.plan.name: one.begun_at for one in everyone}
         return {"begun_at": state.begun_at, "begun": begun, "left": not self._goes_on(state)}
 
     # --- places -------------------------------------------------------------------------------------
@@ -393,7 +394,7 @@ class PackTrainer:
         if rule is not None and state.stopped_at is not None:
             times = "once" if rule.patience == 1 else f"in {rule.patience} epochs"
             told.append(
-                f"{name} stopped early at step {state.stopped_at}: validation {METRICS[rule.metric].label} did not get better "
-                f"{times}; its best, {state.best_value:.4g}, is kept"
+                f"{name} stopped early at step {state.stopped_at}: validation {METRICS[rule.metric].label} did not get "
+                f"better {times}; its best, {state.best_value:.4g}, is kept"
             )
         return told
