@@ -251,7 +251,10 @@ def test_whoever_is_pruned_gives_the_place_to_the_next_and_all_who_came_so_far_a
 
 @pytest.mark.parametrize("every", [None, 2])
 def test_a_sweep_with_places_goes_on_where_it_was_stopped_bit_for_bit(make_spec: Make, every: int | None) -> None:
-    changes = {**PLACED, "checkpointing": {"every_steps": every}} if every else PLACED
+    changes = PLACED
+    if every:  # and members of two ranks, whose matrices multiply beside each other
+        own = [{"optimization.lr": rate, "adapter.rank": 2 + 2 * (m % 2)} for m, rate in enumerate(RATES_OF_SIX)]
+        changes = {**PLACED, "checkpointing": {"every_steps": every}, "ensemble__vary": own}
     whole, spec = make_spec(name="whole", **changes), make_spec(name="stopped", **changes)
     total = sum(1 for _ in steps_of(whole))
     for step in (EPOCH, 2 * EPOCH + 1, 3 * EPOCH, total - 1):
@@ -296,6 +299,26 @@ def steps_of(spec: Any) -> list[int]:
     seen: list[int] = []
     run(spec, lambda progress: seen.append(progress.done))
     return seen
+
+
+def test_a_member_that_fails_gives_its_place_away_and_counts_for_nobody(make_spec: Make) -> None:
+    changes = {**PLACED, "ensemble__members": 4, "ensemble__min_members": 3,
+               "ensemble__vary": {"optimization.lr": [1e30, 5e-3, 1e-5, 3e-3]}}
+    whole, spec = make_spec(name="whole", **changes), make_spec(name="stopped", **changes)
+    seen: list[set[str]] = []
+    metrics = run(whole, lambda progress: seen.append(set(progress.losses)))
+    assert metrics["run"]["phase"] == "degraded" and len(members(whole)) == 3
+    assert seen[EPOCH - 1] == {"member-001"} and seen[EPOCH] == {"member-001", "member-002"}
+    first = {name: rows[EPOCH] for name, rows in rungs(whole).items()}
+    for name in first:  # each comes after the one before it
+        so_far = sorted((one for one in first if one <= name), key=first.__getitem__)
+        goes_on = name in so_far[: math.ceil(len(so_far) / 2)]
+        assert (max(rungs(whole)[name]) > EPOCH) is goes_on
+    for step in (EPOCH - 1, EPOCH + 1):
+        with pytest.raises(Interrupted):
+            run(spec, stop_at(step))
+    run(spec)
+    assert_bit_equal(members(spec), members(whole))
 
 
 def test_a_member_that_is_lost_comes_out_of_its_bracket_again(make_spec: Make) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -35,6 +35,7 @@ from raylora.engine.run.shared_trunk import discard_trunk_cache, open_trunk_cach
 from raylora.engine.run.teaching import teaching_of
 from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
 from raylora.engine.run.work import StopSignal
+from raylora.engine.training.bracket import Ended
 from raylora.engine.training.distillation_loss import DistillationLoss, task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.live_teacher import LiveDistillationLoss
@@ -220,18 +221,14 @@ class TrainingSession:
             tracking.close(complete)
         trained_s = time.perf_counter() - meter.started
         ended = trainer.ended()
-        done = [
-            Trained(
-                one.plan, one.tensors, frozen_tensors_of(self.base, adapter_of(one.plan.adapter),
-                                                         one.plan.stream("fixed")),
-                one.steps, one.history, one.stopped_at, one.moments, one.committed_at,
-            ) for one in ended if not one.failure
-        ]
+        done = {one.plan.name: one for one in ended if not one.failure}
         logger.info("%s: trained in %.1f s", job, trained_s)
-        evaluate_s = self._evaluate(model, done, report, should_stop) if self._is_first else 0.0
+        evaluate_s = self._evaluate(
+            model, [one.plan for one in done.values()], lambda plan: self._trained(done[plan.name]), report, should_stop
+        ) if self._is_first else 0.0
         logger.info("%s: evaluated in %.1f s", job, evaluate_s)
         self.store.write_json(f"timing/{job}.json", JobTiming({
-            "units": [one.plan.name for one in done],
+            "units": list(done),
             "train_s": trained_s,
             "evaluate_s": evaluate_s,
             "steps": trainer.step - resumed_at,
@@ -242,7 +239,7 @@ class TrainingSession:
             "base_bytes": self.base.size_bytes,
             "base_parameters": self.base.parameters,
             "head_parameters": sum(p.numel() for head in self.base.heads.values() for p in head.parameters()),
-            "member_parameters": max((sum(t.numel() for t in one.tensors.values()) for one in done), default=0),
+            "member_parameters": max((sum(t.numel() for t in one.tensors.values()) for one in ended), default=0),
             "trained_parameters": max((one.trained_parameters for one in ended), default=0),
             "compute_dtype": str(self.base.dtype).removeprefix("torch."),
             "device": str(self.device),
@@ -251,24 +248,35 @@ class TrainingSession:
         }))
         return {one.plan.name: one.failure for one in ended if one.failure}
 
+    def _trained(self, one: Ended) -> Trained:
+        frozen = one.frozen_tensors
+        if frozen is None:
+            frozen = frozen_tensors_of(self.base, adapter_of(one.plan.adapter), one.plan.stream("fixed"))
+        return Trained(
+            one.plan, one.tensors, frozen, one.steps, one.history, one.stopped_at, one.moments, one.committed_at
+        )
+
     def _evaluate(
-        self, model: PackedModel, done: Sequence[Trained], report: OnProgress, should_stop: StopSignal
+        self, model: PackedModel, plans: Sequence[MemberPlan], trained: Callable[[MemberPlan], Trained],
+        report: OnProgress, should_stop: StopSignal,
     ) -> float:
         """Predict with all members of a pack together, or, of a bracket, with as many as trained together."""
-        if self.places is None:
-            return self.evaluator.evaluate(model, done, report, should_stop)
-        parts = (done[start : start + self.places] for start in range(0, len(done), self.places))
-        return sum(self.evaluator.evaluate(model, part, report, should_stop) for part in parts
-                   if not all(self._is_whole(one.plan) for one in part))
+        size = self.places or max(1, len(plans))
+        parts = [plans[start : start + size] for start in range(0, len(plans), size)]
+        return sum(
+            self.evaluator.evaluate(model, [trained(plan) for plan in part], report, should_stop)
+            for part in parts if self.places is None or not all(map(self._is_whole, part))
+        )
 
     def _evaluate_again(
         self, job: str, plans: Sequence[MemberPlan], report: OnProgress, should_stop: StopSignal
     ) -> None:
         """Predict with members that are committed, in the stack that they were trained in."""
         adapters = SideBySide.of([plan.adapter for plan in plans]).adapters
-        done = [read_trained(self.spec, self.store, self.base, plan) for plan in plans]
         model = PackedModel(self.base, adapters, self.task)
-        evaluate_s = self._evaluate(model, done, report, should_stop)
+        evaluate_s = self._evaluate(
+            model, plans, lambda plan: read_trained(self.spec, self.store, self.base, plan), report, should_stop
+        )
         timing = self.store.read_json(f"timing/{job}.json")
         if timing is not None:
             self.store.write_json(f"timing/{job}.json", {**timing, "evaluate_s": evaluate_s})

@@ -48,13 +48,16 @@ class Ended:
     failure: str = ""
     moments: WeightMoments = field(default_factory=WeightMoments)
     trained_parameters: int = 0
+    frozen_tensors: Tensors | None = None
+    """None where they are to be made again: those of many members would fill the memory."""
 
     @classmethod
-    def of(cls, state: MemberState, step: int) -> Ended:
+    def of(cls, state: MemberState, step: int, keeps_frozen: bool = False) -> Ended:
         """Return what stays of a member after a step of its pack."""
         return cls(
             state.plan, {} if state.failure else state.result(), step - state.begun_at, step, state.history,
             state.stopped_at, state.begun_at, state.failure, state.moments, state.optimizer.size,
+            state.frozen_tensors if keeps_frozen else None,
         )
 
     @classmethod

@@ -24,6 +24,7 @@ from raylora.engine.training.distillation_loss import DistillationLoss
 from raylora.engine.training.live_teacher import LiveDistillationLoss
 from raylora.engine.training.member_plan import MemberPlan
 from raylora.engine.training.member_state import MemberBuilder, MemberState, SavedState
+from raylora.engine.training.news import news_of
 from raylora.engine.training.own_answers import OwnAnswers
 from raylora.engine.training.predict import validation_metrics
 from raylora.engine.training.row_packing import first_epoch_of
@@ -145,7 +146,7 @@ class PackTrainer:
 
     def ended(self) -> list[Ended]:
         """Return what the members have become, in the order in which they were given."""
-        found = [*self.left, *(Ended.of(state, self.step) for state in self.states)]
+        found = [*self.left, *(Ended.of(state, self.step, keeps_frozen=True) for state in self.states)]
         return sorted(found, key=lambda one: self._places[one.plan.name])
 
     def own_step(self, state: MemberState) -> int:
@@ -331,14 +332,14 @@ class PackTrainer:
             state.history.append(
                 {"step": self.own_step(state), **{f"{VALIDATION}{name}": value for name, value in values.items()}}
             )
-        behind = self._behind(active)
+        behind, epochs = self._behind(active), self._epoch_of(self.total)
         for state, values in zip(active, scores, strict=True):
             step, rule = self.own_step(state), state.plan.regularizers.early_stopping
             if rule is not None:
                 state.judge(values[rule.metric], step, rule.patience, METRICS[rule.metric].sign < 0)
             if state.plan.name in behind:
                 state.stopped_at = step
-            told += self._news(state, values)
+            told += news_of(state, values, self._epoch_of(step), epochs, self.settings.ensemble.pruning)
         return told
 
     def _behind(self, active: Sequence[MemberState]) -> set[str]:
@@ -380,21 +381,3 @@ class PackTrainer:
             return []
         size = self.model.task.spec.max_length
         return [str(first_epoch_of(plan, self.train, optimization, self.settings.ensemble, size))]
-
-    def _news(self, state: MemberState, values: Mapping[str, float]) -> list[str]:
-        name, epochs = state.plan.name, self.epochs(self.total - 1) + 1
-        shown = ", ".join(f"{METRICS[key].label} {value:.4g}" for key, value in values.items())
-        told = [f"{name} epoch {self._epoch_of(self.own_step(state))} of {epochs}: validation {shown}"]
-        rule = state.plan.regularizers.early_stopping
-        pruning = self.settings.ensemble.pruning
-        if pruning is not None and state.stopped_at is not None:
-            label = METRICS[pruning.metric].label
-            told.append(f"{name} is behind by its validation {label} and trains no further than step "
-                        f"{state.stopped_at}")
-        if rule is not None and state.stopped_at is not None:
-            times = "once" if rule.patience == 1 else f"in {rule.patience} epochs"
-            told.append(
-                f"{name} stopped early at step {state.stopped_at}: validation {METRICS[rule.metric].label} did not get "
-                f"better {times}; its best, {state.best_value:.4g}, is kept"
-            )
-        return told
