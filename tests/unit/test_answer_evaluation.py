@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from raylora.engine.run.plan_run import prepare
 from raylora.engine.run.run_status import RunStatus
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
+from raylora.engine.training.optimizer import MemberOptimizer
 from raylora.ensemble.answer_metrics import normalized
 from raylora.errors import DataError, Interrupted, SpecError, StoreError, TrainingError, UsageError
 from raylora.report.publish import publish_report
@@ -300,17 +302,26 @@ def test_members_that_are_left_answer_without_the_lost_one(writer: str) -> None:
 def test_a_forward_pass_has_no_more_rows_than_an_evaluation_is_allowed(
     spec_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, rows = Generator.voices, []
+    real, rows, begun = Generator.voices, [], MemberOptimizer.__init__
+    trained: list[Any] = []
+    held: list[int] = []
+
+    def noted(self: MemberOptimizer, *arguments: Any, **named: Any) -> None:
+        begun(self, *arguments, **named)
+        trained.extend(map(weakref.ref, self._flat_P))
 
     def counted(self: Generator, prompts: Any, *rest: Any) -> Any:
         rows.append(len(prompts))
+        held.append(sum(parameter() is not None for parameter in trained))
         return real(self, prompts, *rest)
 
+    monkeypatch.setattr(MemberOptimizer, "__init__", noted)
     monkeypatch.setattr(Generator, "voices", counted)
     run_local(spec_of(
         optimization__steps=4, evaluation__generation={"max_new_tokens": 2, "rows": 11}, evaluation__batch=8,
     ), lambda status: None)
     assert rows == [4, 4, 3, 2]  # of two members
+    assert trained and held == [0] * 4  # nothing of the training is held beside it, as plans count on
 
 
 def test_members_that_are_added_are_asked_with_the_others(spec_of: Callable[..., Any]) -> None:

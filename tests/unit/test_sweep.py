@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from raylora.engine.model import serialization
 from raylora.engine.run.evaluation import Evaluator
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.run.sweep import sweep_spec
+from raylora.engine.training.optimizer import MemberOptimizer
 from raylora.errors import Interrupted, RunDirectoryError, SpecError
 from raylora.spec import dump_spec, read_spec
 from raylora.store.run_store import RunStore
@@ -227,13 +229,27 @@ def expected_steps(scores: dict[str, dict[int, float]], full: dict[str, dict[int
 
 
 def test_whoever_is_pruned_gives_the_place_to_the_next_and_all_who_came_so_far_are_judged_together(
-    make_spec: Make
+    make_spec: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = make_spec(name="placed", **PLACED)
     assert prepare(spec).plan.packs == (tuple(f"member-{m:03d}" for m in range(6)),)
     seen: list[set[str]] = []
-    run(spec, lambda progress: seen.append(set(progress.losses)))
+    held: list[int] = []
+    optimizers: list[Any] = []
+    begun = MemberOptimizer.__init__
+
+    def noted(self: MemberOptimizer, *arguments: Any, **named: Any) -> None:
+        begun(self, *arguments, **named)
+        optimizers.extend(map(weakref.ref, self._flat_P))
+
+    def on_step(progress: Any) -> None:
+        seen.append(set(progress.losses))
+        held.append(sum(one() is not None for one in optimizers))
+
+    monkeypatch.setattr(MemberOptimizer, "__init__", noted)
+    run(spec, on_step)
     assert max(map(len, seen)) == 2  # never more in a forward
+    assert max(held) == held[0]  # nor with an optimizer
     alone = make_spec(name="alone", **{**PLACED, "ensemble__pruning": None})
     run(alone)
     scores, full = rungs(spec), rungs(alone)

@@ -25,6 +25,7 @@ from raylora.engine.training.live_teacher import LiveDistillationLoss
 from raylora.engine.training.member_plan import MemberPlan
 from raylora.engine.training.member_state import MemberBuilder, MemberState, SavedState
 from raylora.engine.training.news import news_of
+from raylora.engine.training.optimizer import let_engines_go
 from raylora.engine.training.own_answers import OwnAnswers
 from raylora.engine.training.predict import validation_metrics
 from raylora.engine.training.row_packing import first_epoch_of
@@ -139,6 +140,7 @@ class PackTrainer:
                     save(self)
                 if signal_number:
                     raise Interrupted(f"stopped after step {self.step}", signal_number=signal_number)
+                del training  # those who leave go with all that trained them
                 self._turn_over()
         everyone = self.ended()
         if all(one.failure for one in everyone):
@@ -195,8 +197,11 @@ class PackTrainer:
         """Give the places of members that take no further step to those that wait, where an epoch begins for all."""
         if self.places is None:
             return
-        self.left += [Ended.of(t, self.step) for t in self.states if not self._goes_on(t)]
-        self.states = [t for t in self.states if self._goes_on(t)]
+        if self._leaving():
+            self.left += [Ended.of(t, self.step) for t in self.states if not self._goes_on(t)]
+            self.states = [t for t in self.states if self._goes_on(t)]
+            self._ready, self._frozen_of = None, ((), {})
+            let_engines_go()
         if self.states and self.own_step(self.states[0]) % self._steps_per_epoch:
             return
         while self._waiting and len(self.states) < self.places:
