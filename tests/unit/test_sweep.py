@@ -344,6 +344,12 @@ def test_a_member_that_is_lost_comes_out_of_its_bracket_again(make_spec: Make) -
     RunStore.for_spec(spec).storage.delete("members/member-003")
     raylora.repair_run(RunStore.for_spec(spec).uri, local=True)
     assert_bit_equal(members(spec), before)
+    more = spec.model_copy(update={"ensemble": spec.ensemble.model_copy(update={"members": 8})})
+    jobs = prepare(more).jobs  # those who come later have no part in what was decided
+    assert [len(units) for units in jobs.values()] == [6, 2] and jobs["job-01"] == ["member-006", "member-007"]
+    longer = spec.model_copy(update={"optimization": spec.optimization.model_copy(update={"epochs": 4.0})})
+    with pytest.raises(RunDirectoryError, match="members began one after another, where others had left"):
+        prepare(longer)
 
 
 def test_brackets_do_not_depend_on_how_many_workers_there_are(make_spec: Make) -> None:
