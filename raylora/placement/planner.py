@@ -142,7 +142,7 @@ class _Placing:
         demand, spec, ranks, size = self.demand, self.spec, self.ranks, self.size
         self._check_kinds()
         self._check_partners()
-        rooms = rooms_of(self.inventory, self.parts(1), bool(self.gpus_each), ranks > 1, self.reasons)
+        rooms = self._rooms()
         if spec.workers != "auto":  # whoever asks for a number gets it; the packs are as small as it takes
             rooms = [replace(room, most=len(room.node.gpus) if self.gpus_each else room.node.cpus) for room in rooms]
         gangs = self._gangs(rooms)
@@ -186,6 +186,17 @@ class _Placing:
             "answers"
         )
         return self._cpus(rooms, in_all) if self.gpus_each else cpus_each, in_all - workers
+
+    def _rooms(self) -> list[Room]:
+        """Return every node's room for workers with one member each, or with a bracket's places where they fit."""
+        def rooms(members: int) -> list[Room]:
+            return rooms_of(self.inventory, self.parts(members), bool(self.gpus_each), self.ranks > 1, self.reasons)
+
+        if self.demand.places is not None:
+            found = rooms(max(map(self._at_once, self.demand.groups)))
+            if any(room.most for room in found):
+                return found
+        return rooms(1)
 
     def _at_once(self, units: Sequence[str]) -> int:
         """Return how many of some units train at once."""
@@ -239,10 +250,12 @@ class _Placing:
             gangs = max(1, min(within or slots // ranks, math.ceil(self.demand.units / self.groups)))
             reasons.append(f"{gangs * ranks} worker(s) in {gangs} gang(s) of {ranks}: one per {unit}")
             return gangs
-        workers = min(slots, self.demand.units)
+        each = "member" if self.demand.places is None else "bracket"
+        most = self.demand.units if self.demand.places is None else len(self.demand.groups)
+        workers = min(slots, most)
         by_cores = sum((len(room.node.gpus) if self.gpus_each else room.node.cpus // cpus) for room in rooms)
-        short = workers == slots < min(by_cores, self.demand.units) and not self.gpus_each
-        why = "more do not fit into memory" if short else f"one per {unit}, at most one per member"
+        short = workers == slots < min(by_cores, most) and not self.gpus_each
+        why = "more do not fit into memory" if short else f"one per {unit}, at most one per {each}"
         reasons.append(f"{workers} worker(s): {why}")
         return workers
 
