@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from run_helpers import assert_bit_equal, members, run, stop_at, weights
+from sweeps import sweep
 from typer.testing import CliRunner
 
 import raylora
@@ -265,7 +266,7 @@ def test_whoever_is_pruned_gives_the_place_to_the_next_and_all_who_came_so_far_a
     }
 
 
-@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize("every", sweep([None, 2], always=[2]))
 def test_a_sweep_with_places_goes_on_where_it_was_stopped_bit_for_bit(make_spec: Make, every: int | None) -> None:
     changes = PLACED
     if every:  # and members of two ranks, whose matrices multiply beside each other
@@ -337,6 +338,7 @@ def test_a_member_that_fails_gives_its_place_away_and_counts_for_nobody(make_spe
     assert_bit_equal(members(spec), members(whole))
 
 
+@pytest.mark.slow
 def test_a_member_that_is_lost_comes_out_of_its_bracket_again(make_spec: Make) -> None:
     spec = make_spec(name="lost", **PLACED)
     run(spec)
