@@ -332,7 +332,7 @@ def _start(prepared: Work, detach: bool = False) -> RunHandle:
         prepared.begin()
     options: dict[str, Any] = {"runtime_env": {"env_vars": logs.environment()}} if logs.environment() else {}
     options |= {"lifetime": "detached"} if detach else {}
-    start = prepared.start_event([f"worker-{index}" for index in range(prepared.plan.workers)])
+    start = prepared.start_event([f"worker-{index}" for index in range(prepared.plan.workers_in_all)])
     # It stays where its driver is: workers' nodes may come and go.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options |= {"namespace": NAMESPACE, "scheduling_strategy": here}

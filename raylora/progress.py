@@ -36,7 +36,7 @@ class Progress:
     losses: Mapping[str, float] = field(default_factory=dict)
     """The latest step's loss by member."""
     tokens: int = 0
-    """That the new steps trained on."""
+    """That the new steps trained on, or that stand in the new answers."""
     news: tuple[str, ...] = ()
     """What happened that one wants to have read: an epoch's validation, a member that stopped."""
     after_s: float = 0.0
@@ -80,13 +80,21 @@ class RowCounter:
         self._activity, self._total, self._report = activity, total, report
         self._before = self._done = 0
         self._last = time.perf_counter()
+        self.seconds, self.tokens = 0.0, 0
+        """Of all rows so far."""
 
-    def __call__(self, done: int, of: int) -> None:
-        """Take it that ``done`` of the current set's rows are predicted; the last call of a set has ``done == of``."""
+    def __call__(self, done: int, of: int, tokens: int = 0) -> None:
+        """Take it that ``done`` of the current set's rows are predicted; the last call of a set has ``done == of``.
+
+        Args:
+            tokens: how many were written since the last call.
+        """
         now = time.perf_counter()
-        new = self._before + done - self._done
+        new, seconds = self._before + done - self._done, now - self._last
         self._done += new
-        self._report(Progress(self._activity, self._done, self._total, new, now - self._last))
+        self.seconds += seconds
+        self.tokens += tokens
+        self._report(Progress(self._activity, self._done, self._total, new, seconds, tokens=tokens))
         self._last = now
         if done == of:
             self._before = self._done

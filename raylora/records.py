@@ -313,7 +313,15 @@ class RunFacts(TypedDict):
     degraded: bool
 
 
-class Timing(TypedDict):
+class AnswerTiming(TypedDict, total=False):
+    """What it took to write a run's answers, all shards together; nothing where none were, or it is not known."""
+
+    answer_s: float
+    answer_tokens: int
+    answer_tokens_per_s: float
+
+
+class Timing(AnswerTiming):
     """Seconds and tokens of all jobs together."""
 
     total_s: float
@@ -432,6 +440,17 @@ class JobTiming(TypedDict):
     compute_dtype: str
     device: str
     threads: int
+    pid: int
+
+
+class ShardTiming(TypedDict):
+    """``writing.json`` of a shard of answers: what it took to write them, and where."""
+
+    answer_s: float
+    answer_tokens: int
+    """Of the ensemble's answers and of the members' own."""
+    peak_rss_bytes: int
+    peak_device_bytes: int
     pid: int
 
 

@@ -35,6 +35,7 @@ class Sweep:
 def sweep(
     spec: RunSpec, vary: Mapping[str, Sequence[Any] | Mapping[str, Any]] | None = None, metric: str = "nll",
     repeats: int = 1, samples: int = 8, local: bool = False, keep: float | None = None, keep_every: int = 1,
+    places: int | None = None, brackets: int = 1,
 ) -> Sweep:
     """Train members that differ in settings in one run, rank them on the validation rows, and return what came out.
 
@@ -49,6 +50,9 @@ def sweep(
         keep: successive halving: the share of settings that goes on at an epoch's end, by ``metric``; the rest leave
             their pack. By default all train to the end.
         keep_every: epochs between two such ends.
+        places: with ``keep``, how many settings train at once; the next begin where others have left. By default all
+            begin at once.
+        brackets: how many brackets the settings are dealt to, each with so many places and a worker of its own.
 
     Raises:
         UsageError: bad input; nothing was written.
@@ -56,7 +60,7 @@ def sweep(
         TrainingError: the run failed.
     """
     checked = {key: _range(own) if isinstance(own, Mapping) else list(own) for key, own in (vary or {}).items()}
-    swept = sweep_spec(spec, checked or None, repeats, samples, _pruning(metric, keep, keep_every))
+    swept = sweep_spec(spec, checked or None, repeats, samples, _pruning(metric, keep, keep_every, places, brackets))
     check_metric(swept, metric)
     if local:
         run_local(swept)
@@ -81,13 +85,19 @@ def conclude(spec: RunSpec, store: RunStore, metric: str) -> Sweep:
     return Sweep(store.uri, metric, tried, best)
 
 
-def _pruning(metric: str, keep: float | None, every: int) -> PruningSpec | None:
+def _pruning(
+    metric: str, keep: float | None, every: int, places: int | None, brackets: int
+) -> PruningSpec | None:
     if keep is None:
+        if places is not None or brackets > 1:
+            raise SpecError("--places: nobody leaves a place where nothing is pruned", "add --keep 0.5")
         return None
+    if brackets > 1 and places is None:
+        raise SpecError("--brackets: are of settings that wait for places", "add --places, such as --places 8")
     if not 0 < keep < 1 or every < 1:
         raise SpecError(f"--keep: {keep:g} of the settings, every {every} epochs, leaves nothing to compare",
                         "use a share between 0 and 1, such as 0.5, and at least one epoch")
-    return PruningSpec(metric=metric, keep=keep, every_epochs=every)
+    return PruningSpec(metric=metric, keep=keep, every_epochs=every, places=places, brackets=brackets)
 
 
 def _range(given: Mapping[str, Any]) -> RangeSpec:

@@ -193,7 +193,7 @@ def _retry(state: State, job: Job, reason: str, fatal: bool) -> tuple[Job, dict[
 def _lose_worker(state: State, event: WorkerLost) -> tuple[State, list[Command]]:
     """Put the worker's job back and start the worker again, as often as jobs may fail."""
     before = state.workers.get(event.worker, WorkerState.LOST)
-    if before is WorkerState.LOST:
+    if before in (WorkerState.LOST, WorkerState.WAITING):  # who is not started cannot be lost
         return state, []
     jobs, failed = dict(state.jobs), dict(state.failed_units)
     for name, job in state.jobs.items():

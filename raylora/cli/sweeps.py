@@ -34,6 +34,10 @@ def sweep(
         "Successive halving: the share of settings that goes on at an epoch's end, such as 0.5; the others end there."
     ))] = None,
     keep_every: Annotated[int, typer.Option(min=1, help="Epochs between two such ends.")] = 1,
+    places: Annotated[int | None, typer.Option(min=1, help=(
+        "With --keep: how many settings train at once; the next begin where others have left."
+    ))] = None,
+    brackets: Annotated[int, typer.Option(min=1, help="Brackets that settings are dealt to, a worker for each.")] = 1,
     overrides: Overrides = None,
     local: InProcess = False,
     as_json: AsJson = False,
@@ -46,7 +50,10 @@ def sweep(
     from raylora.sweeping import sweep as carry_out
 
     tried = dict(_given(one) for one in vary or [])
-    found = carry_out(read_spec(spec_file, overrides or []), tried, metric, repeats, samples, local, keep, keep_every)
+    found = carry_out(
+        read_spec(spec_file, overrides or []), tried, metric, repeats, samples, local, keep, keep_every, places,
+        brackets,
+    )
     if as_json:
         print(json.dumps({"run": found.run, "metric": metric, "tried": [one.record() for one in found.tried]}))
         return

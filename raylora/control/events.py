@@ -33,6 +33,8 @@ class RunStarted:
     """Jobs that may be cut into smaller packs if they are among the last and have not begun."""
     later: list[str] = field(default_factory=list)
     """Jobs that begin when all others have ended, and with enough members."""
+    later_workers: list[str] = field(default_factory=list)
+    """Those of the workers for whom only later jobs are left: they are started with these."""
     release_idle: bool = False
     """Workers for whom nothing is left are let go before the last jobs end, and their machines with them."""
 

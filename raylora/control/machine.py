@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 
 from raylora.control.commands import (
@@ -29,7 +29,6 @@ from raylora.control.events import (
     WorkerLost,
     WorkerReady,
 )
-from raylora.control.persistent import PersistentMap
 from raylora.control.splitting import split_last
 from raylora.control.state import Job, JobState, Phase, State, WorkerState
 
@@ -83,17 +82,26 @@ def _start(state: State, event: RunStarted) -> tuple[State, list[Command]]:
             tuple(units), JobState.FINISHED if done else JobState.PENDING, old.attempt if old else 0,
             cost=event.costs.get(name, 0.0), may_split=name in may_split, later=name in later,
         )
-    waiting = event.prepare_base
     fresh = State.starting(
-        Phase.PREPARING if waiting else Phase.TRAINING,
+        Phase.PREPARING if event.prepare_base else Phase.TRAINING,
         jobs,
-        dict.fromkeys(event.workers, WorkerState.WAITING if waiting else WorkerState.STARTING),
+        dict.fromkeys(event.workers, WorkerState.WAITING),
         event.required,
         event.min_members,
         event.max_failures,
     )
-    fresh = replace(fresh, release_idle=event.release_idle)
-    return fresh, [PrepareBase()] if waiting else [StartWorker(worker) for worker in event.workers]
+    fresh = replace(fresh, release_idle=event.release_idle, later_workers=frozenset(event.later_workers))
+    return (fresh, [PrepareBase()]) if event.prepare_base else _start_workers(fresh, fresh.later_workers)
+
+
+def _start_workers(state: State, but: Container[str] = ()) -> tuple[State, list[Command]]:
+    """Start the workers that wait to be, without those that are to wait longer."""
+    commands: list[Command] = []
+    for worker, found in state.workers.items():
+        if found is WorkerState.WAITING and worker not in but:
+            state = state.with_worker(worker, WorkerState.STARTING)
+            commands.append(StartWorker(worker))
+    return state, commands
 
 
 def _end_preparation(
@@ -105,8 +113,7 @@ def _end_preparation(
         return _finish(state, Phase.FAILED, event.reason)
     if isinstance(event, PreparationInterrupted) or state.signal_number:
         return _finish(state, Phase.INTERRUPTED, f"signal {state.signal_number}")
-    workers = PersistentMap(dict.fromkeys(state.workers, WorkerState.STARTING))
-    return replace(state, phase=Phase.TRAINING, workers=workers), [StartWorker(worker) for worker in workers]
+    return _start_workers(replace(state, phase=Phase.TRAINING), state.later_workers)
 
 
 def _assign(state: State) -> tuple[State, list[Command]]:
@@ -117,7 +124,7 @@ def _assign(state: State) -> tuple[State, list[Command]]:
     if state.held and not state.has_open_jobs:
         if (alive := _alive(state)) < state.min_members:
             return _too_few(state, alive)
-        state = state.with_later()
+        state, commands = _start_workers(state.with_later())
     while state.pending and state.idle:
         state = split_last(state)
         name, worker = state.next_job(), state.next_worker()
@@ -192,11 +199,13 @@ def _lose_worker(state: State, event: WorkerLost) -> tuple[State, list[Command]]
     aggregating = state.phase is Phase.AGGREGATING and before is not WorkerState.BUSY  # the only busy worker aggregates
     state = replace(state, phase=Phase.AGGREGATING if aggregating else Phase.TRAINING)
     state = state.with_worker(event.worker, WorkerState.LOST if given_up else WorkerState.STARTING)
+    started: list[Command] = [] if given_up else [StartWorker(event.worker)]
     if not state.in_service and not state.signal_number:
-        return _finish(state, Phase.FAILED, f"no worker is left: {event.reason}")
+        state, started = _start_workers(state)
+        if not started:
+            return _finish(state, Phase.FAILED, f"no worker is left: {event.reason}")
     state, commands = _stop_if_hopeless(state)
-    restart = [] if given_up or state.phase.terminal else [StartWorker(event.worker)]
-    return state, [*restart, *commands]
+    return state, commands if state.phase.terminal else [*started, *commands]
 
 
 def _stop_if_hopeless(state: State) -> tuple[State, list[Command]]:

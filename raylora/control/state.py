@@ -46,7 +46,7 @@ class JobState(str, Enum):
 
 
 class WorkerState(str, Enum):
-    """Where a worker stands; one that waits is started when the base is prepared."""
+    """Where a worker stands; one that waits is started when the base is prepared, or with the later jobs."""
 
     WAITING = "waiting"
     STARTING = "starting"
@@ -57,8 +57,8 @@ class WorkerState(str, Enum):
 
     @property
     def in_service(self) -> bool:
-        """Whether it works, or will."""
-        return self not in (WorkerState.LOST, WorkerState.RELEASED)
+        """Whether it works, or has been told to."""
+        return self not in (WorkerState.WAITING, WorkerState.LOST, WorkerState.RELEASED)
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ class State:
     min_members: int = 1
     max_failures: int = 0
     release_idle: bool = False
+    later_workers: frozenset[str] = frozenset()
+    """Who is started with the later jobs, or when nobody else is left."""
     failed_units: PersistentMap[str] = field(default_factory=PersistentMap)
     worker_failures: PersistentMap[int] = field(default_factory=PersistentMap)
     """How often a worker died without a job; deaths with a job count against the job."""
@@ -138,7 +140,7 @@ class State:
     at_work: PersistentMap[str] = field(default_factory=PersistentMap)
     """Worker -> the job that it runs."""
     in_service: int = 0
-    """How many workers are neither lost nor released."""
+    """How many workers have been started and are neither lost nor released."""
     possible: int = 0
     """How many required units have not failed."""
 
@@ -150,7 +152,7 @@ class State:
         """Return the state that a run begins with; no job runs, no worker is idle, nothing has failed."""
         state = cls(
             phase, PersistentMap(), PersistentMap(workers), tuple(required), min_members, max_failures,
-            in_service=len(workers), possible=len(required),
+            in_service=sum(worker.in_service for worker in workers.values()), possible=len(required),
         )
         return state.with_jobs(jobs)
 

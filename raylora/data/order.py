@@ -35,6 +35,8 @@ class Order:
     seed: int
     bootstrap: int | None = None
     lengths: tuple[int, ...] | None = None
+    begins: int = 0
+    """The micro-batch of a pack that is this order's first."""
     _grouped: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -47,8 +49,8 @@ class Order:
         return -(-self.rows // self.batch)
 
     def indices(self, step: int) -> NDArray[np.int64]:
-        """Return the rows of global micro-batch ``step`` (0 is the first of the first epoch), at most ``batch``."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        """Return the rows of a pack's micro-batch ``step``, at most ``batch``; the first epoch begins at ``begins``."""
+        epoch, position = divmod(step - self.begins, self.steps_per_epoch)
         order = _epoch_order(self.rows, self.seed, epoch, self.bootstrap)
         if self.lengths is not None:
             if self._grouped.get("epoch") != epoch:  # sorting an epoch once is enough

@@ -9,7 +9,9 @@ computed eagerly (on CPUs), every softmax. What is not counted that way are the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+
+from raylora.placement.answering import AnswerShape, CacheShape, cached_bytes
 
 RUNTIME_BYTES = 620_000_000
 """A CPU worker without base and members: 540 MB once libraries are loaded, the rest when it computes."""
@@ -54,6 +56,8 @@ class ModelShape:
     """What a process holds beside the base, whatever it trains: a teacher that is asked."""
     keeps_inputs: bool = False
     """The frozen layers keep their inputs for the backward pass, as int8's do."""
+    caches: tuple[CacheShape, ...] = ()
+    """What its layers remember of a token, where answers are written."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,12 @@ class MemberShape:
     recomputed: bool = False
     """Blocks are run again in the backward pass, and only their inputs are kept."""
 
+    answers: AnswerShape | None = None
+    """What is written when all members are finished."""
+
+    own_answers: tuple[AnswerShape, ...] = ()
+    """What those who train together write on the way."""
+
     @property
     def tokens(self) -> int:
         """Of a micro-batch."""
@@ -105,6 +115,8 @@ class Parts:
     logits: int = 0
     evaluation: int = 0
     """What the logits of an evaluation take beyond all that training keeps."""
+    answers: int = 0
+    """What writing answers takes, most of it the members' keys and values, beyond all that training keeps."""
     teacher: int = 0
     """One that stays loaded, and what it takes to ask it."""
     runtime: int = 0
@@ -135,21 +147,24 @@ def parts_of(model: ModelShape, member: MemberShape, members: int, ranks: int = 
     Args:
         ranks: over how many processes the base is split; 1 where it is not.
     """
-    trained = members * member.parameters
+    trained, kept = members * member.parameters, members * member.kept_parameters
     block = model.block_bytes // max(1, model.layers)
     activations = members * activation_bytes(model, member, on_gpu, member.recomputed)
     logits = logit_bytes(model, member, members, on_gpu)
-    read = _evaluation_bytes(model, member) if members else 0
+    evaluation = max(0, (_evaluation_bytes(model, member) if members else 0) - activations - logits)
+    adapters, optimizer = ADAPTER_BYTES * (trained + kept), OPTIMIZER_BYTES * trained
+    step = activations + logits + evaluation
     return Parts(
         base=math.ceil(model.block_bytes / ranks),
         embeddings=math.ceil(model.embedding_bytes / ranks),
         workspace=model.workspace_bytes,
         gathered=max(_GATHERED_BLOCKS * block, model.largest_table_bytes) if ranks > 1 else 0,
-        adapters=ADAPTER_BYTES * (trained + members * member.kept_parameters),
-        optimizer=OPTIMIZER_BYTES * trained,
+        adapters=adapters,
+        optimizer=optimizer,
         activations=activations,
         logits=logits,
-        evaluation=max(0, read - activations - logits),
+        evaluation=evaluation,
+        answers=_answers_beyond(model, member, members, step, adapters + optimizer, on_gpu),
         teacher=model.beside_bytes + members * member.tokens * member.asked_bytes,
         runtime=GPU_RUNTIME_BYTES if on_gpu else RUNTIME_BYTES,
     )
@@ -189,6 +204,39 @@ def _kept_per_token(model: ModelShape, member: MemberShape, on_gpu: bool) -> int
     feed_forward = model.intermediate * c * (3 if model.is_gated else 1)
     inputs = (3 * hidden + model.intermediate) * c if model.keeps_inputs else 0
     return norms + attention + feed_forward + inputs
+
+
+def _answers_beyond(
+    model: ModelShape, member: MemberShape, members: int, step: int, state: int, on_gpu: bool
+) -> int:
+    """Return what answers take beyond a step's bytes, or a step's and the training state's when that is gone.
+
+    Whoever trains answers between two steps, beside optimizers and adapters. When all members are finished, every
+    worker has all of them, and nothing else that training had.
+    """
+    within = [answer_bytes(model, one, members, on_gpu) - step for one in member.own_answers] if members else []
+    after = 0
+    if members and member.answers is not None:
+        everyone = member.answers.members
+        after = answer_bytes(model, member.answers, everyone, on_gpu) - step - state
+        after += ADAPTER_BYTES * everyone * (member.parameters + member.kept_parameters)
+    return max(0, after, *within)
+
+
+def answer_bytes(model: ModelShape, answers: AnswerShape, members: int, on_gpu: bool) -> int:
+    """Return what it takes so many members to write answers side by side, without themselves.
+
+    It is most while the prompts are read, by one block after another, or when the answers are long: then the layer
+    that reads has its old keys and values beside the new ones. The logits are those of one position, in float32 and
+    as probabilities.
+    """
+    rows, c = members * answers.rows_of(members), model.compute_bytes
+    longest = answers.prompt + answers.new_tokens
+    grown = max((rows * c * longest * one.width // one.layers for one in model.caches), default=0)
+    begun = cached_bytes(model.caches, replace(answers, ways=1), members, c, written=0)
+    reading = begun + rows * answers.prompt * asked_bytes(model, 1, answers.prompt, on_gpu)
+    writing = cached_bytes(model.caches, answers, members, c) + grown
+    return max(reading, writing) + rows * model.vocabulary * (c + 16)
 
 
 def logit_chunk(vocabulary: int, on_gpu: bool = False) -> int:

@@ -71,7 +71,7 @@ def pace_of(demand: Demand, plan: Plan, inventory: Inventory, rates: Rates) -> P
     Only the frozen base counts: adapters, attention's T x T and the update are left out.
     """
     model, groups = demand.model, plan.ranks // plan.partners
-    members = [math.ceil(len(pack) / groups) for pack in plan.packs]
+    members = [math.ceil(plan.at_once(pack) / groups) for pack in plan.packs]
     parameters = model.block_parameters + (model.head_parameters if demand.member.has_token_logits else 0)
     passes = 3 if demand.member.recomputed else 2
     per_member_s = _FLOP_PER_PARAMETER * passes / 2 * parameters * demand.member.tokens / plan.partners / rates.flops

@@ -24,6 +24,10 @@ class Demand:
     """Why the members are groups of their own, if they are."""
     unsplittable_reason: str = ""
     """Why the base cannot be split over several workers, if it cannot."""
+    places: int | None = None
+    """How many units of a group train at once, in one forward, where the others wait for their places."""
+    later_jobs: int = 0
+    """How many jobs begin when all members are finished, each of which any worker does alone."""
 
     @property
     def units(self) -> int:
@@ -47,6 +51,19 @@ class Plan:
     """Processes per worker: a gang, where it is more than one."""
     partners: int = 1
     """How many ranks of a gang train the same members."""
+    later_workers: int = 0
+    """Further workers for the jobs that begin when all members are finished."""
+    places: int | None = None
+    """How many units of a pack train at once, where the others wait for their places."""
+
+    def at_once(self, pack: Sequence[str]) -> int:
+        """Return how many units of a pack train at once."""
+        return len(pack) if self.places is None else min(len(pack), self.places)
+
+    @property
+    def workers_in_all(self) -> int:
+        """How many workers there are at one time or another."""
+        return self.workers + self.later_workers
 
     @property
     def worker_bytes(self) -> int:
@@ -59,7 +76,7 @@ class Plan:
 
     def summary(self) -> str:
         """Return the plan in one line."""
-        members = math.ceil(max(map(len, self.packs), default=0) / self.ranks)
+        members = math.ceil(max(map(self.at_once, self.packs), default=0) / self.ranks)
         unit = "GPU" if self.gpus_per_worker else "worker"
         how = f"shard over {self.ranks}" if self.ranks > 1 else self.strategy
         return f"{how}: {self.workers} worker(s), {members} member(s) per {unit}, {self.worker_bytes / 1e9:.1f} GB each"

@@ -142,27 +142,65 @@ class _Placing:
         demand, spec, ranks, size = self.demand, self.spec, self.ranks, self.size
         self._check_kinds()
         self._check_partners()
-        rooms = rooms_of(self.inventory, self.parts(1), bool(self.gpus_each), ranks > 1, self.reasons)
+        rooms = self._rooms()
         if spec.workers != "auto":  # whoever asks for a number gets it; the packs are as small as it takes
             rooms = [replace(room, most=len(room.node.gpus) if self.gpus_each else room.node.cpus) for room in rooms]
         gangs = self._gangs(rooms)
         cpus_each = self._cpus(rooms, gangs * size)
         self._check(gangs * size, cpus_each)
-        largest = max(map(len, demand.groups))
+        largest = max(self._at_once(group) for group in demand.groups)
         per_pack = self._per_pack(rooms, gangs, cpus_each, largest)
-        packs = tuple(tuple(pack) for group in demand.groups for pack in _split(group, per_pack * self.groups))
+        packs = demand.groups if demand.places is not None else tuple(
+            tuple(pack) for group in demand.groups for pack in _split(group, per_pack * self.groups)
+        )
         if spec.workers == "auto" and len(packs) < gangs:  # there is nothing for the others to do
             gangs = len(packs)
             cpus_each = self._cpus(rooms, gangs * size)
+        biggest = math.ceil(max(map(self._at_once, packs)) / self.groups)
+        parts = self.parts(biggest)
+        cpus_each, later = self._later(parts, gangs, cpus_each)
         if spec.cpus_per_worker == "auto":
             self.reasons.append(f"{cpus_each} CPU(s) per worker: an even share of {self.inventory.cpus}")
-        biggest = math.ceil(max(map(len, packs)) / self.groups)
-        parts = self.parts(biggest)
         strategy = "shard" if ranks > 1 else "pack" if gangs == 1 and biggest > 1 else "replicate"
         self.reasons.append(f"about {parts.total / 1e9:.2f} GB per worker with {biggest} member(s) in one forward")
         return Plan(
-            gangs, cpus_each, self.gpus_each, packs, parts, tuple(self.reasons), strategy, size, spec.data_parallel
+            gangs, cpus_each, self.gpus_each, packs, parts, tuple(self.reasons), strategy, size, spec.data_parallel,
+            later, demand.places,
         )
+
+    def _later(self, parts: Parts, workers: int, cpus_each: int) -> tuple[int, int]:
+        """Return the cores of a worker, and how many more of them the jobs have that begin when members are finished.
+
+        On cores a worker of training is not made smaller for them. All workers have as many, since threads decide last
+        bits.
+        """
+        if self.spec.workers != "auto" or self.inventory.in_process or self.size > 1:
+            return cpus_each, 0
+        rooms = rooms_of(self.inventory, parts, bool(self.gpus_each), False, [])
+        least = self.spec.cpus_per_worker if isinstance(self.spec.cpus_per_worker, int) else 1
+        in_all = min(self.demand.later_jobs, capacity(rooms, least if self.gpus_each else cpus_each))
+        if in_all <= workers:
+            return cpus_each, 0
+        self.reasons.append(
+            f"{in_all - workers} more worker(s) when all members are finished, for {self.demand.later_jobs} shards of "
+            "answers"
+        )
+        return self._cpus(rooms, in_all) if self.gpus_each else cpus_each, in_all - workers
+
+    def _rooms(self) -> list[Room]:
+        """Return every node's room for workers with one member each, or with a bracket's places where they fit."""
+        def rooms(members: int) -> list[Room]:
+            return rooms_of(self.inventory, self.parts(members), bool(self.gpus_each), self.ranks > 1, self.reasons)
+
+        if self.demand.places is not None:
+            found = rooms(max(map(self._at_once, self.demand.groups)))
+            if any(room.most for room in found):
+                return found
+        return rooms(1)
+
+    def _at_once(self, units: Sequence[str]) -> int:
+        """Return how many of some units train at once."""
+        return len(units) if self.demand.places is None else min(len(units), self.demand.places)
 
     def _check_partners(self) -> None:
         """Refuse several processes per member where they cannot be had."""
@@ -212,10 +250,12 @@ class _Placing:
             gangs = max(1, min(within or slots // ranks, math.ceil(self.demand.units / self.groups)))
             reasons.append(f"{gangs * ranks} worker(s) in {gangs} gang(s) of {ranks}: one per {unit}")
             return gangs
-        workers = min(slots, self.demand.units)
+        each = "member" if self.demand.places is None else "bracket"
+        most = self.demand.units if self.demand.places is None else len(self.demand.groups)
+        workers = min(slots, most)
         by_cores = sum((len(room.node.gpus) if self.gpus_each else room.node.cpus // cpus) for room in rooms)
-        short = workers == slots < min(by_cores, self.demand.units) and not self.gpus_each
-        why = "more do not fit into memory" if short else f"one per {unit}, at most one per member"
+        short = workers == slots < min(by_cores, most) and not self.gpus_each
+        why = "more do not fit into memory" if short else f"one per {unit}, at most one per {each}"
         reasons.append(f"{workers} worker(s): {why}")
         return workers
 
@@ -252,6 +292,16 @@ class _Placing:
         shared = 0 if self.gpus_each or self.ranks > 1 else self.parts(0).shared
         share = largest_share(rooms, gangs * self.size, cpus_each, shared, bool(self.gpus_each))
         fits = self._most_members(share + shared, largest)
+        if self.demand.places is not None:
+            if fits < 1:
+                self._refuse_size(share + shared)
+            if fits < largest:
+                raise PlacementError(
+                    f"ensemble.pruning.places: {largest} members are to train in one forward, and {fits} fit",
+                    f"use {fits}, or more memory: places decide who is pruned, so no plan changes them",
+                )
+            self.reasons.append(f"{largest} member(s) per forward: the places of a bracket, as asked")
+            return largest
         if self.spec.members_per_worker != "auto":
             if fits < self.spec.members_per_worker:
                 self.reasons.append(
@@ -287,6 +337,8 @@ class _Placing:
         raise _DoesNotFit(
             f"placement: one member needs about {need.total / 1e9:.1f} GB{where} ({named}), "
             f"a {unit} has {room_bytes / 1e9:.1f} GB to be filled",
+            "lower evaluation.batch or evaluation.generation.max_new_tokens, or quantize the base"
+            if need.answers > need.activations + need.logits else
             "lower optimization.micro_batch or task.max_length, or quantize the base",
         )
 

@@ -24,7 +24,8 @@ class EarlyStoppingSpec(Frozen):
 class PruningSpec(Frozen):
     """Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): who is behind at an epoch's end trains no further.
 
-    Members are compared with those of their pack that still train; who leaves is a member as it was then.
+    Members are compared with those of their pack that still train; who leaves is a member as it was then. With
+    ``places`` the place of who leaves is given to the next (asynchronous halving, Li et al., arXiv 1810.05934).
     """
 
     metric: str = "nll"
@@ -33,6 +34,19 @@ class PruningSpec(Frozen):
     """The share that goes on, rounded up: 0.5 is halving."""
     every_epochs: int = Field(default=1, ge=1)
     """Epochs between two comparisons."""
+    places: int | None = Field(default=None, ge=1)
+    """How many members of a bracket train at once, in one forward; the others begin, in their order, where one has
+    left, and are compared with all of the bracket that have come as far by then. By default all begin at once, and each
+    pack is a bracket."""
+    brackets: int = Field(default=1, ge=1)
+    """With ``places``: how many brackets the members are dealt to in turn. One worker trains a bracket, and who is
+    pruned depends on the brackets and on nothing else."""
+
+    @model_validator(mode="after")
+    def _brackets_have_places(self) -> PruningSpec:
+        if self.brackets > 1 and self.places is None:
+            raise ValueError("pruning.brackets are of members that wait for places: give pruning.places, too")
+        return self
 
 
 class KLSpec(Frozen):
@@ -114,6 +128,8 @@ class EnsembleSpec(Frozen):
             raise ValueError("select and weights: one member alone leaves nothing to choose: raise members")
         if self.pruning is not None and self.regularizers.early_stopping is not None:
             raise ValueError("pruning and regularizers.early_stopping both end members: use one of them")
+        if self.pruning is not None and self.pruning.brackets > self.members:
+            raise ValueError(f"pruning.brackets is {self.pruning.brackets}, but there are only {self.members} members")
         if self.vary is not None:
             check_keys(self.vary, self.members)
         return self

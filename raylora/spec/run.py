@@ -150,6 +150,8 @@ class RunSpec(Frozen):
             del found["ensemble"]["weights"]
         if self.ensemble.pruning is None:  # nor those from before members were pruned
             del found["ensemble"]["pruning"]
+        elif self.ensemble.pruning.places is None:  # nor those from before places were given to others
+            del found["ensemble"]["pruning"]["places"], found["ensemble"]["pruning"]["brackets"]
         if self.ensemble.vary is None:  # nor those from before members could differ in more than a seed
             del found["ensemble"]["vary"]
         for name in ("temperature", "swag", "laplace"):  # nor those from before there were these baselines

@@ -1,4 +1,4 @@
-"""Weights over members that were trained and answered on a cluster are those of a run without one."""
+"""Brackets, and weights over members, come out on a cluster as in a run without one."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from run_helpers import assert_bit_equal, members
 
+from raylora import control
 from raylora.client import launch, run_local
+from raylora.store.run_store import RunStore
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.mark.slow
-def test_weights_are_the_same_with_and_without_ray(make_spec: Callable[..., Any]) -> None:
+def test_brackets_and_weights_are_the_same_with_and_without_ray(make_spec: Callable[..., Any]) -> None:
     changes = {
-        "ensemble__members": 3, "ensemble__select": {"size": 4}, "ensemble__weights": "stacked",
-        "optimization__lr": 0.2, "ensemble__seed": 16, "ensemble__bootstrap": True,
-        "placement__members_per_worker": 1,
+        "ensemble__members": 5, "ensemble__pruning": {"keep": 0.5, "places": 2, "brackets": 2},
+        "ensemble__select": {"size": 4}, "ensemble__weights": "stacked",
+        "optimization__lr": 0.1, "ensemble__seed": 16, "ensemble__bootstrap": True,
     }
-    alone = run_local(make_spec(name="alone", **changes))
-    spread = launch(make_spec(name="spread", placement__workers=2, **changes)).wait()
+    specs = [make_spec(name="alone", **changes), make_spec(name="spread", placement__workers=2, **changes)]
+    alone, spread = run_local(specs[0]), launch(specs[1]).wait()
+    assert_bit_equal(members(specs[1]), members(specs[0]))
+    stopped = [one["stopped_at"] for one in spread["members"]]
+    assert stopped == [one["stopped_at"] for one in alone["members"]] and set(stopped) == {None, 5}
+    jobs = control.replay(control.from_record(one) for one in RunStore.for_spec(specs[1]).read_events()).jobs
+    assert sorted(len(job.units) for job in jobs.values()) == [2, 3]
     assert json.loads(json.dumps(spread["weighted"])) == json.loads(json.dumps(alone["weighted"]))
     assert len(alone["weighted"]["stacked"]["weights"]) > 1

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from raylora.engine.run.plan_run import prepare
 from raylora.engine.run.run_status import RunStatus
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
+from raylora.engine.training.optimizer import MemberOptimizer
 from raylora.ensemble.answer_metrics import normalized
 from raylora.errors import DataError, Interrupted, SpecError, StoreError, TrainingError, UsageError
 from raylora.report.publish import publish_report
@@ -228,13 +230,15 @@ def test_a_run_that_is_stopped_while_it_answers_goes_on_there(
     spec_of: Callable[..., Any], writer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of(name="whole", evaluation__generation=SETTINGS.model_dump())
-    uri, real, calls = RunStore.for_spec(spec).uri, Generator.voices, []
+    uri, real, calls, tokens = RunStore.for_spec(spec).uri, Generator.voices, [], []
 
     def counted(self: Generator, prompts: Any, *rest: Any) -> Any:
         calls.append(len(prompts))
         if len(calls) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, prompts, *rest)
+        ways = real(self, prompts, *rest)
+        tokens.extend(len(answer.tokens) for way in ways for answers in way for answer in answers)
+        return ways
 
     monkeypatch.setattr(Generator, "voices", counted)
     with pytest.raises(Interrupted):
@@ -244,9 +248,26 @@ def test_a_run_that_is_stopped_while_it_answers_goes_on_there(
     members = {name: store.load_result(f"members/{name}") for name in store.storage.list("members")}
     resumed = run_local(store.spec_in_place(), lambda status: None)
     assert calls == [32, 8, 2] and resumed["run"]["phase"] == "succeeded"
+    timing = resumed["timing"]  # with what was written before the stop
+    assert timing["answer_tokens"] == sum(tokens) and len(tokens) == 42 * 3 and timing["answer_s"] > 0
+    assert timing["answer_tokens_per_s"] == pytest.approx(timing["answer_tokens"] / timing["answer_s"])
+    assert "Tokens per second of writing" in Path(uri, "report.html").read_text()
     assert {name: store.load_result(f"members/{name}") for name in members} == members and len(members) == 2
     evaluate_run(writer, SETTINGS, local=True)
     assert answers_of(uri) == answers_of(writer) and len(answers_of(uri)) == 3
+    _forget_how_long(uri)
+    again = run_local(store.spec_in_place(), lambda status: None)
+    assert calls == [32, 8, 2, 32, 8, 2] and again["answers"] == resumed["answers"]  # the middle ones are the writer's
+    assert not [key for key in again["timing"] if key.startswith("answer_")]
+
+
+def _forget_how_long(uri: str) -> None:
+    """Commit one shard of a run's answers again, as it was before shards kept what it took to write them."""
+    (shard, *_) = Path(uri).glob("answers/*/shards/*")
+    folder, store = str(shard.relative_to(uri)), RunStore(uri)
+    content = store.load_result(folder)["answers.jsonl"]
+    store.storage.delete(folder)
+    store.commit_result(folder, {"answers.jsonl": content})
 
 
 @pytest.mark.slow
@@ -287,17 +308,26 @@ def test_members_that_are_left_answer_without_the_lost_one(writer: str) -> None:
 def test_a_forward_pass_has_no_more_rows_than_an_evaluation_is_allowed(
     spec_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, rows = Generator.voices, []
+    real, rows, begun = Generator.voices, [], MemberOptimizer.__init__
+    trained: list[Any] = []
+    held: list[int] = []
+
+    def noted(self: MemberOptimizer, *arguments: Any, **named: Any) -> None:
+        begun(self, *arguments, **named)
+        trained.extend(map(weakref.ref, self._flat_P))
 
     def counted(self: Generator, prompts: Any, *rest: Any) -> Any:
         rows.append(len(prompts))
+        held.append(sum(parameter() is not None for parameter in trained))
         return real(self, prompts, *rest)
 
+    monkeypatch.setattr(MemberOptimizer, "__init__", noted)
     monkeypatch.setattr(Generator, "voices", counted)
     run_local(spec_of(
         optimization__steps=4, evaluation__generation={"max_new_tokens": 2, "rows": 11}, evaluation__batch=8,
     ), lambda status: None)
     assert rows == [4, 4, 3, 2]  # of two members
+    assert trained and held == [0] * 4  # nothing of the training is held beside it, as plans count on
 
 
 @pytest.mark.slow

@@ -250,3 +250,58 @@ def test_partners_train_the_same_packs() -> None:
     split = plan(members=4, cpus=4, strategy="shard", ranks=4, data_parallel=2)
     assert (split.ranks, split.partners, split.workers, split.strategy) == (4, 2, 1, "shard")
     assert [len(pack) for pack in split.packs] == [4]
+
+
+# --- when all members are finished ----------------------------------------------------------------------------
+def after(nodes: tuple[Node, ...], shards: int, members: int = 2, member: float = 0.1, **spec: Any) -> Plan:
+    trained = int(member * GB / (ADAPTER_BYTES + OPTIMIZER_BYTES))
+    names = tuple(f"member-{m}" for m in range(members))
+    demand = Demand((names,), ModelShape(block_bytes=GB // 10), MemberShape(parameters=trained), later_jobs=shards)
+    return make_plan(demand, Inventory(nodes, "the cluster", in_process=spec.pop("in_process", False)),
+                     PlacementSpec(**spec))
+
+
+@pytest.mark.parametrize(("shards", "gpus", "spec", "expected"), [
+    (20, 8, {}, (2, 6, 2)), (5, 8, {}, (2, 3, 3)), (2, 8, {}, (2, 0, 8)), (0, 8, {}, (2, 0, 8)),
+    (20, 8, {"cpus_per_worker": 4}, (2, 2, 4)), (20, 8, {"workers": 2}, (2, 0, 8)),
+    (20, 8, {"members_per_worker": 2}, (1, 7, 2)), (20, 8, {"in_process": True}, (1, 0, 16)),
+    (20, 0, {"cpus_per_worker": 4}, (2, 2, 4)), (20, 0, {}, (2, 0, 8)),
+])
+def test_shards_of_answers_find_workers_that_training_leaves_idle(
+    shards: int, gpus: int, spec: dict[str, Any], expected: tuple[int, int, int]
+) -> None:
+    made = after((Node("a", 16, 64 * GB, (Gpu(64 * GB),) * gpus),), shards, **spec)
+    assert (made.workers, made.later_workers, made.cpus_per_worker) == expected
+    said = [reason for reason in made.reasons if "more worker(s) when all members are finished" in reason]
+    assert len(said) == (1 if made.later_workers else 0) and made.workers_in_all == sum(expected[:2])
+
+
+def test_workers_that_answer_have_room_for_what_they_hold() -> None:
+    nodes = (Node("a", 8, 64 * GB, (Gpu(64 * GB), Gpu(GB), Gpu(64 * GB), Gpu(64 * GB))),)
+    made = after(nodes, 20, member=2, members_per_worker=2)
+    assert (made.workers, made.later_workers) == (1, 2)  # and not on the small one
+
+
+# --- brackets -------------------------------------------------------------------------------------------------
+def bracketed(places: int, memory: float = 64, member: float = 1.0, **spec: Any) -> Plan:
+    trained = int(member * GB / (ADAPTER_BYTES + OPTIMIZER_BYTES))
+    groups = tuple(tuple(f"member-{m}" for m in range(first, 12, 2)) for first in (0, 1))
+    demand = Demand(groups, ModelShape(block_bytes=GB // 10), MemberShape(parameters=trained), places=places,
+                    unsplittable_reason="one worker has all of a bracket")
+    return make_plan(demand, one_node(8, 0, int(memory * GB)), PlacementSpec(**spec))
+
+
+@pytest.mark.parametrize("spec", [{}, {"workers": 1}, {"workers": 2}, {"members_per_worker": 1}, {"workers": 4}])
+def test_brackets_are_cut_by_no_plan_and_take_the_memory_of_their_places(spec: dict[str, Any]) -> None:
+    made = bracketed(3, **spec)
+    assert [len(pack) for pack in made.packs] == [6, 6] and made.workers == spec.get("workers", 2)
+    assert made.parts == bracketed(3).parts and made.parts.adapters + made.parts.optimizer == pytest.approx(3 * GB)
+    assert bracketed(9).parts.optimizer == bracketed(6).parts.optimizer  # no more than there are members
+    assert bracketed(3, memory=6).workers == 1  # two would have no room for three members each
+
+
+def test_places_that_do_not_fit_are_refused_with_how_many_do() -> None:
+    with pytest.raises(PlacementError, match=r"ensemble.pruning.places: 5 members are to train in one forward, and 3"):
+        bracketed(5, memory=5, workers=1)
+    with pytest.raises(PlacementError, match="one member needs about"):
+        bracketed(5, memory=1, workers=1)

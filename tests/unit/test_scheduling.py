@@ -28,6 +28,7 @@ from raylora.control import (
     JobState,
     Phase,
     PreparationInterrupted,
+    ReleaseWorker,
     RunJob,
     RunStarted,
     StartWorker,
@@ -89,7 +90,7 @@ def check_bookkeeping(state: State) -> None:
         name for name, found in workers.items() if found is WorkerState.IDLE
     ]
     assert state.at_work == {job.worker: name for name, job in jobs.items() if job.status is JobState.RUNNING}
-    assert state.in_service == sum(found is not WorkerState.LOST for found in workers.values())
+    assert state.in_service == sum(found not in (WorkerState.LOST, WorkerState.WAITING) for found in workers.values())
     assert state.possible == sum(unit not in state.failed_units for unit in state.required)
 
 
@@ -170,6 +171,35 @@ def test_later_jobs_begin_when_all_others_have_ended_and_the_results_come_last()
     assert state.phase is Phase.SUCCEEDED
 
 
+def test_workers_that_only_answer_are_started_when_the_answers_begin() -> None:
+    first = started([3, 1, 1, 1], workers=3, later=["job-1", "job-2", "job-3"], later_workers=["w1", "w2"],
+                    may_split=["job-0"], release_idle=True)
+    state, commands = transition(State(), first)
+    assert commands == [StartWorker("w0")] and state.in_service == 1
+    state, commands = transition(state, WorkerReady("w0"))
+    assert [command.job for command in commands] == ["job-0"]  # a pack is not cut for those who are not there
+    state, commands = transition(state, JobFinished("job-0", 1))
+    assert commands[:2] == [StartWorker("w1"), StartWorker("w2")] and commands[2].job == "job-1"
+    state, commands = transition(state, WorkerReady("w2"))
+    assert [(command.job, command.worker) for command in commands] == [("job-2", "w2")]
+    state, commands = transition(state, JobFinished("job-1", 1))
+    assert [(c.job, c.worker) if isinstance(c, RunJob) else c for c in commands] == [
+        ("job-3", "w0"), ReleaseWorker("w1"),  # which came too late
+    ]
+    prepared, commands = transition(State(), replace(first, prepare_base=True))
+    assert transition(prepared, BasePrepared())[1] == [StartWorker("w0")]
+
+
+def test_workers_that_were_to_answer_train_when_nobody_else_is_left() -> None:
+    first = started([1, 1], workers=2, later=["job-1"], later_workers=["w1"])
+    state, commands = transition(transition(State(), first)[0], WorkerLost("w0", "no such library"))
+    assert commands == [StartWorker("w1")] and state.phase is Phase.TRAINING
+    state, commands = transition(state, WorkerReady("w1"))
+    assert [command.job for command in commands] == ["job-0"]
+    state, _ = transition(state, WorkerLost("w1", "died"))
+    assert state.workers["w1"] is WorkerState.STARTING and state.jobs["job-0"].status is JobState.PENDING
+
+
 def test_nothing_comes_later_where_too_few_members_are_left() -> None:
     first = replace(started([1, 1, 1], later=["job-2"]), min_members=2)
     state, given = fold(first, WorkerReady("w0"), JobFinished("job-0", 1, {"member-0": "loss is nan"}))
@@ -210,7 +240,8 @@ def test_a_job_of_unknown_length_goes_last() -> None:
 
 def test_a_log_without_the_newer_fields_is_read() -> None:
     record = control.to_record(started([2, 1], workers=1))
-    old = {key: value for key, value in record.items() if key not in ("costs", "may_split", "later")}
+    newer = ("costs", "may_split", "later", "later_workers")
+    old = {key: value for key, value in record.items() if key not in newer}
     state = control.replay([control.from_record(old), WorkerReady("w0")])
     assert state == control.replay([control.from_record(record), WorkerReady("w0")])
     assert state.jobs["job-0"].status is JobState.RUNNING

@@ -123,7 +123,7 @@ def _source(
 def _target_plan(prepared: Prepared, key: str, job: TargetJob, rows: int) -> TargetPlan:
     shards = shard_names(rows, job.shard_rows)
     processes = prepared.plan.workers * prepared.plan.ranks
-    plan = replace(prepared.plan, workers=min(processes, len(shards)), ranks=1, partners=1)
+    plan = replace(prepared.plan, workers=min(processes, len(shards)), ranks=1, partners=1, later_workers=0)
     return TargetPlan(prepared.spec, RunStore(targets_uri(job.run_uri, key)), plan, job, shards, rows)
 
 
@@ -229,4 +229,6 @@ def _content_of(spec: RunSpec, task: Task, settings: DistillSpec, prepared: Prep
 
 def _packs(prepared: Prepared, members: list[str]) -> tuple[tuple[str, ...], ...]:
     packs = (tuple(name for name in units if name in members) for units in prepared.jobs.values())
-    return tuple(pack for pack in packs if pack)
+    most = prepared.demand.places  # more have never been in one forward
+    return tuple(pack[start : start + (most or len(pack))] for pack in packs
+                 for start in range(0, len(pack), most or len(pack)))

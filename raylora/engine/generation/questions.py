@@ -14,9 +14,7 @@ from raylora.data.task import Asks, Example, Task
 from raylora.engine.generation.decoder import Sampling
 from raylora.engine.generation.generator import Generator, check_length, text_of
 from raylora.errors import DataError, UsageError
-
-_MOST_ROWS = 32
-"""More rows at once hardly save time: the slowest of them decides when the others' places are free."""
+from raylora.placement.answering import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,9 @@ def check_lengths(config: Any, tokenizer: Any, set_name: str, examples: Sequence
         check_length(config, tokenizer, f"{set_name}: row {example.id}", question_of(example).prompt, max_new_tokens)
 
 
-def rows_at_once(batch: int, members: int) -> int:
-    """Return how many prompts so many members answer together, where a forward pass is to have ``batch`` rows."""
-    return max(1, min(_MOST_ROWS, batch // members))
-
-
 def answer_records(
     writer: Generator, examples: Sequence[Example], sampling: Sampling, each_member: bool,
-    batch: int, report: Callable[[int, int], None] = lambda done, of: None,
+    batch: int, report: Callable[[int, int, int], None] = lambda done, of, tokens: None,
 ) -> list[dict[str, Any]]:
     """Return a JSON-able record per row: id, prompt, reference, the mixture's answer and, if asked, the members' own.
 
@@ -74,7 +67,8 @@ def answer_records(
 
     Args:
         batch: model rows per forward pass, shared out among the members.
-        report: told after each batch how many rows are answered, and of how many.
+        report: told after each batch how many rows are answered, of how many, and how many tokens the batch took: the
+            mixture's, and the members' own.
 
     Raises:
         DataError: a prompt with its answer is longer than the model reads.
@@ -82,14 +76,17 @@ def answer_records(
     found: list[dict[str, Any]] = []
     rows = rows_at_once(batch, writer.members)
     for start in range(0, len(examples), rows):
-        found += _batch([question_of(one) for one in examples[start : start + rows]], writer, sampling, each_member)
-        report(len(found), len(examples))
+        questions = [question_of(one) for one in examples[start : start + rows]]
+        records, tokens = _batch(questions, writer, sampling, each_member)
+        found += records
+        report(len(found), len(examples), tokens)
     return found
 
 
 def _batch(
     questions: Sequence[Question], writer: Generator, sampling: Sampling, each_member: bool
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the records of some questions, and how many tokens were written for them."""
     asked, names = [list(one.prompt) for one in questions], [one.id for one in questions]
     if not all(asked):
         raise DataError(f"row {names[asked.index([])]}: nothing stands before its answer", "give rows with a prompt")
@@ -107,4 +104,5 @@ def _batch(
                 {key: value for key, value in one.record().items() if key != "tokens"} for one in members[number]
             ]
         records.append(record)
-    return records
+    return records, sum(len(one.tokens) for answers in (*together, *(row for way in own for row in way))
+                        for one in answers)

@@ -36,6 +36,11 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_device_bytes(device: torch.device) -> int:
+    """Return the most that this process has had on a device; of cores there is none."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+
+
 def compute_device(gpus: int) -> torch.device:
     """Return the device that a worker computes on."""
     return torch.device("cuda", 0) if gpus and torch.cuda.is_available() else torch.device("cpu")

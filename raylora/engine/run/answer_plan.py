@@ -99,8 +99,8 @@ def plan_answers(prepared: Prepared, job: AnswerJob) -> AnswerPlan:
     config = load_config(spec.base)
     for shard in shards.values():
         check_lengths(config, tokenizer, shard.set_name, shard.examples, job.max_new_tokens)
-    processes = prepared.plan.workers * prepared.plan.ranks
-    plan = replace(prepared.plan, workers=min(processes, len(shards)), ranks=1, partners=1)
+    processes = prepared.plan.workers * prepared.plan.ranks + prepared.plan.later_workers
+    plan = replace(prepared.plan, workers=min(processes, len(shards)), ranks=1, partners=1, later_workers=0)
     return AnswerPlan(spec, RunStore(f"{job.run_uri}/{ANSWERS}/{job.key()}"), plan, job, shards)
 
 

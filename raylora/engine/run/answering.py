@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,18 @@ from raylora.engine.generation.decoder import Sampling
 from raylora.engine.generation.generator import Generator
 from raylora.engine.generation.questions import answer_records
 from raylora.engine.model.base import Base
+from raylora.engine.model.machine import peak_device_bytes, peak_memory_bytes
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.run.answer_job import SHARD_ROWS, AnswerJob
 from raylora.engine.run.finished_members import adapters_of, read_members
 from raylora.errors import Interrupted, StoreError
 from raylora.progress import Activity, OnProgress, RowCounter, Span
+from raylora.records import ShardTiming
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
-FILE = "answers.jsonl"
+FILE, WRITING = "answers.jsonl", "writing.json"
+"""The files of a shard: the answers, and what it took to write them."""
 
 
 def writer_of(
@@ -82,10 +86,21 @@ class ShardShelf:
         """Return the shards that are not committed, or not whole."""
         return [name for name in self.shards if not self.store.has_result(f"{self.folder}/{name}")]
 
-    def commit(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Commit a shard's records."""
+    def commit(self, name: str, records: Sequence[Mapping[str, Any]], writing: ShardTiming) -> None:
+        """Commit a shard's records, and what it took to write them."""
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        self.store.commit_result(f"{self.folder}/{name}", {FILE: lines.encode()})
+        files = {FILE: lines.encode(), WRITING: json.dumps(writing).encode()}
+        self.store.commit_result(f"{self.folder}/{name}", files)
+
+    def timings(self) -> list[ShardTiming]:
+        """Return what it took to write each shard; nothing where some were written before that was kept.
+
+        Raises:
+            StoreError: a shard is missing or damaged.
+        """
+        found = (self.store.load_result(f"{self.folder}/{name}").get(WRITING) for name in self.shards)
+        known = [json.loads(content) for content in found if content is not None]
+        return known if len(known) == len(self.shards) else []
 
     def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield each row's set and record, in order; records are those of :func:`answer_records`.
@@ -122,5 +137,12 @@ def make_shards(
         examples = shelf.shards[name].examples
         counter = RowCounter(Activity.ANSWERING, len(examples), report)
         records = answer_records(writer, examples, sampling, job.each_member, batch, counter)
+        writing = ShardTiming({
+            "answer_s": counter.seconds,
+            "answer_tokens": counter.tokens,
+            "peak_rss_bytes": peak_memory_bytes(),
+            "peak_device_bytes": peak_device_bytes(writer.model.base.device),
+            "pid": os.getpid(),
+        })
         with span("checkpoint"):
-            shelf.commit(name, records)
+            shelf.commit(name, records, writing)

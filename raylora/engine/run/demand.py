@@ -23,6 +23,7 @@ from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.parameter_count import adapter_parameters, kept_parameters
 from raylora.engine.model.sites import adapter_sites, find_heads
 from raylora.engine.model.split_base import MOST_PARTS
+from raylora.engine.run.answer_demand import answers_after, answers_within, caches_of
 from raylora.engine.training.distillation_loss import loss_of, task_of
 from raylora.engine.training.member_plan import MemberPlan, member_adapters, packable_groups, unpackable_reason
 from raylora.engine.training.row_packing import packing_of
@@ -80,13 +81,21 @@ def demand_of(
     """Return what these units need on such machines; ``batch`` says how much text they see at once."""
     on_gpu = inventory.gpus > 0 and spec.placement.gpus_per_worker != 0
     beside_bytes, asked = _teacher_bytes(spec, batch.time, on_gpu)
-    model = replace(_model_shape(spec, shell, on_gpu), beside_bytes=beside_bytes)
+    writes = batch.answers is not None or batch.own_answers
+    model = replace(
+        _model_shape(spec, shell, on_gpu), beside_bytes=beside_bytes,
+        caches=caches_of(shell.model.config) if writes else (),
+    )
     member = replace(
         batch, parameters=shell.member_parameters, kept_parameters=shell.kept_parameters,
         input_widths=_input_widths(spec, shell.sites, model),
         logit_chunk=_logit_chunk(spec, shell, model.vocabulary, on_gpu), asked_bytes=asked,
     )
-    return Demand(groups_of(units), model, member, unpackable_reason(units[0]), _unsplittable_reason(spec, shell))
+    pruning = spec.ensemble.pruning
+    return Demand(
+        groups_of(spec, units), model, member, unpackable_reason(units[0]), _unsplittable_reason(spec, shell),
+        places=pruning.places if pruning is not None else None,
+    )
 
 
 def _teacher_bytes(spec: RunSpec, time: int, on_gpu: bool) -> tuple[int, int]:
@@ -105,9 +114,10 @@ def _teacher_bytes(spec: RunSpec, time: int, on_gpu: bool) -> tuple[int, int]:
     return base + ADAPTER_BYTES * members * size, asked_bytes(shape, members, time, on_gpu)
 
 
-def groups_of(units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:
+def groups_of(spec: RunSpec, units: Sequence[MemberPlan]) -> tuple[tuple[str, ...], ...]:
     """Return the units that may share a forward, group by group."""
-    return tuple(tuple(group) for group in packable_groups(units))
+    brackets = spec.ensemble.pruning.brackets if spec.ensemble.pruning is not None else 1
+    return tuple(tuple(group) for group in packable_groups(units, brackets))
 
 
 def batch_of(spec: RunSpec, sets: DataSets) -> MemberShape:
@@ -129,7 +139,7 @@ def batch_of(spec: RunSpec, sets: DataSets) -> MemberShape:
     return MemberShape(
         rows=rows if packing is None else packing.most_sequences, time=time if packing is None else packing.longest,
         has_token_logits=has_token_logits, evaluated_tokens=read * time,
-        recomputed=spec.placement.recompute,
+        recomputed=spec.placement.recompute, answers=answers_after(spec, sets), own_answers=answers_within(spec, sets),
     )
 
 
@@ -139,6 +149,7 @@ def assumed_batch(spec: RunSpec, task: Task) -> MemberShape:
     return MemberShape(
         rows=spec.optimization.micro_batch, time=time, has_token_logits=task.output == "tokens",
         evaluated_tokens=spec.evaluation.batch * time, recomputed=spec.placement.recompute,
+        answers=answers_after(spec, None), own_answers=answers_within(spec, None),
     )
 
 
@@ -240,6 +251,8 @@ def _unsplittable_reason(spec: RunSpec, shell: Shell) -> str:
     """Return why no rank may be without the whole base, or nothing if each can."""
     if spec.distill_from is not None and spec.distill_from.members is not None:
         return "a teacher that is asked while its student learns is whole in every worker"
+    if spec.ensemble.pruning is not None and spec.ensemble.pruning.places is not None:
+        return "one worker has all of a bracket (ensemble.pruning.places)"
     adapter = shell.adapter
     if isinstance(adapter, WholeModel):
         return f"members of adapter.kind {adapter.spec.kind} are whole models themselves"

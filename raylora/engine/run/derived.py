@@ -43,6 +43,8 @@ class Trained:
     """The step after which early stopping took it out of the pack."""
     moments: WeightMoments = field(default_factory=WeightMoments)
     """Of its weights on the way, if a baseline draws from them."""
+    committed_at: int | None = None
+    """The step of its last commit, where that is not its own last step."""
 
 
 class MadeOfMember0:

@@ -142,7 +142,7 @@ class Evaluator:
         if not self.store.has_result(plan.folder):
             self._commit_member(one)
         if self.spec.checkpointing.keep_final:
-            self.store.prune_checkpoints(plan.name, one.steps, 1)
+            self.store.prune_checkpoints(plan.name, one.steps if one.committed_at is None else one.committed_at, 1)
         else:
             self.store.discard_checkpoints(plan.name)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raylora.adapters.base import Noted
 from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.run.demand import assumed_batch, batch_of, demand_of, shell_of
+from raylora.engine.run.run_answers import run_shards
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import check_baselines, check_weights, member_plans_of
@@ -51,12 +52,14 @@ def plan_ahead(spec: RunSpec, inventory: Inventory, tflops: float | None = None)
     check_baselines(spec, bool(shell.heads))
     check_weights(spec)
     notes = list(shell.adapter.notes(shell.sites)) if isinstance(shell.adapter, Noted) else []
+    shards = 0
     try:
-        batch = batch_of(spec, sets_of(spec, task, load_tokenizer(spec.base, task), RunStore.for_spec(spec)))
+        sets = sets_of(spec, task, load_tokenizer(spec.base, task), RunStore.for_spec(spec))
+        batch, shards = batch_of(spec, sets), len(run_shards(spec, sets))
     except (BaseError, DataError) as error:
         batch = assumed_batch(spec, task)
         notes.append(f"the data could not be read, so rows are taken to have {batch.time} tokens: {error.message}")
-    demand = demand_of(spec, shell, batch, member_plans_of(spec), inventory)
+    demand = replace(demand_of(spec, shell, batch, member_plans_of(spec), inventory), later_jobs=shards)
     plan = make_plan(demand, inventory, spec.placement, tflops)
     notes += _paces(demand, plan, inventory, spec, rates_of(plan, tflops))
     return PlannedAhead(plan, shell.member_parameters, batch, notes)

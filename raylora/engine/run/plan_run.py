@@ -29,6 +29,7 @@ from raylora.engine.run.session import TrainingSession
 from raylora.engine.run.shared_trunk import check_trunk
 from raylora.engine.run.tracking import check_trackers
 from raylora.engine.run.work import TrainingAssignment
+from raylora.engine.training.bracket import check_places
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.member_plan import (
@@ -111,7 +112,8 @@ class Prepared:
             changes=list(self.growth.changes) if self.growth is not None else [],
             costs={name: float(len(units) * self.total_steps) for name, units in jobs.items()},
             may_split=self._may_split(jobs),
-            release_idle=self.plan.workers > 1,
+            later_workers=workers[self.plan.workers :],
+            release_idle=self.plan.workers_in_all > 1,
         )
 
     def _later(self) -> dict[str, list[str]]:
@@ -122,7 +124,7 @@ class Prepared:
 
     def _may_split(self, jobs: Mapping[str, Sequence[str]]) -> list[str]:
         """Return the jobs of several units none of which has begun, if the run lets them be split."""
-        if not self.spec.placement.split_last:
+        if not self.spec.placement.split_last or self.demand.places is not None:
             return []
         begun = {*self.store.storage.list("checkpoints"), *(unit for units in self.kept.values() for unit in units)}
         return [name for name, units in jobs.items() if len(units) > 1 and begun.isdisjoint(units)]
@@ -192,6 +194,7 @@ def prepare(
     tokenizer = load_tokenizer(spec.base, task)
     sets = sets_of(spec, task, tokenizer, store)
     check_lengths(spec, total_steps(len(sets.train.examples), spec.optimization))
+    check_places(spec, len(sets.train.examples))
     check_generation(spec, task, shell.model.config, tokenizer, sets)
     found, obstacle = _Begun(), ""
     try:
@@ -210,11 +213,13 @@ def prepare(
     kept = {name for names in found.kept.values() for name in names}
     new = [unit for unit in units if unit.name not in kept]
     inventory = with_expected_nodes(inventory or local_inventory(), spec.placement)
+    shards = tuple(run_shards(spec, sets))
     demand = demand_of(spec, shell, batch_of(spec, sets), units if found.reopens or not new else new, inventory)
+    demand = replace(demand, later_jobs=len(shards))
     plan = make_plan(demand, inventory, spec.placement)
     check_whole_base(spec, plan)
     if found.kept:
-        packs = make_plan(replace(demand, groups=groups_of(new)), inventory, spec.placement).packs if new else ()
+        packs = make_plan(replace(demand, groups=groups_of(spec, new)), inventory, spec.placement).packs if new else ()
         plan = replace(plan, packs=packs)
     packing = packing_of(spec, sets.train.examples)
     notes = (*notes, *([] if packing is None else [str(packing)]), *doubts(spec, sets), *differences(spec))
@@ -223,7 +228,7 @@ def prepare(
     return Prepared(
         spec, store, units, plan, demand, sets, total_steps(len(sets.train.examples), spec.optimization),
         found.is_resume, shell.member_parameters, (*notes, obstacle) if obstacle else notes, base, found.damages,
-        found.growth, found.kept, tuple(run_shards(spec, sets)),
+        found.growth, found.kept, shards,
     )
 
 

@@ -20,6 +20,7 @@ from raylora.engine.training.answer_validation import watched_by_answers
 from raylora.engine.training.member_plan import PlanRole, member_plans_of
 from raylora.errors import SpecError, StoreError
 from raylora.progress import OnProgress, Span
+from raylora.records import ShardTiming
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
@@ -65,6 +66,16 @@ class _Asked:
     shelf: ShardShelf
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What a run's answers came to."""
+
+    numbers: dict[str, Any]
+    """What of ``answers.json`` stands in the run's metrics."""
+    timings: Sequence[ShardTiming]
+    """What it took to write them."""
+
+
 class RunAnswers:
     """The answers of one run's members, on one worker."""
 
@@ -87,8 +98,8 @@ class RunAnswers:
             batch = self.spec.evaluation.batch
             make_shards(self._writer, asked.job, asked.shelf, names, batch, report, should_stop, span)
 
-    def conclude(self, members: Sequence[str]) -> dict[str, Any] | None:
-        """Write ``answers.json``, and return what of it stands in the run's metrics; None where nothing was asked.
+    def conclude(self, members: Sequence[str]) -> Answered | None:
+        """Write ``answers.json``, and return what the run's metrics say of it; None where nothing was asked.
 
         Raises:
             StoreError: an answer is missing or damaged.
@@ -109,7 +120,7 @@ class RunAnswers:
             self.spec.evaluation, settings, self.spec.data.seed, self.sets, asked.shelf, len(asked.job.members)
         )
         self.store.write_json(FACTS, found)
-        return numbers_of(found)
+        return Answered(numbers_of(found), asked.shelf.timings())
 
     def _finished(self) -> list[str]:
         plans = (plan for plan in member_plans_of(self.spec) if plan.role is PlanRole.MEMBER)

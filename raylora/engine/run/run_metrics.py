@@ -14,13 +14,14 @@ from raylora.engine.model.machine import machine
 from raylora.engine.model.quantized_layers import prepared_store, summary_of
 from raylora.engine.run.derived import COSTS
 from raylora.engine.run.finished_members import member_facts
+from raylora.engine.run.run_answers import Answered
 from raylora.engine.run.speakers import predictions_of
 from raylora.engine.training.member_plan import MADE_OF_MEMBER_0, PlanRole, member_adapters, member_plans_of
 from raylora.ensemble.calibration import tempered
 from raylora.ensemble.groups import Group, one_member
 from raylora.ensemble.outputs.base import Names
 from raylora.ensemble.summary import find_errors, fit_group, summarize
-from raylora.records import Compute, HistoryRow, JobTiming, RunMetrics, Timing
+from raylora.records import AnswerTiming, Compute, HistoryRow, JobTiming, RunMetrics, ShardTiming, Timing
 from raylora.spec import RunSpec, dump_spec
 from raylora.store.run_store import RunStore
 
@@ -32,13 +33,13 @@ _PACKAGES = (
 
 def aggregate(
     spec: RunSpec, store: RunStore, finished: Sequence[str], started_at: float, names: Names,
-    answers: dict[str, Any] | None = None,
+    answered: Answered | None = None,
 ) -> RunMetrics:
     """Combine the finished units' predictions, write ``metrics.json`` and return it.
 
     Args:
         names: what the classes are called, and what stands in single rows.
-        answers: what the answers are worth that were written, if any were.
+        answered: what came of the answers that were written, if any were.
 
     Raises:
         StoreError: a prediction is missing or damaged.
@@ -78,15 +79,18 @@ def aggregate(
             entry["settings"] = facts["settings"]
     errors = find_errors(groups["ensemble"], spec.evaluation, names, spec.ensemble.aggregate)
     metrics: RunMetrics = {
-        **summary, "label_names": list(names.labels), "errors": errors, **_facts(spec, store, members, started_at)
+        **summary, "label_names": list(names.labels), "errors": errors,
+        **_facts(spec, store, members, started_at, answered.timings if answered is not None else ()),
     }
-    if answers is not None:
-        metrics["answers"] = answers
+    if answered is not None:
+        metrics["answers"] = answered.numbers
     store.write_json("metrics.json", metrics)
     return metrics
 
 
-def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: float) -> RunMetrics:
+def _facts(
+    spec: RunSpec, store: RunStore, members: Sequence[str], started_at: float, shards: Sequence[ShardTiming]
+) -> RunMetrics:
     jobs: list[JobTiming] = [store.read_json(f"timing/{name}") for name in store.storage.list("timing")]
     asked = spec.ensemble.members
     histories: dict[str, list[HistoryRow]] = {name: _member(store, name)["history"] for name in members}
@@ -108,10 +112,10 @@ def _facts(spec: RunSpec, store: RunStore, members: Sequence[str], started_at: f
         "spec_yaml": dump_spec(spec),
         "versions": _versions(),
         "machine": machine(),
-        "timing": _timing(jobs, started_at),
+        "timing": {**_timing(jobs, started_at), **_answer_timing(shards)},
         "memory": {
-            "peak_rss_bytes_per_worker": _peaks(jobs, "peak_rss_bytes"),
-            "peak_device_bytes_per_worker": _peaks(jobs, "peak_device_bytes"),
+            "peak_rss_bytes_per_worker": _peaks([*jobs, *shards], "peak_rss_bytes"),
+            "peak_device_bytes_per_worker": _peaks([*jobs, *shards], "peak_device_bytes"),
             "base_bytes": max((job["base_bytes"] for job in jobs), default=0),
             "member_bytes": 4 * max((job["member_parameters"] for job in jobs), default=0),
         },
@@ -157,7 +161,14 @@ def _timing(jobs: Sequence[JobTiming], started_at: float) -> Timing:
     }
 
 
-def _peaks(jobs: Sequence[JobTiming], key: Literal["peak_rss_bytes", "peak_device_bytes"]) -> list[int]:
+def _answer_timing(shards: Sequence[ShardTiming]) -> AnswerTiming:
+    if not shards:
+        return {}
+    answer_s, tokens = sum(shard["answer_s"] for shard in shards), sum(shard["answer_tokens"] for shard in shards)
+    return {"answer_s": answer_s, "answer_tokens": tokens, "answer_tokens_per_s": tokens / answer_s}
+
+
+def _peaks(jobs: Sequence[JobTiming | ShardTiming], key: Literal["peak_rss_bytes", "peak_device_bytes"]) -> list[int]:
     """Return one peak per worker process: its jobs ran one after another and a peak only grows."""
     peaks: dict[int, int] = {}
     for job in jobs:

@@ -8,23 +8,25 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from raylora import logs
-from raylora.adapters.side_by_side import SideBySide
+from raylora.adapters.side_by_side import SideBySide, adapter_of
 from raylora.data.sets import DataSets
 from raylora.data.texts import text_finder
 from raylora.engine.model import serialization
 from raylora.engine.model.base import Base, load_base
 from raylora.engine.model.gang import Gang, GangPlace
-from raylora.engine.model.machine import compute_device, peak_memory_bytes
+from raylora.engine.model.machine import compute_device, peak_device_bytes, peak_memory_bytes
+from raylora.engine.model.member_tensors import frozen_tensors_of
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.model.quantized_layers import prepared_store
 from raylora.engine.model.shared_sequences import check_shared_sequences
 from raylora.engine.model.trunk_cache import TrunkCache
+from raylora.engine.run.bracket_commits import saved_bracket
 from raylora.engine.run.evaluation import Evaluator, Trained, read_trained
 from raylora.engine.run.profiling import StepProfiler
 from raylora.engine.run.run_answers import RunAnswers
@@ -33,12 +35,13 @@ from raylora.engine.run.shared_trunk import discard_trunk_cache, open_trunk_cach
 from raylora.engine.run.teaching import teaching_of
 from raylora.engine.run.tracking import TrackedPack, Tracking, track_results
 from raylora.engine.run.work import StopSignal
+from raylora.engine.training.bracket import Ended
 from raylora.engine.training.distillation_loss import DistillationLoss, task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.live_teacher import LiveDistillationLoss
 from raylora.engine.training.member_plan import MemberPlan, PlanRole, member_plans_of
 from raylora.engine.training.member_state import SavedState
-from raylora.engine.training.optimizer import start_deepspeed
+from raylora.engine.training.optimizer import let_engines_go, start_deepspeed
 from raylora.engine.training.trainer import PackTrainer, TrainingSettings
 from raylora.ensemble.outputs.base import Names
 from raylora.errors import RunDirectoryError
@@ -68,6 +71,7 @@ class TrainingSession:
         self.device = compute_device(gpus)
         self.task = task_of(spec)
         self.plans = {plan.name: plan for plan in member_plans_of(spec)}
+        self.places = spec.ensemble.pruning.places if spec.ensemble.pruning is not None else None
         self.gang: Gang | None
         self.base: Base
         self.sets: DataSets
@@ -151,6 +155,7 @@ class TrainingSession:
             to_train = self._to_train(plans)
             if to_train:
                 failed = self._run_job(job, to_train, report, should_stop)
+                let_engines_go()
             whole = [plan for plan in plans if self.store.has_result(plan.folder)]
             if self._is_first and not all(self.evaluator.is_predicted(plan) for plan in whole):
                 self._evaluate_again(job, whole, report, should_stop)
@@ -165,6 +170,8 @@ class TrainingSession:
         missing = [plan for plan in plans if not self.store.has_result(plan.folder)]
         if not missing:
             return []
+        if self.places is not None:
+            return plans  # who is finished tells by what the others were judged
         if all(self._has_failed(plan) for plan in missing):
             return missing  # tried once more, without those who need not wait for it
         begun = [plan for plan in plans if self.store.checkpoint_steps(plan.name)]
@@ -186,14 +193,15 @@ class TrainingSession:
         model = PackedModel(self.base, adapters, self.task, self.trunk_cache)
         trainer = PackTrainer(
             model, TrainingSettings.of(self.spec), plans, self.sets.train.examples, self.sets.validation.examples,
-            self.distillation_loss, self._saved(plans),
+            self.distillation_loss,
+            self._saved(plans) if self.places is None else saved_bracket(self.spec, self.store, self.base, plans),
         )
         trainer.span = self.span
         resumed_at = trainer.step
-        logger.info("%s: training from step %d to %d", job, resumed_at, trainer.total)
+        logger.info("%s: training from step %d to %d", job, resumed_at, trainer.end)
         tracking = Tracking(self.spec if self._is_first else self.spec.model_copy(update={"tracking": []}), self.store)
         tracked, complete = TrackedPack(tracking, trainer), False
-        profiler = StepProfiler(self.spec.profile, self.store, job, trainer.total - trainer.step)
+        profiler = StepProfiler(self.spec.profile, self.store, job, trainer.end - trainer.step)
         partners = self.gang.partners if self.gang is not None else None
         rows = self.spec.optimization.micro_batch * self.spec.optimization.accumulation
         meter = _Meter(report, tracked, profiler, self.evaluator.forwards_ahead(plans) / rows)
@@ -213,47 +221,70 @@ class TrainingSession:
         finally:
             tracking.close(complete)
         trained_s = time.perf_counter() - meter.started
-        done = [
-            Trained(
-                state.plan, state.result(), state.frozen_tensors, trainer.step, state.history, state.stopped_at,
-                state.moments,
-            ) for state in trainer.states if not state.failure
-        ]
+        ended = trainer.ended()
+        done = {one.plan.name: one for one in ended if not one.failure}
         logger.info("%s: trained in %.1f s", job, trained_s)
-        evaluate_s = self.evaluator.evaluate(model, done, report, should_stop) if self._is_first else 0.0
+        evaluate_s = self._evaluate(
+            model, [one.plan for one in done.values()], lambda plan: self._trained(done[plan.name]), report, should_stop
+        ) if self._is_first else 0.0
         logger.info("%s: evaluated in %.1f s", job, evaluate_s)
         self.store.write_json(f"timing/{job}.json", JobTiming({
-            "units": [one.plan.name for one in done],
+            "units": list(done),
             "train_s": trained_s,
             "evaluate_s": evaluate_s,
             "steps": trainer.step - resumed_at,
             "resumed_at_step": resumed_at,
             "tokens": meter.tokens,
             "peak_rss_bytes": peak_memory_bytes(),
-            "peak_device_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
+            "peak_device_bytes": peak_device_bytes(self.device),
             "base_bytes": self.base.size_bytes,
             "base_parameters": self.base.parameters,
             "head_parameters": sum(p.numel() for head in self.base.heads.values() for p in head.parameters()),
-            "member_parameters": max((sum(t.numel() for t in one.tensors.values()) for one in done), default=0),
-            "trained_parameters": max((state.optimizer.size for state in trainer.states), default=0),
+            "member_parameters": max((sum(t.numel() for t in one.tensors.values()) for one in ended), default=0),
+            "trained_parameters": max((one.trained_parameters for one in ended), default=0),
             "compute_dtype": str(self.base.dtype).removeprefix("torch."),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "pid": os.getpid(),
         }))
-        return {t.plan.name: t.failure for t in trainer.states if t.failure}
+        return {one.plan.name: one.failure for one in ended if one.failure}
+
+    def _trained(self, one: Ended) -> Trained:
+        frozen = one.frozen_tensors
+        if frozen is None:
+            frozen = frozen_tensors_of(self.base, adapter_of(one.plan.adapter), one.plan.stream("fixed"))
+        return Trained(
+            one.plan, one.tensors, frozen, one.steps, one.history, one.stopped_at, one.moments, one.committed_at
+        )
+
+    def _evaluate(
+        self, model: PackedModel, plans: Sequence[MemberPlan], trained: Callable[[MemberPlan], Trained],
+        report: OnProgress, should_stop: StopSignal,
+    ) -> float:
+        """Predict with all members of a pack together, or, of a bracket, with as many as trained together."""
+        size = self.places or max(1, len(plans))
+        parts = [plans[start : start + size] for start in range(0, len(plans), size)]
+        return sum(
+            self.evaluator.evaluate(model, [trained(plan) for plan in part], report, should_stop)
+            for part in parts if self.places is None or not all(map(self._is_whole, part))
+        )
 
     def _evaluate_again(
         self, job: str, plans: Sequence[MemberPlan], report: OnProgress, should_stop: StopSignal
     ) -> None:
         """Predict with members that are committed, in the stack that they were trained in."""
         adapters = SideBySide.of([plan.adapter for plan in plans]).adapters
-        done = [read_trained(self.spec, self.store, self.base, plan) for plan in plans]
         model = PackedModel(self.base, adapters, self.task)
-        evaluate_s = self.evaluator.evaluate(model, done, report, should_stop)
+        evaluate_s = self._evaluate(
+            model, plans, lambda plan: read_trained(self.spec, self.store, self.base, plan), report, should_stop
+        )
         timing = self.store.read_json(f"timing/{job}.json")
         if timing is not None:
             self.store.write_json(f"timing/{job}.json", {**timing, "evaluate_s": evaluate_s})
+
+    def _is_whole(self, plan: MemberPlan) -> bool:
+        """Return whether a plan's member and all its predictions are committed."""
+        return self.store.has_result(plan.folder) and self.evaluator.is_predicted(plan)
 
     def aggregate(self, units: Sequence[str], started_at: float) -> RunMetrics:
         """Combine the finished units' predictions and answers into the run's metrics. Raises: StoreError."""
@@ -261,8 +292,7 @@ class TrainingSession:
         done = set(units)
         trained = [name for name in self.plans if name in done]  # in the run's order, whatever pack each was in
         members = [name for name in trained if self.plans[name].role is PlanRole.MEMBER]
-        answers = self.answers.conclude(members)
-        metrics = aggregate(self.spec, self.store, trained, started_at, names, answers)
+        metrics = aggregate(self.spec, self.store, trained, started_at, names, self.answers.conclude(members))
         self.store.seal(members)
         track_results(self.spec, self.store, metrics)
         discard_trunk_cache(self.store)
@@ -280,7 +310,7 @@ class TrainingSession:
             saved = state.saved(trainer.step)  # partners make it together, and one of them commits it
             if not self._is_first:
                 continue
-            files = serialization.pack_state(*saved)
+            files = serialization.pack_state(saved[0], saved[1] | trainer.facts(state))
             self.store.commit_checkpoint(state.plan.name, trainer.step, files)
         # Only now: until every plan has this step, the one before is the newest that all have.
         for state in trainer.states if self._is_first else ():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raylora import registry
+from raylora.engine.training.member_state import MemberState
 from raylora.engine.training.trainer import PackTrainer
 from raylora.progress import Progress
 from raylora.spec import RunSpec
@@ -130,10 +131,14 @@ class TrackedPack:
     def __init__(self, tracking: Tracking, trainer: PackTrainer) -> None:
         """Take a trainer that has been taken back to where it goes on; what its members' histories hold was shown."""
         self.tracking, self.trainer = tracking, trainer
-        self.shown = {state.plan.name: len(state.history) for state in trainer.states}
+        self.shown = dict[str, int]()
         self.tokens, self.seconds = 0, 0.0
         for state in trainer.states:
-            tracking.begin(state.plan.name, trainer.step)
+            self._begin(state)
+
+    def _begin(self, state: MemberState) -> None:
+        self.shown[state.plan.name] = len(state.history)
+        self.tracking.begin(state.plan.name, self.trainer.own_step(state))
 
     def step(self, progress: Progress) -> None:
         """Show a step, if the members recorded it."""
@@ -151,6 +156,9 @@ class TrackedPack:
         found = False
         for state in self.trainer.states:
             name = state.plan.name
+            if name not in self.shown:  # it has got the place of another
+                self.shown[name] = 0
+                self.tracking.begin(name, 0)
             for record in state.history[self.shown[name]:]:
                 found = True
                 values = _named(record)

@@ -93,4 +93,4 @@ class Work(Protocol):
         """Write what the work begins with; the first thing that touches the disk."""
 
     def start_event(self, workers: list[str]) -> control.RunStarted:
-        """Return the event that begins the work, or takes it up again."""
+        """Return the event that begins the work, or takes it up again; the plan's later workers stand last."""

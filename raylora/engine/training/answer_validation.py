@@ -11,10 +11,11 @@ from raylora.adapters.base import Tensors
 from raylora.data.task import Example
 from raylora.engine.generation.decoder import Sampling
 from raylora.engine.generation.generator import Generator, text_of
-from raylora.engine.generation.questions import question_of, rows_at_once
+from raylora.engine.generation.questions import question_of
 from raylora.engine.model.packed_model import PackedModel
 from raylora.engine.training.member_plan import MemberPlan
 from raylora.ensemble.answer_metrics import ANSWER_METRICS, NORMALIZATIONS, score_answers
+from raylora.placement.answering import rows_at_once
 from raylora.spec import EvaluationSpec
 
 

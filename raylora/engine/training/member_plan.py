@@ -89,8 +89,8 @@ def order_seed(plan: MemberPlan, ensemble: EnsembleSpec) -> int:
     return plan.stream("order")
 
 
-def packable_groups(plans: Sequence[MemberPlan]) -> list[list[str]]:
-    """Return the units' names grouped by what can share one forward: a role and a penalty.
+def packable_groups(plans: Sequence[MemberPlan], brackets: int = 1) -> list[list[str]]:
+    """Return the units' names grouped by what can share one forward: a role and a penalty, and a bracket.
 
     Units of one adapter follow each other, since they multiply together. Everything else that members may differ in
     is their own optimizer's business.
@@ -108,7 +108,7 @@ def packable_groups(plans: Sequence[MemberPlan]) -> list[list[str]]:
                 groups += [[name] for name in names]
             else:
                 together += names
-        groups += [together] if together else []
+        groups += [part for part in (together[number::brackets] for number in range(brackets)) if part]
     return groups
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class MemberState:
     bad_epochs: int = 0
     stopped_at: int | None = None
     """The step after which early stopping took the member out of the pack."""
+    begun_at: int = 0
+    """The step of its pack after which it began."""
     failure: str = ""
     moments: WeightMoments = field(default_factory=WeightMoments)
     """Of its weights after some of its steps, where a baseline draws from them."""
@@ -145,8 +147,11 @@ class MemberBuilder:
         self._lengths = lengths_of(train)
         self._total = total_steps(self.rows, optimization)
 
-    def build(self, plan: MemberPlan, saved: SavedState | None = None) -> MemberState:
+    def build(self, plan: MemberPlan, saved: SavedState | None = None, begun_at: int = 0) -> MemberState:
         """Return a member at its start, or as it was saved.
+
+        Args:
+            begun_at: the step of its pack after which it begins, if it was not saved.
 
         Raises:
             RunDirectoryError: it was saved with other tensors than it would have now.
@@ -161,11 +166,15 @@ class MemberBuilder:
             check_layout(f"the checkpoint of {plan.name}", facts.get("layout"), found)
             # In this order: a file has its own, and sums depend on it.
             tensors = {name: sections["member"][name] for name in tensors}
+        begun_at = facts.get("begun_at", begun_at)
         order = order_of(plan, self._lengths, self.optimization, self.ensemble)
-        starts = self._round_starts(plan)
+        order = replace(order, begins=begun_at * self.optimization.accumulation)
+        starts, own_step = self._round_starts(plan), facts.get("step", begun_at) - begun_at
         # A round begins with its first step: what is saved after the last step of one is that one's still.
-        trained, kept = self._parted(adapter, tensors, sum(0 < start < facts.get("step", 0) for start in starts))
-        state = MemberState(plan, self._optimizer(plan, trained), order, initial_head, frozen_tensors, kept)
+        trained, kept = self._parted(adapter, tensors, sum(0 < start < own_step for start in starts))
+        state = MemberState(
+            plan, self._optimizer(plan, trained), order, initial_head, frozen_tensors, kept, begun_at=begun_at
+        )
         state.failure = facts.get("failure", "")
         if "member" in sections:
             state.optimizer.load_state(sections.get("optimizer", {}), facts["updates"])

@@ -8,6 +8,7 @@ is DeepSpeed's ordinary work, and it is per member because the engine is.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +52,14 @@ def start_deepspeed(device: torch.device, place: GangPlace | None = None) -> Gan
         )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return gang
+
+
+def let_engines_go() -> None:
+    """Free what the optimizers of members took that nobody trains any more.
+
+    DeepSpeed's engines refer to themselves, so parameters and moments would stay until Python happens to look.
+    """
+    gc.collect()
 
 
 def _compute_on(device: torch.device) -> None:
