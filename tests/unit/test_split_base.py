@@ -26,6 +26,10 @@ from raylora.store.run_store import RunStore
 CPU = torch.device("cpu")
 READS = {"source": "pypi:bbc-news", "samples": 8, "length": 64, "held_out": 0}
 LANGUAGE: dict[str, Any] = {"task": {"kind": "language_modeling", "max_length": 24}}
+IN_PARTS: dict[str, Any] = {  # rank 0 has two members to rank 1's one, and needs more chunks of positions
+    **LANGUAGE, "placement": {"output_layer": "parts"}, "optimization": {"micro_batch": 16},
+    "ensemble": {"members": 3, "regularizers": {"kl": {"beta": 0.5}}},
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -48,9 +52,14 @@ CASES: dict[str, dict[str, Any]] = {
     "heads alone": {"adapter": {"kind": "none"}},
     "tied embeddings": {"source": "tied", **LANGUAGE},
     "gpt2": {"source": "gpt2", **LANGUAGE},
+    "an output layer in parts": {"source": "tied", **IN_PARTS},
+    "an output layer in parts, gemma3": {"source": "gemma3", **IN_PARTS},
 }
 
-ALWAYS = ["nf4", "optq with its pair", "a reference, and members that stop early", "tied embeddings"]
+ALWAYS = [
+    "nf4", "optq with its pair", "a reference, and members that stop early", "tied embeddings",
+    "an output layer in parts",
+]
 
 
 def merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
