@@ -106,15 +106,19 @@ def test_a_resume_stops_where_the_whole_run_stops(make_spec: Callable[..., Any],
                 for name in members(broken)] == [fact["history"] for fact in facts]
 
 
-@pytest.mark.parametrize("partners", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(("partners", "output_layer"), [
+    pytest.param(1, "whole", marks=pytest.mark.slow), (2, "whole"), pytest.param(1, "parts", marks=pytest.mark.slow),
+    pytest.param(2, "parts", marks=pytest.mark.slow),
+])
 def test_ranks_that_share_a_split_base_answer_as_workers_of_their_own(
-    make_spec: Callable[..., Any], content: dict[str, Any], changes: dict[str, Any], partners: int
+    make_spec: Callable[..., Any], content: dict[str, Any], changes: dict[str, Any], partners: int,
+    output_layer: str,
 ) -> None:
     """Answers end at different tokens, so that the ranks pass the base unequally often."""
     alone = make_spec(name="alone", **{
         **changes, "ensemble__members": 2, "evaluation__generation": {**GENERATION, "max_new_tokens": 9},
         "placement__members_per_worker": 1, "data__train_rows": 16, "data__test_rows": 34,
-        "evaluation__generation__rows": 34,
+        "evaluation__generation__rows": 34, "placement__output_layer": output_layer,
     })
     run(alone)
     together = make_spec(name="together")
