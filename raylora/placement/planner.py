@@ -132,6 +132,9 @@ class _Placing:
         self.reasons += [f"assumed: {what}" for what in inventory.assumed]
         if ranks > 1:
             self.reasons.append(f"the base is split over {ranks} workers" + (f": {why_ranks}" if why_ranks else ""))
+            if demand.model.output_in_parts:
+                part_mb = demand.model.output_part_bytes / 1e6
+                self.reasons.append(f"the output layer is gathered in parts of {part_mb:.1f} MB: as asked")
 
     def parts(self, members: int) -> Parts:
         """Return what a process with so many members needs."""

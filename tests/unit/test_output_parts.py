@@ -1,10 +1,11 @@
-"""An output layer in parts of the vocabulary: what the whole one gives, and what ranks that each have a share gather."""
+"""An output layer in parts of the vocabulary gives what the whole one gives, also where each rank has a share."""
 
 from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,8 +46,9 @@ def test_the_layer_equals_a_reference_in_float64(rows: int, dtype: torch.dtype, 
     (found,) = torch.autograd.grad(logits, states, towards)
     assert logits.dtype == found.dtype == dtype and layer(states[:0]).shape == (0, 4, 99)
     weight_VD, bias_V = linear.weight.double(), linear.bias.double()
-    for one, expected in ((logits, F.linear(states.double(), weight_VD, bias_V)), (found, towards.double() @ weight_VD)):
-        assert float(((one.double() - expected).norm() / expected.norm()).detach()) < tolerance
+    expected = F.linear(states.double(), weight_VD, bias_V), towards.double() @ weight_VD
+    for one, other in zip((logits, found), expected, strict=True):
+        assert float(((one.double() - other).norm() / other.norm()).detach()) < tolerance
 
 
 @pytest.mark.parametrize("name", ["likelihood", "top k", "KL"])
@@ -161,6 +163,11 @@ def tables() -> list[torch.Tensor]:
     return [drawn, drawn.to(torch.bfloat16)]
 
 
+def noted(gathers: list[int], gather: Any, part: int, buffer_B: torch.Tensor) -> Any:
+    gathers.append(buffer_B.nbytes)
+    return gather(part, buffer_B)
+
+
 def share(rank: int, ranks: int, address: str, said: Any) -> None:
     """Ask a split table for rows and parts, unequally often, and say what came."""
     torch.set_num_threads(1)
@@ -169,8 +176,7 @@ def share(rank: int, ranks: int, address: str, said: Any) -> None:
         own = table_VD if rank == 0 else torch.full_like(table_VD, torch.nan)  # nobody else's is read
         table = SplitTable(own, 10, gang, CPU)
         gathers: list[int] = []
-        gather = table.gather
-        table.gather = lambda part, buffer: (gathers.append(buffer.nbytes), gather(part, buffer))[1]  # type: ignore
+        table.gather = partial(noted, gathers, table.gather)  # type: ignore[method-assign]
         ids_N = torch.arange(103).roll(rank)[: 103 if rank else 5]
         rows_ND = table.look_up(ids_N)
         equal = torch.equal(rows_ND.view(torch.uint8), table_VD[ids_N].view(torch.uint8))
