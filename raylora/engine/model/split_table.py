@@ -105,22 +105,22 @@ class SplitTable(nn.Module):
     def look_up(self, ids_N: Tensor) -> Tensor:
         """Return the rows of some ids, N x D, bit for bit; a row comes from the rank that has it.
 
-        Each rank asks in turn, and is sent what it asked for and nothing else.
+        Each rank asks in turn, and is sent what it asked for and nothing else, at most a part's bytes at a time.
         """
         from torch import distributed
 
         counts = torch.empty(self.ranks, dtype=torch.int64, device=ids_N.device)
         distributed.all_gather_into_tensor(counts, counts.new_tensor([len(ids_N)]))
-        found_NB = None
+        found_NB = self.own_PKB.new_empty(len(ids_N), self.own_PKB.shape[2])
         for rank, count in enumerate(counts.tolist()):
             asked_N = ids_N.to(torch.int64, copy=True) if rank == self.rank else counts.new_empty(count)
             distributed.broadcast(asked_N, src=rank)
-            rows_NB = self._own_rows(asked_N)
-            # One rank has a row and all others zeros, so a sum of bytes is that row.
-            distributed.reduce(rows_NB, dst=rank, op=distributed.ReduceOp.SUM)
-            if rank == self.rank:
-                found_NB = rows_NB
-        assert found_NB is not None
+            for first in range(0, count, self.rows):
+                rows_NB = self._own_rows(asked_N[first : first + self.rows])
+                # One rank has a row and all others zeros, so a sum of bytes is that row.
+                distributed.reduce(rows_NB, dst=rank, op=distributed.ReduceOp.SUM)
+                if rank == self.rank:
+                    found_NB[first : first + self.rows] = rows_NB
         return found_NB.view(self.dtype)
 
     def _own_rows(self, ids_N: Tensor) -> Tensor:
