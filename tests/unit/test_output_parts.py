@@ -17,13 +17,15 @@ from test_token_head import Alone, loss_of, small_model
 from raylora.adapters.packed import stack
 from raylora.data.task import Batch
 from raylora.engine.model.base import load_base
+from raylora.engine.model.blocks import find_blocks
 from raylora.engine.model.gang import Gang, GangPlace
-from raylora.engine.model.output_parts import OutputInParts, pass_in_parts, split_output
+from raylora.engine.model.output_parts import OutputInParts, _stored_bytes, pass_in_parts, split_output
 from raylora.engine.model.split_table import SplitTable
 from raylora.engine.model.token_head import ChunkedHead, find_token_head
 from raylora.engine.run.plan_run import prepare
 from raylora.errors import BaseError, SpecError
 from raylora.placement.estimate import MOST_OUTPUT_PARTS, output_part_rows
+from raylora.quant.split import SplitLinear
 from raylora.spec.members import KLSpec
 
 CPU = torch.device("cpu")
@@ -87,6 +89,19 @@ def test_parts_are_alike_and_at_most_a_block() -> None:
         assert parts <= MOST_OUTPUT_PARTS and parts * rows - vocabulary < parts
         assert rows * row_bytes <= block_bytes or parts > MOST_OUTPUT_PARTS / 2
     assert output_part_rows(50, 8, 10**9) == 50, "a table that is smaller than a block is one part"
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4", "int8", {"kind": "rtn", "bits": 3, "group_size": 32}], ids=str)
+def test_a_block_counts_as_it_is_stored_and_is_split(kind: Any, make_parts: Make, tiny_model: Any) -> None:
+    parts = make_parts(base={"source": tiny_model("llama"), "dtype": "float32", "quantization": kind},
+                       adapter={"kind": "none"}, **LANGUAGE)
+    block, quantizer = find_blocks(parts.base.model)[0].module, parts.base.quantizer
+    counted = _stored_bytes(block, quantizer)
+    for parent in list(block.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(parent, name, SplitLinear(child, quantizer))
+    assert counted == sum(p.nbytes for p in block.parameters()) > 0
 
 
 # --- members --------------------------------------------------------------------------------------------

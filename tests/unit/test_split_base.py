@@ -216,8 +216,6 @@ def take_step(session: Any, names: list[str]) -> None:
     ("ranks", "names"),
     [
         pytest.param(2, ALWAYS, id="2"),
-        pytest.param(2, ["an output layer in parts, with a softcap"], id="x"),
-        pytest.param(4, ["an output layer in parts"], id="y"),
         pytest.param(4, ["dense"], id="4", marks=pytest.mark.slow),
         pytest.param(2, [name for name in CASES if name not in ALWAYS], id="2, the others", marks=pytest.mark.slow),
         pytest.param(

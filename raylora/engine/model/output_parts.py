@@ -169,9 +169,10 @@ def _largest_block_bytes(model: nn.Module, quantizer: Quantizer) -> int:
 
 def _stored_bytes(block: nn.Module, quantizer: Quantizer) -> int:
     linears = [module for module in block.modules() if is_linear(module)]
-    stored = {id(tensor): tensor.nbytes for linear in linears for tensor in quantizer.held(linear).values()}
     within = {id(p) for linear in linears for p in linear.parameters()}
-    return sum(stored.values()) + sum(p.nbytes for p in block.parameters() if id(p) not in within)
+    return sum(tensor.nbytes for linear in linears for tensor in quantizer.held(linear).values()) + sum(
+        p.nbytes for p in block.parameters() if id(p) not in within
+    )
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
