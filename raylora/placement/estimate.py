@@ -175,9 +175,10 @@ def _gathered_bytes(model: ModelShape) -> int:
 def output_part_rows(vocabulary: int, row_bytes: int, block_bytes: int) -> int:
     """Return the rows that make a part of an output layer's table: parts are alike, and at most a block's bytes.
 
-    Where that would be more than :data:`MOST_OUTPUT_PARTS`, a part is larger.
+    They are a little less: beside a part there may be a block and the last norm, which together are to be no more than
+    two blocks. Where that would be more than :data:`MOST_OUTPUT_PARTS`, a part is larger.
     """
-    most = max(block_bytes // row_bytes, math.ceil(vocabulary / MOST_OUTPUT_PARTS), 1)
+    most = max(block_bytes * 15 // 16 // row_bytes, math.ceil(vocabulary / MOST_OUTPUT_PARTS), 1)
     return math.ceil(vocabulary / math.ceil(vocabulary / most))
 
 

@@ -73,7 +73,7 @@ def test_an_output_layer_in_parts_is_counted_so_and_named_where_a_whole_one_does
     two_blocks = 2 * (whole.parts.base * 4 // 80)
     assert whole.parts.gathered == table and parts.parts.gathered == pytest.approx(two_blocks, rel=0.01)
     assert whole.worker_bytes - parts.worker_bytes == whole.parts.gathered - parts.parts.gathered
-    assert "the output layer is gathered in parts of 420.3 MB: as asked" in parts.reasons
+    assert "the output layer is gathered in parts of 350.2 MB: as asked" in parts.reasons
     with pytest.raises(PlacementError, match=r"gathered would be 0.9 with placement.output_layer: parts"):
         plan_ahead(spec_of(large, time=800, placement="{strategy: shard}"), read_cluster("4x24GB"))
     with pytest.raises(PlacementError) as caught:
