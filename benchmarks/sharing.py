@@ -6,8 +6,10 @@ Four members of the same spec train on two cores in every way that there is: two
 worker with all four in one forward, a base split over two and four ranks, and two ranks that train all members
 together. Each process is a worker's session, over gloo; what is timed is a step of all four members. Memory is read
 from the operating system while the processes stand between two steps (anonymous, and shared pages of the base), and for
-a split base from its parameters: what a rank holds, and the most that is gathered at once during a step.
+a split base from its parameters: what a rank holds, and the most that is gathered at once during a step. A base with
+logits over a vocabulary is split with its output layer whole and in parts.
 
+``--go-on`` keeps what results/sharing.json holds and measures the cells that it lacks, of ``--models`` and ``--ways``.
 ``--loading`` measures only how a base is loaded: by a first worker, by a second, and what each has of its own.
 """
 
@@ -25,6 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ class Way:
     threads: int
     is_split: bool = False
     partners: int = 1
+    output_layer: str = "whole"
 
     @property
     def packs(self) -> list[list[str]]:
@@ -64,6 +68,8 @@ WAYS = {
     "replicate 2": Way(2, 1),
     "shard 2": Way(2, 1, is_split=True),
     "shard 4": Way(4, 1, is_split=True),
+    "shard 2, output layer in parts": Way(2, 1, is_split=True, output_layer="parts"),
+    "shard 4, output layer in parts": Way(4, 1, is_split=True, output_layer="parts"),
     "data parallel 2": Way(2, 1, partners=2),
 }
 
@@ -134,30 +140,49 @@ def of_parts(model: Any) -> dict[str, int]:
     """Return a split base's stored bytes: of all of it, of this rank's part, and of its largest block."""
     import torch
 
-    parameters = list(model.parameters())
+    parameters, tables = list(model.parameters()), split_tables(model)
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     blocks = max(lists, key=len)
     return {
-        "whole_bytes": sum(p.ds_numel * p.element_size() for p in parameters),
-        "held_bytes": sum(p.ds_tensor.ds_numel * p.element_size() for p in parameters),
-        "largest_block_bytes": max(sum(p.ds_numel * p.element_size() for p in b.parameters()) for b in blocks),
-        "largest_table_bytes": max(
-            p.ds_numel * p.element_size() for p in parameters if not any(p is q for b in blocks for q in b.parameters())
+        "whole_bytes": sum(p.ds_numel * p.element_size() for p in parameters) + sum(
+            table.length * table.width * table.dtype.itemsize for table in tables
         ),
+        "held_bytes": sum(p.ds_tensor.ds_numel * p.element_size() for p in parameters) + sum(
+            table.own_PKB.nbytes for table in tables
+        ),
+        "largest_block_bytes": max(sum(p.ds_numel * p.element_size() for p in b.parameters()) for b in blocks),
+        "largest_table_bytes": max([
+            *(p.ds_numel * p.element_size() for p in parameters
+              if not any(p is q for b in blocks for q in b.parameters())),
+            *(table.part_bytes for table in tables),
+        ]),
     }
+
+
+def split_tables(model: Any) -> list[Any]:
+    """Return the tables that are gathered in parts and are no parameters."""
+    from raylora.engine.model.split_table import SplitTable
+
+    return [module for module in model.modules() if isinstance(module, SplitTable)]
 
 
 @contextmanager
 def gathered(model: Any, found: list[int]) -> Iterator[None]:
-    """Add the most bytes that are gathered, or on their way, when any frozen layer or table is passed."""
+    """Add the most bytes that are gathered, or on their way, when any frozen layer, table or part of one is passed."""
     from raylora.quant.split import SplitLinear
 
-    parameters, peak = list(model.parameters()), [0]
+    parameters, tables, peak = list(model.parameters()), split_tables(model), [0]
 
-    def note(*arguments: Any) -> None:
+    def note(*arguments: Any, part_bytes: int = 0) -> None:
         there = (p for p in parameters if p.ds_status.name != "NOT_AVAILABLE")
-        peak[0] = max(peak[0], sum(p.ds_numel * p.element_size() for p in there))
+        peak[0] = max(peak[0], part_bytes + sum(p.ds_numel * p.element_size() for p in there))
 
+    def noted(gather: Any, part: int, buffer_B: Any) -> Any:
+        note(part_bytes=buffer_B.nbytes)
+        return gather(part, buffer_B)
+
+    for table in tables:
+        table.gather = partial(noted, table.gather)
     layers = [m for m in model.modules() if isinstance(m, SplitLinear) or list(m.parameters(recurse=False))]
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
@@ -165,6 +190,8 @@ def gathered(model: Any, found: list[int]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        for table in tables:
+            del table.gather
         found.append(peak[0])
 
 
@@ -184,7 +211,7 @@ def work(content: dict[str, Any], way: Way, rank: int, address: str, barrier: An
     place = None
     if way.is_split or way.partners > 1:
         place = GangPlace(rank, way.ranks, address, way.partners, way.is_split)
-    prepared = prepare(build_spec(content))
+    prepared = prepare(build_spec({**content, "placement": {"output_layer": way.output_layer}}))
     before = memory()
     session = TrainingSession(prepared.spec, prepared.store, way.threads, 0, place)
     barrier.wait()
@@ -335,8 +362,10 @@ def loading(folder: str, gpus: int = 0, tokenizer: str = "") -> list[dict[str, A
 
 
 # --- all of it ------------------------------------------------------------------------------------------
-def ways(folder: str, sources: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield a row per model, kind and way."""
+def ways(
+    folder: str, sources: Sequence[str], names: Sequence[str], measured_before: Sequence[dict[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
+    """Yield a row per model, kind and way, but for those that were measured before."""
     import torch
 
     from raylora.engine.quantization.quantize_base import ensure_prepared
@@ -344,8 +373,16 @@ def ways(folder: str, sources: Sequence[str], names: Sequence[str]) -> Iterator[
     from raylora.engine.training.distillation_loss import task_of
     from raylora.spec import build_spec
 
+    done = {(row["model"], row["base"], row["way"]) for row in measured_before if row["part"] == "ways"}
     for kind, base in BASES.items():
         for source in sources:
+            model, has_logits = source.removeprefix("pypi:"), _TASKS[source]["kind"] == "language_modeling"
+            left = [
+                name for name in names
+                if (model, kind, name) not in done and (has_logits or WAYS[name].output_layer == "whole")
+            ]
+            if not left:
+                continue
             content = spec_of(source, base, folder)
             content["name"] = "sharing-" + "".join(c for c in f"{source}-{kind}".lower() if c.isalnum())[-30:]
             prepared = prepare(build_spec(content))
@@ -353,12 +390,12 @@ def ways(folder: str, sources: Sequence[str], names: Sequence[str]) -> Iterator[
                 ensure_prepared(prepared.spec.base, task_of(prepared.spec), prepared.base, torch.device("cpu"))
             prepared.begin()
             measured(content, WAYS["pack"])  # makes the base's files, and warms what can be warmed
-            for name in names:
+            for name in left:
                 way = WAYS[name]
                 ranks = measured(content, way)
                 slowest = [max(times) for times in zip(*(r["step_s"] for r in ranks), strict=True)]
                 row = {
-                    "part": "ways", "model": source.removeprefix("pypi:"), "base": kind, "way": name,
+                    "part": "ways", "model": model, "base": kind, "way": name,
                     "ranks": way.ranks, "threads": way.threads, "members_per_rank": len(way.packs[0]),
                     "step_s": statistics.median(slowest), "step_s_min": min(slowest), "step_s_max": max(slowest),
                     **{key: max(r[key] for r in ranks) for key in ranks[0] if key not in ("step_s", "loss")},
@@ -374,12 +411,11 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         if row["part"] == "ways" and "held_bytes" in row:
             key = f"{row['model']}, {row['base']}, {row['way']}"
-            two = 2 * row["largest_block_bytes"]
             found[key] = {
                 "held_share": row["held_bytes"] / row["whole_bytes"],
                 "held_goal": 1 / row["ranks"] + 0.05,
                 "gathered_blocks": row["gathered_bytes"] / row["largest_block_bytes"],
-                "gathered_within_two_blocks_or_a_table": row["gathered_bytes"] <= max(two, row["largest_table_bytes"]),
+                "gathered_within_two_blocks": row["gathered_bytes"] <= 2 * row["largest_block_bytes"],
             }
     for row in rows:
         if row["part"] == "ways":  # a plan counts on the longest rows that there are
@@ -449,11 +485,16 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=0, help="1 to load onto the GPU; goes with --loading")
     parser.add_argument("--tokenizer", default="", help="a folder, where the catalog is out of reach")
     parser.add_argument("--models", nargs="*", default=list(_TASKS))
-    parser.add_argument("--ways", nargs="*", default=list(WAYS))
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--go-on", action="store_true", help="keep what was measured before, and measure the rest")
     arguments = parser.parse_args()
+    path = record.RESULTS / "sharing.json"
+    goes_on = arguments.go_on and not arguments.loading and path.exists()
+    before: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if goes_on else []
     with tempfile.TemporaryDirectory() as folder:
-        rows = loading(folder, arguments.gpus, arguments.tokenizer)
-        for row in ways(folder, arguments.models, arguments.ways) if not arguments.loading else ():
+        is_loaded = any(row["part"] == "loading" for row in before)
+        rows = [*before] if is_loaded else [*before, *loading(folder, arguments.gpus, arguments.tokenizer)]
+        for row in ways(folder, arguments.models, arguments.ways, before) if not arguments.loading else ():
             rows.append(row)  # kept as it comes: what is cut short has its first rows
             record.write("sharing", rows, summary_of(rows), "benchmarks.sharing")
     name = "sharing_gpu" if arguments.gpus else "sharing"

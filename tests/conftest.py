@@ -239,7 +239,10 @@ class Parts:
         self.spec = spec
         self.task = registry.load("task", spec.task.kind).build(spec.task)
         self.adapter = registry.load("adapter", spec.adapter.kind).build(spec.adapter)
-        self.base = load_base(spec.base, spec.adapter, self.task, device, prepared_base(spec, self.task))
+        self.base = load_base(
+            spec.base, spec.adapter, self.task, device, prepared_base(spec, self.task),
+            output_in_parts=spec.placement.output_layer == "parts",
+        )
         self.sets = load_sets(spec.data, spec.evaluation, self.task, self.base.tokenizer)
         self.units = member_plans_of(spec)
         self.model = PackedModel(self.base, self.adapter, self.task)

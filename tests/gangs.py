@@ -32,7 +32,7 @@ Check = Callable[[Any, int], Any]
 
 def run_gang(
     cases: Sequence[Case], ranks: int, is_split: bool = True, check: Check | None = None, timeout_s: float = 300,
-    partners: int = 1, gpus: int = 0, backend: str = "",
+    partners: int = 1, gpus: int = 0, backend: str = "", before: Callable[[], None] | None = None,
 ) -> list[list[Any]]:
     """Do the cases one after another on a gang of processes, or on as many workers with bases of their own.
 
@@ -41,6 +41,7 @@ def run_gang(
         partners: how many ranks train the same members; there is a gang where they are several, too.
         gpus: 1 for ranks that compute on the machine's first GPU, all of them.
         backend: what carries their tensors, where it is not what the device would choose.
+        before: what every process does first.
 
     Returns:
         What each rank said of each case: ``found[case][rank]``.
@@ -49,7 +50,7 @@ def run_gang(
     said, address = context.Queue(), free_address()
     place = {"size": ranks, "address": address, "partners": partners, "is_split": is_split, "backend": backend}
     processes = [
-        context.Process(target=_rank, args=(cases, {"rank": number, **place}, check, said, gpus))
+        context.Process(target=_rank, args=(cases, {"rank": number, **place}, check, said, gpus, before))
         for number in range(ranks)
     ]
     for process in processes:
@@ -69,13 +70,18 @@ def run_gang(
     return [[found[case, number] for number in range(ranks)] for case in range(len(cases))]
 
 
-def _rank(cases: Sequence[Case], place: dict[str, Any], check: Check | None, said: Any, gpus: int) -> None:
+def _rank(
+    cases: Sequence[Case], place: dict[str, Any], check: Check | None, said: Any, gpus: int,
+    before: Callable[[], None] | None,
+) -> None:
     import torch
 
     from raylora.engine.model.gang import GangPlace
     from raylora.engine.run import session as session_module
 
     torch.set_num_threads(1)
+    if before is not None:
+        before()
     number = place["rank"]
     in_gang = place["is_split"] or place["partners"] > 1
     if in_gang:  # a process is in one gang all its life; here it does several runs in it

@@ -21,6 +21,8 @@ ADAPTER_BYTES, OPTIMIZER_BYTES = 12, 16
 """Per trained parameter: it, its copy stacked for the forward and what is multiplied; gradients and two moments."""
 CHUNK_BYTES, GPU_CHUNK_BYTES = 32 * 2**20, 256 * 2**20
 """Of the logits that exist at once, in float32, where the output layer is passed in chunks of positions."""
+MOST_PARTS, MOST_OUTPUT_PARTS = 64, 128
+"""Of a table that is looked up in parts, and of an output layer: each is a message in every pass."""
 _GATED_HEAP, _CHUNK_HEAP = 1.4, 2
 """What glibc's heap takes over the tensors of gated blocks, and of a chunk of logits: freed ones lie between kept ones.
 Measured, and not understood further; a GPU's allocator has no such share."""
@@ -38,6 +40,14 @@ class ModelShape:
     """All that is beside the blocks: embeddings, output layer, last norm."""
     largest_table_bytes: int = 0
     """The largest tensor beside the blocks that a split base needs whole: a table that is only looked up is not."""
+    largest_beside_output_bytes: int = 0
+    """The same where the output layer is passed in parts."""
+    output_part_bytes: int = 0
+    """Of the output layer, one of the parts that it can be passed in; 0 where it cannot."""
+    output_bytes: int = 0
+    """All of its table."""
+    output_in_parts: bool = False
+    """It is passed in them."""
     workspace_bytes: int = 0
     """The largest quantized layer while it is multiplied with; nothing where none is quantized."""
     layers: int = 1
@@ -148,7 +158,6 @@ def parts_of(model: ModelShape, member: MemberShape, members: int, ranks: int = 
         ranks: over how many processes the base is split; 1 where it is not.
     """
     trained, kept = members * member.parameters, members * member.kept_parameters
-    block = model.block_bytes // max(1, model.layers)
     activations = members * activation_bytes(model, member, on_gpu, member.recomputed)
     logits = logit_bytes(model, member, members, on_gpu)
     evaluation = max(0, (_evaluation_bytes(model, member) if members else 0) - activations - logits)
@@ -158,7 +167,7 @@ def parts_of(model: ModelShape, member: MemberShape, members: int, ranks: int = 
         base=math.ceil(model.block_bytes / ranks),
         embeddings=math.ceil(model.embedding_bytes / ranks),
         workspace=model.workspace_bytes,
-        gathered=max(_GATHERED_BLOCKS * block, model.largest_table_bytes) if ranks > 1 else 0,
+        gathered=_gathered_bytes(model) if ranks > 1 else 0,
         adapters=adapters,
         optimizer=optimizer,
         activations=activations,
@@ -168,6 +177,24 @@ def parts_of(model: ModelShape, member: MemberShape, members: int, ranks: int = 
         teacher=model.beside_bytes + members * member.tokens * member.asked_bytes,
         runtime=GPU_RUNTIME_BYTES if on_gpu else RUNTIME_BYTES,
     )
+
+
+def _gathered_bytes(model: ModelShape) -> int:
+    """Return what is gathered at once of a split base: two blocks, a table, or a part of one and a block."""
+    block = model.block_bytes // max(1, model.layers)
+    if not model.output_in_parts:
+        return max(_GATHERED_BLOCKS * block, model.largest_table_bytes)
+    return max(_GATHERED_BLOCKS * block, model.largest_beside_output_bytes, block + model.output_part_bytes)
+
+
+def output_part_rows(vocabulary: int, row_bytes: int, block_bytes: int) -> int:
+    """Return the rows that make a part of an output layer's table: parts are alike, and at most a block's bytes.
+
+    They are a little less: beside a part there may be a block and the last norm, which together are to be no more than
+    two blocks. Where that would be more than :data:`MOST_OUTPUT_PARTS`, a part is larger.
+    """
+    most = max(block_bytes * 15 // 16 // row_bytes, math.ceil(vocabulary / MOST_OUTPUT_PARTS), 1)
+    return math.ceil(vocabulary / math.ceil(vocabulary / most))
 
 
 def activation_bytes(model: ModelShape, member: MemberShape, on_gpu: bool, recomputed: bool = False) -> int:

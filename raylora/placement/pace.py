@@ -10,6 +10,8 @@ from raylora.placement.plan import Demand, Plan
 
 _FLOP_PER_PARAMETER = 4
 """Per token: two in the forward pass, two for the gradient of the activations; a frozen weight has none."""
+_TURNS = 2
+"""Through the parts of an output layer, for each chunk of positions: its logits, and the gradient of its states."""
 _MUCH_FASTER = 0.9
 """Another way to hold the base has to take less than this part of the time: rates are not better known than that."""
 
@@ -43,7 +45,8 @@ class Pace:
     weights_s: float
     """Reading the weights, and dequantizing those that are quantized; the same for one member as for many."""
     gather_s: float
-    """Of a split base: every block, once in the forward and once in the backward pass; no overlap is supposed."""
+    """Of a split base: every block, once in the forward and once in the backward pass, and the parts of an output layer
+    that is passed in parts; no overlap is supposed."""
     tokens_per_s: float
     """Of all workers together."""
     round_s: float
@@ -79,7 +82,8 @@ def pace_of(demand: Demand, plan: Plan, inventory: Inventory, rates: Rates) -> P
     if model.workspace_bytes:  # quantized: written once as numbers, and read again
         moved += 2 * model.compute_bytes * model.block_parameters
     weights_s = passes * moved / rates.bytes_per_s
-    gather_s = _gather_s(demand, plan, inventory, rates, passes) if plan.strategy == "shard" else 0.0
+    most = max(members, default=0)
+    gather_s = _gather_s(demand, plan, inventory, rates, passes, most) if plan.strategy == "shard" else 0.0
     steps = sorted((per_member_s * count + weights_s + gather_s for count in members), reverse=True)
     ends = [0.0] * max(1, plan.workers)
     for step_s in steps:  # the longest first, to whoever is free
@@ -87,16 +91,22 @@ def pace_of(demand: Demand, plan: Plan, inventory: Inventory, rates: Rates) -> P
     round_s = max(ends)
     tokens = demand.units * demand.member.tokens
     return Pace(
-        per_member_s * max(members, default=0), weights_s, gather_s, tokens / round_s if round_s else 0.0, round_s
+        per_member_s * most, weights_s, gather_s, tokens / round_s if round_s else 0.0, round_s
     )
 
 
-def _gather_s(demand: Demand, plan: Plan, inventory: Inventory, rates: Rates, passes: int) -> float:
+def _gather_s(
+    demand: Demand, plan: Plan, inventory: Inventory, rates: Rates, passes: int, members: int
+) -> float:
     largest = max(len(node.gpus) if plan.gpus_per_worker else node.cpus for node in inventory.nodes)
     link = rates.link_gbit_s
     if plan.ranks > largest:
         link = min(link, inventory.network_gbit_s or link)
-    moved_bytes = passes * demand.model.block_bytes * (plan.ranks - 1) / plan.ranks
+    gathered = passes * demand.model.block_bytes
+    if demand.model.output_in_parts and demand.member.logit_chunk:
+        chunks = math.ceil(members * demand.member.tokens / plan.partners / demand.member.logit_chunk)
+        gathered += _TURNS * chunks * demand.model.output_bytes
+    moved_bytes = gathered * (plan.ranks - 1) / plan.ranks
     return moved_bytes * 8 / (link * 1e9)
 
 

@@ -132,6 +132,9 @@ class _Placing:
         self.reasons += [f"assumed: {what}" for what in inventory.assumed]
         if ranks > 1:
             self.reasons.append(f"the base is split over {ranks} workers" + (f": {why_ranks}" if why_ranks else ""))
+            if demand.model.output_in_parts:
+                part_mb = demand.model.output_part_bytes / 1e6
+                self.reasons.append(f"the output layer is gathered in parts of {part_mb:.1f} MB: as asked")
 
     def parts(self, members: int) -> Parts:
         """Return what a process with so many members needs."""
@@ -325,6 +328,11 @@ class _Placing:
             low, high = (middle, high) if self.parts(middle).total <= room_bytes else (low, middle - 1)
         return low
 
+    def _gathered_in_parts(self) -> int:
+        """Return what would be gathered if the output layer were passed in parts, if it can be."""
+        model = replace(self.demand.model, output_in_parts=self.demand.model.output_part_bytes > 0)
+        return parts_of(model, self.demand.member, 1, self.ranks, bool(self.gpus_each)).gathered
+
     def _refuse_size(self, room_bytes: int) -> NoReturn:
         need, unit = self.parts(1), "GPU" if self.gpus_each else "worker"
         where = f" over {self.ranks} ranks" if self.ranks > 1 else ""
@@ -334,6 +342,9 @@ class _Placing:
         recomputed = activation_bytes(model, member, bool(self.gpus_each), recomputed=True)
         if not member.recomputed and recomputed < need.activations / 2:
             named += f"; activations would be {recomputed / 1e9:.1f} with placement.recompute: true"
+        in_parts = self._gathered_in_parts()
+        if in_parts < need.gathered:
+            named += f"; gathered would be {in_parts / 1e9:.1f} with placement.output_layer: parts"
         raise _DoesNotFit(
             f"placement: one member needs about {need.total / 1e9:.1f} GB{where} ({named}), "
             f"a {unit} has {room_bytes / 1e9:.1f} GB to be filled",

@@ -21,6 +21,11 @@ class PlacementSpec(Frozen):
     recompute: bool = False
     """Run every block again in the backward pass instead of keeping its activations: less memory for about a third more
     time, and the same members bit for bit."""
+    output_layer: Literal["whole", "parts"] = "whole"
+    """How a language model's output layer is passed: ``whole``, or in ``parts`` of the vocabulary of at most a block's
+    bytes or a 128th of it. A base that is split then has no more of it, and of embeddings that are the same table, than
+    a part at once; it is gathered twice per chunk of positions in place of once a pass. Members are the same
+    bit for bit whether the base is split or not, but for ``whole`` and ``parts`` to tolerance only."""
     data_parallel: int = Field(default=1, ge=1)
     """How many processes train the same members, each on its part of every batch; the effective batch stays the
     spec's, and ``optimization.zero_stage`` 1 or 2 splits the optimizer's state between them."""

@@ -42,6 +42,13 @@ CASES: dict[str, dict[str, Any]] = {
         "ensemble": {"regularizers": {"kl": {"beta": 0.5}, "early_stopping": {"metric": "nll", "patience": 1}}},
     },
 }
+IN_PARTS: dict[str, dict[str, Any]] = {
+    "an output layer in parts": {
+        "base": {"quantization": "nf4"}, "adapter": {"target_modules": None},
+        "task": {"kind": "language_modeling", "max_length": 24, "labels": None},
+        "placement": {"output_layer": "parts"}, "ensemble": {"regularizers": {"kl": {"beta": 0.5}}},
+    },
+}
 
 
 def cases_in(folder: Path, content: dict[str, Any], names: list[str], groups: int, partners: int = 1) -> list[Case]:
@@ -49,7 +56,7 @@ def cases_in(folder: Path, content: dict[str, Any], names: list[str], groups: in
     found = []
     for number, name in enumerate(names):
         own = json.loads(json.dumps(content))
-        for section, values in CASES[name].items():
+        for section, values in {**CASES, **IN_PARTS}[name].items():
             own[section] = {k: v for k, v in {**own[section], **values}.items() if v is not None}
         own["placement"]["gpus_per_worker"] = 1
         own["storage_path"], own["name"] = str(folder), f"case-{number}"
@@ -94,6 +101,18 @@ def test_members_over_a_split_base_equal_those_over_a_whole_one(
     for number, name in enumerate(names):
         assert max(held[number]) <= 1 / ranks + 0.05, name
         assert_members_close(alone[number], together[number], name, atol=2e-2 if "bfloat16" in name else 5e-4)
+
+
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "gloo"), (1, "")], ids=["two over gloo", "one over nccl"])
+@pytest.mark.parametrize("source", ["llama", "gpt2"])
+def test_an_output_layer_in_parts_is_passed_in_the_same_way_where_ranks_share_it(
+    source: str, ranks: int, backend: str, content: dict[str, Any], tiny_model: Callable[[str], str], tmp_path: Path
+) -> None:
+    content["base"]["source"], names = tiny_model(source), list(IN_PARTS)
+    alone, together = (cases_in(tmp_path / where, content, names, ranks) for where in ("alone", "together"))
+    run_gang(alone, ranks, is_split=False, gpus=1)
+    run_gang(together, ranks, gpus=1, backend=backend)
+    assert_members_close(alone[0], together[0], names[0], atol=5e-4)
 
 
 def test_members_of_partners_equal_those_of_one_rank_to_tolerance(content: dict[str, Any], tmp_path: Path) -> None:

@@ -108,15 +108,16 @@ def test_a_resume_stops_where_the_whole_run_stops(make_spec: Callable[..., Any],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("partners", [1, 2])
+@pytest.mark.parametrize(("partners", "output_layer"), [(1, "whole"), (2, "whole"), (1, "parts"), (2, "parts")])
 def test_ranks_that_share_a_split_base_answer_as_workers_of_their_own(
-    make_spec: Callable[..., Any], content: dict[str, Any], changes: dict[str, Any], partners: int
+    make_spec: Callable[..., Any], content: dict[str, Any], changes: dict[str, Any], partners: int,
+    output_layer: str,
 ) -> None:
     """Answers end at different tokens, so that the ranks pass the base unequally often."""
     alone = make_spec(name="alone", **{
         **changes, "ensemble__members": 2, "evaluation__generation": {**GENERATION, "max_new_tokens": 9},
         "placement__members_per_worker": 1, "data__train_rows": 16, "data__test_rows": 34,
-        "evaluation__generation__rows": 34,
+        "evaluation__generation__rows": 34, "placement__output_layer": output_layer,
     })
     run(alone)
     together = make_spec(name="together")

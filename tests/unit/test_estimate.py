@@ -51,6 +51,19 @@ def test_a_split_base_is_held_in_parts_and_gathered() -> None:
     assert parts_of(tables, MEMBER, 1, ranks=2).gathered == 50
 
 
+def test_an_output_layer_in_parts_is_a_part_and_a_block_at_once() -> None:
+    model = ModelShape(
+        block_bytes=80, layers=4, largest_table_bytes=500, largest_beside_output_bytes=30, output_part_bytes=15,
+        output_bytes=500,
+    )
+    assert parts_of(model, MEMBER, 1, ranks=2).gathered == 500
+    in_parts = replace(model, output_in_parts=True)
+    assert parts_of(in_parts, MEMBER, 1, ranks=2).gathered == 2 * 20
+    assert parts_of(replace(in_parts, output_part_bytes=33), MEMBER, 1, ranks=2).gathered == 20 + 33
+    assert parts_of(replace(in_parts, largest_beside_output_bytes=90), MEMBER, 1, ranks=2).gathered == 90
+    assert parts_of(in_parts, MEMBER, 1).gathered == 0
+
+
 def test_an_evaluation_counts_where_its_logits_are_more_than_training_keeps() -> None:
     assert parts_of(LLAMA, MEMBER, 1).evaluation == 0
     read = MemberShape(has_token_logits=True, evaluated_tokens=1000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from raylora.placement.estimate import ADAPTER_BYTES, OPTIMIZER_BYTES, MemberShape, ModelShape
@@ -45,6 +47,16 @@ def test_a_split_base_is_gathered_twice_and_three_times_where_blocks_run_again()
     slower = pace_of(again, plan, FOUR, rates)
     assert slower.gather_s == pytest.approx(1.5 * once.gather_s)
     assert slower.compute_s == pytest.approx(1.5 * once.compute_s)
+
+
+def test_the_parts_of_an_output_layer_are_gathered_twice_for_every_chunk_of_positions() -> None:
+    demand = demand_of(8)
+    plan = make_plan(demand, FOUR, PlacementSpec(strategy="shard", ranks=4))
+    rates = Rates(flops=100e12, bytes_per_s=1e12, link_gbit_s=100)
+    model = replace(demand.model, output_bytes=2 * GB, output_in_parts=True)
+    member = replace(demand.member, logit_chunk=50)  # two members of 64 tokens on each rank: three chunks
+    parts = pace_of(replace(demand, model=model, member=member), plan, FOUR, rates)
+    assert parts.gather_s == pytest.approx((2 * 55 + 2 * 3 * 2) * 3 / 4 * 8 / 100)
 
 
 def test_a_base_that_fits_whole_is_split_where_that_is_faster() -> None:

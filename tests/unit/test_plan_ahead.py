@@ -63,6 +63,26 @@ def test_a_base_of_70b_is_split_where_it_does_not_fit_whole(large: str) -> None:
     assert plan.worker_bytes <= 0.8 * 80 * GB
 
 
+def test_an_output_layer_in_parts_is_counted_so_and_named_where_a_whole_one_does_not_fit(large: str) -> None:
+    table = 128256 * 8192 * 2
+    whole, parts = (
+        plan_ahead(spec_of(large, time=800, placement=f"{{strategy: shard, output_layer: {how}}}"),
+                   read_cluster("4x80GB")).plan
+        for how in ("whole", "parts")
+    )
+    two_blocks = 2 * (whole.parts.base * 4 // 80)
+    assert whole.parts.gathered == table and parts.parts.gathered == pytest.approx(two_blocks, rel=0.01)
+    assert whole.worker_bytes - parts.worker_bytes == whole.parts.gathered - parts.parts.gathered
+    assert "the output layer is gathered in parts of 350.2 MB: as asked" in parts.reasons
+    with pytest.raises(PlacementError, match=r"gathered would be 0.9 with placement.output_layer: parts"):
+        plan_ahead(spec_of(large, time=800, placement="{strategy: shard}"), read_cluster("4x24GB"))
+    with pytest.raises(PlacementError) as caught:
+        plan_ahead(
+            spec_of(large, time=800, placement="{strategy: shard, output_layer: parts}"), read_cluster("4x24GB")
+        )
+    assert "gathered would be" not in str(caught.value)
+
+
 def test_shorter_rows_and_larger_devices_need_no_split(large: str) -> None:
     short = plan_ahead(spec_of(large, time=512), read_cluster("4x80GB")).plan
     assert (short.strategy, short.workers, len(short.packs)) == ("replicate", 4, 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,16 @@ from gangs import Case, run_gang
 from run_helpers import assert_bit_equal, members
 
 from raylora.adapters.base import Site
+from raylora.adapters.side_by_side import adapter_of
 from raylora.engine.model.gang import GangPlace, Round
+from raylora.engine.model.packed_model import PackedModel
+from raylora.engine.model.split_table import SplitTable
 from raylora.engine.quantization.quantize_base import ensure_prepared
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.training.distillation_loss import task_of
+from raylora.engine.training.trainer import PackTrainer, TrainingSettings
 from raylora.errors import BaseError
+from raylora.placement import estimate
 from raylora.quant.split import SplitEmbedding, SplitLinear
 from raylora.spec import build_spec
 from raylora.store.run_store import RunStore
@@ -26,6 +32,10 @@ from raylora.store.run_store import RunStore
 CPU = torch.device("cpu")
 READS = {"source": "pypi:bbc-news", "samples": 8, "length": 64, "held_out": 0}
 LANGUAGE: dict[str, Any] = {"task": {"kind": "language_modeling", "max_length": 24}}
+IN_PARTS: dict[str, Any] = {  # rank 0 has two members to rank 1's one, and needs more chunks of positions
+    **LANGUAGE, "placement": {"output_layer": "parts"}, "optimization": {"steps": 3},
+    "ensemble": {"members": 3, "regularizers": {"kl": {"beta": 0.5}}},
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -48,9 +58,11 @@ CASES: dict[str, dict[str, Any]] = {
     "heads alone": {"adapter": {"kind": "none"}},
     "tied embeddings": {"source": "tied", **LANGUAGE},
     "gpt2": {"source": "gpt2", **LANGUAGE},
+    "an output layer in parts": {"source": "tied", **IN_PARTS},
+    "an output layer in parts, with a softcap": {"source": "capped", "base": {"quantization": "nf4"}, **IN_PARTS},
 }
 
-ALWAYS = ["optq with its pair", "a reference, and members that stop early", "tied embeddings"]
+ALWAYS = ["optq with its pair", "a reference, and members that stop early", "an output layer in parts"]
 
 
 def merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -98,22 +110,31 @@ def predictions(store: RunStore) -> dict[str, bytes]:
 def model(tiny_model: Callable[[str], str], tmp_path: Path) -> Callable[[str], str]:
     """Return a function from an architecture's name to a model's folder, with one whose embeddings are tied."""
     def folder_of(name: str) -> str:
-        if name != "tied":
+        of, changes = {
+            "tied": ("llama", {"tie_word_embeddings": True}), "capped": ("gemma3", {"final_logit_softcapping": 2.0}),
+        }.get(name, (name, {}))
+        if not changes:
             return tiny_model(name)
         import shutil
 
         import transformers
 
-        folder = tmp_path / "tied"
+        folder = tmp_path / name
         if not folder.exists():
-            shutil.copytree(tiny_model("llama"), folder)
+            shutil.copytree(tiny_model(of), folder)
             config = transformers.AutoConfig.from_pretrained(folder)
-            config.tie_word_embeddings = True
+            for key, value in changes.items():
+                setattr(config, key, value)
             torch.manual_seed(1)
-            transformers.LlamaForCausalLM(config).save_pretrained(folder)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         return str(folder)
 
     return folder_of
+
+
+def small_chunks() -> None:
+    """Pass output layers with few positions at a time, as one would with large vocabularies."""
+    estimate.CHUNK_BYTES = 4 * 16384 * 128
 
 
 def find_blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -124,33 +145,68 @@ def find_blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 def what_is_held(session: Any, rank: int) -> dict[str, float]:
     """Return a rank's share of the base's stored bytes between two passes, and what of it is gathered."""
-    parameters = list(session.base.model.parameters())
+    parameters, tables = list(session.base.model.parameters()), tables_of(session)
     whole = sum(p.ds_numel * p.element_size() for p in parameters)
     held = sum(p.ds_tensor.ds_numel * p.ds_tensor.element_size() for p in parameters)
+    whole += sum(table.length * table.width * table.dtype.itemsize for table in tables)
+    held += sum(table.own_PKB.nbytes for table in tables)
     blocks = [
         sum(p.ds_numel * p.element_size() for p in block.parameters()) for block in find_blocks_of(session.base.model)
     ]
     between = sum(p.numel() * p.element_size() for p in parameters)
     # The tables of these small models are so large that a part of one may be more than a block.
-    piece = max(*blocks, *(p.ds_numel * p.element_size() for p in parameters))
-    return {"share": held / whole, "gathered": between / max(blocks), "most": most_gathered(session) / piece}
+    piece = max(*blocks, *(p.ds_numel * p.element_size() for p in parameters), *(t.part_bytes for t in tables))
+    most, turns = most_gathered(session)
+    return {
+        "share": held / whole, "gathered": between / max(blocks), "most": most / piece, "turns": turns,
+        "largest table": max((table.part_bytes / max(blocks) for table in tables), default=0.0),
+    }
 
 
-def most_gathered(session: Any) -> int:
-    """Return the most bytes that are whole, or on their way, when any layer is passed; all ranks pass it together."""
-    parameters, found = list(session.base.model.parameters()), [0]
+def tables_of(session: Any) -> list[SplitTable]:
+    return [module for module in session.base.model.modules() if isinstance(module, SplitTable)]
 
-    def note(*arguments: Any) -> None:
+
+def most_gathered(session: Any) -> tuple[int, float]:
+    """Return the most bytes that are whole, or on their way, when any layer is passed; all ranks pass it together.
+
+    Where an output layer is passed in parts, they take a training step together, and how often all parts were gathered
+    is told besides.
+    """
+    parameters, found, gathers = list(session.base.model.parameters()), [0], [0]
+
+    def note(*arguments: Any, more: int = 0) -> None:
         there = [p for p in parameters if p.ds_status.name != "NOT_AVAILABLE"]
-        found.append(sum(p.ds_numel * p.element_size() for p in there))
+        found.append(more + sum(p.ds_numel * p.element_size() for p in there))
+
+    def noted(gather: Any, part: int, buffer_B: torch.Tensor) -> Any:
+        note(more=buffer_B.nbytes)
+        gathers[0] += 1
+        return gather(part, buffer_B)
 
     layers = [module for module in session.base.model.modules() if list(module.parameters(recurse=False))]
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
-    with session.base.round(Round.FORWARD):
-        session.base.gang._join(Round.FORWARD)
+    for table in tables_of(session):
+        table.gather = partial(noted, table.gather)  # type: ignore[method-assign]
+    if tables_of(session):
+        rank = session.gang.place.rank
+        take_step(session, ["member-000", "member-002"] if rank == 0 else ["member-001"])
+        session.gang.leave()
+    else:
+        with session.base.round(Round.FORWARD):
+            session.base.gang._join(Round.FORWARD)
     for handle in handles:
         handle.remove()
-    return max(found)
+    return max(found), gathers[0] / max([1, *(len(table.own_PKB) for table in tables_of(session))])
+
+
+def take_step(session: Any, names: list[str]) -> None:
+    """Train some of a session's members for one step."""
+    plans = [session.plans[name] for name in names]
+    model = PackedModel(session.base, adapter_of(plans[0].adapter), session.task)
+    trainer = PackTrainer(model, TrainingSettings.of(session.spec), plans, session.sets.train.examples, [])
+    with trainer.collator() as collator:
+        trainer.take_step(collator)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +215,9 @@ def most_gathered(session: Any) -> int:
         pytest.param(2, ALWAYS, id="2"),
         pytest.param(4, ["dense"], id="4", marks=pytest.mark.slow),
         pytest.param(2, [name for name in CASES if name not in ALWAYS], id="2, the others", marks=pytest.mark.slow),
-        pytest.param(4, ["tied embeddings", "int8"], id="4, others", marks=pytest.mark.slow),
+        pytest.param(
+            4, ["tied embeddings", "int8", "an output layer in parts"], id="4, others", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_members_equal_those_of_workers_with_bases_of_their_own(
@@ -167,8 +225,8 @@ def test_members_equal_those_of_workers_with_bases_of_their_own(
 ) -> None:
     """Uneven work is part of it: members stop early, and a rank with a shorter job joins the others' passes."""
     alone, together = (cases_in(tmp_path / where, content, names, ranks, model) for where in ("alone", "together"))
-    run_gang(alone, ranks, is_split=False)
-    held = run_gang(together, ranks, check=what_is_held)
+    run_gang(alone, ranks, is_split=False, before=small_chunks)
+    held = run_gang(together, ranks, check=what_is_held, before=small_chunks)
     for number, name in enumerate(names):
         one, two = (RunStore.for_spec(build_spec(cases[number].content)) for cases in (alone, together))
         assert_bit_equal(members(one.uri), members(two.uri), name)
@@ -177,6 +235,11 @@ def test_members_equal_those_of_workers_with_bases_of_their_own(
             assert said["share"] <= 1 / ranks + 0.05, name
             assert said["gathered"] <= 2, name
             assert said["most"] <= 2, name  # what is passed, and what is fetched ahead
+        if CASES[name].get("placement", {}).get("output_layer") == "parts":
+            # Logits, a reference's and a gradient for every chunk: one of rank 1's, and more of rank 0's.
+            turns = {said["turns"] for said in held[number]}
+            assert len(turns) == 1 and max(turns) >= 6 and max(turns) % 3 == 0, name
+            assert all(0 < said["largest table"] <= (8 if "softcap" in name else 1) for said in held[number]), name
 
 
 def test_a_whole_weight_is_refused(make_parts: Callable[..., Any]) -> None:

@@ -32,6 +32,7 @@ from raylora.engine.model.checkpoint import (
 from raylora.engine.model.gang import Gang, Round
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.mapped_base import Source, shared_model
+from raylora.engine.model.output_parts import part_rows_of, pass_in_parts
 from raylora.engine.model.quantized_layers import Coder, all_layers, content_hash, loading_coder, prepared_coder
 from raylora.engine.model.recompute import recompute_blocks
 from raylora.engine.model.sites import adapter_sites, find_heads, target_names
@@ -108,7 +109,7 @@ class Base:
 
 def load_base(
     spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: torch.device, prepared: RunStore | None = None,
-    gang: Gang | None = None, recompute: bool = False, sharing: Base | None = None,
+    gang: Gang | None = None, recompute: bool = False, sharing: Base | None = None, output_in_parts: bool = False,
 ) -> Base:
     """Load, quantize, freeze and attach.
 
@@ -117,9 +118,11 @@ def load_base(
         gang: the ranks to split the base over, if its place says so; they all load it together.
         recompute: run blocks again in the backward pass instead of keeping their activations.
         sharing: a loaded base of the same spec, not split, whose weights this one reads, too.
+        output_in_parts: pass the output layer in parts of the vocabulary, of which a split base has no more at once.
 
     Raises:
-        BaseError: the base is not there or not prepared, or the adapter does not fit it.
+        BaseError: the base is not there or not prepared, the adapter does not fit it, or its output layer is to be
+            passed in parts and cannot.
     """
     dtype = compute_dtype(spec.dtype, device)
     tokenizer = load_tokenizer(spec, task)
@@ -144,13 +147,21 @@ def load_base(
     if recompute:
         recompute_blocks(model)
     parameters = _parameters(model)
-    slot = attach(model, sites, list(heads))
     quantizer = quantizer_of(spec)
+    part_rows = part_rows_of(model, quantizer) if output_in_parts else 0
+    slot = attach(model, sites, list(heads))
     options = {"use_cache": False} if is_decoder(model.config) else {}
     trunk = find_trunk(model, sites, options) if not is_split else None
     token_head: TokenHead = WholeHead()
     if output_of(task.output).per_token and not isinstance(adapter, WholeModel):
         token_head = find_token_head(model, options, device)
+    if output_in_parts:
+        if isinstance(token_head, WholeHead):
+            raise BaseError(
+                f"placement.output_layer: parts: {type(model).__name__}: {token_head.reason or 'no token is scored'}",
+                "use placement.output_layer whole",
+            )
+        pass_in_parts(model, part_rows)
     if gang is not None and is_split:
         split(model, sites, head_modules, slot, quantizer, gang, device, token_head)
     return Base(

@@ -18,12 +18,12 @@ from raylora.adapters.base import Site, is_linear
 from raylora.adapters.packed import AdaptedLinear, MemberLinear, Pack, Part, Slot
 from raylora.engine.model.blocks import find_blocks
 from raylora.engine.model.gang import Gang, Round
+from raylora.engine.model.output_parts import split_output
 from raylora.engine.model.token_head import Forward, TokenHead, WholeHead
+from raylora.placement.estimate import MOST_PARTS
 from raylora.quant.base import Quantizer
 from raylora.quant.split import SplitEmbedding, SplitLinear
 
-MOST_PARTS = 64
-"""Of a table: each is a message in every pass."""
 _CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     # SplitLinear sees to what this is for, of all kinds of layers and without changing torch for the whole process.
@@ -54,6 +54,7 @@ def split(
     for module in model.modules():
         if isinstance(module, MemberLinear):  # every member has its own: the base's is for looking at
             module.__dict__["base"] = module._modules.pop("base")
+    split_output(model, gang, device)
     block_numel = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     _replace_tables(model, block_numel)
     set_z3_leaf_modules(model, list({type(block) for block in blocks}))
@@ -94,6 +95,7 @@ def _replace_tables(model: nn.Module, most_bytes: int) -> None:
     """Put a layer that looks its rows up part by part in the place of every table that is larger than a block.
 
     A table that is the output layer, too, is needed whole there, once in a pass where its logits are made in chunks.
+    Where that is passed in parts, the table is elsewhere already.
     """
     holders = [p for _, p in model.named_parameters(remove_duplicate=False)]
     for parent in list(model.modules()):

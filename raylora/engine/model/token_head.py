@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from raylora.adapters.base import is_linear
 from raylora.engine.model.blocks import find_blocks, standing_in
+from raylora.engine.model.output_parts import OutputInParts
 from raylora.engine.model.token_losses import PositionLoss
 from raylora.engine.model.trunk import made_up_rows
 from raylora.errors import BaseError
@@ -52,6 +53,10 @@ class TokenHead(Protocol):
 
 class WholeHead:
     """The logits as the model's forward returns them, where the output layer cannot be passed apart from it."""
+
+    def __init__(self, reason: str = "") -> None:
+        """Take why that is so."""
+        self.reason = reason
 
     def losses(self, forward: Forward, predicting_BT: Tensor, loss: PositionLoss) -> Tensor:
         """Return loss_P; the logits of all positions, and what is made of them, are there until the backward pass."""
@@ -93,7 +98,9 @@ class ChunkedHead:
 
     def logits(self, states_CS: Tensor) -> Tensor:
         """Return logits_CV in the base's type; of a split base only where its output layer is gathered."""
-        return self.capped(self.module.forward(states_CS))  # no call: hooks belong to the pass around this
+        layer = self.module
+        product = layer.product if isinstance(layer, OutputInParts) else layer.forward
+        return self.capped(product(states_CS))  # no call: hooks belong to the pass around this
 
     def capped(self, logits_CV: Tensor) -> Tensor:
         """Return what the model makes of its output layer's output."""
@@ -110,19 +117,24 @@ class ChunkedHead:
 
         The first hook comes before those of a split base, which for an input with a gradient would expect the output
         layer in the backward pass; the second after them, where it is gathered. The model's forward goes on with a
-        single position, whose logits nobody reads.
+        single position, whose logits nobody reads, or with none where the layer is passed in parts.
         """
         entered: list[Tensor] = []
         taken: list[Tensor] = []
+        layer = self.module
+        visit, left = (layer.visit, 0) if isinstance(layer, OutputInParts) else (nullcontext, 1)
 
         def enter(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (hidden_BTD,) = arguments
             entered.append(hidden_BTD[:, :-1][predicting_BT])
-            return (hidden_BTD[:1, :1].detach(),)
+            return (hidden_BTD[:left, :1].detach(),)
+
+        def at_output(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            with visit():
+                taken.append(take(entered[0]))
 
         hooks = (
-            self.module.register_forward_pre_hook(enter, prepend=True),
-            self.module.register_forward_pre_hook(lambda module, arguments: taken.append(take(entered[0]))),
+            layer.register_forward_pre_hook(enter, prepend=True), layer.register_forward_pre_hook(at_output),
         )
         try:
             forward()
@@ -211,4 +223,4 @@ def _first_block_for_all(model: nn.Module) -> Iterator[None]:
 
 def _whole(model: nn.Module, reason: str) -> WholeHead:
     logger.warning("%s: the logits of all positions are held at once: %s", type(model).__name__, reason)
-    return WholeHead()
+    return WholeHead(reason)

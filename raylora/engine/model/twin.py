@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from raylora.adapters.packed import AdaptedLinear, MemberLinear
+from raylora.engine.model.output_parts import OutputInParts
 from raylora.quant.base import Quantizer
 
 
@@ -34,6 +35,8 @@ def twin_of(model: nn.Module, quantizer: Quantizer) -> Any:
     for module in model.modules():  # whoever meets an adapted layer takes the layer within
         if isinstance(module, AdaptedLinear | MemberLinear):
             memo[id(module)] = copy.deepcopy(module.base, memo)
+        elif isinstance(module, OutputInParts):
+            memo[id(module)] = copy.deepcopy(module.as_linear(), memo)
     found = copy.deepcopy(model, memo)
     for module in found.modules():
         vars(module).pop("forward", None)  # a wrapper would still run the model that it was put around

@@ -11,7 +11,7 @@ from raylora.data.task import Task
 from raylora.engine.generation.questions import answers_obstacle
 from raylora.engine.model.blocks import find_blocks
 from raylora.engine.run.baseline_checks import check_sureness
-from raylora.engine.run.demand import Shell
+from raylora.engine.run.demand import Shell, output_obstacle
 from raylora.engine.training.member_plan import PlanRole, member_adapters, member_plans_of
 from raylora.engine.training.row_packing import check_packing
 from raylora.ensemble.answer_metrics import ANSWER_METRICS
@@ -91,6 +91,9 @@ def check_placement(spec: RunSpec, shell: Shell) -> None:
                 "forward pass only", "use recompute: false, or an adapter",
             )
         find_blocks(shell.model)
+    obstacle = output_obstacle(spec, shell) if spec.placement.output_layer == "parts" else ""
+    if obstacle:
+        raise SpecError(f"placement.output_layer: parts: {obstacle}", "use output_layer: whole")
 
 
 def check_start(spec: RunSpec, quantized: Sequence[str], sites: Sequence[str]) -> None:

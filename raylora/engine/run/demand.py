@@ -22,14 +22,21 @@ from raylora.engine.model.checkpoint import quantizer_of, shell_model
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.parameter_count import adapter_parameters, kept_parameters
 from raylora.engine.model.sites import adapter_sites, find_heads
-from raylora.engine.model.split_base import MOST_PARTS
 from raylora.engine.run.answer_demand import answers_after, answers_within, caches_of
 from raylora.engine.training.distillation_loss import loss_of, task_of
 from raylora.engine.training.member_plan import MemberPlan, member_adapters, packable_groups, unpackable_reason
 from raylora.engine.training.row_packing import packing_of
 from raylora.ensemble.outputs import output_of
 from raylora.errors import BaseError
-from raylora.placement.estimate import ADAPTER_BYTES, MemberShape, ModelShape, asked_bytes, logit_chunk
+from raylora.placement.estimate import (
+    ADAPTER_BYTES,
+    MOST_PARTS,
+    MemberShape,
+    ModelShape,
+    asked_bytes,
+    logit_chunk,
+    output_part_rows,
+)
 from raylora.placement.inventory import Inventory
 from raylora.placement.plan import Demand
 from raylora.spec import AdapterSpec, RunSpec
@@ -179,17 +186,24 @@ def _model_shape(spec: RunSpec, shell: Shell, on_gpu: bool) -> ModelShape:
     of_blocks = {id(p) for block in blocks for p in block.parameters()}
     beside = [(m, p) for m in model.modules() for p in m.parameters(recurse=False) if id(p) not in of_blocks]
     shared = {id(p) for m, p in beside if type(m) is not nn.Embedding}
-    tables = [
-        p.numel() if type(m) is not nn.Embedding or id(p) in shared else math.ceil(p.numel() / MOST_PARTS)
+    tables = {
+        id(p): p.numel() if type(m) is not nn.Embedding or id(p) in shared else math.ceil(p.numel() / MOST_PARTS)
         for m, p in beside
-    ]
+    }
     is_quantized = spec.base.quantization.kind != "none"
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = None if head is None or output_obstacle(spec, shell) else head.weight
     intermediate, is_gated = _feed_forward(blocks[0], int(config.hidden_size))
     return ModelShape(
         block_bytes=int(block_bytes),
         embedding_bytes=int(beside_bytes),
-        largest_table_bytes=number_bytes * max(tables, default=0),
+        largest_table_bytes=number_bytes * max(tables.values(), default=0),
+        largest_beside_output_bytes=number_bytes * max((n for i, n in tables.items() if i != id(output)), default=0),
+        output_part_bytes=0 if output is None else number_bytes * output.shape[1] * output_part_rows(
+            len(output), number_bytes * output.shape[1], int(block_bytes) // len(blocks)
+        ),
+        output_bytes=0 if output is None else number_bytes * output.numel(),
+        output_in_parts=output is not None and spec.placement.output_layer == "parts",
         workspace_bytes=(4 + number_bytes) * max(dense.values(), default=0) if is_quantized else 0,
         layers=len(blocks),
         hidden=int(config.hidden_size),
@@ -206,12 +220,19 @@ def _model_shape(spec: RunSpec, shell: Shell, on_gpu: bool) -> ModelShape:
 
 def _logit_chunk(spec: RunSpec, shell: Shell, vocabulary: int, on_gpu: bool) -> int:
     """Return how many tokens' logits exist at once; 0 for all, unless tokens are scored with the base's own head."""
+    return 0 if output_obstacle(spec, shell) else logit_chunk(vocabulary, on_gpu)
+
+
+def output_obstacle(spec: RunSpec, shell: Shell) -> str:
+    """Return why the output layer is not passed with some positions, or in parts, by itself; nothing if it is."""
     task = registry.load("task", spec.task.kind).build(spec.task)
-    if not output_of(task.output).per_token or isinstance(shell.adapter, WholeModel):
-        return 0
+    if not output_of(task.output).per_token:
+        return f"task.kind {spec.task.kind} is not scored token by token"
+    if isinstance(shell.adapter, WholeModel):
+        return f"members of adapter.kind {spec.adapter.kind} have output layers of their own"
     head = shell.model.get_output_embeddings()
     is_adapted = any(shell.model.get_submodule(site.name) is head for site in shell.sites)
-    return 0 if is_adapted else logit_chunk(vocabulary, on_gpu)
+    return "adapter.target_modules adapts the output layer" if is_adapted else ""
 
 
 def _compute_bytes(spec: RunSpec, on_gpu: bool) -> int:

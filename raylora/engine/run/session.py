@@ -103,7 +103,7 @@ class TrainingSession:
         self.gang = start_deepspeed(self.device, self.place)
         self.base = load_base(
             self.spec.base, self.spec.adapter, self.task, self.device, prepared_store(self.store), self.gang,
-            self.spec.placement.recompute,
+            self.spec.placement.recompute, output_in_parts=self.spec.placement.output_layer == "parts",
         )
         if self.spec.optimization.pack_rows:
             check_shared_sequences(self.base)
