@@ -162,6 +162,7 @@ def test_the_mean_curve_is_of_steps_that_all_members_reached() -> None:
     assert mean_curve(metrics_of([0.4, 0.6, 0.1], [0.2, 0.2]), "nll") == [(10.0, pytest.approx(0.3)), (20.0, 0.4)]
 
 
+@pytest.mark.slow
 def test_advice_stands_in_the_report_and_under_the_table_of_a_run(fitted: str) -> None:
     metrics = RunStore(fitted).read_json("metrics.json")
     sentences = advice(metrics)

@@ -230,6 +230,7 @@ def test_repair_makes_what_was_lost_again_bit_for_bit_and_touches_nothing_else(t
     assert not RunStore(three).storage.list("checkpoints")
 
 
+@pytest.mark.slow
 def test_a_member_whose_last_state_was_kept_is_made_again_without_training(
     make_spec: Make, trained: Callable[[Any], str]
 ) -> None:

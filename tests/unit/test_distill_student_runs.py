@@ -347,6 +347,7 @@ def test_costs_are_measured_in_processes_of_their_own(teacher: str) -> None:
 
 
 @pytest.mark.usefixtures("measured_here")
+@pytest.mark.slow
 def test_the_command_line_teaches_compares_and_reports(teacher: str, content: dict[str, Any], tmp_path: Path) -> None:
     import yaml
     from typer.testing import CliRunner

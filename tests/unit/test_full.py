@@ -229,6 +229,7 @@ def test_adapters_are_not_exported_as_checkpoints(make_spec: Callable[..., Any])
         export_run(RunStore.for_spec(spec).uri, "checkpoint")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_bit_equal_members(make_spec: Callable[..., Any]) -> None:
     changes: dict[str, Any] = {
         **FULL, "checkpointing": {"every_steps": 2}, "ensemble__regularizers": {"kl": {"beta": 0.1}},

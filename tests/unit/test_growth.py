@@ -148,6 +148,7 @@ def test_members_train_on_as_if_they_had_never_stopped(
     assert scores(metrics) == scores(expected)
 
 
+@pytest.mark.slow
 def test_training_on_that_is_interrupted_is_no_mixed_ensemble(make_spec: Make, trained: Callable[[Any], str]) -> None:
     from raylora.serve.predictor import load_ensemble
 

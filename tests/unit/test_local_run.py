@@ -109,6 +109,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(make_spec: Mak
     assert_bit_equal(members(whole), members(broken))
 
 
+@pytest.mark.slow
 def test_a_kill_between_two_members_commits_costs_one_interval_at_most(make_spec: Make, monkeypatch: Any) -> None:
     class Killed(BaseException):
         pass

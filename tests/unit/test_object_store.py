@@ -50,7 +50,7 @@ def test_a_run_at_the_top_of_a_bucket_and_markers_of_folders_are_no_trouble(buck
 
 
 # --- one holder ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("tries", [16, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [4, pytest.param(300, marks=pytest.mark.slow)])
 def test_of_two_processes_that_race_for_a_directory_one_wins(bucket: str, tries: int) -> None:
     uris = [f"{bucket}/run-{number}" for number in range(tries)]
     dead = dead_pid()

@@ -62,6 +62,7 @@ def test_members_are_those_of_a_run_that_packs_nothing(make_run: Make) -> None:
 
 
 @pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
 def test_a_run_that_is_stopped_resumes_to_bit_equal_members(make_run: Make, stop: int) -> None:
     changes = {
         "adapter__dropout": 0.1, "checkpointing": {"every_steps": 2}, "ensemble__regularizers": {"kl": {"beta": 0.1}},

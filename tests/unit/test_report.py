@@ -247,6 +247,7 @@ def distilled(language: bool = False, alone: float | None = 0.77, measured: bool
             "retained_metric": None if language else "accuracy", **({"measured_on": where} if measured else {})}
 
 
+@pytest.mark.slow
 def test_a_distillation_says_what_the_teacher_was_worth_and_what_was_kept(metrics, tmp_path):
     paths = write_report(metrics | {"distillation": [distilled(), distilled() | {"name": "other"}]}, tmp_path)
     page = Page(paths[0].read_text(encoding="utf-8"))

@@ -62,7 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "an output layer in parts, with a softcap": {"source": "capped", "base": {"quantization": "nf4"}, **IN_PARTS},
 }
 
-ALWAYS = ["optq with its pair", "a reference, and members that stop early", "an output layer in parts"]
+ALWAYS = ["a reference, and members that stop early", "an output layer in parts"]
 
 
 def merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -24,10 +24,12 @@ from raylora.engine.run.plan_run import prepare
 from raylora.engine.run.sweep import sweep_spec
 from raylora.engine.training.optimizer import MemberOptimizer
 from raylora.errors import Interrupted, RunDirectoryError, SpecError
+from raylora.placement.inventory import Inventory, Node
 from raylora.spec import dump_spec, read_spec
 from raylora.store.run_store import RunStore
 
 Make = Callable[..., Any]
+TWO_CORES = Inventory((Node("a", 2, 16 * 2**30),), "two cores")
 RATES = {"optimization.lr": [1e-5, 5e-3]}
 
 
@@ -63,6 +65,7 @@ def test_settings_are_ranked_on_the_validation_rows_and_the_best_is_written_out(
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(found.run, "member-001").items())
 
 
+@pytest.mark.slow
 def test_the_test_rows_have_no_say(make_spec: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     from raylora.engine.run import sweep as module
@@ -157,6 +160,7 @@ def test_half_of_the_settings_end_at_each_epoch_and_the_others_are_as_if_they_ha
         torch.testing.assert_close(tensor, weights(alone, best)[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_halved_sweep_that_is_stopped_goes_on_with_those_who_were_left(make_spec: Make) -> None:
     common: dict[str, Any] = {
         "ensemble__members": 4, "ensemble__vary": {"optimization.lr": [1e-5, 1e-3, 3e-3, 5e-3]},
@@ -320,6 +324,7 @@ def steps_of(spec: Any) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_member_that_fails_gives_its_place_away_and_counts_for_nobody(make_spec: Make) -> None:
     changes = {**PLACED, "ensemble__members": 4, "ensemble__min_members": 3,
                "ensemble__vary": {"optimization.lr": [1e30, 5e-3, 1e-5, 3e-3]}}
@@ -363,7 +368,7 @@ def test_brackets_do_not_depend_on_how_many_workers_there_are(make_spec: Make) -
     for workers in (1, 2):
         plan = prepare(spec.model_copy(update={
             "placement": spec.placement.model_copy(update={"workers": workers, "split_last": True})
-        })).plan
+        }), TWO_CORES).plan
         assert plan.packs == (odd, even)
     run(spec)
     one = make_spec(name="one", **{

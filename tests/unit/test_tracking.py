@@ -95,6 +95,7 @@ def test_tensorboard_shows_histories_results_and_the_spec(make_spec: Make) -> No
 
 
 @pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_without_a_step_twice(make_spec: Make, stop: int) -> None:
     spec = make_spec(checkpointing=EVERY_2)
     with pytest.raises(Interrupted):

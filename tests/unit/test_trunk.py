@@ -93,7 +93,7 @@ def with_and_without(parts: Any, trajectory: Any, rows_run: list[int]) -> tuple[
 
 
 # --- equal to the plain path -----------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", sweep(["bert", "bert_without_pooler", "roberta", "gpt2", "llama"], ["bert", "llama"]))
+@pytest.mark.parametrize("kind", sweep(["bert", "bert_without_pooler", "roberta", "gpt2", "llama"], ["bert"]))
 @pytest.mark.parametrize("order", ["shared", "own"])
 @pytest.mark.parametrize("kl", [None, {"beta": 0.5}])
 def test_members_are_bit_equal_in_float32(
@@ -114,7 +114,7 @@ def test_members_are_bit_equal_in_float32(
         assert all(rows <= 0.9 * 24 for rows in training)
 
 
-@pytest.mark.parametrize("task", sweep([*TASKS], ["language_modeling", "option_text"]))
+@pytest.mark.parametrize("task", sweep([*TASKS], ["language_modeling"]))
 @pytest.mark.parametrize("order", ["shared", "own"])
 def test_other_tasks_are_bit_equal_with_a_kl(
     task: str, order: str, make_parts: Make, tiny_model: Any, trajectory: Any, rows_run: list[int]
@@ -455,6 +455,7 @@ def test_a_run_with_a_cache_resumes_to_bit_equal_members(
     assert_bit_equal(members(whole), members(broken))
 
 
+@pytest.mark.slow
 def test_a_run_whose_cache_is_bounded_resumes_to_bit_equal_members(make_spec: Make, monkeypatch: Any) -> None:
     monkeypatch.setattr(cache_module, "_SHARD_TOKENS", 128)
     bounded = {**CACHED, "optimization": {**CACHED["optimization"], "cache_trunk_gb": 2e-5}}

@@ -112,7 +112,7 @@ class Prepared:
             changes=list(self.growth.changes) if self.growth is not None else [],
             costs={name: float(len(units) * self.total_steps) for name, units in jobs.items()},
             may_split=self._may_split(jobs),
-            later_workers=workers[self.plan.workers :],
+            later_workers=workers[self.plan.workers :] if self.plan.later_workers else [],
             release_idle=self.plan.workers_in_all > 1,
         )
 
