@@ -40,6 +40,7 @@ def spec_of(make_spec: MakeSpec, placement: dict[str, Any], where: Path, **chang
     )
 
 
+@pytest.mark.slow
 def test_members_of_a_gang_equal_those_of_workers_of_their_own(make_spec: MakeSpec, tmp_path: Path) -> None:
     handle = launch(spec_of(make_spec, SHARD, tmp_path / "gang"))
     handle.wait()

@@ -42,6 +42,7 @@ def test_ray_job_submit_runs_the_quickstart_job(ray_cluster: str, spec_file: Pat
     assert (tmp_path / "runs" / "demo" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_raylora_run_uses_the_cluster_of_ray_address_and_prints_where_the_run_is(
     ray_cluster: str, spec_file: Path, tmp_path: Path
 ) -> None:

@@ -167,6 +167,7 @@ PREPARED = {
 }
 
 
+@pytest.mark.slow
 def test_a_base_is_prepared_on_the_cluster_and_members_on_it_equal_those_in_process(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:
