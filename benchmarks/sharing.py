@@ -452,26 +452,26 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     cells = [row for row in rows if row["part"] == "ways"]
+    names = [name for name in WAYS if any(row["way"] == name for row in cells)]
     groups = list(dict.fromkeys((row["model"], row["base"]) for row in cells))
     figure, axes = plt.subplots(2, len(groups), figsize=(3.2 * len(groups), 6.2), squeeze=False)
     for column, group in enumerate(groups):
         own = [row for row in cells if (row["model"], row["base"]) == group]
-        names = [row["way"] for row in own]
+        places = [names.index(row["way"]) for row in own]  # the same for all: not everybody has every way
         top, bottom = axes[0][column], axes[1][column]
-        top.barh(names, [row["step_s"] for row in own], color="#4477aa")
+        top.barh(places, [row["step_s"] for row in own], color="#4477aa")
         top.set_title(f"{group[0]}, {group[1]}", fontsize=9)
         top.set_xlabel("seconds per step of 4 members", fontsize=8)
         size = own[0]["base_bytes"]
         held = [row.get("held_bytes", row["base_pss"]) / size for row in own]
         more = [row.get("gathered_bytes", 0) / size for row in own]
-        bottom.barh(names, held, color="#228833", label="held (shared pages counted by share)")
-        bottom.barh(names, more, left=held, color="#ccbb44", label="gathered at most")
+        bottom.barh(places, held, color="#228833", label="held (shared pages counted by share)")
+        bottom.barh(places, more, left=held, color="#ccbb44", label="gathered at most")
         bottom.set_xlabel("of the base, per process", fontsize=8)
         for axis in (top, bottom):
-            axis.invert_yaxis()
+            axis.set_yticks(range(len(names)), [] if column else [name.replace(", ", ",\n") for name in names])
+            axis.set_ylim(len(names) - 0.5, -0.5)
             axis.tick_params(labelsize=8)
-            if column:
-                axis.set_yticklabels([])
     handles, labels = axes[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="lower center", ncol=2)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
