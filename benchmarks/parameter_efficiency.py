@@ -164,7 +164,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return per task what MoS keeps of LoRA with eight times its parameters, and what each part is worth."""
     found: dict[str, Any] = {}
     for task in TASKS:
-        by = {row["contender"]: row for row in rows if row["task"] == task}
+        by = {row["contender"]: row for row in rows if row["task"] == task and "validation_nll" in row}
         if not {"MoS", "LoRA, r 2", "LoRA, r 16 (8x)"} <= by.keys():
             continue
         mos, small, large = by["MoS"], by["LoRA, r 2"], by["LoRA, r 16 (8x)"]
@@ -200,22 +200,22 @@ def main() -> None:
         return
     path = record.RESULTS / f"{NAME}.json"
     rows = json.loads(path.read_text())["rows"] if arguments.go_on else []
-    rows = [row for row in rows if "validation_nll" in row]  # others had one rate
-    done = {(row["task"], row["contender"]) for row in rows}
+    # A row that had one rate only stands until its cell is measured anew, and compares with nothing.
+    done = {(row["task"], row["contender"]) for row in rows if "validation_nll" in row}
     for contender in arguments.contenders:
         for task in arguments.tasks:
             if (task, contender) in done:
                 continue
             cell = ("--cell", task, contender, str(arguments.seeds))
             row = record.in_own_process(f"benchmarks.{NAME}", *cell)  # so that its peak memory is its own
-            rows.append(row)
+            rows = [*(o for o in rows if (o["task"], o["contender"]) != (task, contender)), row]
             told = [f"{task:17s} {contender:20s} {row['parameters']:>9,d} parameters, lr {row['lr']:g}"]
             told += [f"{key} {row[key]:.4f} ± {row[key + '_se']:.4f}" for key in ("accuracy", "nll")]
             told += [f"ensemble NLL {row['ensemble']['nll']:.4f}", f"{row['wall_s']:.0f} s"]
             print("  ".join(told), flush=True)
             # After every cell: what is measured is kept if a later one fails.
             record.write(NAME, rows, summarize(rows), f"benchmarks.{NAME}")
-    plot(rows)
+    plot([row for row in rows if "validation_nll" in row])
     print(path)
 
 
