@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import record
+from benchmarks.sweeping import validation
 
 NAME = "parameter_efficiency"
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
@@ -98,8 +99,8 @@ def measure(task: str, contender: str, seeds: int) -> dict[str, Any]:
         metrics = run_in_process(prepared)
         names = [member["name"] for member in metrics["members"]]
         sets = {one.role: one for one in predictions_of(prepared.store, names)}
-    validation = [member["eval"]["validation"]["nll"] for member in metrics["members"]]
-    of_rate = {lr: statistics.fmean(validation[place::len(rates)]) for place, lr in enumerate(rates)}
+    last = validation(metrics)
+    of_rate = {lr: statistics.fmean(last[place::len(rates)]) for place, lr in enumerate(rates)}
     best = min(of_rate, key=lambda lr: of_rate[lr])
     chosen = range(len(names))[rates.index(best)::len(rates)]
     values = {key: [metrics["members"][index]["eval"]["test"][key] for index in chosen] for key in METRICS}
