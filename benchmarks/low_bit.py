@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.rates import best_rate, mean_and_error, members_at
 
 RANK = 16
 """On layers this small a pair of rank 64, the paper's, would take more bits than the codes."""
@@ -83,7 +83,7 @@ def content(model: str, method: str, bits: int, seeds: int, folder: str, tunes: 
         "name": name, "storage_path": folder, "base": base,
         "adapter": {"kind": "lora", "rank": RANK, "alpha": RANK, "target_modules": "all-linear"},
         "task": chosen["task"], "data": chosen["data"], "optimization": chosen["optimization"],
-        "ensemble": {"members": seeds * len(RATES), "vary": [{"optimization.lr": lr} for lr in RATES] * seeds},
+        "ensemble": members_at(RATES, seeds),
         "evaluation": {"bootstrap_samples": 0, "batch": 48},
         "baselines": {"single": False},
         "placement": {"workers": 1, "members_per_worker": seeds * len(RATES), "cpus_per_worker": 1},
@@ -110,17 +110,10 @@ def measure(model: str, method: str, bits: int, seeds: int, folder: str, tuned: 
 
 def tuned_at_its_rate(metrics: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     """Return the rate with the least mean validation NLL, and what the seeds at that rate are on the test rows."""
-    last = [
-        [point["validation_nll"] for point in points if "validation_nll" in point][-1]
-        for _, points in sorted(metrics["training"].items())
-    ]
-    of_rate = {lr: statistics.fmean(last[place::len(RATES)]) for place, lr in enumerate(RATES)}
-    best = min(of_rate, key=lambda lr: of_rate[lr])
-    row: dict[str, Any] = {"lr": best, "validation_nll": {f"{lr:g}": value for lr, value in of_rate.items()}}
+    best = best_rate(metrics, RATES)
+    row: dict[str, Any] = {"lr": best.lr, "validation_nll": best.validation_nll}
     for key in keys:
-        found = [member["eval"]["test"][key] for member in metrics["members"][RATES.index(best)::len(RATES)]]
-        row[f"tuned_{key}"] = statistics.fmean(found)
-        row[f"tuned_{key}_se"] = statistics.stdev(found) / math.sqrt(len(found))
+        row[f"tuned_{key}"], row[f"tuned_{key}_se"] = mean_and_error(best.test(metrics, key))
     return row
 
 

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import record
-from benchmarks.sweeping import validation
+from benchmarks.rates import best_rate, mean_and_error, members_at
 
 NAME = "parameter_efficiency"
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
@@ -70,8 +68,7 @@ def content(task: str, contender: str, seeds: int, folder: str) -> dict[str, Any
         "task": {"kind": "classification", "labels": chosen["labels"], "max_length": 40},
         "data": {"train": {"source": f"pypi:{task}"}, "train_rows": chosen["train_rows"], "validation_rows": 200,
                  "test_rows": 1000},
-        "ensemble": {"members": seeds * len(rates), "seed": 1,
-                     "vary": [{"optimization.lr": lr} for lr in rates] * seeds},
+        "ensemble": {**members_at(rates, seeds), "seed": 1},
         "optimization": {"epochs": chosen["epochs"], "micro_batch": 16, "group_by_length": True, "clip_norm": 0.3,
                          "warmup": 0.03},
         "baselines": {"single": False}, "evaluation": {"bootstrap_samples": 0, "batch": 64},
@@ -86,6 +83,7 @@ def rates_of(contender: str) -> tuple[float, ...]:
 
 def measure(task: str, contender: str, seeds: int) -> dict[str, Any]:
     """Train and evaluate one contender on one task and return its row."""
+    import raylora
     from raylora.engine.model.checkpoint import load_config
     from raylora.engine.run.local_driver import run_in_process
     from raylora.engine.run.plan_run import prepare
@@ -99,22 +97,18 @@ def measure(task: str, contender: str, seeds: int) -> dict[str, Any]:
         metrics = run_in_process(prepared)
         names = [member["name"] for member in metrics["members"]]
         sets = {one.role: one for one in predictions_of(prepared.store, names)}
-    last = validation(metrics)
-    of_rate = {lr: statistics.fmean(last[place::len(rates)]) for place, lr in enumerate(rates)}
-    best = min(of_rate, key=lambda lr: of_rate[lr])
-    chosen = range(len(names))[rates.index(best)::len(rates)]
-    values = {key: [metrics["members"][index]["eval"]["test"][key] for index in chosen] for key in METRICS}
-    import raylora
-
+    best = best_rate(metrics, rates)
+    values = {key: best.test(metrics, key) for key in METRICS}
+    errors = {key: mean_and_error(found) for key, found in values.items()}
     return {
         "task": task, "contender": contender, "adapter": spec.adapter.model_dump(mode="json"), "seeds": seeds,
-        "lr": best, "validation_nll": {f"{lr:g}": value for lr, value in of_rate.items()},
+        "lr": best.lr, "validation_nll": best.validation_nll,
         # Without the head, which all train.
         "parameters": int(raylora.parameter_count(load_config(spec.base), spec.adapter)),
         "per_seed": values,
-        **{key: statistics.fmean(found) for key, found in values.items()},
-        **{f"{key}_se": statistics.stdev(found) / math.sqrt(len(found)) for key, found in values.items()},
-        "ensemble": together(sets["test"], chosen),
+        **{key: mean for key, (mean, _) in errors.items()},
+        **{f"{key}_se": error for key, (_, error) in errors.items()},
+        "ensemble": together(sets["test"], best.members),
         "peak_rss_bytes": max(metrics["memory"]["peak_rss_bytes_per_worker"]),
         "wall_s": time.perf_counter() - started,
     }

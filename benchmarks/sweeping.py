@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.distillation import TASKS
+from benchmarks.rates import validation
 
 NAME = "sweeping"
 VARY: dict[str, list[Any]] = {"optimization.lr": [3e-4, 1e-3, 3e-3, 1e-2], "adapter.rank": [2, 8]}
@@ -85,14 +86,6 @@ def eight_runs(folder: str, rows: int) -> list[float]:
         content["ensemble"]["seed"] = number  # the seed that the sweep's member has
         found += validation(train(with_settings(content, own)))
     return found
-
-
-def validation(metrics: Row) -> list[float]:
-    """Return each member's last NLL on the validation rows."""
-    return [
-        [row["validation_nll"] for row in rows if "validation_nll" in row][-1]
-        for _, rows in sorted(metrics["training"].items())
-    ]
 
 
 def eight_of_peft(folder: str, rows: int) -> list[float]:
