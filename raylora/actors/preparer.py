@@ -11,7 +11,7 @@ from raylora.actors.inputs import spec_here
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
-if TYPE_CHECKING:  # torch is imported where it computes: the coordinator starts this actor and needs none of it
+if TYPE_CHECKING:  # torch is imported where it computes, as by the other actors' modules
     from raylora.engine.model.quantized_layers import Solved
     from raylora.engine.quantization.layer_solver import GroupJob
 

@@ -139,6 +139,11 @@ class EnsembleSpec(Frozen):
         """Whether the members' weights are fitted on the validation rows."""
         return self.select is not None or self.weights != "equal"
 
+    @property
+    def places(self) -> int | None:
+        """How many members of a bracket train at once, where the others wait for their places; None where none do."""
+        return self.pruning.places if self.pruning is not None else None
+
     def member_seeds(self) -> list[int]:
         """Return the seed of each member."""
         return list(self.seeds) if self.seeds is not None else [self.seed + m for m in range(self.members)]

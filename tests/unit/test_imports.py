@@ -1,4 +1,4 @@
-"""What a process does not import: torch is two seconds and 200 MB of each that does."""
+"""What a module does not import by itself; a spec that is read brings in its kinds, and torch with them."""
 
 from __future__ import annotations
 

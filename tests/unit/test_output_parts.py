@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gangs import free_address
-from test_token_head import Alone, loss_of, small_model
+from test_token_head import assert_equals_float64, small_model
 
 from raylora.adapters.packed import stack
-from raylora.data.task import Batch
 from raylora.engine.model.base import load_base
 from raylora.engine.model.blocks import find_blocks
 from raylora.engine.model.gang import Gang, GangPlace
@@ -55,31 +54,7 @@ def test_the_layer_equals_a_reference_in_float64(rows: int, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("name", ["likelihood", "top k", "KL"])
 def test_losses_and_gradients_equal_a_reference_in_float64(name: str) -> None:
-    generator = torch.Generator().manual_seed(1)
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    ids_BT = torch.randint(0, 99, (3, 12), generator=generator)
-    mask_BT = torch.rand(3, 12, generator=generator) < 0.6
-    batch = Batch(["a", "b", "c"], ids_BT, torch.ones_like(ids_BT), None, target_mask_BT=mask_BT)
-    weight_VD, bias_V, hidden_BTD, scale_P = drawn(99, 8), drawn(99), drawn(3, 12, 8), drawn(int(mask_BT[:, 1:].sum()))
-    asked_BT, reference_PV, cap = mask_BT[:, 1:], drawn(len(scale_P), 99), 2.0
-    whole_BTD = hidden_BTD.clone().requires_grad_()
-    capped_PV = torch.tanh(F.linear(whole_BTD, weight_VD, bias_V)[:, :-1][asked_BT] / cap) * cap
-    expected_P = loss_of(name, batch, reference_PV)(capped_PV, slice(None))
-    (expected,) = torch.autograd.grad((expected_P * scale_P).sum(), whole_BTD)
-    for dtype, tolerance in ((torch.float64, 1e-7), (torch.float32, 1e-4)):
-        model = Alone(weight_VD.to(dtype), bias_V.to(dtype))
-        pass_in_parts(model, 7)
-        head = ChunkedHead(model, 99, CPU)
-        head.rows, head.softcap = 5, cap
-        leaf_BTD = hidden_BTD.to(dtype).requires_grad_()
-        loss = loss_of(name, batch, reference_PV.to(dtype))
-        loss_P = head.losses(lambda leaf=leaf_BTD, model=model: model.lm_head(leaf), asked_BT, loss)
-        (found,) = torch.autograd.grad((loss_P * scale_P).sum(), leaf_BTD)
-        torch.testing.assert_close(loss_P.double(), expected_P.double(), rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert_equals_float64(name, rows=5, cap=2.0, prepare=lambda model: pass_in_parts(model, 7))
 
 
 def test_parts_are_alike_and_at_most_a_block() -> None:

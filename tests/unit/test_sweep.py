@@ -176,6 +176,7 @@ def test_a_halved_sweep_that_is_stopped_goes_on_with_those_who_were_left(make_sp
 
 @pytest.mark.parametrize(("keys", "said"), [
     ({"keep": 1.0}, "--keep: 1 of the settings"), ({"keep": 0.5, "repeats": 2}, "--repeats trains it several times"),
+    ({"places": 2}, "nobody leaves a place"), ({"keep": 0.5, "brackets": 2}, "wait for places"),
 ])
 def test_what_cannot_be_pruned_is_said(make_spec: Make, keys: Any, said: str) -> None:
     with pytest.raises(SpecError, match=said):
@@ -391,14 +392,6 @@ def test_places_that_cannot_be_are_refused(make_spec: Make, changes: Any, said: 
     vary = {"ensemble__vary": None} if "adapter" in changes else {}
     with pytest.raises((SpecError, ValueError), match=said):
         prepare(make_spec(**{**PLACED, **vary, **changes}))
-
-
-@pytest.mark.parametrize(("keys", "said"), [
-    ({"places": 2}, "nobody leaves a place"), ({"keep": 0.5, "brackets": 2}, "wait for places"),
-])
-def test_places_without_pruning_are_refused(make_spec: Make, keys: Any, said: str) -> None:
-    with pytest.raises(SpecError, match=said):
-        raylora.sweep(make_spec(), RATES, local=True, **keys)
 
 
 def test_a_spec_without_places_keeps_its_digest(make_spec: Make) -> None:

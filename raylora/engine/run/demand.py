@@ -98,10 +98,9 @@ def demand_of(
         input_widths=_input_widths(spec, shell.sites, model),
         logit_chunk=_logit_chunk(spec, shell, model.vocabulary, on_gpu), asked_bytes=asked,
     )
-    pruning = spec.ensemble.pruning
     return Demand(
         groups_of(spec, units), model, member, unpackable_reason(units[0]), _unsplittable_reason(spec, shell),
-        places=pruning.places if pruning is not None else None,
+        places=spec.ensemble.places,
     )
 
 
@@ -272,7 +271,7 @@ def _unsplittable_reason(spec: RunSpec, shell: Shell) -> str:
     """Return why no rank may be without the whole base, or nothing if each can."""
     if spec.distill_from is not None and spec.distill_from.members is not None:
         return "a teacher that is asked while its student learns is whole in every worker"
-    if spec.ensemble.pruning is not None and spec.ensemble.pruning.places is not None:
+    if spec.ensemble.places is not None:
         return "one worker has all of a bracket (ensemble.pruning.places)"
     adapter = shell.adapter
     if isinstance(adapter, WholeModel):

@@ -151,7 +151,7 @@ def _other_steps(begun: RunSpec, wanted: RunSpec, rows: int) -> str:
     before, after = (total_steps(rows, spec.optimization) for spec in (begun, wanted))
     if after < before:
         return f"the members have taken {before} steps"
-    if after > before and begun.ensemble.pruning is not None and begun.ensemble.pruning.places is not None:
+    if after > before and begun.ensemble.places is not None:
         return "members began one after another, where others had left; more steps would have made others wait"
     if after > before and any(rounds_of(plan) > 1 for plan in member_plans_of(begun)):
         return "members train in rounds, which are equal parts of the whole training"

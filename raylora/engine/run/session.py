@@ -71,7 +71,7 @@ class TrainingSession:
         self.device = compute_device(gpus)
         self.task = task_of(spec)
         self.plans = {plan.name: plan for plan in member_plans_of(spec)}
-        self.places = spec.ensemble.pruning.places if spec.ensemble.pruning is not None else None
+        self.places = spec.ensemble.places
         self.gang: Gang | None
         self.base: Base
         self.sets: DataSets

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from raylora import registry
-from raylora.engine.training.member_state import MemberState
 from raylora.engine.training.trainer import PackTrainer
 from raylora.progress import Progress
 from raylora.spec import RunSpec
@@ -134,11 +133,11 @@ class TrackedPack:
         self.shown = dict[str, int]()
         self.tokens, self.seconds = 0, 0.0
         for state in trainer.states:
-            self._begin(state)
+            self._begin(state.plan.name, len(state.history), trainer.own_step(state))
 
-    def _begin(self, state: MemberState) -> None:
-        self.shown[state.plan.name] = len(state.history)
-        self.tracking.begin(state.plan.name, self.trainer.own_step(state))
+    def _begin(self, name: str, shown: int = 0, step: int = 0) -> None:
+        self.shown[name] = shown
+        self.tracking.begin(name, step)
 
     def step(self, progress: Progress) -> None:
         """Show a step, if the members recorded it."""
@@ -157,8 +156,7 @@ class TrackedPack:
         for state in self.trainer.states:
             name = state.plan.name
             if name not in self.shown:  # it has got the place of another
-                self.shown[name] = 0
-                self.tracking.begin(name, 0)
+                self._begin(name)
             for record in state.history[self.shown[name]:]:
                 found = True
                 values = _named(record)

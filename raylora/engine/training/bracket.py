@@ -113,8 +113,7 @@ def _cost(history: Sequence[HistoryRow], step: int, metric: str) -> float | None
 
 def check_places(spec: RunSpec, rows: int) -> None:
     """Refuse places where members of different epochs cannot share a forward. Raises: SpecError."""
-    pruning = spec.ensemble.pruning
-    if pruning is None or pruning.places is None:
+    if spec.ensemble.places is None:
         return
     plans, key = member_plans_of(spec), "ensemble.pruning.places"
     micro_batches, accumulation = micro_batches_per_epoch(rows, spec.optimization), spec.optimization.accumulation

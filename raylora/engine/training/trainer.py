@@ -82,7 +82,7 @@ class PackTrainer:
         saved = saved or {}
         self.step = max((facts["step"] for _, facts in saved.values()), default=0)
         self._builder = MemberBuilder(model, train, settings.optimization, settings.ensemble)
-        self.places = settings.ensemble.pruning.places if settings.ensemble.pruning is not None else None
+        self.places = settings.ensemble.places
         self.left = [Ended.restored(plan, saved[plan.name]) for plan in plans
                      if self.places is not None and plan.name in saved and has_left(saved[plan.name])]
         """Members that have given their places to others."""
