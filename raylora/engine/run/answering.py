@@ -81,6 +81,8 @@ class ShardShelf:
     def __init__(self, store: RunStore, folder: str, shards: Mapping[str, Shard]) -> None:
         """Take the shards that there should be; ``folder`` is within the store."""
         self.store, self.folder, self.shards = store, folder, shards
+        self._writings: dict[str, bytes | None] = {}
+        """Of each shard that was read, so that no file is read, and fetched, once more for it."""
 
     def missing(self) -> list[str]:
         """Return the shards that are not committed, or not whole."""
@@ -90,6 +92,7 @@ class ShardShelf:
         """Commit a shard's records, and what it took to write them."""
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         files = {FILE: lines.encode(), WRITING: json.dumps(writing).encode()}
+        self._writings.pop(name, None)
         self.store.commit_result(f"{self.folder}/{name}", files)
 
     def timings(self) -> list[ShardTiming]:
@@ -98,8 +101,10 @@ class ShardShelf:
         Raises:
             StoreError: a shard is missing or damaged.
         """
-        found = (self.store.load_result(f"{self.folder}/{name}").get(WRITING) for name in self.shards)
-        known = [json.loads(content) for content in found if content is not None]
+        for name in self.shards:
+            if name not in self._writings:
+                self._read(name)
+        known = [json.loads(content) for name in self.shards if (content := self._writings[name]) is not None]
         return known if len(known) == len(self.shards) else []
 
     def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -109,10 +114,15 @@ class ShardShelf:
             StoreError: a shard is missing or damaged.
         """
         for name, shard in self.shards.items():
-            records = [json.loads(line) for line in self.store.load_result(f"{self.folder}/{name}")[FILE].splitlines()]
+            records = [json.loads(line) for line in self._read(name)[FILE].splitlines()]
             if [record["id"] for record in records] != [one.id for one in shard.examples]:
                 raise StoreError(f"{self.store.uri}/{self.folder}/{name}: holds answers to other rows", "delete it")
             yield from ((shard.set_name, record) for record in records)
+
+    def _read(self, name: str) -> dict[str, bytes]:
+        files = self.store.load_result(f"{self.folder}/{name}")
+        self._writings[name] = files.get(WRITING)
+        return files
 
 
 def make_shards(
