@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,15 +82,17 @@ class Part:
     members: int
     at_site: Mapping[str, Any]
     """Per adapted layer what :meth:`Adapter.packed_delta` takes; empty turns the adapter off."""
+    places: Mapping[str, int] = field(default_factory=dict)
+    """Which of the members' own layers each is: their masks of dropout are drawn for it."""
     dropout: Dropout | None = None
     over: NeedsBaseWeights | None = None
     """The adapter again, if its change depends on the frozen layer."""
 
-    def change(self, y: Tensor, x: Tensor, base: nn.Module, site: str, index: int) -> Tensor:
+    def change(self, y: Tensor, x: Tensor, base: nn.Module, site: str) -> Tensor:
         """Return y, the layer's own product of these members' rows x, plus each member's change."""
         if site not in self.at_site:
             return y
-        x_KNI = _by_member(x, self.members, self.dropout, index)
+        x_KNI = _by_member(x, self.members, self.dropout, self.places.get(site, 0))
         if self.over is not None:
             base_KNO = base(x_KNI) if self.dropout is not None else y.reshape(*x_KNI.shape[:2], -1)
             delta_KNO = self.over.packed_delta_over(base, base_KNO, x_KNI, self.at_site[site])
@@ -153,9 +155,9 @@ class Slot:
 class AdaptedLinear(nn.Module):
     """A frozen linear layer plus the change of whichever members are in the slot."""
 
-    def __init__(self, base: nn.Module, site: Site, index: int, slot: Slot) -> None:
+    def __init__(self, base: nn.Module, site: Site, slot: Slot) -> None:
         super().__init__()
-        self.base, self.site, self.index, self.slot = base, site, index, slot
+        self.base, self.site, self.slot = base, site, slot
 
     @property
     def weight(self) -> Tensor:
@@ -168,12 +170,12 @@ class AdaptedLinear(nn.Module):
         pack = self.slot.pack
         if pack is None:
             return y
-        name, index = self.site.name, self.index
+        name = self.site.name
         if len(pack.parts) == 1:
-            return pack.parts[0].change(y, x, self.base, name, index)
+            return pack.parts[0].change(y, x, self.base, name)
         rows = [part.members * (len(x) // pack.members) for part in pack.parts]
         own = zip(pack.parts, y.split(rows), x.split(rows), strict=True)
-        return torch.cat([part.change(y_B, x_B, self.base, name, index) for part, y_B, x_B in own])
+        return torch.cat([part.change(y_B, x_B, self.base, name) for part, y_B, x_B in own])
 
 
 class MemberLinear(nn.Module):
@@ -214,8 +216,8 @@ def attach(model: nn.Module, sites: Sequence[Site], heads: Sequence[str]) -> Slo
         The slot; with nothing in it the model computes what it computed before.
     """
     slot = Slot()
-    for index, site in enumerate(sites):
-        _replace(model, site.name, AdaptedLinear(model.get_submodule(site.name), site, index, slot))
+    for site in sites:
+        _replace(model, site.name, AdaptedLinear(model.get_submodule(site.name), site, slot))
     for name in heads:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -287,13 +289,14 @@ def _marked(member: Mapping[str, Tensor], part: int) -> Tensors:
 
 
 def make_pack(
-    adapters: Adapter | Sequence[Adapter], sites: Sequence[Site], stacked: Mapping[str, Tensor],
-    adapters_on: bool = True,
+    adapters: Adapter | Sequence[Adapter], sites: Sequence[Site] | Sequence[Sequence[Site]],
+    stacked: Mapping[str, Tensor], adapters_on: bool = True,
 ) -> Pack:
     """Split stacked tensors into adapters and heads and materialize the adapters once.
 
     Args:
         adapters: the one of all members, or that of each part.
+        sites: the layers that those are in, of all members or of each part.
         adapters_on: ``False`` keeps the heads and leaves the base as it was before any training, the
             reference of the KL regularizer.
     """
@@ -301,10 +304,13 @@ def make_pack(
     parts: list[Part] = []
     weights: Tensors = {}
     for number, tensors in split(stacked).items():
-        adapter = adapters[number or 0] if isinstance(adapters, Sequence) else adapters
+        several = isinstance(adapters, Sequence)
+        adapter: Adapter = adapters[number or 0] if isinstance(adapters, Sequence) else adapters
+        own = cast("Sequence[Site]", sites[number or 0] if several else sites)
         inner = {n: t for n, t in tensors.items() if not n.startswith(HEAD)}
-        at_site = adapter.materialize(inner, sites) if adapters_on and inner else {}
+        at_site = adapter.materialize(inner, own) if adapters_on and inner else {}
         over = adapter if isinstance(adapter, NeedsBaseWeights) else None
-        parts.append(Part(adapter, len(next(iter(tensors.values()))), at_site, over=over))
+        places = {site.name: place for place, site in enumerate(own)}
+        parts.append(Part(adapter, len(next(iter(tensors.values()))), at_site, places, over=over))
         weights |= inner if adapters_on and isinstance(adapter, WholeModel) else {}
     return Pack(parts, heads, weights)

@@ -19,11 +19,28 @@ def derive_seed(*parts: int | str) -> int:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Which rows a member learns from, where it is not given each of them once: so many, drawn by a seed."""
+
+    size: int
+    seed: int
+    with_replacement: bool
+    """A bootstrap sample (Breiman, 1996) instead of a part of the rows."""
+
+    def of(self, rows: int) -> NDArray[np.int64]:
+        """Return the indices of the sample, among so many rows."""
+        if self.with_replacement:
+            return np.random.default_rng(derive_seed("bootstrap", self.seed)).integers(rows, size=self.size)
+        return np.random.default_rng(derive_seed("part", self.seed)).permutation(rows)[: self.size]
+
+
+@dataclass(frozen=True)
 class Order:
     """A seeded data order over ``rows`` examples in micro-batches of ``batch``.
 
-    With ``bootstrap``, a seed of its own, one sample of the rows is drawn with replacement, which stays the same
-    in every epoch (Breiman, 1996); only its order changes.
+    With a ``sample``, which stays the same in every epoch, the order is that of its rows. An epoch has as many
+    micro-batches as without one: of a smaller sample it holds several passes, each in an order of its own, the last one
+    cut off where the epoch ends. So members of one pack keep in step whatever their samples are.
 
     With ``lengths`` the rows of a batch have like lengths, so that little is padding: the shuffled epoch is cut
     into stretches of a few batches and each is sorted. Which rank of a stretch comes when is the same for every
@@ -33,7 +50,7 @@ class Order:
     rows: int
     batch: int
     seed: int
-    bootstrap: int | None = None
+    sample: Sample | None = None
     lengths: tuple[int, ...] | None = None
     begins: int = 0
     """The micro-batch of a pack that is this order's first."""
@@ -42,6 +59,8 @@ class Order:
     def __post_init__(self) -> None:
         if self.rows < 1 or self.batch < 1:
             raise ValueError(f"an order needs at least one row and one per batch, got {self.rows} and {self.batch}")
+        if self.sample is not None and not 1 <= self.sample.size <= self.rows:
+            raise ValueError(f"a sample has from one to all {self.rows} rows, got {self.sample.size}")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -51,7 +70,7 @@ class Order:
     def indices(self, step: int) -> NDArray[np.int64]:
         """Return the rows of a pack's micro-batch ``step``, at most ``batch``; the first epoch begins at ``begins``."""
         epoch, position = divmod(step - self.begins, self.steps_per_epoch)
-        order = _epoch_order(self.rows, self.seed, epoch, self.bootstrap)
+        order = _epoch_order(self.rows, self.seed, epoch, self.sample)
         if self.lengths is not None:
             if self._grouped.get("epoch") != epoch:  # sorting an epoch once is enough
                 self._grouped.update(epoch=epoch, order=_by_length(order, np.asarray(self.lengths), self.batch, epoch))
@@ -60,10 +79,12 @@ class Order:
 
 
 @functools.lru_cache(maxsize=64)
-def _epoch_order(rows: int, seed: int, epoch: int, bootstrap: int | None) -> NDArray[np.int64]:
-    order = np.random.default_rng(derive_seed("order", seed, epoch)).permutation(rows)
-    if bootstrap is not None:
-        order = np.random.default_rng(derive_seed("bootstrap", bootstrap)).integers(rows, size=rows)[order]
+def _epoch_order(rows: int, seed: int, epoch: int, sample: Sample | None) -> NDArray[np.int64]:
+    generator = np.random.default_rng(derive_seed("order", seed, epoch))
+    size = rows if sample is None else sample.size
+    order = np.concatenate([generator.permutation(size) for _ in range(-(-rows // size))])[:rows]
+    if sample is not None:
+        order = sample.of(rows)[order]
     order.setflags(write=False)  # the array is shared by every step of the epoch
     return order
 

@@ -22,7 +22,7 @@ from raylora.engine.run.roster import read_roster
 from raylora.engine.run.run_metrics import aggregate
 from raylora.engine.training.distillation_loss import task_of
 from raylora.engine.training.inputs import sets_of
-from raylora.engine.training.member_plan import member_plans_of
+from raylora.engine.training.member_plan import member_adapters, member_plans_of
 from raylora.ensemble.metric_table import METRICS
 from raylora.ensemble.outputs.base import Names
 from raylora.errors import RunDirectoryError, UsageError
@@ -129,7 +129,7 @@ def _evaluate(spec: RunSpec, store: RunStore, target: RunStore, names: Sequence[
     """Predict a run's sets with its compressed members, commit that, and return the metrics."""
     started, task, plans = time.time(), task_of(spec), {plan.name: plan for plan in member_plans_of(spec)}
     base = load_base(
-        spec.base, spec.adapter, task, compute_device(torch.cuda.device_count()), prepared_store(store)
+        spec.base, member_adapters(spec), task, compute_device(torch.cuda.device_count()), prepared_store(store)
     )
     sets = sets_of(spec, task, base.tokenizer, store)
     members = [read_trained(spec, target, base, plans[name]) for name in names]

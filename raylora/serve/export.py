@@ -39,7 +39,7 @@ from raylora.engine.run.finished_members import member_facts, member_tensors, we
 from raylora.engine.run.roster import Roster, read_roster
 from raylora.engine.run.speakers import read_speakers
 from raylora.engine.training.distillation_loss import task_of
-from raylora.engine.training.member_plan import member_plans_of
+from raylora.engine.training.member_plan import member_adapters, member_plans_of
 from raylora.ensemble.weights import MemberWeights
 from raylora.errors import RunDirectoryError, StoreError, UsageError, suggest
 from raylora.spec import BaseSpec, RunSpec
@@ -227,7 +227,7 @@ def _shapes(adapter: Adapter, sites: Sequence[Site]) -> Mapping[str, Tensor]:
 def _weights(store: RunStore, spec: RunSpec, task: Task) -> Callable[[str], Tensor]:
     """Return a reader of the base's weights that loads it when it is first asked; many kinds never ask."""
     loaded: Any = functools.lru_cache(maxsize=1)(
-        lambda: load_base(spec.base, spec.adapter, task, compute_device(0), prepared_store(store))
+        lambda: load_base(spec.base, member_adapters(spec), task, compute_device(0), prepared_store(store))
     )
 
     def weight_of(site: str) -> Tensor:

@@ -20,6 +20,7 @@ from raylora.engine.run.finished_members import adapters_of, member_facts, membe
 from raylora.engine.run.roster import read_roster
 from raylora.engine.run.speakers import read_speakers
 from raylora.engine.training.distillation_loss import read_outputs, task_of
+from raylora.engine.training.member_plan import member_adapters
 from raylora.engine.training.predict import predict
 from raylora.ensemble.outputs import output_of
 from raylora.ensemble.outputs.base import Contributors, Rows
@@ -213,6 +214,6 @@ def load_ensemble(
     layouts = {name: member_facts(found).get("layout") for name, found in files.items()}
     task = task_of(spec)
     device = compute_device(torch.cuda.device_count() if gpus is None else gpus)
-    base = load_base(spec.base, spec.adapter, task, device, prepared_store(store))
+    base = load_base(spec.base, member_adapters(spec), task, device, prepared_store(store))
     weights = speakers.weights if speakers.is_fitted else None
     return LoadedEnsemble(spec, base, task, members, layouts, speakers.described, calibrated, weights)

@@ -96,6 +96,9 @@ class EnsembleSpec(Frozen):
     """``own``: each member sees the rows in an order of its own seed. ``shared``: all members see them in one order."""
     bootstrap: bool = False
     """Draw each member's training rows with replacement."""
+    data_fraction: float = Field(default=1.0, gt=0, le=1)
+    """The share of the training rows that a member learns from, drawn by its own seed. Members take as many steps as
+    with all rows: with 0.5 an epoch is two passes over the member's own half."""
     aggregate: Literal["mean_probabilities", "mean_logits"] = "mean_probabilities"
     """What the ensemble predicts: the mean of the members' probabilities, or the softmax of their mean logits."""
     select: SelectSpec | None = None
@@ -110,7 +113,7 @@ class EnsembleSpec(Frozen):
     """What members differ in beside their seeds: keys with lists of values, every combination of which is a member's
     (``{optimization.lr: [1e-4, 3e-4, 1e-3]}``), or with a range (``{low: 1e-4, high: 1e-2, log: true}``) that is drawn
     from for each member; or a list with the keys and values of each member. A whole ``adapter`` may be a value too
-    (``{adapter: {kind: mos, ...}}``); the adapted layers are the run's."""
+    (``{adapter: {kind: mos, ...}}``); it is in the run's layers unless it says which."""
     pruning: PruningSpec | None = None
     """End members at epoch ends that are behind the others of their pack, as a sweep may; null is off."""
     min_members: int | None = Field(default=None, ge=1)

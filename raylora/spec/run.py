@@ -20,7 +20,15 @@ from raylora.spec.names import NAME_PATTERN
 from raylora.spec.placement import PlacementSpec
 from raylora.spec.students import DistillFromSpec, DistillSpec
 from raylora.spec.training import CheckpointingSpec, OptimizationSpec, ProfileSpec
-from raylora.spec.vary import OF_ALL, with_settings
+from raylora.spec.vary import with_settings
+
+_LATER: dict[str, dict[str, Any]] = {
+    "optimization": {"cache_trunk": False, "pack_rows": False, "lora_plus_ratio": 1.0},
+    "evaluation": {"generation": None},
+    "ensemble": {"select": None, "weights": "equal", "pruning": None, "vary": None, "data_fraction": 1.0},
+    "baselines": {"temperature": False, "swag": None, "laplace": None},
+}
+"""Keys that came after the first runs, and what stands for nothing: runs from before a key keep their digest."""
 
 
 class RunSpec(Frozen):
@@ -103,16 +111,13 @@ class RunSpec(Frozen):
             if settings and settings not in known:
                 known.append(settings)
                 try:
-                    own = self.with_settings(settings).adapter
+                    self.with_settings(settings)
                 except ValidationError as error:
                     said = "; ".join(
                         ".".join([*map(str, one["loc"]), ""]) + " " + one["msg"].removeprefix("Value error, ")
                         for one in error.errors()
                     )
                     raise ValueError(f"ensemble.vary: member {m} with {settings}: {said.strip()}") from None
-                if any(getattr(own, key) != getattr(self.adapter, key) for key in OF_ALL):
-                    raise ValueError(f"ensemble.vary: member {m} adapts other layers than the run's other members: "
-                                     f"leave {' and '.join(OF_ALL)} to the run's adapter")
         return self
 
     def with_settings(self, settings: Mapping[str, Any]) -> RunSpec:
@@ -136,27 +141,14 @@ class RunSpec(Frozen):
         if self.distill_from is not None:  # nor those from before a teacher was asked, was weighted, or had answered
             given, later = found["distill_from"], ("members", "weights", "answers")
             found["distill_from"] = {k: v for k, v in given.items() if k not in later or v is not None}
-        if not self.optimization.cache_trunk:  # nor do runs from before there was a cache have another
-            del found["optimization"]["cache_trunk"], found["optimization"]["cache_trunk_gb"]
-        if not self.optimization.pack_rows:  # nor those from before rows were packed
-            del found["optimization"]["pack_rows"]
-        if self.optimization.lora_plus_ratio == 1:  # nor those from before A and B could have rates of their own
-            del found["optimization"]["lora_plus_ratio"]
-        if self.evaluation.generation is None:  # nor those from before answers were part of a run
-            del found["evaluation"]["generation"]
-        if self.ensemble.select is None:  # nor those from before members could be chosen, or weighted
-            del found["ensemble"]["select"]
-        if self.ensemble.weights == "equal":
-            del found["ensemble"]["weights"]
-        if self.ensemble.pruning is None:  # nor those from before members were pruned
-            del found["ensemble"]["pruning"]
-        elif self.ensemble.pruning.places is None:  # nor those from before places were given to others
+        for section, keys in _LATER.items():
+            for key, default in keys.items():
+                if found[section].get(key) == default:
+                    found[section].pop(key, None)
+        if not self.optimization.cache_trunk:
+            del found["optimization"]["cache_trunk_gb"]
+        if self.ensemble.pruning is not None and self.ensemble.pruning.places is None:
             del found["ensemble"]["pruning"]["places"], found["ensemble"]["pruning"]["brackets"]
-        if self.ensemble.vary is None:  # nor those from before members could differ in more than a seed
-            del found["ensemble"]["vary"]
-        for name in ("temperature", "swag", "laplace"):  # nor those from before there were these baselines
-            if not found["baselines"].get(name):
-                found["baselines"].pop(name, None)
         return found
 
     def digest(self) -> str:

@@ -22,13 +22,13 @@ SHARED_FORWARD = (
     "optimization.optimizer", "optimization.betas", "optimization.eps", "optimization.clip_norm",
     "ensemble.regularizers.decay_a", "ensemble.regularizers.decay_b",
     "ensemble.regularizers.decay_head", "ensemble.regularizers.early_stopping",
-    "adapter",
+    "ensemble.bootstrap", "ensemble.data_fraction", "adapter",
 )
 """What is a member's own, or multiplies beside the others': members that differ in it share a forward."""
 OWN_FORWARD = ("ensemble.regularizers.kl",)
 """What the forward as a whole depends on: members that differ in it are in packs of their own."""
-OF_ALL = ("target_modules", "layers")
-"""What the adapters of all members have in common, since the base's layers are adapted once."""
+LAYERS = ("target_modules", "layers")
+"""What says which layers an adapter is in: a whole adapter that leaves it out has the run's."""
 
 
 class RangeSpec(Frozen):
@@ -81,8 +81,6 @@ def check_keys(vary: Varied, members: int) -> None:
             raise ValueError(f"vary: its values make {size} combinations, and there are {members} members: "
                              f"set ensemble.members to {size} or a multiple of it")
     for key in keys:
-        if key in {f"adapter.{own}" for own in OF_ALL}:
-            raise ValueError(f"vary: members of one run adapt the same layers: {key} is the run's")
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in (*SHARED_FORWARD, *OWN_FORWARD)):
             raise ValueError(f"vary: members of one run do not differ in {key!r}; they can in "
                              + ", ".join((*SHARED_FORWARD, *OWN_FORWARD)))
@@ -112,7 +110,7 @@ def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
     found = dict(content)
     for key, value in settings.items():
         if key == "adapter" and isinstance(value, Mapping):  # of another kind it may be, with other keys
-            value = {own: found["adapter"][own] for own in OF_ALL} | dict(value)
+            value = {own: found["adapter"][own] for own in LAYERS} | dict(value)
         *sections, last = key.split(".")
         at = found
         for part in sections:

@@ -85,7 +85,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_not_quantized(kind: str, make_par
 def test_the_last_blocks_only(make_parts: Make) -> None:
     parts = make_parts(adapter__layers={"last": 1})
     assert names(parts) == [f"bert.encoder.layer.1.attention.self.{name}" for name in ("query", "value")]
-    assert parts.base.target_modules == sorted(names(parts))
+    assert parts.base.layers.all.target_modules == sorted(names(parts))
 
 
 @pytest.mark.parametrize(("changes", "says"), [
@@ -168,7 +168,7 @@ def check_round_trip(parts: Any, source: str, folder: Path, atol: float) -> None
     classifies = parts.task.auto_class == "AutoModelForSequenceClassification"
     kind = "SEQ_CLS" if classifies else "CAUSAL_LM"
     files = to_peft(
-        member, parts.spec.adapter, parts.base.sites, parts.base.target_modules, kind, parts.base.export_name
+        member, parts.spec.adapter, parts.base.sites, parts.base.layers.all.target_modules, kind, parts.base.export_name
     )
     assert not files.config["base_model_name_or_path"].startswith("/")
     back = from_peft(files.tensors, files.config)
@@ -204,7 +204,7 @@ def test_a_head_without_adapter_loads_too(
     assert sorted(member) == ["head:classifier.bias", "head:classifier.weight"]
     batch = parts.batch()
     logits = parts.model.scores(stack([member]), batch)[0]
-    files = to_peft(member, none.Spec(), parts.base.sites, parts.base.target_modules, "SEQ_CLS", "x")
+    files = to_peft(member, none.Spec(), parts.base.sites, parts.base.layers.all.target_modules, "SEQ_CLS", "x")
     (tmp_path / "adapter_model.safetensors").write_bytes(to_bytes(files.tensors))
     (tmp_path / "adapter_config.json").write_bytes(files.config_bytes())
     base = transformers.AutoModelForSequenceClassification.from_pretrained(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raylora.data.order import Order, derive_seed
+from raylora.data.order import Order, Sample, derive_seed
 
 
 def epoch(order: Order, number: int = 0) -> list[int]:
@@ -34,11 +34,35 @@ def test_seeds_give_different_orders() -> None:
 
 
 def test_bootstrap_draws_one_sample_with_replacement_for_all_epochs() -> None:
-    order = Order(rows=1000, batch=32, seed=3, bootstrap=5)
+    order = Order(rows=1000, batch=32, seed=3, sample=Sample(1000, 5, with_replacement=True))
     first, second = epoch(order), epoch(order, 1)
     assert len(first) == 1000 and sorted(first) == sorted(second) and first != second
     assert 0.60 < len(set(first)) / 1000 < 0.66  # 1 - 1/e
-    assert sorted(first) != sorted(epoch(Order(rows=1000, batch=32, seed=3, bootstrap=6)))
+    other = Order(rows=1000, batch=32, seed=3, sample=Sample(1000, 6, with_replacement=True))
+    assert sorted(first) != sorted(epoch(other))
+
+
+def test_a_part_of_the_rows_is_one_part_in_all_epochs_passed_through_as_often_as_fits() -> None:
+    order = Order(rows=100, batch=8, seed=3, sample=Sample(40, 5, with_replacement=False))
+    first, second = epoch(order), epoch(order, 1)
+    assert len(first) == len(second) == 100 and order.steps_per_epoch == 13
+    passes = [first[:40], first[40:80], first[80:]]
+    assert set(passes[0]) == set(passes[1]) == set(second) and len(set(passes[0])) == 40  # the same forty, once a pass
+    assert passes[0] != passes[1] and set(passes[2]) < set(passes[0]) and len(set(passes[2])) == 20
+    assert set(epoch(Order(100, 8, 3, Sample(40, 6, with_replacement=False)))) != set(first)
+    assert set(epoch(Order(100, 8, 3, Sample(100, 6, with_replacement=False)))) == set(range(100))
+
+
+def test_a_small_bootstrap_sample_is_drawn_from_all_rows() -> None:
+    first = epoch(Order(rows=1000, batch=32, seed=3, sample=Sample(500, 5, with_replacement=True)))
+    assert len(first) == 1000 and 0.36 < len(set(first)) / 1000 < 0.43  # 1 - e^(-1/2)
+    assert first[:500] != first[500:] and sorted(first[:500]) == sorted(first[500:])
+
+
+@pytest.mark.parametrize("size", [0, 11])
+def test_a_sample_larger_than_the_rows_or_of_none_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="a sample has from one to all 10 rows"):
+        Order(rows=10, batch=2, seed=0, sample=Sample(size, 0, with_replacement=True))
 
 
 def test_the_order_cannot_be_written_to() -> None:

@@ -351,7 +351,7 @@ def test_micro_batches_that_share_a_gather_have_the_gradients_they_have_alone(ma
     parts = make_parts(adapter=MOS)
     trained = stack([parts.member(unit, trained=0.2) for unit in parts.units])
     frozen_tensors = stack([frozen_tensors_of(parts.base, parts.adapter, unit.stream("fixed")) for unit in parts.units])
-    step = StepTensors(parts.base, parts.adapter, trained, frozen_tensors, micro_batches=2)
+    step = StepTensors(parts.model, trained, frozen_tensors, micro_batches=2)
     for start in (0, 4):
         batches, seeds = [parts.batch(start)] * len(parts.units), [1] * len(parts.units)
         shared = parts.model.gradients(step, parts.pack(*batches), seeds)

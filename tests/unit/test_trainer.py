@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from raylora.adapters.packed import stack
-from raylora.data.order import Order
+from raylora.data.order import Order, Sample
 from raylora.data.task import Batch, mean_per_example
 from raylora.engine.model.token_losses import at_tokens, predicting, with_divergence
 from raylora.engine.training import trainer as trainer_module
@@ -155,7 +155,7 @@ def test_each_member_sees_its_own_rows_once_per_epoch_and_shared_order_is_shared
 def test_bootstrap_draws_each_members_rows_with_replacement_and_keeps_them() -> None:
     draws = []
     for seed in range(2):
-        order = Order(300, 10, seed=0, bootstrap=seed)
+        order = Order(300, 10, seed=0, sample=Sample(300, seed, with_replacement=True))
         epochs = [sorted(i for s in range(30 * e, 30 * e + 30) for i in order.indices(s)) for e in range(2)]
         assert epochs[0] == epochs[1] and len(epochs[0]) == 300
         assert 0.58 < len(set(epochs[0])) / 300 < 0.69  # 1 - 1/e

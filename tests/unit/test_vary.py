@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_helpers import assert_bit_equal, members, run, stop_at, weights
 
 from raylora.adapters.base import HEAD
@@ -61,8 +62,6 @@ def test_a_list_says_of_each_member_what_it_has(make_spec: Make) -> None:
 
 @pytest.mark.parametrize(("vary", "said"), [
     ({"optimization.epochs": [1, 2]}, "do not differ in 'optimization.epochs'"),
-    ({"adapter.layers": ["all", {"last": 1}]}, "adapt the same layers: adapter.layers is the run's"),
-    ({"adapter": [{"kind": "lora"}, {"kind": "lora", "layers": {"last": 1}}]}, "member 1 adapts other layers"),
     ({"adapter.rank": [2, 0]}, "member 1 with {'adapter.rank': 0}: adapter.rank. Input should"),
     ({"optimization.lr": [1e-3, 2e-3, 3e-3]}, "3 combinations, and there are 2 members: set ensemble.members to 3"),
     ({"optimization.lr": []}, "optimization.lr has no values"),
@@ -89,6 +88,8 @@ def test_a_spec_without_it_keeps_its_digest(make_spec: Make) -> None:
     spec = make_spec()
     assert "vary" not in spec.identity()["ensemble"]
     assert make_spec(ensemble__vary=RATES).digest() != spec.digest()
+    assert "data_fraction" not in spec.identity()["ensemble"]
+    assert make_spec(ensemble__vary=None, ensemble__data_fraction=0.5).digest() != spec.digest()
 
 
 # --- what is trained ------------------------------------------------------------------------------------
@@ -116,6 +117,23 @@ def test_members_of_other_rates_share_a_forward_and_equal_those_of_a_run_of_thei
     assert member_entries(metrics)[3].label == "Member 3: decay_b 0.1, lr 0.005"
     rates = {max(row["lr"] for row in metrics["training"][f"member-{m:03d}"] if "lr" in row) for m in range(4)}
     assert rates == {1e-3, 5e-3}
+
+
+def test_members_that_learn_from_other_samples_of_the_rows_equal_those_of_a_run_of_their_share_bit_for_bit(
+    make_spec: Make, trained: Callable[[Any], str]
+) -> None:
+    vary = [{}, {"ensemble.data_fraction": 0.3}, {"ensemble.bootstrap": True, "ensemble.data_fraction": 0.5}]
+    varied = make_spec(name="parted", ensemble__members=3, ensemble__vary=vary, optimization__steps=12)
+    assert [len(units) for units in prepare(varied).jobs.values()] == [3]
+    run(varied)
+    found = members(varied)
+    rows = {m: plan.sample_of(40) for m, plan in enumerate(member_plans_of(varied))}
+    assert rows[0] is None and rows[1].size == 12 and rows[2].size == 20 and rows[2].with_replacement
+    for m, settings in enumerate(vary):
+        own = {key.replace(".", "__"): value for key, value in settings.items()}
+        alike = make_spec(name=f"part-{m}", ensemble__vary=None, **own)
+        trained(alike)
+        assert_bit_equal(found[f"member-{m:03d}"], weights(alike, f"member-{m:03d}"))
 
 
 def test_each_member_ends_by_its_own_rule(make_spec: Make, trained: Callable[[Any], str]) -> None:
@@ -194,6 +212,43 @@ def test_members_of_several_ranks_alphas_and_kinds_share_a_forward_and_equal_tho
     exported = export_run(store.uri, "peft-lora", members=names[1:3])
     kinds = [json.loads((Path(one.folder) / "adapter_config.json").read_text()) for one in exported]
     assert [kind["r"] for kind in kinds] == [4, 3] and kinds[0]["lora_alpha"] == 1.0
+
+
+ELSEWHERE = [
+    {}, {"adapter.target_modules": ["value", "output.dense"], "adapter.dropout": 0.3}, {"adapter.layers": {"last": 1}},
+    {"adapter.target_modules": "all-linear"}, {"adapter": {**SMALL_MOS, "target_modules": "all-linear"}},
+]
+
+
+def test_members_in_other_layers_share_a_forward_and_equal_those_in_their_own(make_spec: Make) -> None:
+    varied = make_spec(name="elsewhere", ensemble__members=5, ensemble__vary=ELSEWHERE, optimization__steps=8)
+    prepared = prepare(varied)
+    assert [len(units) for units in prepared.jobs.values()] == [5]
+    run(varied)
+    found = members(varied)
+    store = RunStore.for_spec(varied)
+    exported = export_run(store.uri, "peft-lora", members=["member-001", "member-002", "member-004"])
+    targets = [json.loads((Path(one.folder) / "adapter_config.json").read_text())["target_modules"] for one in exported]
+    assert {name.rpartition(".")[2] for name in targets[0]} == {"value", "dense"} and len(targets[0]) == 6
+    assert all("layer.1" in name for name in targets[1]) and targets[2] == ["dense", "key", "query", "value"]
+    for m, own in list(enumerate(ELSEWHERE))[1:]:
+        alike = make_spec(name=f"at-{m}", ensemble__members=5, ensemble__vary=[own] * 5)
+        run(alike)
+        one, two = found[f"member-{m:03d}"], weights(alike, f"member-{m:03d}")
+        if m == 2:  # alone the block below it runs once for all members; here it is adapted by others
+            assert one.keys() == two.keys() and not any("layer.0" in name for name in one)
+            assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-6) for name in one)
+        else:
+            assert_bit_equal(one, two)
+        stores = map(RunStore.for_spec, (varied, alike))
+        asked = [load_ensemble(other.uri, calibrated=False).predict(TEXTS) for other in stores]
+        here, there = ([answer.member_probabilities[m] for answer in answers] for answers in asked)
+        assert all(row == pytest.approx(other, abs=1e-6) for row, other in zip(here, there, strict=True))
+
+
+def test_layers_that_a_model_lacks_are_refused_for_the_member_that_wants_them(make_spec: Make) -> None:
+    with pytest.raises(BaseError, match="'valeu' matches no linear layer of this model"):
+        prepare(make_spec(ensemble__vary={"adapter.target_modules": ["query", ["valeu"]]}))
 
 
 @pytest.mark.slow

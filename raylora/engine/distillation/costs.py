@@ -77,6 +77,7 @@ class _Loaded:
         from raylora.engine.run.finished_members import adapters_of, read_members
         from raylora.engine.training.distillation_loss import task_of
         from raylora.engine.training.inputs import sets_of
+        from raylora.engine.training.member_plan import member_adapters
         from raylora.ensemble.outputs import output_of
         from raylora.store.run_store import RunStore
 
@@ -84,7 +85,7 @@ class _Loaded:
         spec = store.read_spec()
         self.task = task_of(spec)
         device = compute_device(torch.cuda.device_count())
-        self.base = load_base(spec.base, spec.adapter, self.task, device, prepared_store(store))
+        self.base = load_base(spec.base, member_adapters(spec), self.task, device, prepared_store(store))
         self.adapter = adapters_of(spec, contender.members)
         self.stacked = read_members(spec, store, self.base, contender.members)
         examples = sets_of(spec, self.task, self.base.tokenizer, store).test.examples

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from raylora.adapters.packed import Pack, make_pack
+from raylora.adapters.packed import Pack
 from raylora.engine.model.base import Base
 from raylora.engine.model.gang import Round
 from raylora.engine.model.packed_forward import call
@@ -41,8 +41,8 @@ class Lane:
 
 def lanes_of(model: PackedModel, stacked: Mapping[str, Tensor], remembers: bool = False) -> list[Lane]:
     """Return the lanes of some members' tensors, stacked over M."""
-    base, config = model.base, cast(Any, model.base.model.config)
-    pack = make_pack(model.adapter, base.sites, stacked)
+    config = cast(Any, model.base.model.config)
+    pack = model.pack(stacked)
     packs = pack.alone() if pack.weights else [pack]
     return [Lane(one, DynamicCache(config=config) if remembers else None) for one in packs]
 

@@ -35,7 +35,7 @@ from raylora.engine.model.mapped_base import Source, shared_model
 from raylora.engine.model.output_parts import part_rows_of, pass_in_parts
 from raylora.engine.model.quantized_layers import Coder, all_layers, content_hash, loading_coder, prepared_coder
 from raylora.engine.model.recompute import recompute_blocks
-from raylora.engine.model.sites import adapter_sites, find_heads, target_names
+from raylora.engine.model.sites import AdaptedLayers, find_heads
 from raylora.engine.model.split_base import split
 from raylora.engine.model.token_head import TokenHead, WholeHead, find_token_head
 from raylora.engine.model.trunk import Trunk, find_trunk
@@ -58,7 +58,8 @@ class Base:
     tokenizer: Any
     quantizer: Quantizer
     slot: Slot
-    sites: list[Site]
+    layers: AdaptedLayers
+    """The layers that members adapt."""
     trunk: Trunk | None
     """The blocks below the first adapted one, which are the same for all members; None where there are none."""
     token_head: TokenHead
@@ -72,8 +73,6 @@ class Base:
     size_bytes: int
     is_decoder: bool
     initializer_range: float
-    target_modules: list[str]
-    """The sites as PEFT names them: by their endings where those select the same layers, else in full."""
     export_name: str
     """What an exported adapter calls this base: a hub id or a relative name, never an absolute path."""
     start_pairs: dict[str, tuple[Tensor, Tensor]]
@@ -83,6 +82,15 @@ class Base:
     """The ranks that pass the base together, or train its members together, if there are more than one."""
     parameters: int = 0
     """Number of base weights, counted before packing them into fewer bytes."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """What any member adapts, in the model's order."""
+        return self.layers.all.sites
+
+    def sites_of(self, adapter: Adapter) -> list[Site]:
+        """Return the layers that members with an adapter have it in."""
+        return self.layers.of(adapter.spec).sites
 
     @contextmanager
     def round(self, kind: Round) -> Iterator[None]:
@@ -108,12 +116,14 @@ class Base:
 
 
 def load_base(
-    spec: BaseSpec, adapter_spec: AdapterSpec, task: Task, device: torch.device, prepared: RunStore | None = None,
+    spec: BaseSpec, adapters: AdapterSpec | Sequence[AdapterSpec], task: Task, device: torch.device,
+    prepared: RunStore | None = None,
     gang: Gang | None = None, recompute: bool = False, sharing: Base | None = None, output_in_parts: bool = False,
 ) -> Base:
     """Load, quantize, freeze and attach.
 
     Args:
+        adapters: the one of all members, or all that members have.
         prepared: where the quantized layers lie, for the kinds that are prepared beforehand.
         gang: the ranks to split the base over, if its place says so; they all load it together.
         recompute: run blocks again in the backward pass instead of keeping their activations.
@@ -136,12 +146,11 @@ def load_base(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     heads = find_heads(model, missing)
-    adapter: Adapter = adapter_of(adapter_spec)
+    specs = [adapters] if isinstance(adapters, AdapterSpec) else adapters
     # A prepared base's sites are those of the original: a layer that is stored the other way round is exported so.
     original = shell_model(spec, task) if spec.grid is not None else model
-    sites = adapter_sites(original, adapter, list(heads))
+    layers = AdaptedLayers.find(original, specs, list(heads))
     head_modules = {name: model.get_submodule(name) for name in heads}
-    targets = target_names(original, sites, list(heads))
     held = [*model.parameters(), *(b for m in model.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())]
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
     if recompute:
@@ -149,11 +158,11 @@ def load_base(
     parameters = _parameters(model)
     quantizer = quantizer_of(spec)
     part_rows = part_rows_of(model, quantizer) if output_in_parts else 0
-    slot = attach(model, sites, list(heads))
+    slot = attach(model, layers.all.sites, list(heads))
     options = {"use_cache": False} if is_decoder(model.config) else {}
-    trunk = find_trunk(model, sites, options) if not is_split else None
+    trunk = find_trunk(model, layers.all.sites, options) if not is_split else None
     token_head: TokenHead = WholeHead()
-    if output_of(task.output).per_token and not isinstance(adapter, WholeModel):
+    if output_of(task.output).per_token and not any(isinstance(adapter_of(one), WholeModel) for one in specs):
         token_head = find_token_head(model, options, device)
     if output_in_parts:
         if isinstance(token_head, WholeHead):
@@ -163,13 +172,13 @@ def load_base(
             )
         pass_in_parts(model, part_rows)
     if gang is not None and is_split:
-        split(model, sites, head_modules, slot, quantizer, gang, device, token_head)
+        split(model, layers.all.sites, head_modules, slot, quantizer, gang, device, token_head)
     return Base(
         model=model,
         tokenizer=tokenizer,
         quantizer=quantizer,
         slot=slot,
-        sites=sites,
+        layers=layers,
         trunk=trunk,
         token_head=token_head,
         heads=head_modules,
@@ -179,7 +188,6 @@ def load_base(
         size_bytes=size_bytes,
         is_decoder=is_decoder(model.config),
         initializer_range=float(getattr(model.config, "initializer_range", 0.02)),
-        target_modules=targets,
         export_name=export_name(spec),
         start_pairs=_start_pairs(spec, prepared),
         gang=gang,

@@ -15,9 +15,10 @@ from raylora.engine.model.serialization import layout_of
 
 def frozen_tensors_of(base: Base, adapter: Adapter, seed: int) -> Tensors:
     """Return what a member of this seed needs but does not train, on the base's device."""
-    if not base.sites:
+    sites = base.sites_of(adapter)
+    if not sites:
         return {}
-    return {n: t.to(base.device) for n, t in adapter.frozen_tensors(base.sites, seed, base.weight_of).items()}
+    return {n: t.to(base.device) for n, t in adapter.frozen_tensors(sites, seed, base.weight_of).items()}
 
 
 def expected_layout(base: Base, adapter: Adapter, frozen_tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -25,7 +26,7 @@ def expected_layout(base: Base, adapter: Adapter, frozen_tensors: Mapping[str, T
     if not frozen_tensors:
         return None
     with torch.device("meta"):  # shapes only
-        return layout_of(adapter.build(base.sites, torch.Generator("cpu")), frozen_tensors)
+        return layout_of(adapter.build(base.sites_of(adapter), torch.Generator("cpu")), frozen_tensors)
 
 
 def start_tensors(base: Base, adapter: Adapter) -> Tensors:
@@ -53,13 +54,14 @@ def initial_member(
         start_value: the bias of a head drawn anew that has one output.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors = adapter.build(base.sites, generator) if base.sites else {}
-    tensors |= start_tensors(base, adapter) if base.sites else {}
+    sites = base.sites_of(adapter)
+    tensors = adapter.build(sites, generator) if sites else {}
+    tensors |= start_tensors(base, adapter) if sites else {}
     if isinstance(adapter, WholeModel):
         own = adapter.own_weights(base.model, base.heads)
         tensors = {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in own.items()}
     if isinstance(adapter, NeedsBaseWeights):
-        tensors = adapter.from_weights(tensors, base.sites, base.weight_of)
+        tensors = adapter.from_weights(tensors, sites, base.weight_of)
     for name, value in head.items():
         module, _, key = name.rpartition(".")
         if module in base.fresh_heads:

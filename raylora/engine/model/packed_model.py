@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raylora.adapters.base import Adapter, Tensors
-from raylora.adapters.packed import Masks, make_pack, member_count, unstack
+from raylora.adapters.packed import Masks, Pack, make_pack, member_count, unstack
 from raylora.data.task import Batch, Task, repeat
 from raylora.engine.model.base import Base
 from raylora.engine.model.gang import Round
@@ -52,12 +52,12 @@ class StepTensors:
     """K members' tensors as one optimizer step uses them: adapters are materialized once, not per micro-batch."""
 
     def __init__(
-        self, base: Base, adapter: Adapter | Sequence[Adapter], stacked: Mapping[str, Tensor],
-        frozen_tensors: Mapping[str, Tensor] | None = None, micro_batches: int = 1,
+        self, model: PackedModel, stacked: Mapping[str, Tensor], frozen_tensors: Mapping[str, Tensor] | None = None,
+        micro_batches: int = 1,
     ) -> None:
         """Take the members' trained tensors and what the adapter needs beside them, both stacked over K."""
         self.leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in stacked.items()}
-        self.pack = make_pack(adapter, base.sites, {**self.leaves, **(frozen_tensors or {})})
+        self.pack = model.pack({**self.leaves, **(frozen_tensors or {})})
         self.micro_batches = micro_batches
 
     def gradients_of(self, loss: Tensor) -> dict[str, Tensor]:
@@ -82,11 +82,17 @@ class PackedModel:
     trunk_cache: TrunkCache | None = None
     """What training reads in place of computing the blocks below the adapters; predictions always compute them."""
 
+    def pack(self, stacked: Mapping[str, Tensor], adapters_on: bool = True) -> Pack:
+        """Return members' tensors, stacked over K, as a forward reads them."""
+        own = self.adapter
+        sites = [self.base.sites_of(one) for one in own] if isinstance(own, Sequence) else self.base.sites_of(own)
+        return make_pack(own, sites, stacked, adapters_on)
+
     def step_tensors(
         self, stacked: Mapping[str, Tensor], frozen_tensors: Mapping[str, Tensor] | None = None, micro_batches: int = 1
     ) -> StepTensors:
         """Return members' tensors, stacked over K, materialized for all micro-batches of a step."""
-        return StepTensors(self.base, self.adapter, stacked, frozen_tensors, micro_batches)
+        return StepTensors(self, stacked, frozen_tensors, micro_batches)
 
     def gradients(
         self, tensors: StepTensors | Mapping[str, Tensor], batch: Batch, dropout_seeds_K: Sequence[int],
@@ -177,7 +183,7 @@ class PackedModel:
         if self.base.trunk is not None and members > 1 and enough_tokens(batch.input_ids_BT.numel()):
             hidden_BTD = self.base.trunk.run(inputs_of(self.base, self.task, batch)).repeat(members, 1, 1)
         repeated = repeat(batch, members)
-        pack = make_pack(self.adapter, self.base.sites, stacked)
+        pack = self.pack(stacked)
         if dropout_seeds_K is not None:
             pack = pack.dropping(self._masks(repeated, dropout_seeds_K))
         return partial(pass_pack, self.base, self.task, pack, repeated, hidden_BTD), repeated
@@ -243,7 +249,7 @@ class PackedModel:
         self, step: StepTensors, heads: Mapping[str, Tensor], batch: Batch, hidden_BTD: Tensor | None
     ) -> Tensor:
         """Return the logits with every adapter off, or what they are made from; the base's own pair stays on."""
-        off = make_pack(self.adapter, self.base.sites, {**step.leaves, **heads}, adapters_on=False)
+        off = self.pack({**step.leaves, **heads}, adapters_on=False)
         forward = partial(pass_pack, self.base, self.task, off, batch, hidden_BTD)
         with self.base.round(Round.FORWARD):
             return self.base.token_head.states(forward, predicting(batch)) if self.per_token else forward()

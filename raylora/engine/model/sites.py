@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from raylora.adapters.base import Adapter, Site, WholeModel, find_sites, is_linear
+from raylora.adapters.side_by_side import adapter_of
+from raylora.spec import AdapterSpec
 
 _MORE_TARGETS = {"mpnet": ["q", "v"], "modernbert": ["Wqkv"], "gemma3_text": ["q_proj", "v_proj"]}
 """Attention projections of architectures that PEFT has no default for."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The layers that an adapter is attached to."""
+
+    sites: list[Site]
+    target_modules: list[str]
+    """The same as PEFT names them: by their endings where those select the same layers, else in full."""
+
+
+@dataclass(frozen=True)
+class AdaptedLayers:
+    """The layers of a base that its members adapt."""
+
+    all: Selected
+    """What any member adapts, in the model's order."""
+    own: Mapping[str, Selected]
+    """What those adapt who say the same of ``target_modules`` and ``layers``."""
+
+    @classmethod
+    def find(cls, model: Any, specs: Sequence[AdapterSpec], heads: Sequence[str]) -> AdaptedLayers:
+        """Return the layers that members of these adapters have in a model. Raises: BaseError."""
+        own: dict[str, Selected] = {}
+        for spec in specs:
+            sites = adapter_sites(model, adapter_of(spec), heads)  # checks an adapter of layers that are known, too
+            if _selection(spec) not in own:
+                own[_selection(spec)] = Selected(sites, target_names(model, sites, heads))
+        if len(own) == 1:
+            return cls(next(iter(own.values())), {})
+        found = {site.name: site for selected in own.values() for site in selected.sites}
+        union = [found[name] for name, _ in model.named_modules() if name in found]
+        return cls(Selected(union, target_names(model, union, heads)), own)
+
+    def of(self, spec: AdapterSpec) -> Selected:
+        """Return the layers of members with this adapter; who adapts nothing is told all."""
+        return self.own[_selection(spec)] if self.own and spec.kind != "none" else self.all
+
+
+def _selection(spec: AdapterSpec) -> str:
+    return repr((spec.target_modules, spec.layers))
 
 
 def adapter_sites(model: Any, adapter: Adapter, heads: Sequence[str]) -> list[Site]:

@@ -10,6 +10,7 @@ from raylora.data.sets import DataSets
 from raylora.data.task import Task
 from raylora.engine.generation.questions import answers_obstacle
 from raylora.engine.model.blocks import find_blocks
+from raylora.engine.model.sites import AdaptedLayers
 from raylora.engine.run.baseline_checks import check_sureness
 from raylora.engine.run.demand import Shell, output_obstacle
 from raylora.engine.training.member_plan import PlanRole, member_adapters, member_plans_of
@@ -96,7 +97,7 @@ def check_placement(spec: RunSpec, shell: Shell) -> None:
         raise SpecError(f"placement.output_layer: parts: {obstacle}", "use output_layer: whole")
 
 
-def check_start(spec: RunSpec, quantized: Sequence[str], sites: Sequence[str]) -> None:
+def check_start(spec: RunSpec, quantized: Sequence[str], layers: AdaptedLayers) -> None:
     """Refuse a trainable pair that a member's LoRA cannot hold.
 
     Raises:
@@ -113,13 +114,14 @@ def check_start(spec: RunSpec, quantized: Sequence[str], sites: Sequence[str]) -
                 f"and the adapter is {adapter.kind}" + (f" of rank {rank}" if adapter.kind == "lora" else ""),
                 f"use adapter kind lora of rank {compensation.rank}, or trainable: false",
             )
-    missing = [name for name in quantized if name not in set(sites)]
-    if missing:
-        raise BaseError(
-            f"base.compensation.trainable: {len(missing)} quantized layers have no adapter to hold their pair, "
-            f"such as {missing[0]}",
-            "adapt them all (adapter.target_modules: all-linear), or use trainable: false",
-        )
+        adapted = {site.name for site in layers.of(adapter).sites}
+        missing = [name for name in quantized if name not in adapted]
+        if missing:
+            raise BaseError(
+                f"base.compensation.trainable: {len(missing)} quantized layers have no adapter to hold their pair, "
+                f"such as {missing[0]}",
+                "adapt them all (adapter.target_modules: all-linear), or use trainable: false",
+            )
     if any(plan.regularizers.kl is not None for plan in member_plans_of(spec)):
         raise BaseError(
             "ensemble.regularizers.kl: with a trainable pair the base without adapters is not the calibrated model",

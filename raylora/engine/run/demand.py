@@ -21,7 +21,7 @@ from raylora.engine.model.blocks import find_blocks
 from raylora.engine.model.checkpoint import quantizer_of, shell_model
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.parameter_count import adapter_parameters, kept_parameters
-from raylora.engine.model.sites import adapter_sites, find_heads
+from raylora.engine.model.sites import AdaptedLayers, find_heads
 from raylora.engine.run.answer_demand import answers_after, answers_within, caches_of
 from raylora.engine.training.distillation_loss import loss_of, task_of
 from raylora.engine.training.member_plan import MemberPlan, member_adapters, packable_groups, unpackable_reason
@@ -49,12 +49,17 @@ class Shell:
 
     model: Any
     adapter: Adapter
-    sites: Sequence[Site]
+    layers: AdaptedLayers
     heads: Sequence[str]
     member_parameters: int
     """What is trained of the largest member."""
     kept_parameters: int = 0
     """What is kept beside it and is not trained, of the member that keeps most."""
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """What any member adapts."""
+        return self.layers.all.sites
 
 
 def shell_of(spec: RunSpec, task: Task) -> Shell:
@@ -62,24 +67,23 @@ def shell_of(spec: RunSpec, task: Task) -> Shell:
     model = shell_model(spec.base, task)
     heads = list(find_heads(model, []))
     adapter = adapter_of(spec.adapter)
-    sites = adapter_sites(model, adapter, heads)
     own = member_adapters(spec)
-    _check_side_by_side([spec.adapter, *(one for one in own if one != spec.adapter)], sites)
-    parameters = max(adapter_parameters(adapter_of(one), sites, model, heads) for one in own) + sum(
+    _check_side_by_side([spec.adapter, *(one for one in own if one != spec.adapter)])
+    layers = AdaptedLayers.find(model, own, heads)
+    at = [(adapter_of(one), layers.of(one).sites) for one in own]
+    parameters = max(adapter_parameters(one, sites, model, heads) for one, sites in at) + sum(
         p.numel() for name in heads for p in model.get_submodule(name).parameters()
     )
-    kept = max(kept_parameters(adapter_of(one), sites) for one in own)
-    return Shell(model, adapter, sites, heads, parameters, kept)
+    kept = max(kept_parameters(one, sites) for one, sites in at)
+    return Shell(model, adapter, layers, heads, parameters, kept)
 
 
-def _check_side_by_side(adapters: Sequence[AdapterSpec], sites: Sequence[Site]) -> None:
-    """Refuse adapters of one run's members that do not fit the base's layers, or each other. Raises: BaseError."""
+def _check_side_by_side(adapters: Sequence[AdapterSpec]) -> None:
+    """Refuse adapters of one run's members that share no forward with each other. Raises: BaseError."""
     for spec in adapters if len(adapters) > 1 else ():
-        adapter = adapter_of(spec)
-        if isinstance(adapter, WholeModel) or spec.kind == "none":
+        if isinstance(adapter_of(spec), WholeModel) or spec.kind == "none":
             raise BaseError(f"ensemble.vary: members of adapter.kind {spec.kind} have no place beside others",
                             "give them a run of their own")
-        adapter.check(sites)
 
 
 def demand_of(

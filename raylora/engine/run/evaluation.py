@@ -162,8 +162,9 @@ class Evaluator:
             "layout": serialization.layout_of(one.tensors, one.frozen_tensors),
         }
         task_type = "SEQ_CLS" if self.task.auto_class == "AutoModelForSequenceClassification" else "CAUSAL_LM"
+        at = self.base.layers.of(plan.adapter)
         peft = to_peft(
-            one.tensors, plan.adapter, self.base.sites, self.base.target_modules, task_type, self.base.export_name
+            one.tensors, plan.adapter, at.sites, at.target_modules, task_type, self.base.export_name
         )
         check_finite(peft.tensors, plan)
         config = {"adapter_config.json": peft.config_bytes()} if peft.config is not None else {}

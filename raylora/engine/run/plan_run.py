@@ -207,7 +207,7 @@ def prepare(
         spec.base, task, bases_folder(store.uri.rpartition("/")[0]), sets.evaluated_keys(), evaluation_sets(spec)
     ) if spec.base.grid is not None else None
     if base is not None:
-        check_start(spec, base_linears(shell.model), [site.name for site in shell.sites])
+        check_start(spec, base_linears(shell.model), shell.layers)
         notes = (*notes, *base.notes(spec))
     units = member_plans_of(spec)
     kept = {name for names in found.kept.values() for name in names}

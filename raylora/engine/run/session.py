@@ -39,7 +39,7 @@ from raylora.engine.training.bracket import Ended
 from raylora.engine.training.distillation_loss import DistillationLoss, task_of
 from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.live_teacher import LiveDistillationLoss
-from raylora.engine.training.member_plan import MemberPlan, PlanRole, member_plans_of
+from raylora.engine.training.member_plan import MemberPlan, PlanRole, member_adapters, member_plans_of
 from raylora.engine.training.member_state import SavedState
 from raylora.engine.training.optimizer import let_engines_go, start_deepspeed
 from raylora.engine.training.trainer import PackTrainer, TrainingSettings
@@ -102,7 +102,7 @@ class TrainingSession:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs 7 % and nothing reads such memory
         self.gang = start_deepspeed(self.device, self.place)
         self.base = load_base(
-            self.spec.base, self.spec.adapter, self.task, self.device, prepared_store(self.store), self.gang,
+            self.spec.base, member_adapters(self.spec), self.task, self.device, prepared_store(self.store), self.gang,
             self.spec.placement.recompute, output_in_parts=self.spec.placement.output_layer == "parts",
         )
         if self.spec.optimization.pack_rows:

@@ -12,7 +12,7 @@ from raylora.engine.model.shared_sequences import check_shared_sequences
 from raylora.engine.run.finished_members import adapters_of, read_members, teacher_digest
 from raylora.engine.training.distillation_loss import DistillationLoss, loss_of, read_distillation_loss, task_of
 from raylora.engine.training.live_teacher import LiveDistillationLoss, LiveTeacher
-from raylora.engine.training.member_plan import PlanRole, member_plans_of, packable_groups
+from raylora.engine.training.member_plan import PlanRole, member_adapters, member_plans_of, packable_groups
 from raylora.errors import DataError
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
@@ -60,7 +60,7 @@ def load_teacher(student: RunSpec, store: RunStore, base: Base) -> LiveTeacher:
         )
     sharing = base if is_same_base(spec, run, student, store) else None
     task, prepared = task_of(spec), prepared_store(run)
-    loaded = load_base(spec.base, spec.adapter, task, base.device, prepared, sharing=sharing)
+    loaded = load_base(spec.base, member_adapters(spec), task, base.device, prepared, sharing=sharing)
     if student.optimization.pack_rows:
         check_shared_sequences(loaded)
     plans = [plan for plan in member_plans_of(spec) if plan.role is PlanRole.MEMBER and plan.name in names]

@@ -104,7 +104,7 @@ class _Grams:
         """Add the tokens of some rows."""
         model, task = self.model, self.model.task
         batch = task.collate(examples, model.base.tokenizer).to(model.base.device)
-        step = StepTensors(model.base, model.adapter, {n: t[None] for n, t in self.jacobians.member.items()})
+        step = StepTensors(model, {n: t[None] for n, t in self.jacobians.member.items()})
         self.recorder.seen.clear()
         with model.base.round(Round.TRAIN):
             scores_NC = task.scores(pass_pack(model.base, task, step.pack, batch), batch)

@@ -40,7 +40,7 @@ class LogitJacobians:
         batch = collate_pack(model.task, [[example] for example in examples], model.base.tokenizer)
         batch = batch.to(model.base.device)
         copies = {name: tensor[None].expand(rows, *tensor.shape) for name, tensor in self.member.items()}
-        step = StepTensors(model.base, model.adapter, copies)
+        step = StepTensors(model, copies)
         leaves = [step.leaves[name] for name in self.names]
         with model.base.round(Round.TRAIN):
             scores_NC = model.task.scores(pass_pack(model.base, model.task, step.pack, batch), batch)

@@ -10,7 +10,7 @@ from typing import Any
 from raylora import registry
 from raylora.adapters.base import InRounds, NeedsBaseWeights, Unpackable, WholeModel
 from raylora.adapters.side_by_side import adapter_of
-from raylora.data.order import derive_seed
+from raylora.data.order import Sample, derive_seed
 from raylora.errors import BaseError
 from raylora.spec import AdapterSpec, EnsembleSpec, OptimizationSpec, RegularizersSpec, RunSpec
 from raylora.spec.baselines import SwagSpec
@@ -39,6 +39,10 @@ class MemberPlan:
     regularizers: RegularizersSpec
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What it has that is not the run's (``ensemble.vary``), by dotted key."""
+    bootstrap: bool = False
+    """Whether its rows are drawn with replacement."""
+    data_fraction: float = 1.0
+    """The share of the training rows that it learns from."""
     swag: SwagSpec | None = None
     """When its weights are counted in, where a baseline draws from their moments; its training knows nothing of it."""
 
@@ -50,6 +54,13 @@ class MemberPlan:
     def stream(self, purpose: str, *parts: int | str) -> int:
         """Return the seed of one of this unit's random streams: ``init``, ``order``, ``dropout``."""
         return derive_seed(self.seed, purpose, *parts)
+
+    def sample_of(self, rows: int) -> Sample | None:
+        """Return which of the training rows this unit learns from, or None if from all."""
+        size = max(1, round(self.data_fraction * rows))
+        if self.bootstrap:
+            return Sample(size, self.stream("bootstrap"), with_replacement=True)
+        return Sample(size, self.stream("part"), with_replacement=False) if size < rows else None
 
 
 def member_plans_of(spec: RunSpec) -> list[MemberPlan]:
@@ -78,8 +89,9 @@ def _plan(
     name: str, role: PlanRole, seed: int, spec: RunSpec, adapter: AdapterSpec | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> MemberPlan:
-    regularizers = spec.ensemble.regularizers
-    return MemberPlan(name, role, seed, adapter or spec.adapter, spec.optimization, regularizers, settings or {})
+    ensemble = spec.ensemble
+    return MemberPlan(name, role, seed, adapter or spec.adapter, spec.optimization, ensemble.regularizers,
+                      settings or {}, ensemble.bootstrap, ensemble.data_fraction)
 
 
 def order_seed(plan: MemberPlan, ensemble: EnsembleSpec) -> int:

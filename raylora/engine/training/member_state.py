@@ -121,8 +121,8 @@ def order_of(
 ) -> Order:
     """Return the order in which a unit sees training rows of these lengths."""
     return Order(
-        len(lengths), optimization.micro_batch, order_seed(plan, ensemble),
-        plan.stream("bootstrap") if ensemble.bootstrap else None, lengths if optimization.group_by_length else None,
+        len(lengths), optimization.micro_batch, order_seed(plan, ensemble), plan.sample_of(len(lengths)),
+        lengths if optimization.group_by_length else None,
     )
 
 
@@ -196,7 +196,7 @@ class MemberBuilder:
             number = self._round_starts(plan).index(step)
             own, heads = _without_head(state.tensors())
             generator = torch.Generator().manual_seed(plan.stream("round", number))
-            begun = adapter.begin_round(own, self.model.base.sites, number, generator)
+            begun = adapter.begin_round(own, self.model.base.sites_of(adapter), number, generator)
             trained, state.kept = self._parted(adapter, {**begun, **heads}, number)
             moments = {name: t for name, t in state.optimizer.state().items() if name.startswith(HEAD)}
             updates = state.optimizer.steps_done
