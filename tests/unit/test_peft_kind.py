@@ -92,7 +92,8 @@ def test_peft_loads_a_member_and_predicts_the_same(
     logits = logits_of(parts, [member], batch)[0]
     trained = own(parts, member, unit)
     files = to_peft(
-        trained, parts.spec.adapter, parts.base.sites, parts.base.layers.all.target_modules, "SEQ_CLS", parts.base.export_name
+        trained, parts.spec.adapter, parts.base.sites, parts.base.layers.all.target_modules, "SEQ_CLS",
+        parts.base.export_name,
     )
     assert files.config is not None and files.config["peft_type"] == METHODS[name]["method"]
     (tmp_path / "adapter_model.safetensors").write_bytes(to_bytes(files.tensors))
@@ -121,8 +122,8 @@ def test_other_architectures_and_transposed_layers_too(
     unit, batch = parts.units[0], parts.batch()
     member = whole(parts, unit, trained=0.1)
     scores = parts.model.scores(stack([member]), batch)[0]
-    files = to_peft(own(parts, member, unit), parts.spec.adapter, parts.base.sites, parts.base.layers.all.target_modules,
-                    "CAUSAL_LM", "x")
+    at = parts.base.layers.all
+    files = to_peft(own(parts, member, unit), parts.spec.adapter, at.sites, at.target_modules, "CAUSAL_LM", "x")
     (tmp_path / "adapter_model.safetensors").write_bytes(to_bytes(files.tensors))
     (tmp_path / "adapter_config.json").write_bytes(files.config_bytes())
     with torch.no_grad():
