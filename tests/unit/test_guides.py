@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 
 _GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 _BLOCK = re.compile(r"```(console|yaml)(?: (\S+))?\n(.*?)```", re.DOTALL)
-_WHILE_IT_RUNS = re.compile(r"^(job-\d+ |\S+ (training|evaluating|aggregating|loading)\b).*\n", re.MULTILINE)
+_WHILE_IT_RUNS = re.compile(
+    r"^(job-\d+ |\S+ (training|evaluating|aggregating|loading)\b|[\w-]+ succeeded$).*\n", re.MULTILINE
+)
 """Lines about how far a run is: how many there are depends on the machine."""
 _NUMBER = re.compile(r"±?\d[\d.,]*(?:e-?\d+)?")
 
