@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 from raylora.adapters import lora
 from raylora.adapters.base import Site
 from raylora.adapters.packed import Dropout, Masks, attach, make_pack, stack
-from raylora.engine.training.optimizer import MemberOptimizer, start_deepspeed
+from raylora.engine.training.optimizer import MemberOptimizer, engines_let_go, start_deepspeed
 from raylora.engine.training.schedule import learning_rate_factor
 from raylora.spec import OptimizationSpec, RegularizersSpec
 
@@ -301,6 +303,26 @@ def test_two_engines_do_not_share_anything() -> None:
     for name in SHAPES:
         assert torch.equal(one.tensors()[name], alone.tensors()[name])
         assert not torch.equal(one.tensors()[name], two.tensors()[name])
+
+
+@pytest.mark.parametrize("set_aside", [False, True])
+def test_what_an_optimizer_took_is_freed_with_it_and_nothing_stays_set_aside(set_aside: bool) -> None:
+    gc.collect()
+    gc.disable()  # Python is not to free it by chance
+    try:
+        if set_aside:
+            gc.freeze()
+        with engines_let_go():
+            member = optimizer(tensors())
+            drive(member, 0, 1)
+            parameters = [weakref.ref(p_P) for p_P in member.engine.parameters()]
+            del member
+            assert any(one() is not None for one in parameters)  # engines refer to themselves
+        assert parameters and all(one() is None for one in parameters)
+        assert (gc.get_freeze_count() > 0) == set_aside
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def test_a_linker_that_misses_libraries_is_not_heard_in_a_notebook() -> None:

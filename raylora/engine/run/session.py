@@ -41,7 +41,7 @@ from raylora.engine.training.inputs import sets_of
 from raylora.engine.training.live_teacher import LiveDistillationLoss
 from raylora.engine.training.member_plan import MemberPlan, PlanRole, member_adapters, member_plans_of
 from raylora.engine.training.member_state import SavedState
-from raylora.engine.training.optimizer import let_engines_go, start_deepspeed
+from raylora.engine.training.optimizer import engines_let_go, start_deepspeed
 from raylora.engine.training.trainer import PackTrainer, TrainingSettings
 from raylora.ensemble.outputs.base import Names
 from raylora.errors import RunDirectoryError
@@ -154,8 +154,8 @@ class TrainingSession:
         with logs.about(self.spec.run_name(), list(unit_names)):
             to_train = self._to_train(plans)
             if to_train:
-                failed = self._run_job(job, to_train, report, should_stop)
-                let_engines_go()
+                with engines_let_go():
+                    failed = self._run_job(job, to_train, report, should_stop)
             whole = [plan for plan in plans if self.store.has_result(plan.folder)]
             if self._is_first and not all(self.evaluator.is_predicted(plan) for plan in whole):
                 self._evaluate_again(job, whole, report, should_stop)

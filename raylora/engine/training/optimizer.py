@@ -62,6 +62,24 @@ def let_engines_go() -> None:
     gc.collect()
 
 
+@contextmanager
+def engines_let_go() -> Iterator[None]:
+    """Free at the end what the optimizers took that were made within.
+
+    Python looks through what was made within, too, and not through the million objects of torch and transformers, which
+    would take it a third of a second each time.
+    """
+    is_ours = not gc.get_freeze_count()  # what somebody else has set aside stays so
+    if is_ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        let_engines_go()
+        if is_ours:
+            gc.unfreeze()
+
+
 def _compute_on(device: torch.device) -> None:
     """Tell DeepSpeed where engines compute; it asks the environment once, and a notebook may do runs on both."""
     from deepspeed.accelerator import get_accelerator, set_accelerator
