@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -46,11 +47,12 @@ def run_gang(
     Returns:
         What each rank said of each case: ``found[case][rank]``.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _context(gpus)
     said, address = context.Queue(), free_address()
+    environment = {**os.environ}  # that of now, not of when the first gang was
     place = {"size": ranks, "address": address, "partners": partners, "is_split": is_split, "backend": backend}
     processes = [
-        context.Process(target=_rank, args=(cases, {"rank": number, **place}, check, said, gpus, before))
+        context.Process(target=_rank, args=(cases, {"rank": number, **place}, check, said, gpus, before, environment))
         for number in range(ranks)
     ]
     for process in processes:
@@ -70,10 +72,27 @@ def run_gang(
     return [[found[case, number] for number in range(ranks)] for case in range(len(cases))]
 
 
+def _context(gpus: int) -> Any:
+    """Return how processes are started: as copies of one that has imported everything, where no GPU forbids it.
+
+    Importing takes a process longer than a small run does.
+    """
+    if gpus:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([
+        "raylora.engine.run.session", "raylora.engine.run.plan_run", "deepspeed",
+        "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama",
+    ])
+    return context
+
+
 def _rank(
     cases: Sequence[Case], place: dict[str, Any], check: Check | None, said: Any, gpus: int,
-    before: Callable[[], None] | None,
+    before: Callable[[], None] | None, environment: Mapping[str, str],
 ) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     import torch
 
     from raylora.engine.model.gang import GangPlace

@@ -16,6 +16,7 @@ from raylora.adapters import lora, none
 from raylora.adapters.base import find_sites
 from raylora.adapters.export import from_peft, to_peft
 from raylora.adapters.packed import stack
+from raylora.engine.model import sites
 from raylora.engine.model.machine import compute_dtype
 from raylora.engine.model.serialization import to_bytes
 from raylora.engine.model.sites import find_heads
@@ -28,6 +29,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 def names(parts: Any) -> list[str]:
     return [site.name for site in parts.base.sites]
+
+
+def test_what_auto_means_is_read_from_pefts_own_table() -> None:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    assert sites._targets_of_peft() == KNOWN and KNOWN["bert"] == sites.default_targets("bert")
+    assert sites.default_targets("modernbert") == ["Wqkv"] and sites.default_targets("nobody") == []
+
 
 
 # --- sites -----------------------------------------------------------------------------------------------

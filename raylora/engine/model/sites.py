@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import functools
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from torch import nn
 
@@ -63,16 +68,30 @@ def adapter_sites(model: Any, adapter: Adapter, heads: Sequence[str]) -> list[Si
         adapter.own_weights(model, heads)  # refuses what cannot be trained
     if adapter.spec.kind == "none" or isinstance(adapter, WholeModel):
         return []
-    sites = find_sites(model, adapter.spec, default_targets(model.config.model_type), heads)
+    defaults = default_targets(model.config.model_type) if adapter.spec.target_modules == "auto" else []
+    sites = find_sites(model, adapter.spec, defaults, heads)
     adapter.check(sites)
     return sites
 
 
 def default_targets(model_type: str) -> list[str]:
     """Return the attention projections that LoRA usually adapts in an architecture, or none if unknown."""
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+    return list(_MORE_TARGETS.get(model_type) or _targets_of_peft().get(model_type, []))
 
-    return list(_MORE_TARGETS.get(model_type) or KNOWN.get(model_type, []))
+
+@functools.lru_cache(maxsize=1)
+def _targets_of_peft() -> Mapping[str, Sequence[str]]:
+    """Return PEFT's own table, read from its file: to import PEFT takes every process seconds, for one dictionary."""
+    name, package = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", importlib.util.find_spec("peft")
+    if package is not None and package.origin is not None:
+        file = Path(package.origin).with_name("utils") / "constants.py"
+        for node in ast.parse(file.read_text(encoding="utf-8")).body if file.exists() else ():
+            if isinstance(node, ast.Assign) and any(getattr(target, "id", "") == name for target in node.targets):
+                with contextlib.suppress(ValueError):  # it is no literal any more
+                    return cast("Mapping[str, Sequence[str]]", ast.literal_eval(node.value))
+    from peft import utils
+
+    return cast("Mapping[str, Sequence[str]]", getattr(utils, name))
 
 
 def find_heads(model: Any, missing: Sequence[str]) -> dict[str, bool]:
