@@ -56,10 +56,7 @@ def content(task: str, contender: str, seeds: int, folder: str) -> dict[str, Any
     """Return the spec of one cell, as plain data."""
     chosen, rates = TASKS[task], rates_of(contender)
     adapter = {**CONTENDERS[contender], "target_modules": TARGETS}
-    if adapter["kind"] == "peft":
-        adapter["options"] = {**adapter["options"], "vblora_dropout": DROPOUT}
-    else:
-        adapter["dropout"] = DROPOUT
+    adapter["dropout"] = DROPOUT
     return {
         "name": "".join(c if c.isalnum() else "-" for c in f"{task}-{contender}".lower())[:40].strip("-"),
         "storage_path": folder,
