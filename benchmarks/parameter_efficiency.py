@@ -129,11 +129,12 @@ def plot(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colors = plt.get_cmap("tab10").colors
+    color_of = dict(zip(CONTENDERS, plt.get_cmap("tab10").colors, strict=True))  # one color each in every panel
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, grid = plt.subplots(len(tasks), 2, figsize=(12, 4.4 * len(tasks)), squeeze=False)
     for line, task in enumerate(tasks):
-        chosen = [row for row in rows if row["task"] == task]
+        of_task = {row["contender"]: row for row in rows if row["task"] == task}
+        chosen = [of_task[name] for name in CONTENDERS if name in of_task]
         for axis, (key, factor, name) in zip(
             grid[line], (("accuracy", 100.0, "accuracy (%)"), ("nll", 1.0, "NLL (nats)")), strict=True
         ):
@@ -141,14 +142,18 @@ def plot(rows: list[dict[str, Any]]) -> None:
                 # Contenders of one budget would lie on each other: they stand side by side, in the table's order.
                 shift = 1.0 + 0.035 * (index - len(chosen) / 2)
                 axis.errorbar(row["parameters"] * shift, factor * row[key], yerr=factor * row[f"{key}_se"], marker="o",
-                              capsize=3, linestyle="none", color=colors[index], label=row["contender"])
+                              capsize=3, linestyle="none", color=color_of[row["contender"]], label=row["contender"])
             axis.set_xscale("log")
             axis.set_title(task)
             axis.set_xlabel("trainable adapter parameters per member (log; spread sideways to be seen)")
             axis.set_ylabel(f"test {name}, mean ± s.e. over seeds")
             axis.grid(alpha=0.3)
-    grid[0][1].legend(fontsize=8, loc="best")
-    figure.tight_layout()
+    shown: dict[str, Any] = {}
+    for axis in grid.flat:
+        shown |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    names = [name for name in CONTENDERS if name in shown]
+    figure.legend([shown[name] for name in names], names, loc="upper center", ncols=5, fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(record.RESULTS / f"{NAME}.png", dpi=130)
 
 

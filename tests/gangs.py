@@ -47,7 +47,8 @@ def run_gang(
     Returns:
         What each rank said of each case: ``found[case][rank]``.
     """
-    context = _context(gpus)
+    # Where there is a GPU, what is imported may have asked for it, and then a copy cannot use it.
+    context: Any = multiprocessing.get_context("spawn") if gpus else ready_processes()
     said, address = context.Queue(), free_address()
     environment = {**os.environ}  # that of now, not of when the first gang was
     place = {"size": ranks, "address": address, "partners": partners, "is_split": is_split, "backend": backend}
@@ -72,13 +73,12 @@ def run_gang(
     return [[found[case, number] for number in range(ranks)] for case in range(len(cases))]
 
 
-def _context(gpus: int) -> Any:
-    """Return how processes are started: as copies of one that has imported everything, where no GPU forbids it.
+def ready_processes() -> Any:
+    """Return how processes are started as copies of one that has imported everything.
 
-    Importing takes a process longer than a small run does.
+    Importing takes a process longer than a small run does. The one that is copied is started once, so what it imports
+    is said in this place alone.
     """
-    if gpus:
-        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([
         "raylora.engine.run.session", "raylora.engine.run.plan_run", "deepspeed",

@@ -304,9 +304,8 @@ def make_pack(
     parts: list[Part] = []
     weights: Tensors = {}
     for number, tensors in split(stacked).items():
-        several = isinstance(adapters, Sequence)
-        adapter: Adapter = adapters[number or 0] if isinstance(adapters, Sequence) else adapters
-        own = cast("Sequence[Site]", sites[number or 0] if several else sites)
+        found = (adapters[number or 0], sites[number or 0]) if isinstance(adapters, Sequence) else (adapters, sites)
+        adapter, own = cast("tuple[Adapter, Sequence[Site]]", found)
         inner = {n: t for n, t in tensors.items() if not n.startswith(HEAD)}
         at_site = adapter.materialize(inner, own) if adapters_on and inner else {}
         over = adapter if isinstance(adapter, NeedsBaseWeights) else None

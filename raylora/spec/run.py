@@ -141,10 +141,8 @@ class RunSpec(Frozen):
         if self.distill_from is not None:  # nor those from before a teacher was asked, was weighted, or had answered
             given, later = found["distill_from"], ("members", "weights", "answers")
             found["distill_from"] = {k: v for k, v in given.items() if k not in later or v is not None}
-        for section, keys in _LATER.items():
-            for key, default in keys.items():
-                if found[section].get(key) == default:
-                    found[section].pop(key, None)
+        for section, defaults in _LATER.items():
+            found[section] = {k: v for k, v in found[section].items() if k not in defaults or v != defaults[k]}
         if not self.optimization.cache_trunk:
             del found["optimization"]["cache_trunk_gb"]
         if self.ensemble.pruning is not None and self.ensemble.pruning.places is None:

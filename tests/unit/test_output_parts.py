@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gangs import free_address
+from gangs import free_address, ready_processes
 from test_token_head import assert_equals_float64, small_model
 
 from raylora.adapters.packed import stack
@@ -199,8 +198,7 @@ def share(rank: int, ranks: int, address: str, said: Any) -> None:
 
 
 def test_ranks_share_a_table_and_ask_for_it_unequally_often() -> None:
-    context, address = multiprocessing.get_context("forkserver"), free_address()
-    context.set_forkserver_preload(["transformers", "raylora.engine.model.token_head"])  # once for all ranks
+    context, address = ready_processes(), free_address()
     said: Any = context.Queue()
     processes = [context.Process(target=share, args=(rank, 3, address, said)) for rank in range(3)]
     for process in processes:

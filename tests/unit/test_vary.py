@@ -182,6 +182,14 @@ STANDING = {"optimization.lr": 1e-12, "ensemble.regularizers.early_stopping": {"
 TEXTS = ["A good film.", "A bad film, and far too long."]
 
 
+def assert_says_the_same(m: int, *specs: Any) -> None:
+    """Compare what member m of two finished runs predicts when it is asked."""
+    stores = map(RunStore.for_spec, specs)
+    asked = [load_ensemble(store.uri, calibrated=False).predict(TEXTS) for store in stores]
+    one, two = ([answer.member_probabilities[m] for answer in answers] for answers in asked)
+    assert all(row == pytest.approx(other, abs=1e-6) for row, other in zip(one, two, strict=True))
+
+
 def test_members_of_several_ranks_alphas_and_kinds_share_a_forward_and_equal_those_among_their_like(
     make_spec: Make,
 ) -> None:
@@ -201,10 +209,7 @@ def test_members_of_several_ranks_alphas_and_kinds_share_a_forward_and_equal_tho
         assert len(prepare(alike).jobs) == 1
         run(alike)
         assert_bit_equal(found[f"member-{m:03d}"], weights(alike, f"member-{m:03d}"))
-        stores = map(RunStore.for_spec, (varied, alike))
-        asked = [load_ensemble(store.uri, calibrated=False).predict(TEXTS) for store in stores]
-        one, two = ([answer.member_probabilities[m] for answer in answers] for answers in asked)
-        assert all(row == pytest.approx(other, abs=1e-6) for row, other in zip(one, two, strict=True))
+        assert_says_the_same(m, varied, alike)
     store, names = RunStore.for_spec(varied), [f"member-{m:03d}" for m in range(5)]
     alone = read_members(varied, store, load_ensemble(store.uri).base, names[2:3], names)
     assert {name.partition("#")[0] for name in alone if not name.startswith(HEAD)} == {"2"}  # as a pack of a teacher
@@ -240,10 +245,7 @@ def test_members_in_other_layers_share_a_forward_and_equal_those_in_their_own(ma
             assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-6) for name in one)
         else:
             assert_bit_equal(one, two)
-        stores = map(RunStore.for_spec, (varied, alike))
-        asked = [load_ensemble(other.uri, calibrated=False).predict(TEXTS) for other in stores]
-        here, there = ([answer.member_probabilities[m] for answer in answers] for answers in asked)
-        assert all(row == pytest.approx(other, abs=1e-6) for row, other in zip(here, there, strict=True))
+        assert_says_the_same(m, varied, alike)
 
 
 def test_layers_that_a_model_lacks_are_refused_for_the_member_that_wants_them(make_spec: Make) -> None:

@@ -117,8 +117,8 @@ class Base:
 
 def load_base(
     spec: BaseSpec, adapters: AdapterSpec | Sequence[AdapterSpec], task: Task, device: torch.device,
-    prepared: RunStore | None = None,
-    gang: Gang | None = None, recompute: bool = False, sharing: Base | None = None, output_in_parts: bool = False,
+    prepared: RunStore | None = None, gang: Gang | None = None, recompute: bool = False, sharing: Base | None = None,
+    output_in_parts: bool = False,
 ) -> Base:
     """Load, quantize, freeze and attach.
 

@@ -163,9 +163,7 @@ class Evaluator:
         }
         task_type = "SEQ_CLS" if self.task.auto_class == "AutoModelForSequenceClassification" else "CAUSAL_LM"
         at = self.base.layers.of(plan.adapter)
-        peft = to_peft(
-            one.tensors, plan.adapter, at.sites, at.target_modules, task_type, self.base.export_name
-        )
+        peft = to_peft(one.tensors, plan.adapter, at.sites, at.target_modules, task_type, self.base.export_name)
         check_finite(peft.tensors, plan)
         config = {"adapter_config.json": peft.config_bytes()} if peft.config is not None else {}
         self.store.commit_result(plan.folder, {
