@@ -177,10 +177,10 @@ def _say(done: Any) -> None:
         print(f"  block {done.block}/{done.blocks}, about {done.eta_s:.0f} s left", flush=True)
 
 
-def cells(models: list[str], bits: list[int]) -> list[tuple[str, str, int]]:
+def cells(models: list[str], bits: list[int], methods: list[str]) -> list[tuple[str, str, int]]:
     """Return (model, method, bits) of every cell, the widths that matter most first."""
     return [
-        (model, method, width) for model in models for width in bits for method in METHODS
+        (model, method, width) for model in models for width in bits for method in methods
         if (method != "NF4" or width == 4) and (model == "minilm-l6" or method not in _SAME_BASE)
     ]
 
@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--bits", nargs="+", type=int, choices=[2, 3, 4], default=[2, 3, 4])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--keep", metavar="FOLDER", help="keep prepared bases here, and find them again")
     parser.add_argument("--tuned-bits", nargs="+", type=int, choices=[2, 3, 4], default=[2, 3, 4],
                         help="fine-tune the language model at these widths only")
@@ -277,7 +278,7 @@ def main() -> None:
         rows.append(dense())
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or temporary
-        for model, method, bits in cells(arguments.models, arguments.bits):
+        for model, method, bits in cells(arguments.models, arguments.bits, arguments.methods):
             if (model, method, bits) in done:
                 continue
             tuned = model != "smollm2-135m" or bits in arguments.tuned_bits

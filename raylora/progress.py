@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -48,6 +48,15 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+Leaving = Callable[[], Collection[str]]
+"""Asked at an epoch's end, once it is reported: which members are to train no further, by name."""
+
+
+def nobody() -> Collection[str]:
+    """Let every member train on."""
+    return ()
+
 
 Span = Callable[[str], AbstractContextManager[Any]]
 """Marks the time that something takes, such as a step, on a timeline that somebody looks at."""

@@ -12,6 +12,7 @@ from raylora.engine.run.sweep import Ranked, best_spec, check_metric, rank, swee
 from raylora.errors import SpecError
 from raylora.report.figures_sweep import draw_sweep
 from raylora.spec import RunSpec, dump_spec
+from raylora.spec.base import said_by
 from raylora.spec.members import PruningSpec
 from raylora.spec.vary import RangeSpec
 from raylora.store.run_store import RunStore
@@ -106,5 +107,6 @@ def _range(given: Mapping[str, Any]) -> RangeSpec:
     try:
         return RangeSpec.model_validate(dict(given))
     except ValidationError as error:
-        said = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
-        raise SpecError(f"vary: {dict(given)} is no range: {said}", "use {low: 1e-4, high: 1e-2, log: true}") from None
+        raise SpecError(
+            f"vary: {dict(given)} is no range: {said_by(error)}", "use {low: 1e-4, high: 1e-2, log: true}"
+        ) from None

@@ -12,6 +12,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     PrivateAttr,
     SerializeAsAny,
+    ValidationError,
     ValidationInfo,
     field_validator,
 )
@@ -52,6 +53,14 @@ class Located(Frozen):
     def local_paths(self) -> list[str]:
         """Return the paths as they are written."""
         raise NotImplementedError
+
+
+def said_by(error: ValidationError) -> str:
+    """Return in one line what pydantic refuses, each with its key."""
+    return "; ".join(
+        ": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, "))))
+        for one in error.errors()
+    )
 
 
 class KindSpec(Frozen):

@@ -91,7 +91,7 @@ class EnsembleSpec(Frozen):
     seed: int = 0
     """Member m has this plus m as its seed."""
     seeds: list[int] | None = None
-    """A seed per member; by default member m has ``seed + m``."""
+    """A seed per member; by default member m has ``seed + m``. Members that ``vary`` sets apart may have the same."""
     data_order: Literal["own", "shared"] = "own"
     """``own``: each member sees the rows in an order of its own seed. ``shared``: all members see them in one order."""
     bootstrap: bool = False
@@ -123,8 +123,6 @@ class EnsembleSpec(Frozen):
     def _seeds_match(self) -> EnsembleSpec:
         if self.seeds is not None and len(self.seeds) != self.members:
             raise ValueError(f"{len(self.seeds)} seeds for {self.members} members: give one seed per member")
-        if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("seeds repeat: members with one seed are one member")
         if self.min_members is not None and self.min_members > self.members:
             raise ValueError(f"min_members is {self.min_members}, but there are only {self.members} members")
         if self.members == 1 and self.is_fitted:
@@ -135,6 +133,10 @@ class EnsembleSpec(Frozen):
             raise ValueError(f"pruning.brackets is {self.pruning.brackets}, but there are only {self.members} members")
         if self.vary is not None:
             check_keys(self.vary, self.members)
+        if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
+            own = list(zip(self.seeds, self.member_settings(), strict=True))
+            if any(one in own[:m] for m, one in enumerate(own)):
+                raise ValueError("seeds repeat: members with one seed and the same settings are one member")
         return self
 
     @property

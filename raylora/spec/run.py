@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from raylora.spec.base import AnyAdapter, AnyTask, AnyTracker, Frozen
+from raylora.spec.base import AnyAdapter, AnyTask, AnyTracker, Frozen, said_by
 from raylora.spec.baselines import BaselinesSpec
 from raylora.spec.data import DataSpec
 from raylora.spec.evaluation import EvaluationSpec
@@ -113,11 +113,7 @@ class RunSpec(Frozen):
                 try:
                     self.with_settings(settings)
                 except ValidationError as error:
-                    said = "; ".join(
-                        ".".join([*map(str, one["loc"]), ""]) + " " + one["msg"].removeprefix("Value error, ")
-                        for one in error.errors()
-                    )
-                    raise ValueError(f"ensemble.vary: member {m} with {settings}: {said.strip()}") from None
+                    raise ValueError(f"ensemble.vary: member {m} with {settings}: {said_by(error)}") from None
         return self
 
     def with_settings(self, settings: Mapping[str, Any]) -> RunSpec:
@@ -126,7 +122,17 @@ class RunSpec(Frozen):
             return self
         content = self.model_dump(mode="json")
         content["ensemble"]["vary"] = None
+        seeds = self.ensemble.seeds
+        if seeds is not None and len(set(seeds)) != len(seeds):  # of members that settings tell apart
+            content["ensemble"]["seeds"] = None
         return RunSpec.model_validate(with_settings(content, settings))
+
+    def members_alone(self) -> dict[str, Any]:
+        """Return this run's plain data without what is done beside its members, or when they have ended."""
+        content = self.model_dump(mode="json")
+        content |= {"baselines": BaselinesSpec(single=False).model_dump(mode="json"), "distill": None}
+        content["evaluation"] |= {"in_distribution": {}, "out_of_distribution": {}, "generation": None}
+        return content
 
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the result; a run that is taken up again must not differ in it.

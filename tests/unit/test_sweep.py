@@ -109,7 +109,7 @@ def test_a_sweep_has_as_many_members_as_there_is_to_try(make_spec: Make, vary: A
     (["--vary", "optimization.lr=1..x"], "is no range of numbers"),
     (["--vary", "optimization.lr=1..2:square"], "unknown scale 'square'"),
     (["--vary", "optimization.epochs=1,2"], "do not differ in 'optimization.epochs'"),
-    (["--vary", "optimization.lr=1e-3,-1"], "lr. Input should be"),
+    (["--vary", "optimization.lr=1e-3,-1"], "lr: Input should be"),
     (["--vary", "optimization.lr=1e-3,1e-2", "--metric", "rmse"], "classification has no rmse"),
 ])
 def test_what_cannot_be_tried_is_refused_and_nothing_is_written(

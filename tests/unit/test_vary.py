@@ -62,10 +62,10 @@ def test_a_list_says_of_each_member_what_it_has(make_spec: Make) -> None:
 
 @pytest.mark.parametrize(("vary", "said"), [
     ({"optimization.epochs": [1, 2]}, "do not differ in 'optimization.epochs'"),
-    ({"adapter.rank": [2, 0]}, "member 1 with {'adapter.rank': 0}: adapter.rank. Input should"),
+    ({"adapter.rank": [2, 0]}, "member 1 with {'adapter.rank': 0}: adapter.rank: Input should"),
     ({"optimization.lr": [1e-3, 2e-3, 3e-3]}, "3 combinations, and there are 2 members: set ensemble.members to 3"),
     ({"optimization.lr": []}, "optimization.lr has no values"),
-    ({"optimization.lr": [1e-3, -1]}, "member 1 with {'optimization.lr': -1}: optimization.lr. Input should be"),
+    ({"optimization.lr": [1e-3, -1]}, "member 1 with {'optimization.lr': -1}: optimization.lr: Input should be"),
     ({"optimization.lr": {"low": 2, "high": 1}}, "low 2 must be below high 1"),
     ({"optimization.lr": {"low": 0, "high": 1, "log": True}}, "needs low above 0"),
     ({"ensemble.regularizers.decay_a": [0, 1e6]}, "lr * decay_a = 5e+03 >= 1"),

@@ -15,20 +15,23 @@ from raylora import control
 from raylora.engine.model.machine import compute_device
 from raylora.engine.quantization.quantize_base import ensure_prepared
 from raylora.engine.run.run_status import OnStatus, StatusBoard
+from raylora.engine.run.session import TrainingSession
 from raylora.engine.run.work import Session, Work
 from raylora.engine.training.distillation_loss import task_of
 from raylora.errors import Interrupted, PlacementError, RayloraError, TrainingError, UsageError
-from raylora.progress import BlockDone, Progress
+from raylora.progress import BlockDone, Leaving, Progress
 
 Metrics = TypeVar("Metrics", bound=Mapping[str, Any])
 
 
 def run_in_process(
-    prepared: Work, on_status: OnStatus = lambda status: None,
+    prepared: Work, on_status: OnStatus = lambda status: None, leaving: Leaving | None = None,
 ) -> Mapping[str, Any]:
     """Train, evaluate and aggregate a prepared run (or make targets), job after job, and return its metrics.
 
     ``on_status`` is told after every event, step and batch of rows: whoever shows it decides how often.
+
+    A training run's members can be ended by ``leaving``, which is asked whenever an epoch's end has been told.
 
     The packs and threads are the plan's: by the same plan the members are equal to Ray's, bit for bit.
 
@@ -45,14 +48,14 @@ def run_in_process(
         )
     with store.held():
         prepared.begin()
-        return _Driver(prepared, on_status).run()
+        return _Driver(prepared, on_status, leaving).run()
 
 
 class _Driver:
     """Folds events through the transition and carries the commands out, one at a time."""
 
-    def __init__(self, prepared: Work, on_status: OnStatus) -> None:
-        self.prepared, self.store, self.on_status = prepared, prepared.store, on_status
+    def __init__(self, prepared: Work, on_status: OnStatus, leaving: Leaving | None) -> None:
+        self.prepared, self.store, self.on_status, self.leaving = prepared, prepared.store, on_status, leaving
         self.board = StatusBoard(prepared.spec.run_name())
         self.signal_number = 0
         self.session: Session | None = None
@@ -113,6 +116,9 @@ class _Driver:
         self.session = prepared.assignment.make_session(
             prepared.spec, prepared.store, plan.cpus_per_worker, plan.gpus_per_worker
         )
+        if self.leaving is not None:
+            assert isinstance(self.session, TrainingSession), "only members that train can leave"
+            self.session.leaving = self.leaving
         try:
             self.session.load()
         except RayloraError as error:

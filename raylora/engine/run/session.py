@@ -45,7 +45,7 @@ from raylora.engine.training.optimizer import engines_let_go, start_deepspeed
 from raylora.engine.training.trainer import PackTrainer, TrainingSettings
 from raylora.ensemble.outputs.base import Names
 from raylora.errors import RunDirectoryError
-from raylora.progress import OnProgress, Progress, Span, unmarked
+from raylora.progress import Leaving, OnProgress, Progress, Span, nobody, unmarked
 from raylora.records import JobTiming, RunMetrics
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
@@ -80,6 +80,7 @@ class TrainingSession:
         self.distillation_loss: DistillationLoss | LiveDistillationLoss | None
         self.trunk_cache: TrunkCache | None
         self.span: Span = unmarked
+        self.leaving: Leaving = nobody
 
     @property
     def base_bytes(self) -> int:
@@ -196,7 +197,7 @@ class TrainingSession:
             self.distillation_loss,
             self._saved(plans) if self.places is None else saved_bracket(self.spec, self.store, self.base, plans),
         )
-        trainer.span = self.span
+        trainer.span, trainer.leaving = self.span, self.leaving
         resumed_at = trainer.step
         logger.info("%s: training from step %d to %d", job, resumed_at, trainer.end)
         tracking = Tracking(self.spec if self._is_first else self.spec.model_copy(update={"tracking": []}), self.store)

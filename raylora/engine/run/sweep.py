@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from raylora.data.task import Task
 from raylora.engine.model import serialization
 from raylora.engine.run.finished_members import member_facts
@@ -22,7 +24,8 @@ from raylora.ensemble.outputs import output_of
 from raylora.ensemble.predictions import Predictions
 from raylora.ensemble.summary import summarize
 from raylora.errors import SpecError
-from raylora.spec import BaselinesSpec, RunSpec
+from raylora.spec import RunSpec
+from raylora.spec.base import said_by
 from raylora.spec.members import PruningSpec
 from raylora.spec.vary import RangeSpec, combinations
 from raylora.store.run_store import RunStore
@@ -70,7 +73,7 @@ def sweep_spec(
     if vary is None and spec.ensemble.vary is None:
         raise SpecError("ensemble.vary: a sweep needs something to try",
                         "give it, or --vary optimization.lr=1e-4,3e-4,1e-3")
-    content = spec.model_dump(mode="json")
+    content = spec.members_alone()
     if pruning is not None:
         if repeats > 1:
             raise SpecError("--keep: a setting is pruned as a whole, and --repeats trains it several times", "use one")
@@ -80,16 +83,11 @@ def sweep_spec(
         drawn = any(isinstance(own, RangeSpec) for own in vary.values())
         members = max(combinations(vary), samples if drawn else 1) * repeats
         content["ensemble"] |= {"vary": plain, "members": members, "seeds": None, "min_members": None}
-    content |= {
-        "name": f"{spec.run_name()[: 40 - len(_SUFFIX)].rstrip('-')}{_SUFFIX}",
-        "baselines": BaselinesSpec(single=False).model_dump(mode="json"), "distill": None,
-    }
-    content["evaluation"] |= {"in_distribution": {}, "out_of_distribution": {}, "generation": None}
+    content["name"] = f"{spec.run_name()[: 40 - len(_SUFFIX)].rstrip('-')}{_SUFFIX}"
     try:
         return RunSpec.model_validate(content)
-    except ValueError as error:
-        said = "; ".join(one["msg"].removeprefix("Value error, ") for one in getattr(error, "errors", list)())
-        raise SpecError(f"the sweep is not a valid run: {said or error}") from None
+    except ValidationError as error:
+        raise SpecError(f"the sweep is not a valid run: {said_by(error)}") from None
 
 
 def check_metric(spec: RunSpec, metric: str) -> None:

@@ -33,7 +33,7 @@ from raylora.engine.training.schedule import epochs_done, micro_batches_per_epoc
 from raylora.engine.training.weight_moments import collection_steps
 from raylora.ensemble.metric_table import METRICS
 from raylora.errors import Interrupted, TrainingError
-from raylora.progress import Activity, OnProgress, Progress, Span, unmarked
+from raylora.progress import Activity, Leaving, OnProgress, Progress, Span, nobody, unmarked
 from raylora.spec import EnsembleSpec, EvaluationSpec, OptimizationSpec, RunSpec
 
 _HISTORY_POINTS = 500
@@ -77,6 +77,8 @@ class PackTrainer:
         writing = distillation_loss.writing if isinstance(distillation_loss, LiveDistillationLoss) else None
         self.span: Span = unmarked
         """Marks each step on a timeline."""
+        self.leaving: Leaving = nobody
+        """Who is outside and sees the reports may end members by them."""
         self.total = total_steps(len(train), settings.optimization)
         """Of one member."""
         saved = saved or {}
@@ -134,6 +136,7 @@ class PackTrainer:
                 report(replace(progress, news=tuple(told), validations=validations))
                 if ended_epoch:
                     epoch_end(self, self.epochs_begun)
+                    self._let_leave(training)
                 signal_number = should_stop()
                 due = self.step % every == 0 if every else ended_epoch
                 if signal_number or due or self.step == self.total or (self.places is not None and self._leaving()):
@@ -346,6 +349,13 @@ class PackTrainer:
                 state.stopped_at = step
             told += news_of(state, values, self._epoch_of(step), epochs, self.settings.ensemble.pruning)
         return told
+
+    def _let_leave(self, training: Sequence[MemberState]) -> None:
+        """End the members that somebody outside ends, where their epoch has ended."""
+        leaving = self.leaving()
+        for state in training:
+            if state.training and state.plan.name in leaving and self._ends_epoch(state):
+                state.stopped_at = self.own_step(state)
 
     def _behind(self, active: Sequence[MemberState]) -> set[str]:
         """Return the members that successive halving ends here."""
