@@ -93,6 +93,7 @@ LESSONS: dict[str, dict[str, Any]] = {
     FROM_ENSEMBLE: {"teacher": "ensemble", "loss": {"kind": "kl"}},
     "student of one member": {"teacher": "single", "loss": {"kind": "kl"}},
     "student of the distribution": {"teacher": "ensemble", "loss": {"kind": "dirichlet", "temperature": 2.0}},
+    "student of the calibrated ensemble": {"teacher": "ensemble", "loss": {"kind": "kl"}, "calibrated": True},
 }
 METRICS = ("accuracy", "nll", "ece", "brier")
 COSTS = ("peak_memory_bytes", "latency_ms", "rows_per_s")
@@ -112,7 +113,7 @@ def teacher_spec(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, fo
             "train": {"source": f"pypi:{task}"}, "train_rows": min(plan.rows, sizes.train_rows),
             "validation_rows": 100, "test_rows": sizes.test_rows,
         },
-        "ensemble": {"members": 1 if full else pair.members, "seed": 100 * seed},
+        "ensemble": {"members": 1 if full else sizes.members or pair.members, "seed": 100 * seed},
         "optimization": optimization(pair.full_lr if full else pair.lr, {"epochs": plan.epochs}),
         "evaluation": {"bootstrap_samples": 0, "out_of_distribution": {"foreign": foreign}},
         "placement": {"workers": 1, "cpus_per_worker": 1},
@@ -150,8 +151,9 @@ def folder_of(name: str) -> str:
 class Table:
     """Cells by task and contender, one value per seed; the file is the truth, so that processes may share it."""
 
-    def __init__(self, pair: str, go_on: bool) -> None:
-        self.pair, self.result = pair, PAIRS[pair].result
+    def __init__(self, pair: str, members: int | None, go_on: bool) -> None:
+        self.options = f"--pair {pair}" + (f" --members {members}" if members else "")
+        self.result = result_of(pair, members)
         self.path = record.RESULTS / f"{self.result}.json"
         if not go_on:
             self.path.unlink(missing_ok=True)
@@ -191,8 +193,13 @@ class Table:
             cells = self.cells()
             cells[task, name] = sorted(change(cells.get((task, name), [])), key=lambda one: one["seed"])
             # Whether in one go or in several, this is what was measured.
-            command = f"python -m benchmarks.distillation --pair {self.pair}"
+            command = f"python -m benchmarks.distillation {self.options}"
             record.write(self.result, rows_of(cells), summary_of(cells), "benchmarks.distillation", command)
+
+
+def result_of(pair: str, members: int | None) -> str:
+    """Return what the result's files are called."""
+    return PAIRS[pair].result + (f"_{members}_members" if members else "")
 
 
 Cells = dict[tuple[str, str], list[dict[str, Any]]]
@@ -337,6 +344,7 @@ def main() -> None:
     """Measure every cell and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pair", choices=list(PAIRS), default="mpnet")
+    parser.add_argument("--members", type=int, help="of each teacher, in place of the pair's own number")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="by default all of the pair")
     parser.add_argument("--train-rows", type=int, default=10**9, help="at most this many; for a quick look")
@@ -348,7 +356,7 @@ def main() -> None:
     sizes = parser.parse_args()
     pair = PAIRS[sizes.pair]
     tasks = sizes.tasks or list(pair.plans)
-    table = Table(sizes.pair, sizes.go_on)
+    table = Table(sizes.pair, sizes.members, sizes.go_on)
     with tempfile.TemporaryDirectory() as temporary:
         folder = sizes.keep or temporary
         for seed in sizes.seeds:
@@ -359,7 +367,7 @@ def main() -> None:
         if not sizes.no_costs:
             for task in tasks:
                 measure_costs(pair, task, sizes, folder, table)
-    plot(rows_of(table.cells()), pair.result)
+    plot(rows_of(table.cells()), table.result)
     print(table.path)
 
 

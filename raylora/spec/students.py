@@ -65,6 +65,9 @@ class DistillSpec(Frozen):
     """Have the teacher answer every row, and the student learn those answers; for losses ``answers`` and ``gkd``."""
     teacher: Literal["ensemble", "single"] = "ensemble"
     """``single``: member 0 alone teaches."""
+    calibrated: bool = False
+    """Divide the teacher's logits by the temperature with which it has the least NLL on the validation rows: for one
+    that is too sure of itself, or not sure enough, which its student would learn too."""
     transfer: SetSpec | None = None
     """Further text to be taught on, beside the training rows; its labels, if it has any, are not looked at. With
     ``answers`` its rows need only ask."""

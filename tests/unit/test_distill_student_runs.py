@@ -23,6 +23,7 @@ from raylora.engine.distillation.plan import prepare_distillation
 from raylora.engine.run.local_driver import run_in_process
 from raylora.engine.run.plan_run import prepare
 from raylora.engine.training.distillation_loss import load_targets
+from raylora.ensemble.calibration import Temperature
 from raylora.errors import DataError, Interrupted, RunDirectoryError, SpecError, StoreError, TrainingError, UsageError
 from raylora.spec import DistillSpec, RunSpec, read_distill
 from raylora.store.run_store import RunStore
@@ -57,6 +58,34 @@ def carry_out(uri: str, settings: DistillSpec, on_step: Any = lambda progress: N
     for student in work.students():
         run(student, on_step)
     return work
+
+
+def test_a_calibrated_teacher_gives_its_logits_at_the_temperature_of_its_validation_rows(
+    teacher: str, settings: Make
+) -> None:
+    plain, calibrated = (carry_out(teacher, settings(name=name, alone=False, calibrated=name == "calibrated"))
+                         for name in ("plain", "calibrated"))
+    fitted = RunStore(teacher).read_json("metrics.json")["ensemble"]
+    temperature = fitted["temperature"]
+    assert not fitted["temperature_fit"]["degenerate"] and abs(temperature - 1) > 0.01
+    assert calibrated.targets.target_job.temperature == temperature and plain.targets.target_job.temperature == 1
+    assert calibrated.key != plain.key and calibrated.student.digest() != plain.student.digest()
+    one, other = (load_targets(work.targets.store) for work in (plain, calibrated))
+    assert one.keys.ids == other.keys.ids
+    torch.testing.assert_close(
+        other.gather(other.keys.ids).double(), one.gather(one.keys.ids).double() / temperature, rtol=2e-3, atol=2e-3)
+    assert compare(calibrated)["contenders"].keys() == {"teacher", "single", "student"}
+
+
+def test_a_temperature_that_the_validation_rows_do_not_tell_is_refused(
+    teacher: str, settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil_module, "fit_temperature",
+                        lambda *logits, **more: Temperature(1.0, 0.1, 0.1, degenerate=True))
+    before = sorted(RunStore(teacher).storage.list(""))
+    with pytest.raises(SpecError, match=r"distill\.calibrated: the validation rows tell no temperature"):
+        prepare_distillation(teacher, settings(calibrated=True))
+    assert sorted(RunStore(teacher).storage.list("")) == before
 
 
 def test_a_run_teaches_a_student_that_is_an_ordinary_run(teacher: str, settings: Make) -> None:

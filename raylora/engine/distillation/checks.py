@@ -9,6 +9,7 @@ from raylora.data.task import Task
 from raylora.distill import AsksTeacher, Loss, WeighsMembers, targets_class
 from raylora.engine.distillation.answers import check_answering
 from raylora.engine.model.checkpoint import load_config, load_tokenizer
+from raylora.engine.run.baseline_checks import check_temperature
 from raylora.engine.training.distillation_loss import student_task
 from raylora.engine.training.own_answers import check_writes
 from raylora.ensemble.outputs import output_of
@@ -73,6 +74,8 @@ def check_task(settings: DistillSpec, task: Task) -> Loss:
                 f"{task.spec.kind} of {task.label_names}",
                 "teacher and student need the same labels in the same order; leave task out to take the teacher's",
             )
+    if settings.calibrated:
+        check_temperature("distill.calibrated", task)
     student_task(task, settings.loss)
     loss: Loss = registry.load("loss", settings.loss.kind).build(settings.loss)
     check_answering(settings, own, loss)

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from raylora import control
 from raylora.data.task import Task
@@ -20,7 +21,7 @@ from raylora.engine.model.checkpoint import load_tokenizer
 from raylora.engine.run.finished_members import teacher_digest
 from raylora.engine.run.plan_run import Prepared, prepare
 from raylora.engine.run.roster import read_roster, read_state
-from raylora.engine.run.speakers import Speakers, read_speakers
+from raylora.engine.run.speakers import Speakers, predictions_of, read_speakers
 from raylora.engine.training.distillation_loss import (
     targets_uri,
     task_of,
@@ -28,9 +29,11 @@ from raylora.engine.training.distillation_loss import (
 )
 from raylora.engine.training.inputs import AHEAD, sets_of
 from raylora.engine.training.member_plan import PlanRole, member_plans_of
+from raylora.ensemble.calibration import fit_temperature
 from raylora.ensemble.outputs import output_of
+from raylora.ensemble.threads import one_thread
 from raylora.ensemble.weights import MemberWeights, equal_weights
-from raylora.errors import RunDirectoryError
+from raylora.errors import RunDirectoryError, SpecError
 from raylora.placement.inventory import Inventory
 from raylora.spec import BaselinesSpec, DistillFromSpec, DistillSpec, EnsembleSpec, RunSpec
 from raylora.store.run_store import RunStore
@@ -82,7 +85,8 @@ def prepare_distillation(
     content_of = _content_of(spec, task, settings, prepared)
     tokens = _tokens(loss)
     digest = teacher_digest(spec, store, members, teachers.weights.mixed)
-    key = targets_key(digest, content_of, tokens)
+    temperature = _temperature(store, teachers.weights) if settings.calibrated else 1.0
+    key = targets_key(digest, content_of, tokens, temperature)
     answers = taught_answers(prepared, settings, teachers.weights, digest, content_of)
     source = _source(settings, loss, digest, teachers.weights, key, answers.key if answers is not None else None)
     student = student_spec(spec, settings, store.uri, settings.name, source)
@@ -102,7 +106,7 @@ def prepare_distillation(
     targets = None
     if source.targets is not None:
         job = TargetJob(store.uri, digest, _packs(prepared, members), settings.transfer, tokens, shard_rows,
-                        teachers.weights.mixed)
+                        teachers.weights.mixed, temperature)
         targets = _target_plan(prepared, key, job, len(content_of))
     return Distillation(settings, store, spec, members, key, len(content_of), targets, answers, student, alone)
 
@@ -157,6 +161,23 @@ def teachers_of(spec: RunSpec, store: RunStore, settings: DistillSpec) -> Speake
     return read_speakers(store, spec, members)
 
 
+def _temperature(store: RunStore, members: MemberWeights) -> float:
+    """Return the temperature of a teacher's mixture on its run's validation rows. Raises: SpecError if there is none.
+
+    Each member's logits are divided by it before they are mixed, as a distillation's own temperature divides them.
+    """
+    validation = next((part for part in predictions_of(store, members.names) if part.role == "validation"), None)
+    fitted = None
+    if validation is not None:
+        with one_thread():
+            fitted = fit_temperature(validation.values, validation.labels(), weights_M=members.weights_M)
+    if fitted is None or fitted.degenerate:
+        why = "there are none" if fitted is None else "they are all predicted well, or all badly"
+        raise SpecError(f"distill.calibrated: the validation rows tell no temperature: {why}",
+                        "leave it out, or train a teacher with more data.validation_rows")
+    return fitted.value
+
+
 def _weighs(spec: RunSpec, settings: DistillSpec) -> bool:
     """Return whether the members who teach may weigh differently."""
     return settings.teacher != "single" and spec.ensemble.is_fitted
@@ -201,9 +222,12 @@ def student_spec(
     return RunSpec.model_validate(fields)
 
 
-def targets_key(teacher: str, content_of: Mapping[str, str], tokens: tuple[int, float] | None = None) -> str:
-    """Return by what targets are known: the teacher, each row's id and content, and what is kept of a token."""
-    parts = [teacher, list(content_of.items()), *([tokens] if tokens is not None else [])]
+def targets_key(
+    teacher: str, content_of: Mapping[str, str], tokens: tuple[int, float] | None = None, temperature: float = 1.0
+) -> str:
+    """Return by what targets are known: the teacher and its temperature, each row's id and content, a token's rest."""
+    parts: list[Any] = [teacher, list(content_of.items()), *([tokens] if tokens is not None else [])]
+    parts += [temperature] if temperature != 1 else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -59,6 +59,8 @@ class TargetJob:
     shard_rows: int = SHARD_ROWS
     weights: tuple[float, ...] | None = None
     """What each of :attr:`members` weighs; None where all weigh alike."""
+    temperature: float = 1.0
+    """What every member's logits are divided by."""
 
     @property
     def members(self) -> list[str]:
@@ -94,7 +96,7 @@ class TargetPlan:
         """Write what the targets will be; the first thing that touches the disk."""
         self.store.write_json(FACTS, {
             "done": False, "teacher": self.target_job.digest, "members": self.target_job.members, "rows": self.rows,
-            "shards": list(self.shards), "tokens": self.target_job.tokens,
+            "shards": list(self.shards), "tokens": self.target_job.tokens, "temperature": self.target_job.temperature,
         })
         task = task_of(self.spec)
         tokenizer, teacher = load_tokenizer(self.spec.base, task), RunStore(self.target_job.run_uri)
@@ -168,6 +170,7 @@ class TargetSession(AskingSession):
         outputs_MNC, ids = torch.cat(parts)[order], [example.id for example in examples]
         keys = Keys(ids, [self.content_of[i] for i in ids])
         values, _ = read_outputs(task, outputs_MNC)
+        values = values / self.target_job.temperature
         found = targets_class(task.output).from_outputs(
             keys, values.transpose(0, 1), teacher_digest=self.target_job.digest, label_names=task.label_names,
             members=[number_of(names[index]) for index in order],

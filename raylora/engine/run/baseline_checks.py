@@ -19,20 +19,21 @@ _LARGE_BYTES = 2**30
 def check_sureness(spec: RunSpec, task: Task) -> None:
     """Refuse ways to say how sure a model is that mean nothing for a task or an adapter. Raises: SpecError."""
     if spec.baselines.temperature:
-        _check_temperature(spec, task)
+        check_temperature("baselines.temperature", task)
     if spec.baselines.laplace is not None:
         _check_laplace(spec, task)
 
 
-def _check_temperature(spec: RunSpec, task: Task) -> None:
+def check_temperature(key: str, task: Task) -> None:
+    """Refuse a key that asks for a temperature of predictions that have none. Raises: SpecError."""
     if task.output == "tokens":
         raise SpecError(
-            f"baselines.temperature: a temperature of {spec.task.kind} needs every token's logits over the whole "
+            f"{key}: a temperature of {task.spec.kind} needs every token's logits over the whole "
             "vocabulary, of which a run keeps the log-probability of the row's own token only", "leave it out",
         )
     if task.output == "value":
         raise SpecError(
-            f"baselines.temperature: a model of {spec.task.kind} has no logits, and its noise is fitted on the "
+            f"{key}: a model of {task.spec.kind} has no logits, and its noise is fitted on the "
             "validation rows in any case, for every row of the report", "leave it out",
         )
 
