@@ -16,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 _GUIDES = Path(__file__).parents[2] / "docs" / "guides"
-_BLOCK = re.compile(r"```(console|yaml)(?: (\S+))?\n(.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"```(console|yaml|python)(?: (\S+))?\n(.*?)```", re.DOTALL)
 _WHILE_IT_RUNS = re.compile(
     r"^(job-\d+ |\S+ (training|evaluating|aggregating|loading)\b|[\w-]+ succeeded$).*\n", re.MULTILINE
 )
@@ -49,7 +49,7 @@ def test_a_guide_says_what_raylora_says(name: str, tmp_path: Path) -> None:
     text = guide.read_text(encoding="utf-8")
     played = 0
     for kind, file, block in _BLOCK.findall(text):
-        if kind == "yaml":
+        if kind != "console":
             if file:
                 (tmp_path / file).parent.mkdir(exist_ok=True)
                 (tmp_path / file).write_text(block)
