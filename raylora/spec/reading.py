@@ -23,6 +23,9 @@ _DEFAULT_KINDS = {"adapter": "lora", "task": "classification", "quantization": "
 _SEAM_OF = {"tracking": "tracker"}
 """Of keys that are not called as their seam is."""
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+_OTHER_SHAPE = {"list_type", "dict_type", "model_type", "model_attributes_type",
+                "string_type", "int_type", "float_type", "bool_type", "literal_error"}
+"""What pydantic says of a value where its type expects one of another shape."""
 
 
 def read_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
@@ -115,9 +118,9 @@ def _validated(model: type[S], content: dict, where: str, lines: dict[KeyPath, i
         spec = model.model_validate(content)
     except ValidationError as error:
         found: dict[str, list[str]] = {}  # by place: each type that a key may have complains on its own
-        for item in error.errors(include_url=False):
-            key = _strip_tags(item["loc"], content)
-            found.setdefault(_place(where, key, lines), []).append(_say(item, key, content, model))
+        for key, item in _of_their_shape([(_strip_tags(one["loc"], content), one) for one in error.errors()]):
+            key, says = _deeper(key, _say(item, key, content, model), content)
+            found.setdefault(_place(where, key, lines), []).append(says)
         problems += [f"{place}: {'; or: '.join(dict.fromkeys(says))}" for place, says in found.items()]
     if problems:
         raise SpecError(combine(sorted(set(problems)), f"{where} is not a valid {what}"))
@@ -208,12 +211,34 @@ def _strip_tags(location: Sequence[str | int], content: Any) -> KeyPath:
     return tuple(key)
 
 
+def _of_their_shape(items: list[tuple[KeyPath, Any]]) -> list[tuple[KeyPath, Any]]:
+    """Leave out what the other types of a key say that a list or a mapping stands there, where one type reads it."""
+    return [
+        (key, item) for key, item in items
+        if not (item["type"] in _OTHER_SHAPE and isinstance(item["input"], dict | list) and any(
+            other["type"] not in _OTHER_SHAPE and at[: len(key)] == key for at, other in items
+        ))
+    ]
+
+
+def _deeper(key: KeyPath, says: str, content: Any) -> tuple[KeyPath, str]:
+    """Return the place of a message that begins with keys below its own, and what it says of them."""
+    named, colon, rest = says.partition(": ")
+    below = tuple(named.split("."))
+    for part in (*key, *below):
+        is_there = isinstance(content, dict) and part in content or isinstance(content, list) and isinstance(part, int)
+        content = content[part] if is_there else None
+    return ((*key, *below), rest) if colon and content is not None else (key, says)
+
+
 def _say(item: Any, key: KeyPath, content: dict, model: type[Frozen]) -> str:
     kind = item["type"]
     if kind == "extra_forbidden":
         return f"unknown key; {suggest(str(key[-1]), _known_keys(key[:-1], content, model))}"
     if kind == "missing":
         return "this key is required"
+    if kind in {"model_type", "model_attributes_type"}:
+        return f"expected keys of its own (got {item['input']!r}); known: {', '.join(_known_keys(key, content, model))}"
     message = str(item["msg"]).removeprefix("Value error, ")
     given = item.get("input")
     return message if isinstance(given, dict | BaseModel) or kind == "value_error" else f"{message} (got {given!r})"
