@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from run_helpers import prepared_base
+from safetensors.torch import load_file
 
 from raylora.engine.model import base as base_module
 from raylora.engine.model import mapped_base
@@ -297,6 +298,23 @@ def test_a_file_gives_every_tensor_a_storage_of_its_own(tmp_path: Path) -> None:
     assert torch.equal(found["a"], whole) and torch.equal(found["b"], whole.double())
     assert found["empty"].shape == (0, 3) and bool(found["flag"])
     assert found["a"].untyped_storage().nbytes() == whole.nbytes
+
+
+def test_what_is_mapped_is_multiplied_as_what_is_in_memory_whatever_the_header(tmp_path: Path) -> None:
+    """Of a product of one row the order of the sum depends, on some processors, on where the matrix begins."""
+    torch.manual_seed(0)
+    weight_OI, row_1I = torch.randn(96, 32), torch.randn(1, 32)
+    odd = {"flag": torch.tensor(True), "three": torch.randn(3), "half": torch.randn(5).to(torch.bfloat16)}
+    for extra in range(6):
+        path = tmp_path / f"{extra}.safetensors"
+        write_tensors(path, {**odd, "x" * (extra + 1): weight_OI, "wide": weight_OI.double()})
+        found = map_tensors(path)
+        assert all(found[name].data_ptr() % 64 == 0 for name in ("x" * (extra + 1), "wide"))
+        assert all(torch.equal(found[name], tensor) for name, tensor in odd.items())
+        product = torch.nn.functional.linear(row_1I, found["x" * (extra + 1)])
+        assert torch.equal(product, torch.nn.functional.linear(row_1I, weight_OI))
+        assert load_file(path).keys() == found.keys()  # other programs read it, too
+        assert all(torch.equal(tensor, found[name]) for name, tensor in load_file(path).items())
 
 
 def test_a_base_is_made_in_parts_and_none_is_held(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from raylora.adapters.base import is_linear
 from raylora.data.catalog.isolation import global_state_kept
-from raylora.engine.model.mapped_file import map_tensors, write_tensors
+from raylora.engine.model.mapped_file import aligned, map_tensors, write_tensors
 from raylora.engine.model.quantized_layers import Coder, weight_of
 from raylora.errors import BaseError
 from raylora.machine_cache import cache_folder, is_old, made_once, used
@@ -33,7 +33,7 @@ from raylora.quant.base import Quantizer
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _FACTS = "base.json"
 _LIBRARIES = ("torch", "transformers", "bitsandbytes")
 
@@ -72,7 +72,7 @@ def shared_model(source: Source) -> tuple[nn.Module, Sequence[str]]:
         except OSError as error:
             logger.warning("the base is not shared with other workers: %s cannot be written: %s", folder, error)
             kept: dict[str, Tensor] = {}
-            facts = _convert(source, kept.__setitem__)
+            facts = _convert(source, lambda key, tensor: kept.update({key: aligned(tensor)}))
             return _assembled(kept, facts, source), facts["missing"]
         started = time.perf_counter()
         facts = json.loads((folder / _FACTS).read_text())
