@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from raylora import registry
 from raylora.spec.base import Frozen
 
 SHARED_FORWARD = (
@@ -110,7 +111,7 @@ def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
     found = dict(content)
     for key, value in settings.items():
         if key == "adapter" and isinstance(value, Mapping):  # of another kind it may be, with other keys
-            value = {own: found["adapter"][own] for own in LAYERS} | dict(value)
+            value = {own: found["adapter"][own] for own in LAYERS if _has_layers(value)} | dict(value)
         *sections, last = key.split(".")
         at = found
         for part in sections:
@@ -118,6 +119,11 @@ def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
             at = at[part]
         at[last] = value
     return found
+
+
+def _has_layers(adapter: Mapping[str, Any]) -> bool:
+    kind = adapter.get("kind")  # an unknown one is refused by name when it is read
+    return kind not in registry.REGISTRY["adapter"] or getattr(registry.load("adapter", kind), "HAS_TARGETS", True)
 
 
 def in_words(value: Any) -> str:

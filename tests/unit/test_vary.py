@@ -271,7 +271,7 @@ def test_members_of_several_kinds_end_on_their_own_and_are_resumed_together(make
 
 def test_kinds_without_layers_of_their_own_are_not_put_beside_others(make_spec: Make) -> None:
     with pytest.raises(BaseError, match="members of adapter.kind full have no place beside others"):
-        prepare(make_spec(adapter__target_modules="auto", ensemble__vary=[{}, {"adapter": {"kind": "full"}}]))
+        prepare(make_spec(ensemble__vary=[{}, {"adapter": {"kind": "full"}}]))
 
 
 @pytest.mark.slow
