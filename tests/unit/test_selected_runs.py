@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -46,6 +47,28 @@ APART = {"optimization__lr": 0.2, "ensemble__seed": 16, "ensemble__bootstrap": T
 BOTH = {**APART, "ensemble__select": {"size": 4}, "ensemble__weights": "stacked"}
 
 
+def weights_in(uri: str) -> dict[str, float]:
+    """Return the stacked weights of a finished run."""
+    weights: dict[str, float] = RunStore(uri).read_json("metrics.json")["weighted"]["stacked"]["weights"]
+    return weights
+
+
+@pytest.fixture
+def both(make_spec: Make, trained: Callable[[Any], str]) -> dict[str, Any]:
+    """Return changes with which two of three members speak, one more than the other.
+
+    Members that learn this fast end elsewhere on each kind of processor, so the seed is sought.
+    """
+    for seed in range(16, 32):
+        changes = {**BOTH, "ensemble__seed": seed}
+        uri = trained(make_spec(name="chosen", ensemble__members=3, **changes))
+        weights = weights_in(uri)
+        shutil.rmtree(uri)
+        if len(weights) == 2 and len(set(weights.values())) == 2:
+            return changes
+    pytest.fail("of no seed do two of three members speak, one more than the other")
+
+
 def fitted(metrics: Any) -> Any:
     """Return what was fitted, without what it predicts."""
     return json.loads(json.dumps({
@@ -55,9 +78,9 @@ def fitted(metrics: Any) -> Any:
 
 
 def test_a_selected_run_reports_both_and_predicts_with_those_it_chose(
-    make_spec: Make, trained: Callable[[Any], str]
+    make_spec: Make, trained: Callable[[Any], str], both: dict[str, Any]
 ) -> None:
-    spec = make_spec(name="chosen", ensemble__members=3, **BOTH)
+    spec = make_spec(name="chosen", ensemble__members=3, **both)
     uri = trained(spec)
     store = RunStore(uri)
     metrics = store.read_json("metrics.json")
@@ -95,8 +118,10 @@ def test_a_selected_run_reports_both_and_predicts_with_those_it_chose(
 
 
 @pytest.mark.slow
-def test_weights_come_out_the_same_after_a_resume_and_are_fitted_anew_after_growth(make_spec: Make) -> None:
-    whole = make_spec(name="whole", ensemble__members=3, **BOTH)
+def test_weights_come_out_the_same_after_a_resume_and_are_fitted_anew_after_growth(
+    make_spec: Make, both: dict[str, Any]
+) -> None:
+    whole = make_spec(name="whole", ensemble__members=3, **both)
     expected = fitted(run(whole))
     stopped = make_spec(name="stopped")
     with pytest.raises(Interrupted):
@@ -110,7 +135,7 @@ def test_weights_come_out_the_same_after_a_resume_and_are_fitted_anew_after_grow
     plain = make_spec(name="grown", ensemble__select=None, ensemble__weights="equal")
     metrics = run(plain, seen.append)
     assert not seen and "weighted" not in metrics  # nobody is trained for it, and back it goes
-    assert fitted(run(make_spec(name="grown", **BOTH))) == expected
+    assert fitted(run(make_spec(name="grown", **both))) == expected
     identity = plain.identity()["ensemble"]
     assert "select" not in identity and "weights" not in identity
 
@@ -129,8 +154,10 @@ def test_members_who_weigh_nothing_may_be_lost_and_others_not(make_spec: Make, t
     assert left.members == 1 and left.weights is None and "temperature" not in left._described
 
 
-def test_before_a_run_has_ended_nobody_speaks_for_it(make_spec: Make, trained: Callable[[Any], str]) -> None:
-    uri = trained(make_spec(name="chosen", ensemble__members=3, **BOTH))
+def test_before_a_run_has_ended_nobody_speaks_for_it(
+    make_spec: Make, trained: Callable[[Any], str], both: dict[str, Any]
+) -> None:
+    uri = trained(make_spec(name="chosen", ensemble__members=3, **both))
     Path(uri, "metrics.json").unlink()
     with pytest.raises(RunDirectoryError, match="fitted when it ends.*\n.*raylora resume"):
         load_ensemble(uri)
@@ -142,9 +169,9 @@ def test_the_spec_says_whether_weights_are_fitted() -> None:
 
 
 def test_export_writes_those_who_speak_and_says_what_they_weigh(
-    make_spec: Make, trained: Callable[[Any], str], tmp_path: Path
+    make_spec: Make, trained: Callable[[Any], str], tmp_path: Path, both: dict[str, Any]
 ) -> None:
-    uri = trained(make_spec(name="chosen", ensemble__members=3, **BOTH))
+    uri = trained(make_spec(name="chosen", ensemble__members=3, **both))
     weights = RunStore(uri).read_json("metrics.json")["weighted"]["stacked"]["weights"]
     exported = export_run(uri, out=str(tmp_path / "out"))
     assert [one.member for one in exported] == list(weights)
@@ -166,11 +193,22 @@ def distill(uri: str, student: Any, **changes: Any) -> Any:
     return work
 
 
-@pytest.mark.slow
-def test_a_student_is_taught_the_weighted_mixture(
+def test_targets_are_made_by_those_who_speak_also_where_a_whole_pack_does_not(
     make_spec: Make, content: dict[str, Any], trained: Callable[[Any], str]
 ) -> None:
-    uri = trained(make_spec(name="chosen", ensemble__members=3, **BOTH))
+    uri = trained(make_spec(name="chosen", ensemble__members=3, ensemble__select={"size": 1}, **APART))
+    (speaker,) = RunStore(uri).read_json("metrics.json")["weighted"]["selected"]["weights"]
+    work = distill(uri, {"base": content["base"], "adapter": {"kind": "lora", "target_modules": ["query"]}})
+    assert work.members == [speaker] and work.targets.target_job.packs == ((speaker,),)
+    targets = load_targets(work.targets.store)
+    assert isinstance(targets, MemberTargets) and list(targets.members) == [int(speaker[-3:])]
+
+
+@pytest.mark.slow
+def test_a_student_is_taught_the_weighted_mixture(
+    make_spec: Make, content: dict[str, Any], trained: Callable[[Any], str], both: dict[str, Any]
+) -> None:
+    uri = trained(make_spec(name="chosen", ensemble__members=3, **both))
     weights = RunStore(uri).read_json("metrics.json")["weighted"]["stacked"]
     student = {"base": content["base"], "adapter": {"kind": "lora", "rank": 2, "target_modules": ["query"]}}
     work = distill(uri, student)
@@ -247,11 +285,15 @@ def language(tiny_model: Callable[[str], str], tmp_path: Path) -> dict[str, Any]
 def test_a_run_answers_by_its_weights_and_teaches_by_them(
     make_spec: Make, content: dict[str, Any], language: dict[str, Any]
 ) -> None:
-    spec = make_spec(**language)
-    metrics = run(spec)
+    for seed in range(16):  # whom they ask depends on the processor, as above
+        spec = make_spec(name=f"seed-{seed}", **language, ensemble__seed=seed)
+        metrics = run(spec)
+        weights = metrics["weighted"]["stacked"]["weights"]
+        if len(weights) > 1 and len(set(weights.values())) > 1:
+            break
+    else:
+        pytest.fail("of no seed do several members speak, one more than another")
     uri = RunStore.for_spec(spec).uri
-    weights = metrics["weighted"]["stacked"]["weights"]
-    assert len(weights) > 1 and len(set(weights.values())) > 1
     assert metrics["answers"]["members"] == len(weights)
     (folder,) = Path(uri, "answers").iterdir()
     records = [json.loads(line) for path in sorted(folder.glob("shards/test-*/answers.jsonl"))
@@ -261,7 +303,8 @@ def test_a_run_answers_by_its_weights_and_teaches_by_them(
     weights_M = torch.tensor(list(weights.values()), dtype=torch.float64)
     torch.testing.assert_close(ensemble.generator().weights_M, weights_M)
     assert records and all(len(record["members"]) == len(weights) for record in records)
-    (written,) = ensemble.generate([{"prompt": records[0]["prompt"]}], max_new_tokens=2)
+    line = int(records[0]["id"].rpartition(":")[2])  # the record's own prompt is in the template already
+    (written,) = ensemble.generate([{"prompt": f"Say {line - 1}"}], max_new_tokens=2)
     assert records[0]["answer"]["text"] == written.text
     assert records[0]["answer"]["entropy"] == pytest.approx(written.record()["entropy"], abs=1e-4)
     given = [{"prompt": "Say 3", "completion": "no 3"}]

@@ -252,7 +252,6 @@ def _content_of(spec: RunSpec, task: Task, settings: DistillSpec, prepared: Prep
 
 
 def _packs(prepared: Prepared, members: list[str]) -> tuple[tuple[str, ...], ...]:
-    packs = (tuple(name for name in units if name in members) for units in prepared.jobs.values())
-    most = prepared.demand.places  # more have never been in one forward
-    return tuple(pack[start : start + (most or len(pack))] for pack in packs
-                 for start in range(0, len(pack), most or len(pack)))
+    packs = [tuple(name for name in units if name in members) for units in prepared.jobs.values()]
+    most = prepared.demand.places or max(map(len, packs))  # more have never been in one forward
+    return tuple(pack[start : start + most] for pack in packs for start in range(0, len(pack), most))
