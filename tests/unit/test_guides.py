@@ -20,9 +20,9 @@ _MOST_S = 1800
 _GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 _BLOCK = re.compile(r"```(console|yaml|python)(?: (\S+))?\n(.*?)```", re.DOTALL)
 _WHILE_IT_RUNS = re.compile(
-    r"^(job-\d+ |\S+ (training|evaluating|aggregating|loading)\b|[\w-]+ succeeded$).*\n", re.MULTILINE
+    r"^(job-\d+ |\S+ (training|evaluating|aggregating|loading)\b|[\w-]+ succeeded$|fetching \S+ for ).*\n", re.MULTILINE
 )
-"""Lines about how far a run is: how many there are depends on the machine."""
+"""Lines about how far a run is, and what it fetches where the cache lacks it: they depend on the machine."""
 _NUMBER = re.compile(r"±?\d[\d.,]*(?:e-?\d+)?")
 
 
