@@ -172,7 +172,7 @@ def test_export_writes_those_who_speak_and_says_what_they_weigh(
     make_spec: Make, trained: Callable[[Any], str], tmp_path: Path, both: dict[str, Any]
 ) -> None:
     uri = trained(make_spec(name="chosen", ensemble__members=3, **both))
-    weights = RunStore(uri).read_json("metrics.json")["weighted"]["stacked"]["weights"]
+    weights = weights_in(uri)
     exported = export_run(uri, out=str(tmp_path / "out"))
     assert [one.member for one in exported] == list(weights)
     for one in exported:
