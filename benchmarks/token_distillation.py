@@ -4,7 +4,7 @@
 
 The teacher is an ensemble of LoRA members on SmolLM2-135M; the student has the first 8 and the last 7 of its 30 layers
 and LoRA of a higher rank. Every seed trains a teacher and its students anew, on news texts in blocks of 128 tokens.
-The first seed tries both rates, for the student without a teacher and for the one with the middle k, and keeps by
+The first seed tries all rates, for the student without a teacher and for the one with the middle k, and keeps by
 validation NLL what the others then use. Costs are measured last.
 """
 
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from benchmarks import record
 
 TEACHER, SINGLE, ALONE = "teacher: ensemble of 2", "its member 0", "student, no teacher"
 MEMBERS, LENGTH, SHARD_ROWS = 2, 128, 8
-RATES = (1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 _BASE = {"dtype": "bfloat16", "quantization": "none"}
+_MODULE = "benchmarks.token_distillation"
 
 
 def teacher_spec(seed: int, sizes: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class Table:
 
     def write(self) -> None:
         """Write the results so far."""
-        self.path = record.write("token_distillation", self.rows(), self.summary(), "benchmarks.token_distillation")
+        self.path = record.write("token_distillation", self.rows(), self.summary(), _MODULE, command_of(sys.argv[1:]))
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per contender: means over seeds, and what each seed gave."""
@@ -162,10 +164,19 @@ def measure(seed: int, sizes: argparse.Namespace, folder: str, table: Table, rat
     return uris
 
 
+def command_of(arguments: Sequence[str]) -> str:
+    """Return what measures all this in one go: where the runs were kept meanwhile says nothing of the result."""
+    said = list(arguments)
+    if "--folder" in said:
+        at = said.index("--folder")
+        del said[at : at + 2]
+    return " ".join(["python", "-m", _MODULE, *said])
+
+
 def memory_of_targets(run: str, rows: int, k: int) -> dict[str, Any]:
     """Return how much a fresh process grows while it makes and checks the targets of so many blocks of text."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.token_distillation", "--grow", run, str(rows), str(k)],
+        [sys.executable, "-m", _MODULE, "--grow", run, str(rows), str(k)],
         capture_output=True, text=True, check=True,
     )
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -261,7 +272,7 @@ def plot(rows: list[dict[str, Any]], memory: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure every cell and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--k", type=int, nargs="+", default=[8, 32, 128], help="tokens kept; the middle tries rates")
     parser.add_argument("--lr", type=float, nargs="+", default=list(RATES), help="rates that students try")
     parser.add_argument("--epochs", type=float, default=2, help="of the students")
