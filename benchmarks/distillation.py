@@ -4,6 +4,8 @@
     python -m benchmarks.distillation --pair minilm  # teacher: members on MiniLM-L6; student: three of its six layers
 
 Every seed trains a teacher and its students anew on the same rows; the table holds mean and standard error over seeds.
+Where a pair has several rates, members at each of them are tried before a task's teachers, and every student at each;
+validation NLL chooses, and only the chosen one's test rows are looked at.
 Results are written after every contender, by any number of processes at once (``--go-on``, ``--tasks``); memory and
 speed of all contenders are measured when everything is trained, on seed 0.
 """
@@ -15,13 +17,14 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from benchmarks import record
+from benchmarks import rates, record
 
 _BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 _MPNET = ["attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"]
@@ -45,10 +48,12 @@ class Pair:
     targets: list[str]
     """The linear layers that get a LoRA, in both."""
     members: int
-    lr: float
-    full_lr: float
+    lrs: tuple[float, ...]
+    """What the teacher's members are tried at."""
+    full_lrs: tuple[float, ...]
     student: str
-    student_lr: float
+    student_lrs: tuple[float, ...]
+    """What every student is tried at."""
     plans: dict[str, Plan]
     students_of_full: bool
     result: str
@@ -68,7 +73,7 @@ class Plan:
 
 PAIRS = {
     "mpnet": Pair(
-        "pypi:mpnet-base", _MPNET, 3, 5e-4, 7e-5, "pypi:mpnet-base-half", 7e-4,
+        "pypi:mpnet-base", _MPNET, 3, (5e-4,), (7e-5,), "pypi:mpnet-base-half", (7e-4,),
         {
             "movie-reviews": Plan(rows=500, epochs=2, student={"steps": 240}, transfer=1600),
             "bbc-news": Plan(rows=250, epochs=3, student={"steps": 100}, transfer=400),
@@ -77,7 +82,7 @@ PAIRS = {
         students_of_full=False, result="distillation",
     ),
     "minilm": Pair(
-        "pypi:minilm-l6", _BERT, 4, 1e-3, 5e-5, "pypi:minilm-l6-half", 1e-3,
+        "pypi:minilm-l6", _BERT, 4, (5e-4, 1e-3, 2e-3), (5e-5, 1e-4, 2e-4), "pypi:minilm-l6-half", (5e-4, 1e-3, 2e-3),
         {
             "movie-reviews": Plan(rows=500, epochs=3, student={"epochs": 6}),
             "bbc-news": Plan(rows=250, epochs=6, student={"epochs": 12}),
@@ -99,7 +104,9 @@ METRICS = ("accuracy", "nll", "ece", "brier")
 COSTS = ("peak_memory_bytes", "latency_ms", "rows_per_s")
 
 
-def teacher_spec(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: str, full: bool = False) -> Any:
+def teacher_spec(
+    pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: str, lr: float, full: bool = False
+) -> dict[str, Any]:
     """Return the spec of a teacher, as plain data."""
     chosen, plan = TASKS[task], pair.plans[task]
     adapter: dict[str, Any] = {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": pair.targets}
@@ -114,7 +121,7 @@ def teacher_spec(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, fo
             "validation_rows": 100, "test_rows": sizes.test_rows,
         },
         "ensemble": {"members": 1 if full else sizes.members or pair.members, "seed": 100 * seed},
-        "optimization": optimization(pair.full_lr if full else pair.lr, {"epochs": plan.epochs}),
+        "optimization": optimization(lr, {"epochs": plan.epochs}),
         "evaluation": {"bootstrap_samples": 0, "out_of_distribution": {"foreign": foreign}},
         "placement": {"workers": 1, "cpus_per_worker": 1},
     }
@@ -126,7 +133,7 @@ def optimization(lr: float, length: dict[str, float]) -> dict[str, Any]:
 
 
 def settings_of(
-    pair: Pair, task: str, name: str, seed: int, sizes: argparse.Namespace, distill_from: dict[str, Any]
+    pair: Pair, task: str, name: str, seed: int, sizes: argparse.Namespace, distill_from: dict[str, Any], lr: float
 ) -> Any:
     """Return the distill section of one student; only a teacher's first brings the student without a teacher."""
     from raylora.spec import DistillSpec
@@ -134,18 +141,20 @@ def settings_of(
     student = {
         "base": {"source": pair.student, "quantization": "nf4"},
         "adapter": {"kind": "lora", "rank": 8, "alpha": 16, "target_modules": pair.targets},
-        "seed": 100 * seed, "optimization": optimization(pair.student_lr, pair.plans[task].student),
+        "seed": 100 * seed, "optimization": optimization(lr, pair.plans[task].student),
     }
     transfer = min(pair.plans[task].transfer, sizes.train_rows)
     return DistillSpec.model_validate({
-        "name": folder_of(name), "student": student, **distill_from, "alone": name == FROM_ENSEMBLE, "costs": False,
+        "name": folder_of(pair, name, lr), "student": student, **distill_from, "alone": name == FROM_ENSEMBLE,
+        "costs": False,
         "transfer": {"source": f"pypi:{task}", "rows": transfer} if transfer else None,
     })
 
 
-def folder_of(name: str) -> str:
-    """Return a contender's name as a run's."""
-    return name.replace(" ", "-").replace("full-fine-tuning", "full")
+def folder_of(pair: Pair, name: str, lr: float) -> str:
+    """Return a student's name as a run's."""
+    at = f"-{1e5 * lr:.0f}" if len(pair.student_lrs) > 1 else ""
+    return name.replace("student of", "of").replace(" ", "-").replace("full-fine-tuning", "full") + at
 
 
 class Table:
@@ -168,21 +177,21 @@ class Table:
         cells = self.cells()
         return all(any(cell["seed"] == seed for cell in cells.get((task, name), [])) for name in names)
 
-    def add(self, task: str, name: str, seed: int, found: dict[str, Any], wall_s: float) -> None:
+    def add(self, task: str, name: str, seed: int, found: dict[str, Any], wall_s: float, lr: float) -> None:
         """Take one contender of one seed, say it, and write everything there is."""
         test, foreign = found["eval"]["test"], found["ood"]["foreign"]
         cell = {
-            "seed": seed, **{key: test[key] for key in METRICS},
+            "seed": seed, "lr": lr, **{key: test[key] for key in METRICS},
             "mutual_information": test["mutual_information"],
             "auroc_entropy": foreign["predictive_entropy"],
             "auroc_mutual_information": foreign.get("mutual_information"),
             "parameters": found["parameters"], "trainable_parameters": found["trainable_parameters"],
         }
         said = "  ".join(f"{key} {cell[key]:.4f}" for key in (*METRICS, "auroc_entropy"))
-        print(f"{task:14s} seed {seed}  {name:38s} {said}  {wall_s:.0f} s", flush=True)
+        print(f"{task:14s} seed {seed}  {name:38s} {said}  lr {lr:g}  {wall_s:.0f} s", flush=True)
         self._change(task, name, lambda cells: [*(one for one in cells if one["seed"] != seed), cell])
 
-    def add_costs(self, task: str, name: str, costs: dict[str, Any]) -> None:
+    def add_costs(self, task: str, name: str, costs: Mapping[str, Any]) -> None:
         """Put memory and speed beside the first seed of a contender."""
         print(f"{task:14s} {name:38s} " + "  ".join(f"{key} {costs[key]:,.1f}" for key in COSTS), flush=True)
         measured = {key: costs[key] for key in COSTS}
@@ -249,41 +258,83 @@ def error(values: list[float]) -> float:
 
 def train(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: str, table: Table) -> None:
     """Train one seed's ensemble and its students."""
-    from raylora.client import distill_run
-
     if table.has(task, seed, SINGLE, ENSEMBLE, ALONE, *LESSONS):
         return
-    uri, trained_s = run_teacher(teacher_spec(pair, task, seed, sizes, folder))
+    lr = rate_of_teachers(pair.lrs, pair, task, sizes, folder)
+    uri, trained_s = run_teacher(teacher_spec(pair, task, seed, sizes, folder, lr))
     for name, more in LESSONS.items():
-        started = time.perf_counter()
-        found = distill_run(uri, settings_of(pair, task, name, seed, sizes, more), local=True)["contenders"]
-        wall_s = time.perf_counter() - started
+        best = teach(pair, task, name, seed, sizes, uri, more)
+        student, found = best["student"]
         if name == FROM_ENSEMBLE:
-            table.add(task, SINGLE, seed, found["single"], trained_s)
-            table.add(task, ENSEMBLE, seed, found["teacher"], trained_s)
-            table.add(task, ALONE, seed, found["alone"], wall_s)
-        table.add(task, name, seed, found["student"], wall_s)
+            table.add(task, SINGLE, seed, found["single"], trained_s, lr)
+            table.add(task, ENSEMBLE, seed, found["teacher"], trained_s, lr)
+            own, alone = best["alone"]
+            table.add(task, ALONE, seed, alone["alone"], own.wall_s, own.lr)
+        table.add(task, name, seed, found["student"], student.wall_s, student.lr)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A student at one rate."""
+
+    lr: float
+    validation_nll: float
+    wall_s: float
+
+
+def teach(
+    pair: Pair, task: str, name: str, seed: int, sizes: argparse.Namespace, uri: str, more: dict[str, Any]
+) -> dict[str, tuple[Tried, Any]]:
+    """Train a student at every rate; return that of the least validation NLL, alone too where it is trained so."""
+    from raylora.client import distill_run
+    from raylora.store.run_store import RunStore
+
+    best: dict[str, tuple[Tried, Any]] = {}
+    for lr in pair.student_lrs:
+        started = time.perf_counter()
+        found = distill_run(uri, settings_of(pair, task, name, seed, sizes, more, lr), local=True)["contenders"]
+        wall_s = time.perf_counter() - started
+        for who, end in (("student", ""), ("alone", "-alone")):
+            if who in found:
+                metrics = RunStore(f"{uri}/{folder_of(pair, name, lr)}{end}").read_json("metrics.json")
+                tried = Tried(lr, statistics.fmean(rates.validation(metrics)), wall_s)
+                if who not in best or tried.validation_nll < best[who][0].validation_nll:
+                    best[who] = tried, found
+    return best
+
+
+def rate_of_teachers(
+    tried: Sequence[float], pair: Pair, task: str, sizes: argparse.Namespace, folder: str, full: bool = False
+) -> float:
+    """Return the rate of a task's teachers: the best for members of other seeds, three at each rate."""
+    from raylora.store.run_store import RunStore
+
+    if len(tried) == 1:
+        return tried[0]
+    content = teacher_spec(pair, task, 0, sizes, folder, tried[0], full)
+    content["name"] += "-rates"
+    content["ensemble"] = {"seed": 1000, **rates.members_at(tried, 3)}
+    uri, _ = run_teacher(content)
+    return rates.best_rate(RunStore(uri).read_json("metrics.json"), tried).lr
 
 
 def train_full(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: str, table: Table) -> None:
     """Train one seed's fully fine-tuned teacher and, for some pairs, its student."""
-    from raylora.client import distill_run
     from raylora.store.run_store import RunStore
 
     if table.has(task, seed, FULL, *([FROM_FULL] if pair.students_of_full else [])):
         return
-    uri, trained_s = run_teacher(teacher_spec(pair, task, seed, sizes, folder, full=True))
+    lr = rate_of_teachers(pair.full_lrs, pair, task, sizes, folder, full=True)
+    uri, trained_s = run_teacher(teacher_spec(pair, task, seed, sizes, folder, lr, full=True))
     if not pair.students_of_full:
         metrics = RunStore(uri).read_json("metrics.json")
         trained = metrics["parameters"]["per_member_trainable"]
         counts = {"parameters": trained, "trainable_parameters": trained}
-        table.add(task, FULL, seed, {**metrics["ensemble"], **counts}, trained_s)
+        table.add(task, FULL, seed, {**metrics["ensemble"], **counts}, trained_s, lr)
         return
-    started = time.perf_counter()
-    settings = settings_of(pair, task, FROM_FULL, seed, sizes, {"loss": {"kind": "kl"}})
-    found = distill_run(uri, settings, local=True)["contenders"]
-    table.add(task, FULL, seed, found["teacher"], trained_s)
-    table.add(task, FROM_FULL, seed, found["student"], time.perf_counter() - started)
+    student, found = teach(pair, task, FROM_FULL, seed, sizes, uri, {"loss": {"kind": "kl"}})["student"]
+    table.add(task, FULL, seed, found["teacher"], trained_s, lr)
+    table.add(task, FROM_FULL, seed, found["student"], student.wall_s, student.lr)
 
 
 def run_teacher(spec: dict[str, Any]) -> tuple[str, float]:
@@ -305,10 +356,11 @@ def measure_costs(pair: Pair, task: str, sizes: argparse.Namespace, folder: str,
     from raylora.store.run_store import RunStore
 
     taught, full = (f"{folder}/{task}-{kind}-0" for kind in ("lora", "full"))
-    places = {ENSEMBLE: taught, ALONE: f"{taught}/{folder_of(FROM_ENSEMBLE)}-alone"}
-    places |= {name: f"{taught}/{folder_of(name)}" for name in LESSONS if table.has(task, 0, name)}
+    lr = pair.student_lrs[0]  # a student takes as long at every rate
+    places = {ENSEMBLE: taught, ALONE: f"{taught}/{folder_of(pair, FROM_ENSEMBLE, lr)}-alone"}
+    places |= {name: f"{taught}/{folder_of(pair, name, lr)}" for name in LESSONS if table.has(task, 0, name)}
     places |= {FULL: full} if table.has(task, 0, FULL) else {}
-    places |= {FROM_FULL: f"{full}/{folder_of(FROM_FULL)}"} if table.has(task, 0, FROM_FULL) else {}
+    places |= {FROM_FULL: f"{full}/{folder_of(pair, FROM_FULL, lr)}"} if table.has(task, 0, FROM_FULL) else {}
     contenders = [Contender(name, uri, tuple(read_roster(RunStore(uri)).members())) for name, uri in places.items()]
     contenders.append(Contender(SINGLE, taught, contenders[0].members[:1]))
     for name, costs in measure(contenders)[0].items():
