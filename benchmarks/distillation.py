@@ -258,12 +258,14 @@ def error(values: list[float]) -> float:
 
 def train(pair: Pair, task: str, seed: int, sizes: argparse.Namespace, folder: str, table: Table) -> None:
     """Train one seed's ensemble and its students."""
-    if table.has(task, seed, SINGLE, ENSEMBLE, ALONE, *LESSONS):
+    beside = {FROM_ENSEMBLE: (SINGLE, ENSEMBLE, ALONE)}
+    missing = [name for name in sizes.students if not table.has(task, seed, name, *beside.get(name, ()))]
+    if not missing:
         return
     lr = rate_of_teachers(pair.lrs, pair, task, sizes, folder)
     uri, trained_s = run_teacher(teacher_spec(pair, task, seed, sizes, folder, lr))
-    for name, more in LESSONS.items():
-        best = teach(pair, task, name, seed, sizes, uri, more)
+    for name in missing:
+        best = teach(pair, task, name, seed, sizes, uri, LESSONS[name])
         student, found = best["student"]
         if name == FROM_ENSEMBLE:
             table.add(task, SINGLE, seed, found["single"], trained_s, lr)
@@ -399,6 +401,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, help="of each teacher, in place of the pair's own number")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="by default all of the pair")
+    parser.add_argument("--students", nargs="+", choices=list(LESSONS), default=list(LESSONS), help="of the ensembles")
     parser.add_argument("--train-rows", type=int, default=10**9, help="at most this many; for a quick look")
     parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--no-costs", action="store_true", help="measure no memory and no speed")
