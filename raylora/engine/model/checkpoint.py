@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,11 @@ from raylora.data.task import Task
 from raylora.errors import BaseError
 from raylora.quant.base import Quantizer
 from raylora.spec import BaseSpec
+
+_TOKENIZERS_KEPT = 2
+"""A teacher's and its student's."""
+_KEPT = threading.local()
+"""A thread's own: a tokenizer cannot be told how to pad while another thread uses it."""
 
 
 def source_folder(spec: BaseSpec) -> str:
@@ -55,17 +62,36 @@ def _config_folder(spec: BaseSpec) -> str:
 
 
 def load_tokenizer(spec: BaseSpec, task: Task) -> Any:
-    """Return the base's tokenizer, with a pad token in every case and padding on the side the task needs."""
+    """Return the base's tokenizer, with a pad token in every case and padding on the side the task needs.
+
+    A run asks for it several times, and a large vocabulary takes a second to read: a thread that asks for one of the
+    last two again, while the files in its folder are the same, is given the same object. It is not to be changed.
+    """
+    folder, side = _config_folder(spec), task.padding_side(is_decoder(load_config(spec)))
+    if not Path(folder).is_dir():
+        return _read_tokenizer(spec, folder, side)
+    files = sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in os.scandir(folder))
+    key = (folder, spec.revision, spec.trust_remote_code, side, *files)
+    kept: OrderedDict[Any, Any] = _KEPT.__dict__.setdefault("tokenizers", OrderedDict())
+    if key not in kept:
+        kept[key] = _read_tokenizer(spec, folder, side)
+    kept.move_to_end(key)
+    while len(kept) > _TOKENIZERS_KEPT:
+        kept.popitem(last=False)
+    return kept[key]
+
+
+def _read_tokenizer(spec: BaseSpec, folder: str, side: str) -> Any:
     from transformers import AutoTokenizer
 
     with quiet():
         tokenizer = _from_hub(
-            spec, _config_folder(spec), AutoTokenizer.from_pretrained, revision=spec.revision,
+            spec, folder, AutoTokenizer.from_pretrained, revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = task.padding_side(is_decoder(load_config(spec)))
+    tokenizer.padding_side = side
     return tokenizer
 
 
