@@ -18,6 +18,7 @@ from raylora import logs
 from raylora.actors.coordinator import NAMESPACE, Coordinator, coordinator_name
 from raylora.actors.keeper import Keeper
 from raylora.actors.preparer import solve_on_cluster
+from raylora.actors.sealed import Sealed
 from raylora.connection import clear_name, connect, find_run, inventory_of_cluster
 from raylora.engine.distillation.compare import compare, made_before
 from raylora.engine.distillation.plan import check_ahead, is_finished, prepare_distillation
@@ -326,8 +327,8 @@ def repair_run(run: str, local: bool = False, on_status: OnStatus = lambda statu
 
 
 def _start(prepared: Work, detach: bool = False) -> RunHandle:
-    name = coordinator_name(prepared.store.uri)
-    clear_name(name, prepared.spec.run_name())
+    name, run = coordinator_name(prepared.store.uri), prepared.spec.run_name()
+    clear_name(name, run)
     with prepared.store.held():  # of two that begin one run at the same moment the second is refused, not mixed in
         prepared.begin()
     options: dict[str, Any] = {"runtime_env": {"env_vars": logs.environment()}} if logs.environment() else {}
@@ -337,9 +338,9 @@ def _start(prepared: Work, detach: bool = False) -> RunHandle:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options |= {"namespace": NAMESPACE, "scheduling_strategy": here}
     keeper_name = f"{name.replace('coordinator', 'keeper', 1)}-{uuid.uuid4().hex[:8]}"
-    keeper = Keeper.options(name=keeper_name, **options).remote(prepared.spec.run_name())  # type: ignore[attr-defined]
+    keeper = Keeper.options(name=keeper_name, **options).remote(run)  # type: ignore[attr-defined]
     coordinator = Coordinator.options(name=name, **options).remote(  # type: ignore[attr-defined]
-        prepared.spec, prepared.store.uri, prepared.plan, start, prepared.assignment, keeper, detach,
-        leave_probe(prepared.store.storage),
+        run, prepared.store.uri, prepared.plan, prepared.spec.placement, start, Sealed.of(prepared.spec),
+        Sealed.of(prepared.assignment), keeper, detach, leave_probe(prepared.store.storage),
     )
     return RunHandle(coordinator, prepared.store, [ray.put(prepared.base)], keeper)

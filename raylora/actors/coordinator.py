@@ -24,13 +24,14 @@ from raylora.actors.calls import Call, GangProgress, WorkerHandle, first_line, t
 from raylora.actors.placing import Placing
 from raylora.actors.preparer import Preparer
 from raylora.actors.reporter import Reporter, dashboard_fact
+from raylora.actors.sealed import Sealed
 from raylora.actors.worker import this_node
 from raylora.engine.run.run_status import RunStatus, StatusBoard
 from raylora.engine.run.work import Assignment
 from raylora.errors import Interrupted, PlacementError, RayloraError
 from raylora.placement.plan import Plan
 from raylora.progress import BlockDone, Progress
-from raylora.spec import RunSpec
+from raylora.spec import PlacementSpec, RunSpec
 from raylora.store.inputs import Publication, Publisher
 from raylora.store.probe import judge, look_for_probe, remove_probe
 from raylora.store.run_store import RunStore
@@ -66,17 +67,18 @@ class Coordinator:
     """
 
     def __init__(
-        self, spec: RunSpec, store_uri: str, plan: Plan, start: control.RunStarted, assignment: Assignment,
-        keeper: Any, detached: bool = False, nonce: str = "",
+        self, run: str, store_uri: str, plan: Plan, placement: PlacementSpec, start: control.RunStarted,
+        spec: Sealed[RunSpec], assignment: Sealed[Assignment], keeper: Any, detached: bool = False, nonce: str = "",
     ) -> None:
         """Begin nothing yet.
 
-        The assignment goes to the workers: of jobs and units the coordinator sees the names and nothing else. The nonce
-        is what the driver left in the run directory: here and at every worker it has to be found. The keeper owns the
-        workers.
+        Spec and assignment go to the workers: of jobs and units the coordinator sees the names and nothing else. The
+        nonce is what the driver left in the run directory: here and at every worker it has to be found. The keeper owns
+        the workers.
         """
-        self.spec, self.store, self.plan, self.base = spec, RunStore(store_uri), plan, list[Any]()
-        self.start, self.assignment, self.detached, self.nonce = start, assignment, detached, nonce
+        self.run_name, self.store, self.plan, self.base = run, RunStore(store_uri), plan, list[Any]()
+        self.spec, self.assignment = spec, assignment
+        self.start, self.detached, self.nonce = start, detached, nonce
         self._outcome: Future[control.State] | None = None
         self._running = threading.Lock()
         self.preparer: Any = None
@@ -87,11 +89,11 @@ class Coordinator:
         self.preparing: Any = None
         """The preparer's answer, while it is waited for."""
         self.gang_progress = GangProgress()
-        self.board = StatusBoard(spec.run_name())
+        self.board = StatusBoard(run)
         self.publisher = Publisher(self.store)
-        self.reporter = Reporter(spec.run_name())
+        self.reporter = Reporter(run)
         name = coordinator_name(store_uri).removeprefix("coordinator-")
-        self.placing = Placing(plan, spec.placement, NAMESPACE, keeper, name, spec.run_name())
+        self.placing = Placing(plan, placement, NAMESPACE, keeper, name, run)
         self.kept: dict[str, WorkerHandle] = {}
         """Workers that an earlier process of this actor has left, ready for jobs."""
         self.board.nodes = self.placing.nodes
@@ -274,8 +276,8 @@ class Coordinator:
             return
         plan = self.plan
         worker = self.placing.start(command.worker, (
-            self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.assignment, self.store.epoch,
-            self.nonce,
+            self.run_name, self.spec, self.store.uri, plan.cpus_per_worker, plan.gpus_per_worker, self.assignment,
+            self.store.epoch, self.nonce,
         ))
         self.workers[command.worker] = worker
         self._call(worker, command, worker.load(ray.get_runtime_context().current_actor))

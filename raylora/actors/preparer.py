@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from raylora.actors.inputs import spec_here
+from raylora.actors.sealed import Sealed
 from raylora.spec import RunSpec
 from raylora.store.run_store import RunStore
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # torch is imported where it computes, as by the other actors
 class Preparer:
     """Runs the blocks one after another; within a block, its groups of linears are solved side by side."""
 
-    def __init__(self, spec: RunSpec, gpus: int, store_uri: str) -> None:
+    def __init__(self, spec: Sealed[RunSpec], gpus: int, store_uri: str) -> None:
         self.spec, self.gpus, self.store_uri, self.signal_number = spec, gpus, store_uri, 0
 
     def prepare(self, base: Any, coordinator: Any) -> None:
@@ -35,7 +36,7 @@ class Preparer:
         from raylora.engine.quantization.quantize_base import ensure_prepared
         from raylora.engine.training.distillation_loss import task_of
 
-        spec = spec_here(self.spec, RunStore(self.store_uri), coordinator)
+        spec = spec_here(self.spec.open(), RunStore(self.store_uri), coordinator)
         task = task_of(spec)
         device = compute_device(self.gpus)
         ensure_prepared(

@@ -15,6 +15,7 @@ import ray
 from raylora import logs
 from raylora.actors.inputs import spec_here
 from raylora.actors.names import actor_title
+from raylora.actors.sealed import Sealed
 from raylora.actors.telemetry import Telemetry
 from raylora.progress import Progress, Throttle
 from raylora.spec import RunSpec
@@ -48,16 +49,17 @@ class Worker:
     """
 
     def __init__(
-        self, spec: RunSpec, store_uri: str, cpus: int, gpus: int, assignment: Assignment, epoch: int | None = None,
-        nonce: str = "",
+        self, run: str, spec: Sealed[RunSpec], store_uri: str, cpus: int, gpus: int, assignment: Sealed[Assignment],
+        epoch: int | None = None, nonce: str = "",
     ) -> None:
         """Take what is to be done: to train the run of a spec, or what else its members are asked for.
 
         Args:
+            run: what people call the run.
             epoch: of the coordinator that this worker commits for.
             nonce: what it has to find in the run directory.
         """
-        self.spec, self.store_uri, self.assignment = spec, store_uri, assignment
+        self.run, self.spec, self.store_uri, self.assignment = run, spec, store_uri, assignment
         self.epoch, self.nonce = epoch, nonce
         self.cpus, self.gpus = cpus, gpus
         self.signal_number = 0
@@ -69,7 +71,7 @@ class Worker:
 
     def __repr__(self) -> str:
         """Return what Ray's dashboard and log lines call this worker."""
-        return actor_title(self.spec.run_name(), ray.get_runtime_context().get_actor_name() or "")
+        return actor_title(self.run, ray.get_runtime_context().get_actor_name() or "")
 
     def node(self) -> str:
         """Return the node that this process runs on, as soon as there is this process."""
@@ -96,11 +98,11 @@ class Worker:
         """
         self.store = store = opened_where_seen(self.store_uri, self.epoch, self.nonce, this_node())
         logs.configure()
-        self.telemetry = Telemetry(self.spec.run_name())
+        self.telemetry = Telemetry(self.run)
         if first is not None and rank:
             self.place = replace(first, rank=rank)
-        spec = spec_here(self.spec, store, coordinator)
-        session = self.assignment.make_session(spec, store, self.cpus, self.gpus, self.place)
+        spec = spec_here(self.spec.open(), store, coordinator)
+        session = self.assignment.open().make_session(spec, store, self.cpus, self.gpus, self.place)
         session.span = self.telemetry.span
         session.load()
         self.session, self.loaded_at = session, time.time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from raylora import client
 from raylora.client import _start, distill_run, launch
 from raylora.engine.distillation.plan import Distillation, prepare_distillation
 from raylora.engine.run.local_driver import run_in_process
+from raylora.engine.run.run_status import RunStatus
 from raylora.engine.training.distillation_loss import load_targets, targets_uri
 from raylora.spec import DistillSpec, RunSpec
 from raylora.store.run_store import RunStore
@@ -36,11 +38,31 @@ def coordinator_memory() -> int:
     return max((p.memory_info().rss for p, title in titles.items() if "ray::Coordinator" in title), default=0)
 
 
+def directing() -> dict[str, bool]:
+    """Return which of those who compute nothing are there, and whether torch is in their processes."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        for role in ("Coordinator", "Keeper"):
+            if title.startswith(f"ray::{role}"):
+                with contextlib.suppress(OSError):  # it has just ended
+                    found[role] = "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+    return found
+
+
 def make_targets(work: Distillation, grows_at_most: int) -> list[str]:
     """Make targets on Ray, check that the coordinator stays as small as it starts, and return the run's events."""
     seen: list[int] = []
-    facts = _start(work.targets).join(lambda status: seen.append(coordinator_memory()))
+    has_torch: dict[str, bool] = {}
+
+    def look(_: RunStatus) -> None:
+        seen.append(coordinator_memory())
+        has_torch.update(directing())
+
+    assert work.targets is not None
+    facts = _start(work.targets).join(look)
     assert facts == {} and work.targets.is_done
+    assert has_torch == {"Coordinator": False, "Keeper": False}
     held = [size for size in seen if size]
     assert held and held[-1] - held[0] < grows_at_most, held  # it sees the names of shards, and starts workers
     return [record["event"] for record in work.targets.store.read_events()]

@@ -18,6 +18,7 @@ from ray.util import list_named_actors
 
 from raylora.actors.calls import WorkerHandle, taken_over
 from raylora.actors.coordinator import NAMESPACE, coordinator_name
+from raylora.actors.sealed import Sealed
 from raylora.actors.worker import Worker, WorkerFacts
 from raylora.client import attach, launch
 from raylora.engine.run.work import TrainingAssignment
@@ -151,13 +152,14 @@ def test_a_worker_commits_for_the_coordinator_that_took_it_over_and_one_that_was
     from raylora.engine.run.plan_run import prepare
 
     prepared, boss = prepare(make_spec()), RefusesNothing.remote()  # type: ignore[attr-defined]
-    store = prepared.store
+    spec, store = prepared.spec, prepared.store
     with store.held():
         prepared.begin()
         store.storage.write("lock/probe-nonce", b"nonce")
         epoch = store.epoch
+        told = (spec.run_name(), Sealed.of(spec), store.uri, 1, 0, Sealed.of(TrainingAssignment()))
         made = [
-            Worker.remote(prepared.spec, store.uri, 1, 0, TrainingAssignment(), epoch, "nonce")  # type: ignore[attr-defined]
+            Worker.remote(*told, epoch, "nonce")  # type: ignore[attr-defined]
             for _ in range(3)
         ]
         ray.get([made[0].load.remote(), made[1].load.remote()])
@@ -171,7 +173,7 @@ def test_a_worker_commits_for_the_coordinator_that_took_it_over_and_one_that_was
             ray.get(late)
         assert not store.storage.list("members")
         assert taken_over([WorkerHandle("gang", [made[1], made[2]])], store.epoch, 60.0) == set()
-        none = Worker.remote(prepared.spec, store.uri, 1, 0, TrainingAssignment(), epoch, "nonce")  # type: ignore[attr-defined]
+        none = Worker.remote(*told, epoch, "nonce")  # type: ignore[attr-defined]
         assert taken_over([WorkerHandle("unloaded", [none])], store.epoch, 60.0) == set()
         assert taken_over(workers[1:2], store.epoch, 60.0) == {"worker-1"}
         before = ray.get(made[1].facts.remote())

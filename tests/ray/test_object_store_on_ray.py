@@ -13,6 +13,7 @@ from run_helpers import assert_bit_equal, members
 
 from raylora import control
 from raylora.actors.calls import _failure
+from raylora.actors.sealed import Sealed
 from raylora.actors.worker import Worker
 from raylora.client import launch, resume, run_local
 from raylora.engine.run.work import TrainingAssignment
@@ -84,7 +85,8 @@ def test_a_worker_on_a_node_that_does_not_see_the_run_ends_it_too(make_spec: Mak
 
 def test_a_worker_looks_for_the_run_before_it_loads_anything(make_spec: MakeSpec) -> None:
     spec = make_spec()
-    worker = Worker.remote(spec, RunStore.for_spec(spec).uri, 1, 0, TrainingAssignment(), 1, "elsewhere")  # type: ignore[attr-defined]
+    told = (spec.run_name(), Sealed.of(spec), RunStore.for_spec(spec).uri, 1, 0, Sealed.of(TrainingAssignment()))
+    worker = Worker.remote(*told, 1, "elsewhere")  # type: ignore[attr-defined]
     with pytest.raises(PlacementError, match="does not see"):
         ray.get(worker.load.remote())
     ray.kill(worker)
