@@ -162,7 +162,7 @@ class Table:
 
     def __init__(self, pair: str, members: int | None, go_on: bool) -> None:
         self.options = f"--pair {pair}" + (f" --members {members}" if members else "")
-        self.result = result_of(pair, members)
+        self.result, self.tries_rates = result_of(pair, members), len(PAIRS[pair].student_lrs) > 1
         self.path = record.RESULTS / f"{self.result}.json"
         if not go_on:
             self.path.unlink(missing_ok=True)
@@ -175,7 +175,11 @@ class Table:
     def has(self, task: str, seed: int, *names: str) -> bool:
         """Return whether every one of the contenders was measured with a seed."""
         cells = self.cells()
-        return all(any(cell["seed"] == seed for cell in cells.get((task, name), [])) for name in names)
+        return all(any(self._counts(cell, seed) for cell in cells.get((task, name), [])) for name in names)
+
+    def _counts(self, cell: dict[str, Any], seed: int) -> bool:
+        """Return whether a cell needs no measuring anew: where rates are tried, it has to have been chosen by them."""
+        return cell["seed"] == seed and ("lr" in cell or not self.tries_rates)
 
     def add(self, task: str, name: str, seed: int, found: dict[str, Any], wall_s: float, lr: float) -> None:
         """Take one contender of one seed, say it, and write everything there is."""

@@ -30,7 +30,7 @@ def scenario(name: str, spec: RunSpec, folder: Path, cwd: Path = _ROOT) -> Any:
     home.mkdir()
     environment = {
         **os.environ, "HOME": str(home), "RAYLORA_CACHE": str(cache_folder()), "PYTHONPATH": str(_ROOT),
-        "PYTHONWARNINGS": "ignore", "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4",
+        "PYTHONWARNINGS": "ignore", "RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "6",
     }
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
