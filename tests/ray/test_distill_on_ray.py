@@ -32,37 +32,30 @@ def shards_of(work: Distillation) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in shards.glob("*/rows-*")}
 
 
-def coordinator_memory() -> int:
-    """Return what a coordinator holds now, found by what Ray calls it: so is what it forks, until that is another."""
+def directing() -> list[tuple[str, psutil.Process]]:
+    """Return those who compute nothing, found by what Ray calls them: so is what they fork, until that is another."""
     titles = {p: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
-    return max((p.memory_info().rss for p, title in titles.items() if "ray::Coordinator" in title), default=0)
-
-
-def directing() -> dict[str, bool]:
-    """Return which of those who compute nothing are there, and whether torch is in their processes."""
-    found = {}
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        for role in ("Coordinator", "Keeper"):
-            if title.startswith(f"ray::{role}"):
-                with contextlib.suppress(OSError):  # it has just ended
-                    found[role] = "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
-    return found
+    roles = ("Coordinator", "Keeper")
+    return [(role, p) for p, title in titles.items() for role in roles if title.startswith(f"ray::{role}")]
 
 
 def make_targets(work: Distillation, grows_at_most: int) -> list[str]:
     """Make targets on Ray, check that the coordinator stays as small as it starts, and return the run's events."""
     seen: list[int] = []
-    has_torch: dict[str, bool] = {}
+    has_torch: dict[str, set[bool]] = {}
 
     def look(_: RunStatus) -> None:
-        seen.append(coordinator_memory())
-        has_torch.update(directing())
+        found = directing()
+        seen.append(max((p.memory_info().rss for role, p in found if role == "Coordinator"), default=0))
+        for role, process in found:
+            with contextlib.suppress(OSError):  # it has just ended
+                maps = Path(f"/proc/{process.pid}/maps").read_text()
+                has_torch.setdefault(role, set()).add("libtorch" in maps)
 
     assert work.targets is not None
     facts = _start(work.targets).join(look)
     assert facts == {} and work.targets.is_done
-    assert has_torch == {"Coordinator": False, "Keeper": False}
+    assert has_torch == {"Coordinator": {False}, "Keeper": {False}}
     held = [size for size in seen if size]
     assert held and held[-1] - held[0] < grows_at_most, held  # it sees the names of shards, and starts workers
     return [record["event"] for record in work.targets.store.read_events()]

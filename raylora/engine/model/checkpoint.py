@@ -6,9 +6,9 @@ import logging
 import os
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,6 @@ from raylora.data.task import Task
 from raylora.errors import BaseError
 from raylora.quant.base import Quantizer
 from raylora.spec import BaseSpec
-
-_TOKENIZERS_KEPT = 2
-"""A teacher's and its student's."""
-_KEPT = threading.local()
-"""A thread's own: a tokenizer cannot be told how to pad while another thread uses it."""
 
 
 def source_folder(spec: BaseSpec) -> str:
@@ -64,35 +59,39 @@ def _config_folder(spec: BaseSpec) -> str:
 def load_tokenizer(spec: BaseSpec, task: Task) -> Any:
     """Return the base's tokenizer, with a pad token in every case and padding on the side the task needs.
 
-    A run asks for it several times, and a large vocabulary takes a second to read: a thread that asks for one of the
-    last two again, while the files in its folder are the same, is given the same object. It is not to be changed.
+    A run asks for it several times. A thread that asks for one of the last two again, while the files in its folder are
+    the same, is given the same object. It is not to be changed.
     """
     folder, side = _config_folder(spec), task.padding_side(is_decoder(load_config(spec)))
-    if not Path(folder).is_dir():
-        return _read_tokenizer(spec, folder, side)
-    files = sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in os.scandir(folder))
-    key = (folder, spec.revision, spec.trust_remote_code, side, *files)
-    kept: OrderedDict[Any, Any] = _KEPT.__dict__.setdefault("tokenizers", OrderedDict())
-    if key not in kept:
-        kept[key] = _read_tokenizer(spec, folder, side)
-    kept.move_to_end(key)
-    while len(kept) > _TOKENIZERS_KEPT:
-        kept.popitem(last=False)
-    return kept[key]
+    read, files = _read_tokenizer, tuple[Any, ...]()
+    if Path(folder).is_dir():
+        states = [(file.name, file.stat()) for file in os.scandir(folder)]
+        read, files = _KEPT.read, tuple(sorted((name, state.st_mtime_ns, state.st_size) for name, state in states))
+    return _from_hub(
+        spec, folder, read, revision=spec.revision, trust_remote_code=spec.trust_remote_code, side=side, files=files
+    )
 
 
-def _read_tokenizer(spec: BaseSpec, folder: str, side: str) -> Any:
+def _read_tokenizer(folder: str, *, side: str, files: tuple[Any, ...], **kwargs: Any) -> Any:
+    """Read it from a folder or from the hub; its files are there to know one that is kept by."""
     from transformers import AutoTokenizer
 
     with quiet():
-        tokenizer = _from_hub(
-            spec, folder, AutoTokenizer.from_pretrained, revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = side
     return tokenizer
+
+
+class _Kept(threading.local):
+    """A thread's own tokenizers, a teacher's and its student's: none can be told how to pad while others use it."""
+
+    def __init__(self) -> None:
+        self.read = lru_cache(maxsize=2)(_read_tokenizer)
+
+
+_KEPT = _Kept()
 
 
 def load_config(spec: BaseSpec) -> Any:
